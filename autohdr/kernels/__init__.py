@@ -1,0 +1,10 @@
+"""The ops, each a public function over several backends.
+
+``backends(op)`` tells which backends can run here and why not; ``set_backend(name)`` sets what ``backend="auto"`` stands for.
+"""
+
+from autohdr.kernels.backends import OPS, backends, set_backend
+from autohdr.kernels.gdfn import gdfn
+from autohdr.kernels.mdta import mdta
+
+__all__ = ["OPS", "backends", "gdfn", "mdta", "set_backend"]

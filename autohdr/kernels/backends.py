@@ -1,0 +1,82 @@
+"""Which backends there are, which of them can run here, and which one a call takes."""
+
+import torch
+
+from autohdr.kernels import _extension
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+OPS = ("mdta", "gdfn")
+
+_WRITTEN = {"cpu"}  # compiled or Triton backends that exist, the same for every op so far
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_default = "auto"
+
+
+def _reason(op: str, backend: str) -> str:
+    """Empty if the backend can run on this machine, else why not."""
+    if backend == "reference":
+        return ""
+    if backend not in _WRITTEN:
+        return f"{op} has no {backend} kernel yet"
+    return _extension.reason
+
+
+_REASONS = {(op, name): _reason(op, name) for op in OPS for name in NAMES}
+
+
+def backends(op: str) -> dict[str, str]:
+    """Each backend of an op with "available" or the reason why it cannot run here.
+
+    Raises:
+        ValueError: no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    return {name: _REASONS[op, name] or "available" for name in NAMES}
+
+
+def set_backend(name: str) -> None:
+    """Sets the backend that ``backend="auto"`` stands for, for every op: a backend's name, or "auto" again.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _default
+    _check(name)
+    _default = name
+
+
+def _check(name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend: expected auto, {', '.join(NAMES)}, got {name!r}")
+
+
+def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
+    """Empty if the backend can run op on x, else why not."""
+    if _REASONS[op, backend]:
+        return _REASONS[op, backend]
+    if backend == "cpu" and x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if backend == "cpu" and x.dtype not in _CPU_DTYPES:
+        return f"it takes float32 or bfloat16, x is {x.dtype}"
+    return ""
+
+
+def resolve(op: str, backend: str, x: torch.Tensor) -> str:
+    """The backend a call takes: the named one, or for "auto" the first that can run.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the named backend cannot run op on x here; it never falls back.
+    """
+    _check(backend)
+    if backend == "auto":
+        backend = _default
+    if backend == "auto":
+        for name in NAMES:
+            if not _unfit(op, name, x):
+                return name
+    reason = _unfit(op, backend, x)
+    if reason:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    return backend

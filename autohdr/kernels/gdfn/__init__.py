@@ -1,0 +1,69 @@
+"""Restormer's gated-Dconv feed-forward network, with its layer norm and residual, as one op."""
+
+import torch
+from torch import Tensor
+
+from autohdr.kernels.backends import resolve
+from autohdr.kernels.gdfn import reference, schema  # noqa: F401  schema defines the op
+from autohdr.kernels.image import autocast, check_arguments, float_parameters
+
+
+def gdfn(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Gated-Dconv feed-forward network: ``y = x + W_out · (gelu(a) ⊙ b)``.
+
+    a and b are the halves of ``dwconv3x3(W_in · norm(x))``; gelu is the exact one. Saved for the backward pass: the inputs alone;
+    everything else is computed again.
+
+    Args:
+        x: [batch, channels, height, width], float32, bfloat16, float16 or float64, any strides (channels_last is taken without a
+            copy). Under autocast it is cast, the parameters are not.
+        norm_weight: [channels].
+        norm_bias: [channels], or None for the bias-free norm (the variance is centred, the value is not).
+        project_in_weight: [2 · hidden, channels, 1, 1].
+        dwconv_weight: [2 · hidden, 1, 3, 3].
+        project_out_weight: [channels, hidden, 1, 1].
+        eps: added to the norm's variance.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". Sums are accumulated in float32 (float64 for float64).
+
+    Returns:
+        y, the shape and dtype of x. The compiled backends give it channels_last strides.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device does not fit, named with what was expected.
+        RuntimeError: the named backend cannot run here.
+
+    Source: Zamir et al., Restormer (CVPR 2022), section 3.2, equation 2.
+    """
+    backend = resolve("gdfn", backend, x)
+    channels = x.shape[1] if x.dim() == 4 else 0
+    hidden = project_out_weight.shape[1] if project_out_weight.dim() == 4 else 0
+    check_arguments(
+        "gdfn",
+        x,
+        {
+            "norm_weight": (norm_weight, (channels,)),
+            "norm_bias": (norm_bias, (channels,)),
+            "project_in_weight": (project_in_weight, (2 * hidden, channels, 1, 1)),
+            "dwconv_weight": (dwconv_weight, (2 * hidden, 1, 3, 3)),
+            "project_out_weight": (project_out_weight, (channels, hidden, 1, 1)),
+        },
+    )
+    if hidden == 0:
+        raise ValueError(f"gdfn: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
+    x = autocast(x)
+    parameters = (norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight)
+    if backend == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.gdfn(x, *parameters, eps)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.autohdr.gdfn(x, *float_parameters(*parameters), eps)

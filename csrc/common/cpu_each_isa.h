@@ -1,0 +1,58 @@
+// Compiles the kernel body AUTOHDR_BODY once per instruction set, in namespaces autohdr::baseline, avx2, avx512, avx512_bf16.
+// All other headers must be included before, at the baseline, so that no shared inline function is compiled for a wider set.
+// No include guard: used once per kernel file.
+#define AUTOHDR_WIDTH 4
+#define AUTOHDR_DOT 0
+namespace autohdr::baseline {
+#include "common/cpu_tile.h"
+#include AUTOHDR_BODY
+}  // namespace autohdr::baseline
+#undef AUTOHDR_WIDTH
+
+#if AUTOHDR_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define AUTOHDR_WIDTH 8
+namespace autohdr::avx2 {
+#include "common/cpu_tile.h"
+#include AUTOHDR_BODY
+}  // namespace autohdr::avx2
+#undef AUTOHDR_WIDTH
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#define AUTOHDR_WIDTH 16
+namespace autohdr::avx512 {
+#include "common/cpu_tile.h"
+#include AUTOHDR_BODY
+}  // namespace autohdr::avx512
+#undef AUTOHDR_DOT
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#define AUTOHDR_DOT 1
+namespace autohdr::avx512_bf16 {
+#include "common/cpu_tile.h"
+#include AUTOHDR_BODY
+}  // namespace autohdr::avx512_bf16
+#undef AUTOHDR_WIDTH
+#undef AUTOHDR_DOT
+#pragma GCC pop_options
+
+// Calls the chosen instruction set's version of a function.
+#define AUTOHDR_CALL(function, ...)                                  \
+  switch (::autohdr::current_isa()) {                                \
+    case ::autohdr::Isa::baseline:                                   \
+      return ::autohdr::baseline::function(__VA_ARGS__);             \
+    case ::autohdr::Isa::avx2:                                       \
+      return ::autohdr::avx2::function(__VA_ARGS__);                 \
+    case ::autohdr::Isa::avx512:                                     \
+      return ::autohdr::avx512::function(__VA_ARGS__);               \
+    case ::autohdr::Isa::avx512_bf16:                                \
+      return ::autohdr::avx512_bf16::function(__VA_ARGS__);          \
+  }
+#else
+#define AUTOHDR_CALL(function, ...) return ::autohdr::baseline::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,122 @@
+#include "common/cpu_isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace autohdr {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+bool runs_here(Isa isa) {
+#if AUTOHDR_X86
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512_bf16:
+      if (!__builtin_cpu_supports("avx512bf16")) return false;
+      [[fallthrough]];
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+// Intel's processors run the bfloat16 dot product at no more than the multiply-add rate of float32 (half of it, measured on
+// Emerald Rapids), AMD's at twice that rate: only there does it pay.
+bool dot_product_pays() {
+#if AUTOHDR_X86
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+Isa choose() {
+  if (const char* forced = std::getenv("AUTOHDR_CPU_ISA"); forced && *forced) {
+    for (int i = 0; i < 4; ++i) {
+      if (std::strcmp(forced, kNames[i]) != 0) continue;
+      if (!runs_here(static_cast<Isa>(i)))
+        throw std::runtime_error(std::string("AUTOHDR_CPU_ISA=") + forced + ": this processor or build does not have it");
+      return static_cast<Isa>(i);
+    }
+    throw std::runtime_error(std::string("AUTOHDR_CPU_ISA: expected baseline, avx2, avx512 or avx512_bf16, got ") + forced);
+  }
+  if (runs_here(Isa::avx512_bf16) && dot_product_pays()) return Isa::avx512_bf16;
+  if (runs_here(Isa::avx512)) return Isa::avx512;
+  return runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+}
+
+constexpr size_t kAlign = 64;
+
+struct Arena {
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  std::vector<Block> blocks;
+  size_t used = 0;  // bytes taken from the last block
+
+  void free_all() {
+    for (Block& b : blocks) std::free(b.data);
+    blocks.clear();
+  }
+  void add(size_t size) {
+    size = (size + kAlign - 1) / kAlign * kAlign;
+    void* data = std::aligned_alloc(kAlign, size);
+    if (!data) throw std::bad_alloc();
+    blocks.push_back({data, size});
+    used = 0;
+  }
+  ~Arena() { free_all(); }
+};
+
+thread_local Arena arena;
+
+}  // namespace
+
+Isa current_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+std::vector<const char*> compiled_isas() {
+  return {kNames, kNames + (AUTOHDR_X86 ? 4 : 1)};
+}
+
+void* Scratch::bytes(size_t count) {
+  count = (count + kAlign - 1) / kAlign * kAlign;
+  if (arena.blocks.empty() || arena.used + count > arena.blocks.back().size) arena.add(std::max<size_t>(count, 1 << 20));
+  void* p = static_cast<char*>(arena.blocks.back().data) + arena.used;
+  arena.used += count;
+  return p;
+}
+
+// What several blocks held fits one block next time.
+Scratch::~Scratch() {
+  if (arena.blocks.size() > 1) {
+    size_t total = 0;
+    for (auto& b : arena.blocks) total += b.size;
+    arena.free_all();
+    try {
+      arena.add(total);
+    } catch (const std::bad_alloc&) {  // the next call takes what it needs piece by piece
+    }
+  }
+  arena.used = 0;
+}
+
+}  // namespace autohdr

@@ -1,0 +1,53 @@
+// Run-time choice of the instruction set for the CPU kernels, and what they share that does not depend on it.
+//
+// A kernel body is a header without an include guard, compiled once per instruction set inside a namespace of its own
+// (common/cpu_each_isa.h). AUTOHDR_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces a set, for tests and comparisons.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define AUTOHDR_X86 1
+#include <immintrin.h>
+#else
+#define AUTOHDR_X86 0
+#endif
+
+namespace autohdr {
+
+// Storage types of a tensor's elements: float, or the upper half of one.
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+
+// The set the kernels run with: the forced one, else the best for this processor. Throws if the forced one cannot run here.
+Isa current_isa();
+const char* isa_name(Isa isa);
+std::vector<const char*> compiled_isas();
+
+// A bump allocator over memory that stays with the calling thread: an op takes what it needs and gives all back at its
+// end, so that no call after the first pays for page faults.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
+  }
+  template <class T>
+  T* zeros(int64_t count) {
+    T* p = take<T>(count);
+    __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T));
+    return p;
+  }
+
+ private:
+  void* bytes(size_t count);
+};
+
+}  // namespace autohdr

@@ -1,0 +1,38 @@
+// Parameters of gdfn's kernels. Tensors are contiguous; images are NHWC; everything but x, y, dy, dx is float32.
+#pragma once
+#include <cstdint>
+
+namespace autohdr {
+
+struct GdfnShape {
+  int64_t batch, height, width, channels, hidden;
+  float eps;
+};
+
+struct GdfnWeights {
+  const float* norm_weight;  // [C]
+  const float* norm_bias;    // [C], or null: the bias-free norm
+  const float* project_in;   // [2·hidden, C]
+  const float* dwconv;       // [2·hidden, 3, 3]
+  const float* project_out;  // [C, hidden]
+};
+
+template <class T>
+struct GdfnForward {
+  GdfnShape shape;
+  GdfnWeights weights;
+  const T* x;  // [B, H, W, C]
+  T* y;        // [B, H, W, C]
+};
+
+template <class T>
+struct GdfnBackward {
+  GdfnShape shape;
+  GdfnWeights weights;
+  const T *dy, *x;                     // [B, H, W, C]
+  T* dx;                               // [B, H, W, C]
+  float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
+  float *d_project_in, *d_dwconv, *d_project_out;  // as the weights
+};
+
+}  // namespace autohdr

@@ -1,0 +1,44 @@
+// Parameters of mdta's kernels. Tensors are contiguous; images are NHWC; everything but x, y, dy, dx is float32.
+#pragma once
+#include <cstdint>
+
+namespace autohdr {
+
+struct MdtaShape {
+  int64_t batch, height, width, channels, heads;
+  float eps;
+  int64_t head_size() const { return channels / heads; }
+};
+
+struct MdtaWeights {
+  const float* norm_weight;    // [C]
+  const float* norm_bias;      // [C], or null: the bias-free norm
+  const float* qkv;            // [3C, C]
+  const float* dwconv;         // [3C, 3, 3]
+  const float* temperature;    // [heads]
+  const float* project_out;    // [C, C]
+};
+
+template <class T>
+struct MdtaForward {
+  MdtaShape shape;
+  MdtaWeights weights;
+  const T* x;      // [B, H, W, C]
+  T* y;            // [B, H, W, C]
+  float* gram;     // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
+  float* q_norm;   // [B, C], root of the sum of squares over the pixels
+  float* k_norm;   // [B, C]
+};
+
+template <class T>
+struct MdtaBackward {
+  MdtaShape shape;
+  MdtaWeights weights;
+  const T *dy, *x;                           // [B, H, W, C]
+  const float *gram, *q_norm, *k_norm;       // as the forward pass left them
+  T* dx;                                     // [B, H, W, C]
+  float *d_norm_weight, *d_norm_bias;        // [C]; the bias's unused without one
+  float *d_qkv, *d_dwconv, *d_temperature, *d_project_out;  // as the weights
+};
+
+}  // namespace autohdr

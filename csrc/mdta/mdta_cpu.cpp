@@ -1,0 +1,100 @@
+// mdta's CPU kernels: checks, allocation and registration.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "common/cpu_isa.h"
+#include "common/cpu_parallel.h"
+#include "common/tensor_check.h"
+#include "mdta/mdta.h"
+
+#define AUTOHDR_BODY "mdta/mdta_cpu_kernel.h"
+#include "common/cpu_each_isa.h"
+
+namespace autohdr {
+namespace {
+
+template <class T>
+void forward(const MdtaForward<T>& a) {
+  AUTOHDR_CALL(mdta_forward<T>, a);
+}
+template <class T>
+void backward(const MdtaBackward<T>& a) {
+  AUTOHDR_CALL(mdta_backward<T>, a);
+}
+
+MdtaShape shape_from(const Tensor& x, int64_t heads, double eps) {
+  check_image("mdta", "x", x);
+  STD_TORCH_CHECK(heads > 0 && x.size(1) % heads == 0, "mdta: num_heads must divide the ", x.size(1), " channels of x, got ", heads);
+  return {x.size(0), x.size(2), x.size(3), x.size(1), heads, static_cast<float>(eps)};
+}
+
+MdtaWeights weights_from(int64_t c, int64_t heads, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias,
+                         const Tensor& qkv, const Tensor& dwconv, const Tensor& temperature, const Tensor& project_out) {
+  return {parameter("mdta", "norm_weight", norm_weight, c),       parameter("mdta", "norm_bias", norm_bias, c),
+          parameter("mdta", "qkv_weight", qkv, 3 * c * c),        parameter("mdta", "dwconv_weight", dwconv, 27 * c),
+          parameter("mdta", "temperature", temperature, heads),   parameter("mdta", "project_out_weight", project_out, c * c)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mdta(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
+                                                Tensor dwconv_weight, Tensor temperature, Tensor project_out_weight,
+                                                int64_t num_heads, double eps) {
+  const MdtaShape s = shape_from(x, num_heads, eps);
+  const MdtaWeights w =
+      weights_from(s.channels, num_heads, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor gram = new_float(x, {s.batch, s.heads, s.head_size(), s.head_size()});
+  Tensor q_norm = new_float(x, {s.batch, s.channels}), k_norm = new_float(x, {s.batch, s.channels});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    if (s.batch == 0) return;
+    forward<T>({s, w, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                gram.mutable_data_ptr<float>(), q_norm.mutable_data_ptr<float>(), k_norm.mutable_data_ptr<float>()});
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: run(float{}); break;
+    case ScalarType::BFloat16: run(bf16{}); break;
+    default: STD_TORCH_CHECK(false, "mdta: the CPU kernel takes float32 or bfloat16");
+  }
+  return {y, gram, q_norm, k_norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mdta_backward(
+    Tensor dy, Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight, Tensor dwconv_weight,
+    Tensor temperature, Tensor project_out_weight, Tensor gram, Tensor q_norm, Tensor k_norm, int64_t num_heads, double eps) {
+  const MdtaShape s = shape_from(x, num_heads, eps);
+  const MdtaWeights w =
+      weights_from(s.channels, num_heads, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight);
+  check_like("mdta_backward", "dy", dy, x);
+  const float* gram_data = parameter("mdta_backward", "gram", gram, s.batch * s.channels * s.head_size());
+  const float* q_data = parameter("mdta_backward", "q_norm", q_norm, s.batch * s.channels);
+  const float* k_data = parameter("mdta_backward", "k_norm", k_norm, s.batch * s.channels);
+  const auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
+  Tensor dx = like(x), d_norm_weight = like(norm_weight), d_qkv = like(qkv_weight), d_dwconv = like(dwconv_weight),
+         d_temperature = like(temperature), d_project_out = like(project_out_weight);
+  Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    backward<T>({s, w, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()), gram_data, q_data,
+                 k_data, static_cast<T*>(dx.mutable_data_ptr()), d_norm_weight.mutable_data_ptr<float>(),
+                 d_norm_bias.mutable_data_ptr<float>(), d_qkv.mutable_data_ptr<float>(), d_dwconv.mutable_data_ptr<float>(),
+                 d_temperature.mutable_data_ptr<float>(), d_project_out.mutable_data_ptr<float>()});
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: run(float{}); break;
+    case ScalarType::BFloat16: run(bf16{}); break;
+    default: STD_TORCH_CHECK(false, "mdta_backward: the CPU kernel takes float32 or bfloat16");
+  }
+  return {dx, d_norm_weight, d_norm_bias, d_qkv, d_dwconv, d_temperature, d_project_out};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(autohdr, CPU, m) {
+  m.impl("mdta", TORCH_BOX(&mdta));
+  m.impl("mdta_backward", TORCH_BOX(&mdta_backward));
+}
+
+}  // namespace autohdr

@@ -1,0 +1,311 @@
+// mdta on a CPU, compiled once per instruction set (no include guard; see common/cpu_each_isa.h).
+//
+// Forward: pass 1 walks every tile once and sums the Gram matrix and the norms of q and k, leaving v in y; pass 2 applies
+// project_out · attention, folded into one matrix an image, to v in place. Backward: one pass for the gradient of that
+// matrix (it needs v), some small matrices, and one pass that recomputes q and k for everything else. A worker owns a tile at
+// a time; sums are per worker and added in order, so that a result depends on the number of threads but not on their timing.
+
+// The small matrices of one image, all [heads][head_size][head_size] unless said otherwise.
+struct Attention {
+  int64_t heads, size, channels;
+  const float *gram, *q_norm, *k_norm;
+  float* attention;  // softmax(temperature · cosine)
+  float* cosine;     // gram / (|q| |k|)
+  float* combined;   // [channels][channels]: project_out · blockdiag(attention)
+
+  static float safe(float norm) { return std::max(norm, 1e-12f); }
+
+  void solve(const float* temperature, const float* project_out) const {
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t row = (h * size + i) * size;
+        float top = -INFINITY, total = 0;
+        for (int64_t j = 0; j < size; ++j) {
+          cosine[row + j] = gram[row + j] / (safe(q_norm[h * size + i]) * safe(k_norm[h * size + j]));
+          attention[row + j] = cosine[row + j] * temperature[h];
+          // A NaN must win, so that it reaches the output.
+          top = attention[row + j] <= top ? top : attention[row + j];
+        }
+        for (int64_t j = 0; j < size; ++j) total += attention[row + j] = std::exp(attention[row + j] - top);
+        for (int64_t j = 0; j < size; ++j) attention[row + j] /= total;
+      }
+    parallel_ranges(channels, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c)
+        for (int64_t h = 0; h < heads; ++h) {
+          float* out = combined + c * channels + h * size;
+          std::fill_n(out, size, 0.0f);
+          for (int64_t i = 0; i < size; ++i) {
+            const float left = project_out[c * channels + h * size + i];
+            const float* right = attention + (h * size + i) * size;
+            for (int64_t j = 0; j < size; ++j) out[j] += left * right[j];
+          }
+        }
+    });
+  }
+};
+
+static HeadWeights head_weights(const MdtaWeights& w, float eps) {
+  return {w.norm_weight, w.norm_bias, w.qkv, w.dwconv, eps};
+}
+
+static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s.width, s.channels}; }
+
+// y [pixels][channels] from the padded panels [panel][pixel][width] of v.
+template <class T>
+static void unpad(const Groups& heads, const float* panels, int64_t panel_stride, int64_t pixels, T* y) {
+  const int64_t channels = heads.count * heads.size, width = heads.width();
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t h = 0; h < heads.count; ++h)
+      for (int64_t i = 0; i < heads.size; i += W) {
+        const int64_t n = h * heads.padded() + i;
+        store_at(y + p * channels + h * heads.size, i, heads.size,
+                 load(panels + n / width * panel_stride + p * width + n % width));
+      }
+}
+
+template <class T>
+static void mdta_forward(const MdtaForward<T>& a) {
+  Scratch scratch;
+  const MdtaShape& s = a.shape;
+  const ImageShape shape = image_shape(s);
+  const int64_t size = s.head_size();
+  const Groups groups(3 * s.heads, size), heads(s.heads, size);
+  const int64_t part = heads.panels(), width = groups.width(), padded = heads.padded();
+  const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(a.weights, s.eps));
+
+  const Tiling tiling(s.batch, s.height, s.width, groups.channels() * sizeof(float));
+  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
+  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
+  const int64_t panel = steps * most * width;  // between panels of q, k, v
+  const int64_t sums_size = s.batch * (s.heads * padded * padded + 2 * heads.channels());
+  const int64_t worker_size = hidden_size + groups.panels() * panel;
+  float* memory = scratch.take<float>(tiling.workers * worker_size);
+  float* sums = scratch.zeros<float>(tiling.workers * sums_size);
+  const auto gram_of = [&](float* mine, int64_t image) { return mine + image * s.heads * padded * padded; };
+  const auto squares_of = [&](float* mine, int64_t image) {
+    return mine + s.batch * s.heads * padded * padded + image * 2 * heads.channels();
+  };
+
+  tiling.for_each([&](int64_t worker, const Tile& t) {
+    float* mine = memory + worker * worker_size;
+    HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
+    float* qkv = mine + hidden_size;  // [panel][pixel of the step][width]
+    float* gram = gram_of(sums + worker * sums_size, t.image);
+    float* squares = squares_of(sums + worker * sums_size, t.image);
+    const int64_t image = t.image * s.height * s.width * s.channels, columns = t.x1 - t.x0;
+    hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
+    for (int64_t y = t.y0; y < t.y1; y += steps) {
+      const int64_t end = std::min(y + steps, t.y1), pixels = (end - y) * columns;
+      hidden.advance(end);
+      for (int64_t p = 0; p < groups.panels(); ++p)
+        for (int64_t r = y; r < end; ++r) {
+          const float* rows[3];
+          hidden.ring.window(r, p, 0, rows);
+          float* out = qkv + p * panel + (r - y) * columns * width;
+          if (p < 2 * part)
+            dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, columns, out, squares + p * width);
+          else
+            dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, columns, out, nullptr);
+        }
+      for (int64_t h = 0; h < s.heads; ++h)
+        for (int64_t i = 0; i < heads.panels_each; ++i)
+          for (int64_t j = 0; j < heads.panels_each; ++j)
+            add_transposed_product(width, width, pixels, qkv + (h * heads.panels_each + i) * panel, width,
+                                   qkv + (part + h * heads.panels_each + j) * panel, width,
+                                   gram + (h * padded + i * width) * padded + j * width, padded);
+      for (int64_t r = y; r < end; ++r)
+        unpad(heads, qkv + 2 * part * panel + (r - y) * columns * width, panel, columns,
+              a.y + image + (r * s.width + t.x0) * s.channels);
+    }
+  });
+  add_up(sums, tiling.workers, sums_size);
+
+  const int64_t out_vecs = panel_vecs(s.channels), out_panels = ceil_div(s.channels, 16 * out_vecs);
+  const int64_t out_width = out_panels * 16 * out_vecs, pixels = s.height * s.width;
+  constexpr int64_t kChunk = 256;  // pixels: v and the product stay in the first-level cache
+  const int64_t workers = torch::stable::get_num_threads();
+  Packed combined{scratch.take<float>(s.channels * out_width), out_panels, out_vecs, s.channels};
+  const int64_t chunk_size = kChunk * (round_up(s.channels, 16) + out_width);
+  float* chunks = scratch.take<float>(workers * chunk_size);
+  const float* zeros = scratch.zeros<float>(out_width);
+  const int64_t square = s.heads * size * size;
+  float* small = scratch.take<float>(2 * square + s.channels * s.channels);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    float *gram = a.gram + b * square, *q_norm = a.q_norm + b * s.channels, *k_norm = a.k_norm + b * s.channels;
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const int64_t h = c / size, i = c % size;
+      q_norm[c] = std::sqrt(squares_of(sums, b)[h * padded + i]);
+      k_norm[c] = std::sqrt(squares_of(sums, b)[heads.channels() + h * padded + i]);
+      for (int64_t j = 0; j < size; ++j) gram[c * size + j] = gram_of(sums, b)[(h * padded + i) * padded + j];
+    }
+    const Attention attention{s.heads, size, s.channels, gram, q_norm, k_norm, small, small + square, small + 2 * square};
+    attention.solve(a.weights.temperature, a.weights.project_out);
+    pack(combined, [&](int64_t k, int64_t n) { return n < s.channels ? attention.combined[n * s.channels + k] : 0.0f; });
+    parallel_ranges(ceil_div(pixels, kChunk), [&](int64_t worker, int64_t begin, int64_t end) {
+      float *v = chunks + worker * chunk_size, *out = v + kChunk * round_up(s.channels, 16);
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t count = std::min(kChunk, pixels - c * kChunk), at = (b * pixels + c * kChunk) * s.channels;
+        read_pixels(a.y + at, count, s.channels, v, round_up(s.channels, 16));
+        const Left left{v, round_up(s.channels, 16), count};
+        product(combined, &left, 1, zeros, 0, &out, out_width, combined.panel_width());
+        add_pixels(a.x + at, out, out_width, count, s.channels, a.y + at);
+      }
+    });
+  }
+}
+
+// The small matrices of the backward pass, of one image, packed for the products that use them.
+struct AttentionGrad {
+  Packed to_q;       // [heads] of them: dq = k · to_q − q ∘ q_scale
+  Packed to_k;       // dk = q · to_k − k ∘ k_scale
+  Packed to_v;       // dv = dy · to_v
+  float* q_scale;    // [padded q channels]
+  float* k_scale;
+};
+
+template <class T>
+static void mdta_backward(const MdtaBackward<T>& a) {
+  Scratch scratch;
+  const MdtaShape& s = a.shape;
+  const ImageShape shape = image_shape(s);
+  const int64_t size = s.head_size(), channels = s.channels;
+  const Groups groups(3 * s.heads, size), heads(s.heads, size);
+  const int64_t part = heads.panels(), each = heads.panels_each, width = groups.width(), padded = heads.padded();
+  const HeadWeights weights = head_weights(a.weights, s.eps);
+  const Expansion op = make_expansion(scratch, groups, channels, weights);
+  HeadBackward head(scratch, groups, op, weights, shape);
+  const int64_t square = s.heads * size * size, ldd = round_up(channels, 16);
+
+  // 1. The attention again, and the gradient of combined = project_out · blockdiag(attention): Σ dy vᵀ.
+  const Tiling tiling(s.batch, s.height, s.width, heads.channels() * sizeof(float));
+  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
+  const Packed v_weight = op.weight.slice(2 * part, part);
+  const float* v_bias = op.bias + 2 * heads.channels();
+  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, part, width, most + 2);
+  const int64_t sums_size = s.batch * channels * heads.channels();
+  const int64_t worker_size = hidden_size + most * (width + ldd);
+  float* memory = scratch.take<float>(tiling.workers * worker_size);
+  float* d_combined = scratch.zeros<float>(tiling.workers * sums_size);  // [image][channel][padded v channel]
+  tiling.for_each([&](int64_t worker, const Tile& t) {
+    float* mine = memory + worker * worker_size;
+    HiddenRows<T> hidden(op, v_weight, v_bias, shape, steps + 2, most + 2, mine);
+    float *v = mine + hidden_size, *dy = v + most * width;
+    float* out = d_combined + worker * sums_size + t.image * channels * heads.channels();
+    const int64_t image = t.image * s.height * s.width * channels, columns = t.x1 - t.x0;
+    hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
+    for (int64_t y = t.y0; y < t.y1; y += steps) {
+      const int64_t end = std::min(y + steps, t.y1);
+      hidden.advance(end);
+      for (int64_t r = y; r < end; ++r) {
+        read_pixels(a.dy + image + (r * s.width + t.x0) * channels, columns, channels, dy, ldd);
+        for (int64_t p = 0; p < part; ++p) {
+          const float* rows[3];
+          hidden.ring.window(r, p, 0, rows);
+          dwconv_row<false>(rows, op.dwconv + (2 * part + p) * 9 * width, width, columns, v, nullptr);
+          add_transposed_product(channels, width, columns, dy, ldd, v, width, out + p * width, heads.channels());
+        }
+      }
+    }
+  });
+  add_up(d_combined, tiling.workers, sums_size);
+
+  // 2. From it the small gradients.
+  std::fill_n(a.d_temperature, s.heads, 0.0f);
+  std::fill_n(a.d_project_out, channels * channels, 0.0f);
+  float* small = scratch.take<float>(4 * square + channels * channels);
+  float *d_attention = small + 2 * square, *d_gram = small + 3 * square;
+  AttentionGrad* grads = scratch.take<AttentionGrad>(s.batch);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const Attention attention{s.heads,  size,  channels, a.gram + b * square, a.q_norm + b * channels, a.k_norm + b * channels,
+                              small, small + square, small + 4 * square};
+    attention.solve(a.weights.temperature, a.weights.project_out);
+    AttentionGrad& g = grads[b];
+    g.q_scale = scratch.zeros<float>(heads.channels());
+    g.k_scale = scratch.zeros<float>(heads.channels());
+    const float* d = d_combined + b * channels * heads.channels();
+    std::fill_n(d_attention, square, 0.0f);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t h = 0; h < s.heads; ++h)
+        for (int64_t i = 0; i < size; ++i) {
+          const float* d_row = d + c * heads.channels() + h * padded;
+          const float* attention_row = attention.attention + (h * size + i) * size;
+          const float weight = a.weights.project_out[c * channels + h * size + i];
+          float* d_attention_row = d_attention + (h * size + i) * size;
+          vf dot = {};
+          for (int64_t j = 0; j < size; j += W) {
+            const vf row = load_at(d_row, j, size);
+            dot += row * load_at(attention_row, j, size);
+            store_at(d_attention_row, j, size, load_at(d_attention_row, j, size) + row * weight);
+          }
+          a.d_project_out[c * channels + h * size + i] += sum(dot);
+        }
+    for (int64_t h = 0; h < s.heads; ++h)
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t row = (h * size + i) * size;
+        const float q = Attention::safe(attention.q_norm[h * size + i]);
+        float along = 0;
+        for (int64_t j = 0; j < size; ++j) along += d_attention[row + j] * attention.attention[row + j];
+        for (int64_t j = 0; j < size; ++j) {
+          const float k = Attention::safe(attention.k_norm[h * size + j]);
+          const float d_score = attention.attention[row + j] * (d_attention[row + j] - along);
+          const float d_cosine = d_score * a.weights.temperature[h], through = d_cosine * attention.cosine[row + j];
+          a.d_temperature[h] += d_score * attention.cosine[row + j];
+          g.q_scale[h * padded + i] += through / (q * q);
+          g.k_scale[h * padded + j] += through / (k * k);
+          d_gram[row + j] = d_cosine / (q * k);
+        }
+      }
+    const auto block = [&](int64_t depth, int64_t panels) {
+      return Packed{scratch.take<float>(depth * panels * width), panels, heads.vecs, depth};
+    };
+    g.to_q = block(padded, part), g.to_k = block(padded, part), g.to_v = block(channels, part);
+    const auto entry = [&](int64_t h, int64_t i, int64_t j) {
+      return i < size && j < size ? d_gram[(h * size + i) * size + j] : 0.0f;
+    };
+    pack(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k); });
+    pack(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded); });
+    pack(g.to_v, [&](int64_t k, int64_t n) {
+      const int64_t c = op.rows[n];  // the rows of q, the first group of heads, are the channels themselves
+      return c < 0 ? 0.0f : attention.combined[k * channels + c];
+    });
+  }
+
+  // 3. Everything else in one pass.
+  const int64_t reach = head.grad_columns(), middle_size = reach * (2 * heads.channels() + ldd);
+  float* middles = scratch.take<float>(head.tiling.workers * middle_size);
+  head.run(scratch, a.x, a.dy, a.dx,
+           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y, int64_t x0, int64_t x1, const Ring& grad, const Tile& t) {
+             float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
+             const AttentionGrad& g = grads[t.image];
+             const int64_t count = x1 - x0, panel = reach * width, column = x0 - (t.x0 - 1);
+             read_pixels(a.dy + ((t.image * s.height + y) * s.width + x0) * channels, count, channels, dy, ldd);
+             for (int64_t p = 0; p < 2 * part; ++p) {
+               const float* rows[3];
+               hidden.ring.window(y, p, column, rows);  // one to the left: the hidden rows begin a column earlier
+               dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, qk + p * panel, nullptr);
+             }
+             const auto subtract = [&](int64_t p, const float* scale) {  // d −= value ∘ scale
+               const float* value = qk + p * panel;
+               float* d = grad.at(y, p, column);
+               for (int64_t c = 0; c < width; c += W) {
+                 const vf factor = load(scale + c);
+                 for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
+               }
+             };
+             for (int64_t h = 0; h < s.heads; ++h) {
+               const int64_t q = h * each, k = part + h * each;
+               const Left keys{qk + k * panel, width, count, each, panel}, queries{qk + q * panel, width, count, each, panel};
+               float *dq = grad.at(y, q, column), *dk = grad.at(y, k, column);
+               product(g.to_q.slice(q, each), &keys, 1, head.zeros, 0, &dq, width, grad.panel_stride());
+               product(g.to_k.slice(q, each), &queries, 1, head.zeros, 0, &dk, width, grad.panel_stride());
+             }
+             for (int64_t p = 0; p < part; ++p) {
+               subtract(p, g.q_scale + p * width);
+               subtract(part + p, g.k_scale + p * width);
+             }
+             const Left left{dy, ldd, count};
+             float* dv = grad.at(y, 2 * part, column);
+             product(g.to_v, &left, 1, head.zeros, 0, &dv, width, grad.panel_stride());
+           });
+  head.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
+}

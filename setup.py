@@ -1,0 +1,106 @@
+"""Build policy: which kernels to compile. Everything else is in pyproject.toml.
+
+AUTOHDR_BUILD=auto|cpu|cuda|none   auto (the default): the CPU kernels, and the CUDA kernels iff torch was built with CUDA and an
+                                   nvcc of the same major version is there. Never asks whether a GPU is present.
+TORCH_CUDA_ARCH_LIST               narrows the GPU architectures, as for any PyTorch extension.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
+
+
+def nvcc_release() -> tuple[Path, str] | None:
+    """CUDA's root folder and nvcc's release, such as 13.0."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
+    if not nvcc or not Path(nvcc).exists():
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+\.\d+)", text)
+    if not release:
+        return None
+    if not home:  # nvcc may be a script that starts the real one: the compiler itself says where it lies
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+        home = top.group(1).strip() if top else Path(nvcc).resolve().parent.parent
+    return Path(home).resolve(), release.group(1)
+
+
+def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple[bool, bool, str]:
+    """(compile the CPU kernels, compile the CUDA kernels, what to tell the user)."""
+    if build not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"AUTOHDR_BUILD: expected auto, cpu, cuda or none, got {build!r}")
+    if build == "none":
+        return False, False, "no kernels (AUTOHDR_BUILD=none): the reference backend will be used"
+    if build == "cpu":
+        return True, False, "CPU kernels (AUTOHDR_BUILD=cpu)"
+    missing = ""
+    nvcc = nvcc_release()
+    if not cuda_sources:
+        missing = "this version has no CUDA kernels"
+    elif nvcc is None:
+        missing = "no nvcc was found (set CUDA_HOME)"
+    elif build == "auto" and torch_cuda is None:
+        missing = "torch was built without CUDA"
+    elif torch_cuda is not None and nvcc[1].split(".")[0] != torch_cuda.split(".")[0]:
+        missing = f"nvcc is {nvcc[1]}, torch was built with CUDA {torch_cuda}"
+    if missing and build == "cuda":
+        raise SystemExit(f"AUTOHDR_BUILD=cuda: {missing}")
+    return True, not missing, "CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else f" and CUDA kernels with nvcc {nvcc[1]}")
+
+
+def extension() -> tuple[list, dict]:
+    build = os.environ.get("AUTOHDR_BUILD", "auto")
+    if build == "none":
+        print("autohdr:", choose(build, None, [])[2])
+        return [], {}
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "autohdr compiles its kernels against your PyTorch: install torch >= 2.11 first, then build with"
+            " pip install --no-build-isolation. AUTOHDR_BUILD=none installs without kernels."
+        ) from None
+    import pybind11
+
+    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cu"))
+    cpu, cuda, message = choose(build, torch.version.cuda, cuda_sources)
+    print("autohdr:", message)
+    cuda_home, release = nvcc_release() if cuda else (None, "none")
+    if cuda:
+        os.environ["CUDA_HOME"] = str(cuda_home)  # read once, when cpp_extension is imported
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else "none"
+    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*_cpu.cpp")), "csrc/common/cpu_isa.cpp"]
+    if cuda:
+        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*_cuda.cpp")) + cuda_sources
+    macros = [
+        ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # one binary for every torch from 2.11 on
+        ("AUTOHDR_TORCH_VERSION", torch.__version__),
+        ("AUTOHDR_CUDA_VERSION", release),
+        ("AUTOHDR_CUDA_ARCHITECTURES", architectures.replace(";", " ")),
+    ]
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    module = (CUDAExtension if cuda else CppExtension)(
+        "autohdr._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        define_macros=macros,
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17"]} if cuda else flags,
+        # Without --no-as-needed the linker drops libtorch, whose stream functions are weak symbols of the stable ABI.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"] if os.uname().sysname == "Linux" else [],
+    )
+    return [module], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+
+
+modules, commands = extension()
+setup(ext_modules=modules, cmdclass=commands)
