@@ -1,4 +1,4 @@
-// The pybind11 module autohdr._C. Loading it registers the kernels; what it offers itself is build_info().
+// The pybind11 module autohdr._C. Loading it registers the kernels; what it offers itself is build_info() and use_cpu_isa().
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +16,7 @@ pybind11::dict build_info() {
   info["cuda"] = AUTOHDR_STRING(AUTOHDR_CUDA_VERSION);
   info["cuda_architectures"] = AUTOHDR_STRING(AUTOHDR_CUDA_ARCHITECTURES);
   info["cpu_isas"] = autohdr::compiled_isas();
+  info["cpu_isas_here"] = autohdr::usable_isas();
   info["cpu_isa"] = autohdr::isa_name(autohdr::current_isa());
   return info;
 }
@@ -25,4 +26,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "autohdr's compiled kernels";
   m.def("build_info", &build_info, "What was compiled, and the CPU instruction set the kernels run with here.");
+  m.def("use_cpu_isa", &autohdr::use_isa, "Makes the CPU kernels run with one of build_info()['cpu_isas_here'].");
 }

@@ -1,8 +1,8 @@
 #include "common/cpu_isa.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -43,19 +43,15 @@ bool dot_product_pays() {
 #endif
 }
 
-Isa choose() {
-  if (const char* forced = std::getenv("AUTOHDR_CPU_ISA"); forced && *forced) {
-    for (int i = 0; i < 4; ++i) {
-      if (std::strcmp(forced, kNames[i]) != 0) continue;
-      if (!runs_here(static_cast<Isa>(i)))
-        throw std::runtime_error(std::string("AUTOHDR_CPU_ISA=") + forced + ": this processor or build does not have it");
-      return static_cast<Isa>(i);
-    }
-    throw std::runtime_error(std::string("AUTOHDR_CPU_ISA: expected baseline, avx2, avx512 or avx512_bf16, got ") + forced);
-  }
+Isa best() {
   if (runs_here(Isa::avx512_bf16) && dot_product_pays()) return Isa::avx512_bf16;
   if (runs_here(Isa::avx512)) return Isa::avx512;
   return runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{best()};
+  return isa;
 }
 
 constexpr size_t kAlign = 64;
@@ -86,15 +82,28 @@ thread_local Arena arena;
 
 }  // namespace
 
-Isa current_isa() {
-  static const Isa isa = choose();
-  return isa;
-}
+Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-std::vector<const char*> compiled_isas() {
-  return {kNames, kNames + (AUTOHDR_X86 ? 4 : 1)};
+void use_isa(const std::string& name) {
+  for (size_t i = 0; i < compiled_isas().size(); ++i)
+    if (name == kNames[i] && runs_here(static_cast<Isa>(i))) {
+      chosen().store(static_cast<Isa>(i), std::memory_order_relaxed);
+      return;
+    }
+  std::string usable;
+  for (const char* isa : usable_isas()) usable += std::string(usable.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("use_cpu_isa: expected one of " + usable + ", got " + name);
+}
+
+std::vector<const char*> compiled_isas() { return {kNames, kNames + (AUTOHDR_X86 ? 4 : 1)}; }
+
+std::vector<const char*> usable_isas() {
+  std::vector<const char*> names;
+  for (size_t i = 0; i < compiled_isas().size(); ++i)
+    if (runs_here(static_cast<Isa>(i))) names.push_back(kNames[i]);
+  return names;
 }
 
 void* Scratch::bytes(size_t count) {

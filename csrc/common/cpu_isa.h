@@ -1,10 +1,11 @@
 // Run-time choice of the instruction set for the CPU kernels, and what they share that does not depend on it.
 //
 // A kernel body is a header without an include guard, compiled once per instruction set inside a namespace of its own
-// (common/cpu_each_isa.h). AUTOHDR_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces a set, for tests and comparisons.
+// (common/cpu_each_isa.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,10 +24,13 @@ struct bf16 {
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
-// The set the kernels run with: the forced one, else the best for this processor. Throws if the forced one cannot run here.
+// The set the kernels run with: the best for this processor, or the one that use_isa named.
 Isa current_isa();
 const char* isa_name(Isa isa);
+// For tests and comparisons. Throws std::invalid_argument if the set is unknown or cannot run here.
+void use_isa(const std::string& name);
 std::vector<const char*> compiled_isas();
+std::vector<const char*> usable_isas();
 
 // A bump allocator over memory that stays with the calling thread: an op takes what it needs and gives all back at its
 // end, so that no call after the first pays for page faults.

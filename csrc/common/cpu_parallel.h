@@ -47,7 +47,7 @@ struct Tiling {
     const int64_t threads = torch::stable::get_num_threads();
     bands = 1;
     while (bands < ceil_div(height, 4) && count() % threads != 0 && count() < 8 * threads) ++bands;
-    workers = std::min<int64_t>(threads, count());
+    workers = std::clamp<int64_t>(count(), 1, threads);
   }
   int64_t tile_width() const { return ceil_div(width, columns); }
   int64_t count() const { return batch * columns * bands; }

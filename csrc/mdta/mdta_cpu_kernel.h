@@ -5,39 +5,46 @@
 // matrix (it needs v), some small matrices, and one pass that recomputes q and k for everything else. A worker owns a tile at
 // a time; sums are per worker and added in order, so that a result depends on the number of threads but not on their timing.
 
-// The small matrices of one image, all [heads][head_size][head_size] unless said otherwise.
+// The small matrices of one image, in double: they are few, and the gradient takes differences of nearly equal ones.
 struct Attention {
   int64_t heads, size, channels;
   const float *gram, *q_norm, *k_norm;
-  float* attention;  // softmax(temperature · cosine)
-  float* cosine;     // gram / (|q| |k|)
-  float* combined;   // [channels][channels]: project_out · blockdiag(attention)
+  double* attention;  // [heads][size][size], softmax(temperature · cosine)
+  double* cosine;     // [heads][size][size], gram / (|q| |k|)
+  float* combined;    // [channels][channels], project_out · blockdiag(attention)
 
-  static float safe(float norm) { return std::max(norm, 1e-12f); }
+  static Attention make(Scratch& scratch, int64_t heads, int64_t channels) {
+    const int64_t size = channels / heads, square = channels * size;
+    double* small = scratch.take<double>(2 * square);
+    return {heads, size, channels, nullptr, nullptr, nullptr, small, small + square, scratch.take<float>(channels * channels)};
+  }
 
-  void solve(const float* temperature, const float* project_out) const {
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = 0; i < size; ++i) {
-        const int64_t row = (h * size + i) * size;
-        float top = -INFINITY, total = 0;
-        for (int64_t j = 0; j < size; ++j) {
-          cosine[row + j] = gram[row + j] / (safe(q_norm[h * size + i]) * safe(k_norm[h * size + j]));
-          attention[row + j] = cosine[row + j] * temperature[h];
-          // A NaN must win, so that it reaches the output.
-          top = attention[row + j] <= top ? top : attention[row + j];
-        }
-        for (int64_t j = 0; j < size; ++j) total += attention[row + j] = std::exp(attention[row + j] - top);
-        for (int64_t j = 0; j < size; ++j) attention[row + j] /= total;
+  double q_length(int64_t c) const { return std::max<double>(q_norm[c], 1e-12); }
+  double k_length(int64_t c) const { return std::max<double>(k_norm[c], 1e-12); }
+
+  // Given this image's Gram matrix and norms.
+  void solve(const float* gram_, const float* q_norm_, const float* k_norm_, const MdtaWeights& weights) {
+    gram = gram_, q_norm = q_norm_, k_norm = k_norm_;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t h = c / size, row = c * size;
+      double top = -INFINITY, total = 0;
+      for (int64_t j = 0; j < size; ++j) {
+        cosine[row + j] = gram[row + j] / (q_length(c) * k_length(h * size + j));
+        attention[row + j] = cosine[row + j] * weights.temperature[h];
+        top = attention[row + j] <= top ? top : attention[row + j];  // a NaN wins, so that it reaches the output
       }
+      for (int64_t j = 0; j < size; ++j) total += attention[row + j] = std::exp(attention[row + j] - top);
+      for (int64_t j = 0; j < size; ++j) attention[row + j] /= total;
+    }
     parallel_ranges(channels, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
         for (int64_t h = 0; h < heads; ++h) {
           float* out = combined + c * channels + h * size;
           std::fill_n(out, size, 0.0f);
           for (int64_t i = 0; i < size; ++i) {
-            const float left = project_out[c * channels + h * size + i];
-            const float* right = attention + (h * size + i) * size;
-            for (int64_t j = 0; j < size; ++j) out[j] += left * right[j];
+            const float left = weights.project_out[c * channels + h * size + i];
+            const double* right = attention + (h * size + i) * size;
+            for (int64_t j = 0; j < size; ++j) out[j] += left * static_cast<float>(right[j]);
           }
         }
     });
@@ -129,7 +136,7 @@ static void mdta_forward(const MdtaForward<T>& a) {
   float* chunks = scratch.take<float>(workers * chunk_size);
   const float* zeros = scratch.zeros<float>(out_width);
   const int64_t square = s.heads * size * size;
-  float* small = scratch.take<float>(2 * square + s.channels * s.channels);
+  Attention attention = Attention::make(scratch, s.heads, s.channels);
   for (int64_t b = 0; b < s.batch; ++b) {
     float *gram = a.gram + b * square, *q_norm = a.q_norm + b * s.channels, *k_norm = a.k_norm + b * s.channels;
     for (int64_t c = 0; c < s.channels; ++c) {
@@ -138,8 +145,7 @@ static void mdta_forward(const MdtaForward<T>& a) {
       k_norm[c] = std::sqrt(squares_of(sums, b)[heads.channels() + h * padded + i]);
       for (int64_t j = 0; j < size; ++j) gram[c * size + j] = gram_of(sums, b)[(h * padded + i) * padded + j];
     }
-    const Attention attention{s.heads, size, s.channels, gram, q_norm, k_norm, small, small + square, small + 2 * square};
-    attention.solve(a.weights.temperature, a.weights.project_out);
+    attention.solve(gram, q_norm, k_norm, a.weights);
     pack(combined, [&](int64_t k, int64_t n) { return n < s.channels ? attention.combined[n * s.channels + k] : 0.0f; });
     parallel_ranges(ceil_div(pixels, kChunk), [&](int64_t worker, int64_t begin, int64_t end) {
       float *v = chunks + worker * chunk_size, *out = v + kChunk * round_up(s.channels, 16);
@@ -159,8 +165,8 @@ struct AttentionGrad {
   Packed to_q;       // [heads] of them: dq = k · to_q − q ∘ q_scale
   Packed to_k;       // dk = q · to_k − k ∘ k_scale
   Packed to_v;       // dv = dy · to_v
-  float* q_scale;    // [padded q channels]
-  float* k_scale;
+  double* q_scale;   // [padded q channels]
+  double* k_scale;
 };
 
 template <class T>
@@ -212,49 +218,51 @@ static void mdta_backward(const MdtaBackward<T>& a) {
   // 2. From it the small gradients.
   std::fill_n(a.d_temperature, s.heads, 0.0f);
   std::fill_n(a.d_project_out, channels * channels, 0.0f);
-  float* small = scratch.take<float>(4 * square + channels * channels);
-  float *d_attention = small + 2 * square, *d_gram = small + 3 * square;
+  Attention attention = Attention::make(scratch, s.heads, channels);
+  float *d_attention = scratch.take<float>(3 * square), *d_gram = d_attention + square, *rounded = d_gram + square;
   AttentionGrad* grads = scratch.take<AttentionGrad>(s.batch);
   for (int64_t b = 0; b < s.batch; ++b) {
-    const Attention attention{s.heads,  size,  channels, a.gram + b * square, a.q_norm + b * channels, a.k_norm + b * channels,
-                              small, small + square, small + 4 * square};
-    attention.solve(a.weights.temperature, a.weights.project_out);
+    attention.solve(a.gram + b * square, a.q_norm + b * channels, a.k_norm + b * channels, a.weights);
     AttentionGrad& g = grads[b];
-    g.q_scale = scratch.zeros<float>(heads.channels());
-    g.k_scale = scratch.zeros<float>(heads.channels());
+    g.q_scale = scratch.zeros<double>(heads.channels());
+    g.k_scale = scratch.zeros<double>(heads.channels());
     const float* d = d_combined + b * channels * heads.channels();
     std::fill_n(d_attention, square, 0.0f);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t h = 0; h < s.heads; ++h)
-        for (int64_t i = 0; i < size; ++i) {
-          const float* d_row = d + c * heads.channels() + h * padded;
-          const float* attention_row = attention.attention + (h * size + i) * size;
-          const float weight = a.weights.project_out[c * channels + h * size + i];
-          float* d_attention_row = d_attention + (h * size + i) * size;
-          vf dot = {};
-          for (int64_t j = 0; j < size; j += W) {
-            const vf row = load_at(d_row, j, size);
-            dot += row * load_at(attention_row, j, size);
-            store_at(d_attention_row, j, size, load_at(d_attention_row, j, size) + row * weight);
+    std::copy_n(attention.attention, square, rounded);
+    parallel_ranges(s.heads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t i = 0; i < size; ++i) {
+            const float* d_row = d + c * heads.channels() + h * padded;
+            const int64_t row = (h * size + i) * size, at = c * channels + h * size + i;
+            vf dot = {};
+            for (int64_t j = 0; j < size; j += W) {
+              const vf value = load_at(d_row, j, size);
+              dot += value * load_at(rounded + row, j, size);
+              store_at(d_attention + row, j, size, load_at(d_attention + row, j, size) + value * a.weights.project_out[at]);
+            }
+            a.d_project_out[at] += sum(dot);
           }
-          a.d_project_out[c * channels + h * size + i] += sum(dot);
-        }
-    for (int64_t h = 0; h < s.heads; ++h)
+    });
+    for (int64_t h = 0; h < s.heads; ++h) {
+      double d_temperature = 0;
       for (int64_t i = 0; i < size; ++i) {
         const int64_t row = (h * size + i) * size;
-        const float q = Attention::safe(attention.q_norm[h * size + i]);
-        float along = 0;
+        const double q = attention.q_length(h * size + i);
+        double along = 0;
         for (int64_t j = 0; j < size; ++j) along += d_attention[row + j] * attention.attention[row + j];
         for (int64_t j = 0; j < size; ++j) {
-          const float k = Attention::safe(attention.k_norm[h * size + j]);
-          const float d_score = attention.attention[row + j] * (d_attention[row + j] - along);
-          const float d_cosine = d_score * a.weights.temperature[h], through = d_cosine * attention.cosine[row + j];
-          a.d_temperature[h] += d_score * attention.cosine[row + j];
+          const double k = attention.k_length(h * size + j);
+          const double d_score = attention.attention[row + j] * (d_attention[row + j] - along);
+          const double d_cosine = d_score * a.weights.temperature[h], through = d_cosine * attention.cosine[row + j];
+          d_temperature += d_score * attention.cosine[row + j];
           g.q_scale[h * padded + i] += through / (q * q);
           g.k_scale[h * padded + j] += through / (k * k);
-          d_gram[row + j] = d_cosine / (q * k);
+          d_gram[row + j] = static_cast<float>(d_cosine / (q * k));
         }
       }
+      a.d_temperature[h] += static_cast<float>(d_temperature);
+    }
     const auto block = [&](int64_t depth, int64_t panels) {
       return Packed{scratch.take<float>(depth * panels * width), panels, heads.vecs, depth};
     };
@@ -284,11 +292,13 @@ static void mdta_backward(const MdtaBackward<T>& a) {
                hidden.ring.window(y, p, column, rows);  // one to the left: the hidden rows begin a column earlier
                dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, qk + p * panel, nullptr);
              }
-             const auto subtract = [&](int64_t p, const float* scale) {  // d −= value ∘ scale
+             const auto subtract = [&](int64_t p, const double* scale) {  // d −= value ∘ scale
                const float* value = qk + p * panel;
                float* d = grad.at(y, p, column);
                for (int64_t c = 0; c < width; c += W) {
-                 const vf factor = load(scale + c);
+                 float factors[W];
+                 std::copy_n(scale + c, W, factors);
+                 const vf factor = load(factors);
                  for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
                }
              };

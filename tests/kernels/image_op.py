@@ -1,0 +1,160 @@
+"""The tests that every image op passes, as a base class; an op's own test file adds its arguments, definition and refusals."""
+
+import pytest
+import torch
+from gold import assert_as_good_as_reference, run
+
+from autohdr import _C
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(params=_C.build_info()["cpu_isas_here"])
+def isa(request):
+    """Each instruction set that runs here in turn."""
+    before = _C.build_info()["cpu_isa"]
+    _C.use_cpu_isa(request.param)
+    yield
+    _C.use_cpu_isa(before)
+
+
+def double(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def cases(shapes, names):
+    """Shapes, each a tuple with the norm's bias last, as test parameters in both dtypes."""
+
+    def name(shape, dtype):
+        sizes = "-".join(f"{n}{s}" for n, s in zip(names, shape, strict=False))
+        return f"{sizes}-{'bias' if shape[-1] else 'biasfree'}-{dtype}"
+
+    return [pytest.param(s, DTYPES[d], id=name(s, d)) for s in shapes for d in DTYPES]
+
+
+class ImageOpTests:
+    """A subclass sets ``name``, ``op`` and ``small`` (a shape), and has ``arguments(shape, dtype) -> (tensors, dy, keywords)``
+    and ``saved_bytes(shape)``, what the backward pass may keep beside the parameters."""
+
+    def check_forward(self, shape, dtype):
+        tensors, dy, keywords = self.arguments(shape, dtype)
+        gold = self.op(*double(tensors), **keywords)
+        reference = self.op(*tensors, **keywords, backend="reference")
+        actual = self.op(*tensors, **keywords, backend="cpu")
+        assert_as_good_as_reference([actual], [reference], [gold], dtype, dy[0, 0].numel())
+
+    def check_backward(self, shape, dtype):
+        tensors, dy, keywords = self.arguments(shape, dtype)
+        gold = run(self.op, double(tensors), dy.double(), **keywords)
+        reference = run(self.op, tensors, dy, **keywords, backend="reference")
+        actual = run(self.op, tensors, dy, **keywords, backend="cpu")
+        assert_as_good_as_reference(actual, reference, gold, dtype, dy[:, 0].numel())
+
+    def test_gradcheck(self):
+        tensors, _, keywords = self.arguments((1, 4, 2, 3, 4, True), torch.float32)
+        leaves = [t.double().requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(lambda *t: self.op(*t, **keywords, backend="reference"), leaves)
+
+    def test_opcheck(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+        op = getattr(torch.ops.autohdr, self.name).default
+        torch.library.opcheck(op, (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
+
+    def test_compile_fullgraph(self):
+        tensors, dy, keywords = self.arguments(self.small, torch.float32)
+
+        def function(*t):
+            return self.op(*t, **keywords).relu()
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, e in zip(run(compiled, tensors, dy), run(function, tensors, dy), strict=True):
+            assert torch.equal(a, e)
+
+    @pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted"])
+    def test_noncontiguous(self, layout):
+        tensors, dy, keywords = self.arguments(self.small, torch.float32)
+        expected = run(self.op, tensors, dy, **keywords, backend="cpu")
+        x = tensors[0]
+        if layout == "channels_last":
+            tensors[0], dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        elif layout == "sliced":
+            tensors[0], dy = torch.cat([x, x], 3)[..., : x.shape[3]], torch.stack([dy, dy], -1)[..., 0]
+        else:
+            tensors[0] = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        for a, e in zip(run(self.op, tensors, dy, **keywords, backend="cpu"), expected, strict=True):
+            assert torch.equal(a, e)
+
+    def test_saves_no_image_beside_x(self):
+        (x, *parameters), _, keywords = self.arguments(self.small, torch.float32)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        parameters = [p.requires_grad_() for p in parameters]
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            self.op(x, *parameters, **keywords, backend="cpu")
+        pointers = {t.data_ptr() for t in parameters}
+        kept = sum(t.numel() * t.element_size() for pointer, t in saved.items() if pointer not in pointers)
+        assert kept == self.saved_bytes(self.small)
+
+    def test_double_backward_raises(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        tensors[0].requires_grad_()
+        y = self.op(*tensors, **keywords, backend="cpu")
+        (dx,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{self.name}: a second derivative is not implemented"):
+            dx.sum().backward()
+
+    def test_threads(self):
+        """The same bits from run to run at any number of threads, and rounding apart between them."""
+        tensors, dy, keywords = self.arguments((1, 8, 2, 33, 40, True), torch.float32)
+        threads, results = torch.get_num_threads(), []
+        try:
+            for n in (1, 2, 5):
+                torch.set_num_threads(n)
+                results.append(run(self.op, tensors, dy, **keywords, backend="cpu"))
+                again = run(self.op, tensors, dy, **keywords, backend="cpu")
+                assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+    def test_autocast_casts_x_alone(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        for backend in ("cpu", "reference"):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.op(*tensors, **keywords, backend=backend)
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, self.op(tensors[0].bfloat16(), *tensors[1:], **keywords, backend=backend))
+
+    def test_parameters_in_bfloat16(self):
+        tensors, dy, keywords = self.arguments(self.small, torch.float32)
+        halves = [tensors[0], *(t.bfloat16() for t in tensors[1:])]
+        actual = run(self.op, halves, dy, **keywords, backend="cpu")
+        expected = run(self.op, [t.float() for t in halves], dy, **keywords, backend="cpu")
+        for a, e, t in zip(actual[1:], expected[1:], halves, strict=True):
+            assert torch.equal(a, e.to(t.dtype))
+
+    def test_empty_batch(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        leaves = [t.requires_grad_() for t in [tensors[0][:0], *tensors[1:]]]
+        y = self.op(*leaves, **keywords, backend="cpu")
+        assert y.shape == (0, *tensors[0].shape[1:])
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, leaves, strict=True))
+
+    @pytest.mark.parametrize(
+        ("index", "value", "message"),
+        [
+            (0, torch.zeros(8, 6, 5), r"x must be a floating \[batch, channels, height, width\].*got torch.float32 \[8, 6, 5\]"),
+            (0, torch.zeros(1, 8, 0, 5), "x must be a floating.*no empty image"),
+            (1, torch.zeros(7), r"norm_weight must be \[8\], got \[7\]"),
+            (2, torch.zeros(8, dtype=torch.int32), "norm_bias must be floating, got torch.int32"),
+            (2, torch.zeros(8, device="meta"), "norm_bias must be on cpu as x is, got meta"),
+        ],
+    )
+    def test_rejects_arguments(self, index, value, message):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        tensors[index] = value
+        with pytest.raises(ValueError, match=f"{self.name}: {message}"):
+            self.op(*tensors, **keywords)

@@ -1,0 +1,88 @@
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from autohdr import _C, kernels
+from autohdr.kernels import _extension, backends, gdfn, set_backend
+from autohdr.kernels.backends import resolve
+
+X = torch.zeros(1, 8, 4, 4)
+
+
+def test_backends_name_the_reason():
+    for op in kernels.OPS:
+        table = backends(op)
+        assert list(table) == ["cuda", "triton", "cpu", "reference"]
+        assert table["cpu"] == table["reference"] == "available"
+        assert table["cuda"] == f"{op} has no cuda kernel yet"
+
+
+def test_unknown_op_and_backend():
+    with pytest.raises(ValueError, match="op: expected one of mdta, gdfn, got 'conv'"):
+        backends("conv")
+    with pytest.raises(ValueError, match="backend: expected auto, cuda, triton, cpu, reference, got 'gpu'"):
+        resolve("mdta", "gpu", X)
+    with pytest.raises(ValueError, match="got 'gpu'"):
+        set_backend("gpu")
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert resolve("mdta", "auto", X) == "cpu"
+    assert resolve("mdta", "auto", X.double()) == "reference"
+    assert resolve("mdta", "auto", X.to("meta")) == "reference"
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(RuntimeError, match="mdta: backend 'cuda' cannot run: mdta has no cuda kernel yet"):
+        resolve("mdta", "cuda", X)
+    with pytest.raises(RuntimeError, match="gdfn: backend 'cpu' cannot run: it takes float32 or bfloat16, x is torch.float64"):
+        gdfn(X.double(), *[torch.zeros(s) for s in ((8,), (8,), (8, 8, 1, 1), (8, 1, 3, 3), (8, 4, 1, 1))], backend="cpu")
+
+
+def test_set_backend_changes_auto_alone():
+    set_backend("reference")
+    try:
+        assert resolve("mdta", "auto", X) == "reference"
+        assert resolve("mdta", "cpu", X) == "cpu"
+    finally:
+        set_backend("auto")
+    assert resolve("mdta", "auto", X) == "cpu"
+
+
+def test_an_absent_extension_warns_once_and_leaves_the_reference():
+    code = (
+        "import importlib.util as u, warnings; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'autohdr._C' else find(name, *a)\n"
+        "import autohdr, torch\n"
+        "print(autohdr.kernels.backends('mdta')['cpu'])\n"
+        "m = autohdr.create_model('restormer_nano')\n"
+        "print(m(torch.zeros(1, 3, 9, 8)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["not compiled into this installation (see README, Troubleshooting)", "torch.Size([1, 3, 9, 8])"]
+    assert done.stderr.count("autohdr's compiled kernels are not available") == 1
+
+
+def test_a_broken_extension_is_named(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: somewhere")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert _extension._load() == (None, "the compiled module does not load: undefined symbol: somewhere")
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert info["cpu_isa"] in info["cpu_isas_here"] and set(info["cpu_isas_here"]) <= set(info["cpu_isas"])
+    with pytest.raises(ValueError, match="use_cpu_isa: expected one of baseline.*, got sse9"):
+        _C.use_cpu_isa("sse9")
+
+
+def test_importing_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(_extension)

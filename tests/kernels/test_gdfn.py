@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from image_op import ImageOpTests, cases, isa  # noqa: F401  a fixture
+
+from autohdr.kernels import gdfn
+
+CASES = cases(
+    [  # batch, channels, hidden channels, height, width, norm bias
+        (1, 48, 127, 12, 20, True),
+        (2, 48, 127, 37, 29, False),
+        (1, 96, 255, 9, 70, True),
+        (1, 24, 63, 8, 200, True),
+        (2, 10, 17, 5, 7, True),
+        (1, 32, 85, 1, 1, True),
+        (1, 6, 5, 1, 250, False),
+        (1, 7, 33, 63, 2, True),
+        (1, 192, 510, 6, 6, True),
+    ],
+    ("B", "C", "hidden", "H", "W"),
+)
+
+
+class TestGdfn(ImageOpTests):
+    name = "gdfn"
+    op = staticmethod(gdfn)
+    small = (2, 8, 21, 6, 5, True)
+
+    @staticmethod
+    def arguments(shape, dtype):
+        b, c, hidden, h, w, bias = shape
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*size):
+            return torch.randn(*size, generator=g)
+
+        tensors = [
+            (randn(b, c, h, w) + 0.5).to(dtype),
+            1 + 0.2 * randn(c),
+            0.2 * randn(c) if bias else None,
+            randn(2 * hidden, c, 1, 1) / c**0.5,
+            randn(2 * hidden, 1, 3, 3) / 3,
+            randn(c, hidden, 1, 1) / hidden**0.5,
+        ]
+        return tensors, randn(b, c, h, w).to(dtype), {}
+
+    @staticmethod
+    def saved_bytes(shape):
+        b, c, _, h, w, _ = shape
+        return 4 * b * c * h * w  # x
+
+    @pytest.mark.parametrize(("shape", "dtype"), CASES)
+    def test_forward(self, shape, dtype, isa):  # noqa: F811
+        self.check_forward(shape, dtype)
+
+    @pytest.mark.parametrize(("shape", "dtype"), CASES)
+    def test_backward(self, shape, dtype, isa):  # noqa: F811
+        self.check_backward(shape, dtype)
+
+    def test_definition(self):
+        """The reference against the equations, written out with the exact gelu."""
+        (x, weight, bias, project_in, dw, project_out), _, _ = self.arguments((1, 4, 5, 3, 6, True), torch.float64)
+        weight, bias = weight.double(), bias.double()
+        project_in, dw, project_out = project_in[:, :, 0, 0].double(), dw[:, 0].double(), project_out[:, :, 0, 0].double()
+        norm = (x[0] - x[0].mean(0)) / (x[0].var(0, unbiased=False) + 1e-6).sqrt() * weight[:, None, None] + bias[:, None, None]
+        hidden = torch.zeros(10, 5, 8, dtype=torch.float64)
+        hidden[:, 1:-1, 1:-1] = torch.einsum("oc,chw->ohw", project_in, norm)
+        conv = sum(dw[:, i, j, None, None] * hidden[:, i : i + 3, j : j + 6] for i in range(3) for j in range(3))
+        a, b = conv.split(5)
+        gate = a * 0.5 * (1 + torch.erf(a / math.sqrt(2))) * b
+        expected = x[0] + torch.einsum("oc,chw->ohw", project_out, gate)
+        actual = gdfn(x, weight, bias, project_in[:, :, None, None], dw[:, None], project_out[:, :, None, None])
+        torch.testing.assert_close(actual[0], expected)
+
+    def test_nan_stays_in_its_neighbourhood(self):
+        tensors, _, _ = self.arguments((1, 8, 21, 7, 9, True), torch.float32)
+        tensors[0][0, 3, 2, 4] = torch.nan
+        nan = gdfn(*tensors, backend="cpu").isnan()[0]
+        assert nan[:, 1:4, 3:6].all() and nan.sum() == 8 * 9
+
+    @pytest.mark.parametrize(
+        ("index", "value", "message"),
+        [
+            (3, torch.zeros(42, 8), r"project_in_weight must be \[42, 8, 1, 1\], got \[42, 8\]"),
+            (4, torch.zeros(42, 1, 5, 5), r"dwconv_weight must be \[42, 1, 3, 3\], got \[42, 1, 5, 5\]"),
+            (5, torch.zeros(8, 20, 1, 1), r"project_in_weight must be \[40, 8, 1, 1\], got \[42, 8, 1, 1\]"),
+            (5, torch.zeros(8, 0, 1, 1), r"project_in_weight must be \[0, 8, 1, 1\]"),
+        ],
+    )
+    def test_rejects_weights(self, index, value, message):
+        tensors, _, _ = self.arguments(self.small, torch.float32)
+        tensors[index] = value
+        with pytest.raises(ValueError, match=f"gdfn: {message}"):
+            gdfn(*tensors)

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from image_op import ImageOpTests, cases, isa  # noqa: F401  a fixture
+
+from autohdr.kernels import mdta
+
+CASES = cases(
+    [  # batch, channels, heads, height, width, norm bias
+        (1, 48, 1, 12, 20, True),
+        (2, 48, 1, 37, 29, False),
+        (1, 96, 2, 9, 70, True),
+        (1, 96, 1, 8, 200, True),  # the official decoder: 96 channels in one head
+        (2, 10, 2, 5, 7, True),
+        (1, 24, 1, 1, 1, True),
+        (1, 6, 3, 1, 250, False),
+        (1, 7, 1, 63, 2, True),
+        (1, 192, 4, 6, 6, True),
+    ],
+    ("B", "C", "heads", "H", "W"),
+)
+
+
+class TestMdta(ImageOpTests):
+    name = "mdta"
+    op = staticmethod(mdta)
+    small = (2, 8, 2, 6, 5, True)
+
+    @staticmethod
+    def arguments(shape, dtype):
+        b, c, heads, h, w, bias = shape
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*size):
+            return torch.randn(*size, generator=g)
+
+        tensors = [
+            (randn(b, c, h, w) + 0.5).to(dtype),
+            1 + 0.2 * randn(c),
+            0.2 * randn(c) if bias else None,
+            randn(3 * c, c, 1, 1) / c**0.5,
+            randn(3 * c, 1, 3, 3) / 3,
+            1 + 0.3 * randn(heads, 1, 1),
+            randn(c, c, 1, 1) / c**0.5,
+        ]
+        return tensors, randn(b, c, h, w).to(dtype), {"num_heads": heads}
+
+    @staticmethod
+    def saved_bytes(shape):
+        b, c, heads, h, w, _ = shape
+        return 4 * b * (c * h * w + c * c // heads + 2 * c)  # x, the Gram matrix, the norms of q and k
+
+    @pytest.mark.parametrize(("shape", "dtype"), CASES)
+    def test_forward(self, shape, dtype, isa):  # noqa: F811
+        self.check_forward(shape, dtype)
+
+    @pytest.mark.parametrize(("shape", "dtype"), CASES)
+    def test_backward(self, shape, dtype, isa):  # noqa: F811
+        self.check_backward(shape, dtype)
+
+    def test_definition(self):
+        """The reference against the equations, written out for one head."""
+        (x, weight, _, qkv, dw, temperature, out), _, _ = self.arguments((1, 4, 1, 3, 5, False), torch.float64)
+        weight, temperature = weight.double(), temperature.double()
+        qkv, dw, out = qkv[:, :, 0, 0].double(), dw[:, 0].double(), out[:, :, 0, 0].double()
+        norm = x[0] / (x[0].var(0, unbiased=False) + 1e-6).sqrt() * weight[:, None, None]
+        hidden = torch.zeros(12, 5, 7, dtype=torch.float64)
+        hidden[:, 1:-1, 1:-1] = torch.einsum("oc,chw->ohw", qkv, norm)
+        conv = sum(dw[:, i, j, None, None] * hidden[:, i : i + 3, j : j + 5] for i in range(3) for j in range(3))
+        q, k, v = conv.flatten(1).split(4)
+        cosine = torch.stack([torch.stack([a @ b / (a.norm() * b.norm()) for b in k]) for a in q])
+        expected = x[0] + (out @ torch.softmax(cosine * temperature.item(), -1) @ v).view(4, 3, 5)
+        actual = mdta(x, weight, None, qkv[:, :, None, None], dw[:, None], temperature, out[:, :, None, None], 1)
+        torch.testing.assert_close(actual[0], expected)
+
+    def test_nan_reaches_the_whole_image(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        tensors[0][0, 3, 2, 2] = torch.nan
+        y = mdta(*tensors, **keywords, backend="cpu")
+        assert y[0].isnan().all() and y[1].isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("index", "value", "message"),
+        [
+            (3, torch.zeros(24, 8), r"qkv_weight must be \[24, 8, 1, 1\], got \[24, 8\]"),
+            (4, torch.zeros(24, 1, 5, 5), r"dwconv_weight must be \[24, 1, 3, 3\], got \[24, 1, 5, 5\]"),
+            (5, torch.zeros(3, 1, 1), r"temperature must be \[2, 1, 1\], got \[3, 1, 1\]"),
+            (6, torch.zeros(8, 7, 1, 1), r"project_out_weight must be \[8, 8, 1, 1\], got \[8, 7, 1, 1\]"),
+        ],
+    )
+    def test_rejects_weights(self, index, value, message):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        tensors[index] = value
+        with pytest.raises(ValueError, match=f"mdta: {message}"):
+            mdta(*tensors, **keywords)
+
+    def test_rejects_heads_that_do_not_divide(self):
+        tensors, _, _ = self.arguments(self.small, torch.float32)
+        tensors[5] = torch.ones(3, 1, 1)
+        with pytest.raises(ValueError, match="num_heads must divide the 8 channels, got 3"):
+            mdta(*tensors, 3)
