@@ -1,0 +1,43 @@
+"""The models by name."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import nn
+
+from autohdr.errors import UserError
+from autohdr.models.restormer import Restormer, RestormerConfig
+
+CONFIGS: dict[str, RestormerConfig] = {
+    config.name: config
+    for config in (
+        RestormerConfig("restormer_nano", 12, (1, 1, 1, 1), 1),
+        RestormerConfig("restormer_tiny", 24, (2, 3, 3, 4), 2),
+        RestormerConfig("restormer_small", 32, (3, 4, 4, 6), 3),
+        RestormerConfig("restormer_base", 48, (4, 6, 6, 8), 4),
+        RestormerConfig("restormer_large", 64, (6, 8, 8, 12), 6),
+        RestormerConfig("restormer_official", 48, (4, 6, 6, 8), 4, norm_bias=False, eps=1e-5, reduce_level1=False),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """The names create_model takes, sorted."""
+    return sorted(CONFIGS)
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Builds a model with fresh weights. `overrides` replace single fields of its configuration, e.g. norm_bias=False.
+
+    The model's `config` holds every field, and the name and overrides it was made from.
+    Raises UserError for an unknown name, an unknown override, and an override's impossible value.
+    """
+    if name not in CONFIGS:
+        raise UserError(f"no model is called {name!r}; there are {', '.join(list_models())}")
+    config = CONFIGS[name]
+    known = {f.name for f in fields(config)} - {"name", "overrides"}
+    if unknown := sorted(set(overrides) - known):
+        raise UserError(f"{name} has no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    # A configuration file's or a checkpoint header's tuples arrive as lists.
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    return Restormer(replace(config, **overrides, overrides=overrides))
