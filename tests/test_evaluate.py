@@ -1,0 +1,200 @@
+import base64
+import html
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from autohdr import evaluate as module
+from autohdr.autotone import auto_tone
+from autohdr.data.images import read_rgb
+from autohdr.data.pairs import Pair
+from autohdr.errors import UserError
+from autohdr.evaluate import count_macs, evaluate, format_table, summarise
+from autohdr.metrics import METRICS
+
+
+class Brighten(nn.Module):
+    """3 -> 3 channels, 3×3: 81 weights, 3 biases, 81 multiply-accumulates per pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.constant_(self.conv.bias, 0.2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        return x.masked_fill(x > 0.3, math.nan)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Three pairs of different sizes and shapes; one file name needs escaping."""
+    rng = np.random.default_rng(0)
+    made = []
+    for line, (name, height, width) in enumerate([("a", 24, 40), ("<b>&'\"", 33, 17), ("c $title", 16, 16)], 1):
+        smooth = np.array(Image.fromarray(rng.integers(0, 120, (4, 4, 3), dtype=np.uint8)).resize((width, height)))
+        pair = Pair(tmp_path / f"{name}_src.png", tmp_path / f"{name}_tar.png", line)
+        Image.fromarray(smooth).save(pair.src)
+        Image.fromarray(smooth * 2 + 10).save(pair.tar)
+        made.append(pair)
+    return made
+
+
+def tensor(array):
+    return torch.from_numpy(array).permute(2, 0, 1)[None]
+
+
+def test_figures_equal_recomputed_ones(pairs, tmp_path):
+    out = tmp_path / "deep" / "out"
+    model = Brighten()
+    results = evaluate(pairs, out, model=model)
+    stored = json.loads((out / "results.json").read_text("utf-8"))
+    assert stored["model"]["parameters"] == 84 and stored["model"]["macs_per_megapixel"] == 81e6
+    assert stored["settings"] == {"size": None, "resize": None, "device": "cpu", "precision": "float32"}
+    assert {"autohdr", "torch", "python", "cpu", "threads", "gpu"} <= stored["environment"].keys()
+    for pair, image in zip(pairs, stored["images"], strict=True):
+        source, target = read_rgb(pair.src), read_rgb(pair.tar)
+        with torch.no_grad():
+            predicted = model(tensor(source)).clamp(0, 1)
+        outputs = {"source": tensor(source), "auto_tone": tensor(auto_tone(source)), "model": predicted}
+        for method, output in outputs.items():
+            expected = {name: metric(output, tensor(target)).item() for name, metric in METRICS.items()}
+            assert image["figures"][method] == pytest.approx(expected, rel=1e-6), (pair, method)
+        assert (image["height"], image["width"]) == target.shape[:2] and image["name"] == pair.src.name
+        assert image["seconds"] > 0 and image["peak_bytes"] > 0
+    expected = summarise([image["figures"] for image in stored["images"]])
+    assert {k: {m: tuple(v) for m, v in row.items()} for k, row in stored["summary"].items()} == expected
+    assert results["summary"] == expected
+    assert not list(out.glob("*.tmp"))
+
+
+def test_identity_has_the_sources_figures(pairs, tmp_path):
+    for image in evaluate(pairs, tmp_path / "out", model=nn.Identity())["images"]:
+        assert image["figures"]["model"] == image["figures"]["source"]
+
+
+def test_summary_pairs_the_differences():
+    def figures(auto, model):
+        return {"source": dict.fromkeys(METRICS, 1.0), "auto_tone": dict.fromkeys(METRICS, auto)} | {
+            "model": dict.fromkeys(METRICS, model)
+        }
+
+    summary = summarise([figures(10.0, 11.0), figures(20.0, 21.0), figures(30.0, 31.0)])
+    assert summary["model_minus_auto_tone"]["psnr"] == (1.0, 0.0)
+    assert summary["model"]["psnr"][0] == 21 and summary["model"]["psnr"][1] > 20
+
+
+def test_table(pairs, tmp_path):
+    results = evaluate(pairs, tmp_path / "out", model=Brighten())
+    lines = format_table(results).splitlines()
+    assert lines[0].startswith("3 pairs, own resolution, float32, ")
+    assert lines[2].split() == ["L1", "↓", "PSNR", "dB", "↑", "SSIM", "↑", "ΔE2000", "↓"]
+    column = lines[2].index("PSNR")
+    for line, method in zip(lines[3:], ("source", "auto_tone", "model", "model_minus_auto_tone"), strict=False):
+        mean, half = results["summary"][method]["psnr"]
+        assert line[column:].lstrip("+").startswith(f"{mean:.2f} ± {half:.2f}")
+    assert re.search(r"^Parameters: +84$", "\n".join(lines), re.M)
+
+
+def test_memory_that_cannot_be_told(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("autohdr.measure._reset_high_water_mark", lambda: False)
+    table = format_table(evaluate(pairs, tmp_path, model=Brighten()))
+    stored = json.loads((tmp_path / "results.json").read_text("utf-8"))["model"]
+    assert stored["memory_source"] == "ru_maxrss" and stored["bytes_per_megapixel"] is None
+    assert "not measurable here" in table and "Peak memory (process, at most):" in table
+
+
+def test_baselines_alone_at_a_given_size(pairs, tmp_path):
+    results = evaluate(pairs[:1], tmp_path / "out", size=(16, 32))
+    stored = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert stored["model"] is None and stored["summary"].keys() == {"source", "auto_tone"}
+    assert (stored["images"][0]["height"], stored["images"][0]["width"]) == (16, 32)
+    assert math.isnan(results["summary"]["source"]["psnr"][1]) and stored["summary"]["source"]["psnr"][1] is None
+    table = format_table(results)
+    assert "squash to 32×16" in table and "±" not in table and "a single pair has no confidence interval" in table
+
+
+def test_equal_images_are_valid_json(pairs, tmp_path):
+    results = evaluate([Pair(pairs[0].src, pairs[0].src)], tmp_path / "out")
+    assert results["images"][0]["figures"]["source"]["psnr"] == math.inf
+    stored = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert stored["images"][0]["figures"]["source"]["psnr"] is None
+
+
+def test_bfloat16_differs_from_float32_a_little(pairs, tmp_path):
+    full, half = (
+        evaluate(pairs, tmp_path, model=Brighten(), precision=precision)["summary"]["model"]["psnr"][0]
+        for precision in ("float32", "bfloat16")
+    )
+    assert full != half and full == pytest.approx(half, abs=0.1)
+
+
+def test_page_is_self_contained_and_escaped(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PICTURE_SIDE", 20)
+    evaluate(pairs, tmp_path / "out", model=Brighten())
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "http:" not in page and "https:" not in page and "url(" not in page and "@import" not in page
+    images, urls = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            urls.extend(value for key, value in attributes if key in ("src", "href"))
+            if tag == "img":
+                images.append(dict(attributes))
+
+    Reader().feed(page)
+    headings = [html.unescape(heading) for heading in re.findall("<h2>([^<]*)</h2>", page)]
+    assert headings == [pair.src.name for pair in pairs] == ["a_src.png", "<b>&'\"_src.png", "c $title_src.png"]
+    assert [image["data-show"] for image in images] == ["source", "auto_tone", "model", "target"] * 3
+    assert [image["class"] for image in images] == ["left", "", "right", ""] * 3
+    assert all(url.startswith("data:") for url in urls) and len(urls) == 13
+    with Image.open(io.BytesIO(base64.b64decode(images[0]["src"].split(",")[1]))) as picture:
+        assert picture.format == "JPEG" and picture.size == (20, 12)
+
+
+def test_page_shows_the_first_pairs_of_many(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHOWN_PAIRS", 2)
+    results = evaluate(pairs, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert len(results["images"]) == 3 and page.count("<section>") == 2 and "The first 2 of 3 pairs" in page
+
+
+def test_macs():
+    assert count_macs(Brighten()) == 81
+    assert count_macs(nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.Conv2d(8, 3, 1)), side=32) == (24 + 24) / 4
+
+
+def test_names_tell_folders_apart(pairs, tmp_path):
+    moved = []
+    for pair, folder in zip(pairs, ("one", "two"), strict=False):
+        (tmp_path / folder).mkdir()
+        moved.append(Pair(pair.src.rename(tmp_path / folder / "src.png"), pair.tar))
+    assert [image["name"] for image in evaluate(moved, tmp_path / "out")["images"]] == ["one/src.png", "two/src.png"]
+
+
+def test_rejects_a_prediction_that_is_not_finite(pairs, tmp_path):
+    with pytest.raises(UserError, match=r"a_src\.png: \d+ of the prediction's 2880 values are not finite"):
+        evaluate(pairs, tmp_path / "out", model=Broken())
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_rejects_bad_calls(pairs, tmp_path):
+    with pytest.raises(UserError, match="at least one pair"):
+        evaluate([], tmp_path)
+    with pytest.raises(UserError, match="precision must be one of float32, bfloat16, got 'half'"):
+        evaluate(pairs, tmp_path, precision="half")
+    with pytest.raises(UserError, match=r"a_src\.png: expected a prediction \[1, 3, 24, 40\], got \[1, 3, 12, 20\]"):
+        evaluate(pairs, tmp_path, model=nn.AvgPool2d(2))
