@@ -1,0 +1,1 @@
+"""Images in and out, pairs, splits and synthetic scenes."""

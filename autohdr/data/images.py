@@ -1,0 +1,307 @@
+"""Photos in and out: JPEG, PNG, WebP and TIFF with 8 or 16 bits a channel.
+
+Pixels are RGB in the file's own colour space (its ICC profile travels along) and upright (the EXIF orientation is
+applied on reading). Transparency is carried along, never blended in.
+"""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from autohdr.errors import UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+_PNG_DEPTH, _PNG_HEADER = 24, 33  # where the signature and the IHDR chunk hold the bit depth, and where they end
+_ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
+_DESCRIBING = "ImageDescription Make Model XResolution YResolution ResolutionUnit Software DateTime Artist Copyright"
+_DESCRIBING_TAGS = {ExifTags.Base[name] for name in _DESCRIBING.split()} | {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
+
+# Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
+Image.MAX_IMAGE_PIXELS = 150_000_000
+
+
+@dataclass
+class Photo:
+    """A photo, and what it takes beside the pixels to write it again as it was.
+
+    pixels: (H, W, 3) float32 in [0, 1], upright. format: JPEG, PNG, WEBP or TIFF. depth: 8 or 16 bits a channel.
+    alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
+    without a thumbnail, or empty. icc_profile: an RGB profile or None.
+    """
+
+    pixels: np.ndarray
+    format: str
+    depth: int = 8
+    alpha: np.ndarray | None = None
+    exif: bytes = b""
+    icc_profile: bytes | None = None
+
+
+def read_photo(path: str | Path) -> Photo:
+    """Reads a photo. UserError if the file is missing, empty, damaged, larger than 300 megapixels or no photo."""
+    with _opened(path) as image:
+        samples = _turned(*_decode(image))
+        exif, icc = _exif(image)[0], image.info.get("icc_profile")
+        return Photo(
+            pixels=to_float(samples[..., :3]),
+            format="JPEG" if image.format == "MPO" else image.format,
+            depth=8 * samples.itemsize,
+            alpha=samples[..., 3].copy() if samples.shape[2] == 4 else None,
+            exif=exif,
+            icc_profile=icc if icc and icc[_ICC_SPACE] == b"RGB " else None,
+        )
+
+
+def read_samples(path: str | Path) -> np.ndarray:
+    """The pixels alone, as stored: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo."""
+    with _opened(path) as image:
+        return _turned(*_decode(image))[..., :3]
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """The pixels alone: (H, W, 3) float32 in [0, 1], upright, without alpha. UserError as read_photo."""
+    return to_float(read_samples(path))
+
+
+def check_photo(path: str | Path) -> tuple[int, int]:
+    """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            size = image.size if _exif(image)[1] >= 5 else image.size[::-1]
+            image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
+            image.load()
+            return size
+        return _turned(*_decode(image)).shape[:2]
+
+
+def write_photo(path: str | Path, photo: Photo) -> None:
+    """Writes a photo in its own format and depth, with its EXIF and ICC profile; the file appears whole or not at all.
+
+    JPEG and WebP are written with quality 95 (JPEG without chroma subsampling), TIFF uncompressed. UserError if a pixel
+    is not finite or the format can't hold the photo; OSError if the file can't be written.
+    """
+    samples = from_float(photo.pixels, photo.depth)
+    if photo.alpha is not None:
+        samples = np.dstack([samples, photo.alpha])
+    with _replacing(Path(path)) as file:
+        try:
+            _WRITERS[photo.format](file, samples, photo)
+        except (ValueError, TypeError, struct.error) as error:  # metadata that was readable but cannot be written
+            raise UserError(f"cannot be written as {photo.format}: {error}") from error
+
+
+def to_float(samples: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 samples as contiguous float32 in [0, 1]."""
+    return np.divide(samples, np.float32(np.iinfo(samples.dtype).max), dtype=np.float32, order="C")
+
+
+def from_float(pixels: np.ndarray, depth: int = 8) -> np.ndarray:
+    """Float pixels as uint8 (depth 8) or uint16 (depth 16), clipped to [0, 1] and rounded.
+
+    UserError if one is not finite.
+    """
+    samples = np.empty(pixels.shape, np.uint8 if depth == 8 else np.uint16)
+    for row in range(0, len(pixels), 64):  # in bands, so that a large photo needs no second copy in floating point
+        band = pixels[row : row + 64]
+        if not np.isfinite(band).all():
+            raise UserError("expected finite pixels, got NaN or infinity")
+        samples[row : row + 64] = np.rint(np.clip(band, 0, 1) * np.float32(np.iinfo(samples.dtype).max))
+    return samples
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
+    try:
+        if os.path.getsize(path) == 0:
+            raise UserError("the file is empty")
+        with Image.open(path, formats=_FORMATS) as image:
+            yield image
+    except MemoryError:
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not a JPEG, PNG, WebP or TIFF photo, or its header is damaged") from error
+    except Exception as error:  # decoders meet damaged files with anything from OSError to struct.error
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(image: Image.Image) -> tuple[np.ndarray, int]:
+    """The samples, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16, and the orientation still to be applied."""
+    if not _is_single(image):
+        raise UserError("expected a single photo, got several frames or pages, or a camera's raw file")
+    if image.format == "TIFF" and max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8:
+        return _deep_tiff(image.filename), image.tag_v2.get(ExifTags.Base.Orientation, 1)
+    image.load()
+    if image.format == "PNG" and (png := Path(image.filename).read_bytes())[_PNG_DEPTH] == 16:
+        # Pillow has read it too, but as 8 bits; it finds an EXIF chunk wherever it is
+        return _rgb(imagecodecs.png_decode(png)), _exif(image)[1]
+    if image.mode not in _MODES:
+        raise UserError(f"expected grey, palette, RGB or CMYK of 8 or 16 bits a channel, got Pillow mode {image.mode}")
+    icc = image.info.get("icc_profile") or b""
+    if image.mode == "CMYK" and icc[_ICC_SPACE] == b"CMYK":
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    else:
+        rgb = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return np.asarray(rgb), 1 if image.format == "TIFF" else _exif(image)[1]  # Pillow has turned a TIFF already
+
+
+def _is_single(image: Image.Image) -> bool:
+    """Whether a file holds one photo, not an animation or a stack.
+
+    Small copies do not count: a TIFF may have them as pages, and an MPO (from a camera) is a JPEG with previews.
+    """
+    if image.format != "TIFF":
+        return image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+    reduced = []
+    for page in range(image.n_frames):
+        image.seek(page)
+        reduced.append(bool(image.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & 1))
+    image.seek(0)
+    return not reduced[0] and all(reduced[1:])
+
+
+def _deep_tiff(path: str | Path) -> np.ndarray:
+    """A TIFF of more than 8 bits, which Pillow would cut down to 8."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        kind = page.photometric.name
+        if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in ("RGB", "MINISBLACK", "MINISWHITE"):
+            raise UserError(f"expected 8 or 16 bits of grey or RGB, got {page.bitspersample} bits of {kind} ({page.dtype})")
+        samples = page.asarray()
+        if page.axes == "SYX":
+            samples = np.moveaxis(samples, 0, 2)
+        colours = 3 if kind == "RGB" else 1
+        if colours == 1:
+            samples = samples.reshape(page.imagelength, page.imagewidth, -1)
+        if kind == "MINISWHITE":
+            samples[..., 0] = 65535 - samples[..., 0]
+        alpha = page.extrasamples[:1]
+        if alpha == (tifffile.EXTRASAMPLE.ASSOCALPHA,):
+            raise UserError("expected unassociated alpha, got a 16-bit TIFF with premultiplied alpha")
+        return _rgb(samples[..., : colours + (alpha == (tifffile.EXTRASAMPLE.UNASSALPHA,))])
+
+
+def _rgb(samples: np.ndarray) -> np.ndarray:
+    """(H, W), or (H, W, 1 to 4) in the order grey, grey + alpha, RGB, RGB + alpha, as (H, W, 3 or 4)."""
+    if samples.ndim == 2:
+        samples = samples[..., None]
+    return samples if samples.shape[2] >= 3 else samples[..., [0, 0, 0, 1][: samples.shape[2] + 2]]
+
+
+def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of stored samples with EXIF orientation 1 to 8 applied."""
+    if orientation in (5, 6, 7, 8):
+        samples = samples.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    return samples
+
+
+def _exif(image: Image.Image) -> tuple[bytes, int]:
+    """The EXIF block, changed to orientation 1 and to no thumbnail (it would be outdated), and the orientation it had.
+
+    The block is patched, not written anew: maker notes refer to positions in it. One that can't be parsed is dropped.
+    """
+    if image.format == "TIFF":
+        return _tiff_exif(image), 1
+    block = bytearray(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+    order = "<" if block.startswith(b"II") else ">"
+    orientation = 1
+    try:
+        (start,) = struct.unpack_from(order + "I", block, 4)
+        (count,) = struct.unpack_from(order + "H", block, start)
+        end = start + 2 + 12 * count
+        for entry in range(start + 2, end, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", block, entry)
+            if tag == ExifTags.Base.Orientation:
+                orientation = value
+                struct.pack_into(order + "HHIHH", block, entry, tag, 3, 1, 1, 0)
+        struct.pack_into(order + "I", block, end, 0)  # the offset of the thumbnail's directory
+    except struct.error:
+        return b"", 1
+    return bytes(block), orientation
+
+
+def _tiff_exif(image: Image.Image) -> bytes:
+    """What the tags of a TIFF say about the photo, not about how its pixels are stored, as an EXIF block."""
+    tags = image.getexif()
+    for tag in set(tags) - _DESCRIBING_TAGS:
+        del tags[tag]
+    tags.bigtiff = False
+    return tags.tobytes().removeprefix(b"Exif\0\0")
+
+
+def _write_jpeg(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
+    exif = photo.exif and b"Exif\0\0" + photo.exif
+    image = Image.fromarray(samples)
+    image.save(file, "JPEG", quality=95, subsampling=0, exif=exif, icc_profile=photo.icc_profile)
+
+
+def _write_webp(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
+    image = Image.fromarray(samples)  # exact: transparent pixels keep their colour
+    image.save(file, "WEBP", quality=95, exact=True, exif=photo.exif, icc_profile=photo.icc_profile)
+
+
+def _write_png(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
+    """Pillow writes no 16-bit RGB; the encoder that does writes no metadata, so that goes in behind its header."""
+    png = memoryview(imagecodecs.png_encode(samples))
+    file.write(png[:_PNG_HEADER])
+    profile = photo.icc_profile and b"ICC\0\0" + zlib.compress(photo.icc_profile)
+    for kind, data in ((b"iCCP", profile), (b"eXIf", photo.exif)):
+        if data:
+            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+    file.write(png[_PNG_HEADER:])
+
+
+def _write_tiff(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
+    """An EXIF block is a TIFF without pixels: add the tags that describe them, then append them as one strip."""
+    height, width, channels = samples.shape
+    tags = Image.Exif()
+    tags.load(photo.exif)
+    tags.endian = "<"
+    base = ExifTags.Base
+    tags[base.ImageWidth], tags[base.ImageLength] = width, height
+    tags[base.BitsPerSample], tags[base.SamplesPerPixel] = (8 * samples.itemsize,) * channels, channels
+    tags[base.Compression], tags[base.PhotometricInterpretation], tags[base.PlanarConfiguration] = 1, 2, 1
+    tags[base.RowsPerStrip], tags[base.StripByteCounts] = height, samples.nbytes
+    tags[base.Orientation] = 1
+    if channels == 4:
+        tags[base.ExtraSamples] = 2  # unassociated alpha
+    if photo.icc_profile:
+        tags[base.InterColorProfile] = photo.icc_profile
+    tags[base.StripOffsets] = 0  # counted from the end of the tags: Pillow adds their length
+    file.write(tags.tobytes().removeprefix(b"Exif\0\0"))
+    file.write(np.ascontiguousarray(samples, samples.dtype.newbyteorder("<")).data)
+
+
+_WRITERS = {"JPEG": _write_jpeg, "PNG": _write_png, "TIFF": _write_tiff, "WEBP": _write_webp}
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write which takes its name only once it is complete, so that a killed run leaves no half photo."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

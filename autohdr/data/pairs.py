@@ -1,0 +1,183 @@
+"""Pairs of an unedited and an edited photo: the JSONL file that lists them, their check and the dataset."""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from autohdr.data.images import check_photo, read_samples, to_float
+from autohdr.errors import UserError
+
+_SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
+_LISTED_PROBLEMS = 20
+RESIZE_MODES = ("squash", "fit", "crop")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of a pairs file: the unedited photo, the edited one, and where they were listed (for messages)."""
+
+    src: Path
+    tar: Path
+    line: int = 0
+    file: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """What a message calls this pair: file:line."""
+        return f"{self.file or 'pair'}:{self.line}"
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Reads a JSONL file of {"src", "tar"} (also source or input, and target), with paths relative to the file.
+
+    Blank lines are skipped. No photo is opened: check_pairs does that. UserError names every malformed line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a UTF-8 JSONL file of pairs: {error}") from error
+    pairs, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                src, tar = _parse(line)
+                pairs.append(Pair(path.parent / src, path.parent / tar, number, path))
+            except ValueError as error:
+                problems.append(f"{path}:{number}: {error}")
+    _raise(problems)
+    if not pairs:
+        raise UserError(f"{path}: expected at least one pair, got none")
+    return pairs
+
+
+def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
+    """Writes pairs as JSONL with paths relative to the file."""
+    folder = Path(path).parent.resolve()
+    relative = [[Path(os.path.relpath(photo.resolve(), folder)).as_posix() for photo in (p.src, p.tar)] for p in pairs]
+    rows = [json.dumps({"src": src, "tar": tar}, ensure_ascii=False) for src, tar in relative]
+    Path(path).write_text("".join(row + "\n" for row in rows), "utf-8")
+
+
+def check_pairs(pairs: Sequence[Pair]) -> None:
+    """Decodes every photo. UserError lists each missing or damaged one and each pair whose sizes differ, by line."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
+        _raise([problem for problems in pool.map(_problems, pairs) for problem in problems])
+
+
+class PairDataset(Dataset):
+    """Pairs as tensors: dict(src=(3, h, w) float32 in [0, 1], tar=likewise, index=int).
+
+    size: (h, w), or n for (n, n), or None for each photo's own. resize, the same for both photos:
+      squash: to h x w, whatever the aspect ratio;
+      fit:    to the largest size within h x w that keeps the aspect ratio, sides rounded to the nearest integer;
+      crop:   cut h x w out of the photo at full resolution, from one that is smaller after enlarging it.
+    augment: mirror half of the samples, and cut anywhere instead of in the centre. That depends on (seed, epoch, index)
+    alone, neither on the worker nor on the order. UserError for a photo that can't be read and for bad arguments.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int | tuple[int, int] | None = None,
+        resize: str = "squash",
+        augment: bool = False,
+        seed: int = 0,
+    ):
+        if resize not in RESIZE_MODES:
+            raise UserError(f"resize must be one of {', '.join(RESIZE_MODES)}, got {resize!r}")
+        self.pairs = list(pairs)
+        self.size = (size, size) if isinstance(size, int) else size
+        if self.size and min(self.size) < 1:
+            raise UserError(f"size must be at least 1, got {size}")
+        self.resize, self.augment, self.seed = resize, augment, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose augmentation the next samples get, in running workers as well."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        pair = self.pairs[index]
+        src, tar = read_samples(pair.src), read_samples(pair.tar)
+        if src.shape != tar.shape:
+            raise UserError(f"{pair.where}: {_sizes_differ(src.shape, tar.shape)}")
+        height, width = self._resized(*src.shape[:2])
+        h, w = self.size if self.size and self.resize == "crop" else (height, width)
+        step, top, left = 1, (height - h) // 2, (width - w) // 2
+        if self.augment:
+            rng = np.random.default_rng((self.seed, int(self._epoch), index))
+            step, top, left = rng.choice((-1, 1)), rng.integers(height - h + 1), rng.integers(width - w + 1)
+        window = (slice(top, top + h), slice(left, left + w))
+        src, tar = (_resize(photo, height, width)[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
+        return {"src": torch.from_numpy(to_float(src)), "tar": torch.from_numpy(to_float(tar)), "index": index}
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which a photo is resized, before cropping."""
+        if self.size is None or self.resize == "squash":
+            return self.size or (height, width)
+        scales = self.size[0] / height, self.size[1] / width
+        scale = min(scales) if self.resize == "fit" else max(1, *scales)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resize(samples: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 or uint16 resized by antialiased bicubic interpolation."""
+    if samples.shape[:2] == (height, width):
+        return samples
+    if samples.dtype == np.uint8:
+        return np.asarray(Image.fromarray(samples).resize((width, height), Image.Resampling.BICUBIC))
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(samples, 2, 0).astype(np.float32)]
+    planes = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+    return np.rint(np.clip(np.stack(planes, 2), 0, 65535)).astype(np.uint16)
+
+
+def _parse(line: str) -> list[str]:
+    """The source and target of one line. ValueError says what is wrong with it."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {line.strip()[:80]}")
+    paths = []
+    for keys in (_SOURCE_KEYS, _TARGET_KEYS):
+        given = [key for key in keys if key in record]
+        if len(given) != 1:
+            raise ValueError(f"expected one of the keys {', '.join(keys)}, got {', '.join(record) or 'none'}")
+        path = record[given[0]]
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"expected a path for {given[0]}, got {path!r}")
+        paths.append(path)
+    return paths
+
+
+def _problems(pair: Pair) -> list[str]:
+    sizes, problems = [], []
+    for path in (pair.src, pair.tar):
+        try:
+            sizes.append(check_photo(path))
+        except UserError as error:
+            problems.append(f"{pair.where}: {error}")
+    if not problems and sizes[0] != sizes[1]:
+        problems.append(f"{pair.where}: {_sizes_differ(*sizes)}")
+    return problems
+
+
+def _sizes_differ(src: tuple[int, ...], tar: tuple[int, ...]) -> str:
+    return f"expected photos of one size, got src of {src[1]}x{src[0]} and tar of {tar[1]}x{tar[0]} pixels"
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = len(problems) - _LISTED_PROBLEMS
+        listed = problems[:_LISTED_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+        raise UserError("\n  ".join([f"{len(problems)} problem{'s'[: len(problems) > 1]} in the pairs:", *listed]))

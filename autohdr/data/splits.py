@@ -1,0 +1,118 @@
+"""Test, training and validation parts of a list of pairs, and folds for cross-validation.
+
+A photo that occurs in several pairs keeps them together: no photo is ever in two parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from autohdr.data.pairs import Pair, write_pairs
+from autohdr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts, each in the order of the file."""
+
+    test: list[Pair]
+    train: list[Pair]
+    val: list[Pair]
+
+
+def split_pairs(pairs: Sequence[Pair], test: int = 5, val_fraction: float = 0.1, seed: int = 0) -> Splits:
+    """Holds out the first `test` pairs, then a random `val_fraction` of the others for validation (577: 5, 515 and 57).
+
+    UserError if a photo of the first pairs occurs again further down, or if there are too few pairs.
+    """
+    held_out, rest = _hold_out(pairs, test)
+    groups = _shuffled_groups(rest, seed)
+    if len(groups) < 2:
+        raise UserError(f"expected {test} pairs to test and 2 or more that share no photo with another, got {len(pairs)}")
+    wanted = max(1, round(val_fraction * len(rest)))
+    chosen: list[int] = []
+    for group in groups:
+        if len(chosen) + len(group) <= wanted:
+            chosen += group
+    return Splits(held_out, *_divided(rest, chosen or min(groups, key=len)))
+
+
+def k_folds(pairs: Sequence[Pair], k: int, seed: int = 0) -> list[tuple[list[Pair], list[Pair]]]:
+    """(training, validation) pairs of each of k folds; every pair validates once.
+
+    UserError if there are fewer pairs (those that share a photo count as one) than folds.
+    """
+    groups = _shuffled_groups(pairs, seed)
+    if not 2 <= k <= len(groups):
+        raise UserError(f"expected from 2 folds to {len(groups)}, the number of pairs that share no photo, got {k}")
+    folds: list[list[int]] = [[] for _ in range(k)]
+    for group in sorted(groups, key=len, reverse=True):  # large ones first, so that the folds come out even
+        min(folds, key=len).extend(group)
+    return [_divided(pairs, fold) for fold in folds]
+
+
+def write_splits(
+    pairs: Sequence[Pair], out_dir: str | Path, folds: int | None = None, seed: int = 0, test: int = 5
+) -> list[Path]:
+    """Writes test.jsonl, train.jsonl and val.jsonl, or with folds test.jsonl and fold_0/{train,val}.jsonl, fold_1/... .
+
+    Paths in them are relative to where they stand. The folds divide what is not held out to test. Returns the files
+    written. UserError as split_pairs and k_folds, and if out_dir cannot be written.
+    """
+    if folds is None:
+        splits = split_pairs(pairs, test, seed=seed)
+        parts = {"test": splits.test, "train": splits.train, "val": splits.val}
+    else:
+        held_out, rest = _hold_out(pairs, test)
+        parts = {"test": held_out}
+        for number, (train, val) in enumerate(k_folds(rest, folds, seed)):
+            parts |= {f"fold_{number}/train": train, f"fold_{number}/val": val}
+    files = {Path(out_dir, f"{name}.jsonl"): part for name, part in parts.items() if part}
+    try:
+        for file, part in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_pairs(file, part)
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be written: {error.strerror}") from error
+    return list(files)
+
+
+def _hold_out(pairs: Sequence[Pair], test: int) -> tuple[list[Pair], list[Pair]]:
+    """The first `test` pairs and the others, which must not share a photo with them."""
+    first = {photo.resolve(): pair for pair in pairs[:test] for photo in (pair.src, pair.tar)}
+    for pair in pairs[test:]:
+        for photo in (pair.src, pair.tar):
+            if other := first.get(photo.resolve()):
+                raise UserError(
+                    f"{pair.where}: {photo} is also in {other.where}, one of the first {test} pairs, held out to "
+                    "test: remove one of the two, or move them both among or away from the first"
+                )
+    return list(pairs[:test]), list(pairs[test:])
+
+
+def _shuffled_groups(pairs: Sequence[Pair], seed: int) -> list[list[int]]:
+    """Indices of pairs, those linked by shared photos in one group, the groups in random order."""
+    leader = list(range(len(pairs)))
+
+    def find(index: int) -> int:
+        while leader[index] != index:
+            index = leader[index]
+        return index
+
+    first: dict[Path, int] = {}
+    for index, pair in enumerate(pairs):
+        for photo in (pair.src, pair.tar):
+            leader[find(index)] = find(first.setdefault(photo.resolve(), index))
+    groups: dict[int, list[int]] = {}
+    for index in range(len(pairs)):
+        groups.setdefault(find(index), []).append(index)
+    listed = list(groups.values())
+    return [listed[i] for i in np.random.default_rng(seed).permutation(len(listed))]
+
+
+def _divided(pairs: Sequence[Pair], chosen: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs not chosen and the chosen ones, both in their order."""
+    chosen = set(chosen)
+    return [p for i, p in enumerate(pairs) if i not in chosen], [p for i, p in enumerate(pairs) if i in chosen]

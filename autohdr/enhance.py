@@ -1,0 +1,140 @@
+"""Enhances photo files at their own resolution, with a model or with the auto-tone baseline."""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from autohdr.autotone import auto_tone
+from autohdr.data.images import SUFFIXES, read_photo, write_photo
+from autohdr.errors import UserError
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass
+class EnhanceResult:
+    """What became of the photos. megapixels and seconds (reading, enhancing, writing) count the written ones."""
+
+    written: list[Path] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason)
+    megapixels: float = 0.0
+    seconds: float = 0.0
+
+
+def enhance(
+    paths: Iterable[str | Path],
+    out_dir: str | Path,
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EnhanceResult:
+    """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
+
+    Each keeps its resolution, format, bit depth, EXIF and ICC profile, and appears whole or not at all. A photo that
+    can't be read or written, that needs more memory than there is, or whose output exists already (unless overwrite)
+    is skipped and listed with the reason; the others go on.
+
+    model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
+    None is the auto-tone. precision: float32, or bfloat16 under autocast.
+    UserError before any work: a path that does not exist, no photos, two photos of one output name, an output that is
+    one of the photos, an out_dir that can't be made, an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    device = torch.device(device)
+    if model is not None:
+        model = model.eval().to(device)
+    jobs = _jobs([Path(path) for path in paths], Path(out_dir))
+    result = EnhanceResult()
+    for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=not progress):
+        try:
+            if target.exists() and not overwrite:
+                raise UserError(f"{target} exists already and is not to be overwritten")
+            started = time.perf_counter()
+            photo = read_photo(source)
+            photo.pixels = auto_tone(photo.pixels) if model is None else _run(model, photo.pixels, device, precision)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_photo(target, photo)
+            result.seconds += time.perf_counter() - started
+            result.megapixels += photo.pixels.shape[0] * photo.pixels.shape[1] / 1e6
+            result.written.append(target)
+        except UserError as error:
+            result.skipped.append((source, str(error).removeprefix(f"{source}: ")))
+        except OSError as error:
+            result.skipped.append((source, f"cannot write {target}: {error.strerror or error}"))
+        except (MemoryError, RuntimeError) as error:
+            if (reason := _out_of_memory(error)) is None:
+                raise
+            result.skipped.append((source, reason))
+    return result
+
+
+def _jobs(paths: list[Path], out_dir: Path) -> dict[Path, Path]:
+    """Output of each photo -> the photo. Creates out_dir once everything else is known to be right."""
+    jobs: dict[Path, Path] = {}
+    for path in paths:
+        for source, relative in _photos(path, out_dir):
+            target = out_dir / relative
+            other = jobs.setdefault(target, source)
+            if other.resolve() != source.resolve():
+                raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
+    if not jobs:
+        raise UserError(
+            f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
+        )
+    sources = {source.resolve() for source in jobs.values()}
+    for target in jobs:
+        if target.resolve() in sources:
+            raise UserError(f"{target} is one of the photos to enhance and would be overwritten: choose another folder")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out_dir}: the output folder cannot be created: {error.strerror}") from error
+    if not os.access(out_dir, os.W_OK):
+        raise UserError(f"{out_dir}: the output folder cannot be written to")
+    return jobs
+
+
+def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
+    """The photos that a path stands for, each with its place below out_dir, which is not searched itself."""
+    if not path.exists():
+        raise UserError(f"{path}: expected a photo or a folder, got a path that does not exist")
+    if not path.is_dir():
+        return [(path, Path(path.name))]
+    root, results = path.resolve(), out_dir.resolve()
+    found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if results != root and results.is_relative_to(root):
+        found = [p for p in found if not p.resolve().is_relative_to(results)]
+    relative = [(p, p.relative_to(path)) for p in found]
+    return [(p, place) for p, place in relative if not any(part.startswith(".") for part in place.parts)]
+
+
+def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str) -> np.ndarray:
+    """The model on one photo. (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        output = model(image)
+    return output[0].permute(1, 2, 0).float().cpu().numpy()
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What an allocation failure wanted, in words; None for any other error."""
+    text = str(error)
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("allocate memory|bad_alloc", text)):
+        return None
+    wanted = re.search(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)", text)
+    if not wanted:
+        return "out of memory"
+    amount, unit = wanted.groups()
+    return f"out of memory: {f'{int(amount) / 2**30:.1f} GiB' if unit == 'bytes' else f'{amount} {unit}'} more was wanted"

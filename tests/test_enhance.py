@@ -1,0 +1,233 @@
+"""The enhancer on real files: what is written, what is skipped, what is refused before any work."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from autohdr.autotone import auto_tone
+from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_samples, to_float, write_photo
+from autohdr.enhance import enhance
+from autohdr.errors import UserError
+
+
+class Invert(nn.Module):
+    """1 - x; remembers what it was given."""
+
+    def forward(self, x):
+        self.shape, self.dtype, self.seen_grad = x.shape, x.dtype, torch.is_grad_enabled()
+        self.channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return 1 - x
+
+
+class Matmul(nn.Module):
+    """Something that autocast runs in its own precision."""
+
+    def forward(self, x):
+        y = torch.einsum("bchw,cd->bdhw", x, torch.eye(3))
+        self.dtype = y.dtype
+        return y
+
+
+class Fails(nn.Module):
+    """Raises for photos of more than 100 pixels, whatever `error` makes."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        if x.shape[2] * x.shape[3] > 100:
+            self.error()
+        return x
+
+
+def save(path, height=9, width=13, format="PNG", depth=8, **fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint8 if depth == 8 else np.uint16
+    samples = np.random.default_rng(height * width).integers(0, 2**depth, (height, width, 3), dtype=dtype)
+    write_photo(path, Photo(to_float(samples), format, depth, **fields))
+    return samples
+
+
+def run(paths, out, model=None, **options):
+    return enhance(paths, out, model, progress=False, **options)
+
+
+@pytest.mark.parametrize("format, depth", [("PNG", 8), ("PNG", 16), ("TIFF", 8), ("TIFF", 16)])
+def test_model_enhances_at_full_resolution_in_the_original_format(tmp_path, format, depth):
+    samples = save(tmp_path / "a.img", 11, 17, format, depth)
+    model = Invert().train()
+    result = run([tmp_path / "a.img"], tmp_path / "out", model)
+    assert result.written == [tmp_path / "out/a.img"] and result.skipped == []
+    photo = read_photo(tmp_path / "out/a.img")
+    assert (photo.format, photo.depth) == (format, depth)
+    np.testing.assert_array_equal(from_float(photo.pixels, depth), 2**depth - 1 - samples)
+    assert model.shape == (1, 3, 11, 17) and model.dtype == torch.float32
+    assert model.channels_last and not model.seen_grad and not model.training
+    assert result.megapixels == pytest.approx(11 * 17 / 1e6) and result.seconds > 0
+
+
+def test_auto_tone_without_a_model(tmp_path):
+    samples = save(tmp_path / "a.png")
+    run([tmp_path / "a.png"], tmp_path / "out")
+    np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), from_float(auto_tone(to_float(samples))))
+
+
+def test_metadata_is_kept_and_the_photo_upright(tmp_path):
+    exif = Image.Exif()
+    exif[271], exif[274] = "Maker", 6
+    Image.new("RGB", (20, 10), (9, 99, 199)).save(tmp_path / "a.jpg", exif=exif, icc_profile=b"\0" * 16 + b"RGB " * 30)
+    run([tmp_path / "a.jpg"], tmp_path / "out", nn.Identity())
+    with Image.open(tmp_path / "out/a.jpg") as image:
+        assert image.format == "JPEG" and image.size == (10, 20)
+        assert dict(image.getexif()) == {271: "Maker", 274: 1}
+        assert image.info["icc_profile"] == b"\0" * 16 + b"RGB " * 30
+
+
+def test_alpha_is_kept(tmp_path):
+    alpha = np.arange(9 * 13, dtype=np.uint8).reshape(9, 13)
+    save(tmp_path / "a.png", alpha=alpha)
+    run([tmp_path / "a.png"], tmp_path / "out", Invert())
+    np.testing.assert_array_equal(read_photo(tmp_path / "out/a.png").alpha, alpha)
+
+
+def test_bfloat16_runs_under_autocast(tmp_path):
+    save(tmp_path / "a.png")
+    model = Matmul()
+    run([tmp_path / "a.png"], tmp_path / "out", model, precision="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert np.abs(read_rgb(tmp_path / "out/a.png") - read_rgb(tmp_path / "a.png")).max() < 0.01
+
+
+def test_folders_are_searched_and_keep_their_structure(tmp_path):
+    for name in ("b.png", "a.PNG", "sub/deep/c.png", "._b.png", ".cache/d.png"):
+        save(tmp_path / "in" / name)
+    (tmp_path / "in/notes.txt").write_text("no photo")
+    save(tmp_path / "single.img")
+    result = run([tmp_path / "in", tmp_path / "single.img"], tmp_path / "out", nn.Identity())
+    written = [path.relative_to(tmp_path / "out").as_posix() for path in result.written]
+    assert written == ["a.PNG", "b.png", "sub/deep/c.png", "single.img"]
+    assert sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file()) == sorted(result.written)
+
+
+def test_an_output_folder_inside_the_input_is_not_searched(tmp_path):
+    save(tmp_path / "in/a.png")
+    for _ in range(2):
+        result = run([tmp_path / "in"], tmp_path / "in/out", nn.Identity(), overwrite=True)
+        assert result.written == [tmp_path / "in/out/a.png"]
+
+
+def test_unreadable_photos_are_skipped_with_the_reason(tmp_path):
+    save(tmp_path / "in/c.png")
+    (tmp_path / "in/a.jpg").write_text("no photo")
+    (tmp_path / "in/b.png").write_bytes((tmp_path / "in/c.png").read_bytes()[:-60])
+    result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
+    assert result.written == [tmp_path / "out/c.png"]
+    assert [path.name for path, _ in result.skipped] == ["a.jpg", "b.png"]
+    assert result.skipped[0][1].startswith("not a JPEG") and result.skipped[1][1].startswith("cannot be read")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["c.png"]
+
+
+def test_existing_outputs_are_only_replaced_on_request(tmp_path):
+    samples = save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_text("precious")
+    result = run([tmp_path / "a.png"], tmp_path / "out", Invert())
+    assert not result.written and "exists already" in result.skipped[0][1]
+    assert (tmp_path / "out/a.png").read_text() == "precious"
+    assert run([tmp_path / "a.png"], tmp_path / "out", Invert(), overwrite=True).skipped == []
+    np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), 255 - samples)
+
+
+def raises(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error, wanted",
+    [
+        (lambda: torch.empty(2**48), "1048576.0 GiB"),
+        (lambda: np.empty(2**58), "2.00 EiB"),
+        (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")), "20.00 GiB"),
+        (raises(MemoryError()), "out of memory"),
+    ],
+    ids=["torch", "numpy", "cuda", "bare"],
+)
+def test_out_of_memory_skips_that_photo_alone(tmp_path, error, wanted):
+    save(tmp_path / "in/a.png", 20, 30)
+    save(tmp_path / "in/b.png", 5, 5)
+    result = run([tmp_path / "in"], tmp_path / "out", Fails(error))
+    assert [path.name for path in result.written] == ["b.png"]
+    ((path, reason),) = result.skipped
+    assert path.name == "a.png" and reason.startswith("out of memory") and wanted in reason
+
+
+def test_a_failing_model_is_not_hidden(tmp_path):
+    save(tmp_path / "a.png", 20, 30)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run([tmp_path / "a.png"], tmp_path / "out", Fails(raises(RuntimeError("a bug"))))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_model_that_returns_nan_writes_nothing(tmp_path):
+    save(tmp_path / "a.png")
+    model = nn.Identity()
+    model.forward = lambda x: x * torch.nan
+    result = run([tmp_path / "a.png"], tmp_path / "out", model)
+    assert "finite" in result.skipped[0][1] and not list((tmp_path / "out").iterdir())
+
+
+def test_refusals_come_before_any_work(tmp_path):
+    save(tmp_path / "x/a.png")
+    save(tmp_path / "y/a.png")
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for paths, folder, reason in [
+        ([tmp_path / "x/a.png", tmp_path / "y"], out, "would both become"),
+        ([tmp_path / "x"], tmp_path / "x", "would be overwritten"),
+        ([tmp_path / "x/a.png"], tmp_path / "y/../x", "would be overwritten"),
+        ([tmp_path / "empty"], out, "expected photos .*got none"),
+        ([], out, "got none in no paths"),
+        ([tmp_path / "x", tmp_path / "none.png"], out, "none.png: .*does not exist"),
+        ([tmp_path / "x"], tmp_path / "x/a.png/out", "cannot be created"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            run(paths, folder)
+    with pytest.raises(UserError, match="float32, bfloat16, got 'float16'"):
+        run([tmp_path / "x"], out, precision="float16")
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_an_unwritable_folder_is_refused(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        run([tmp_path / "a.png"], tmp_path / "out")
+
+
+def test_the_same_photo_twice_is_done_once(tmp_path):
+    save(tmp_path / "in/a.png")
+    assert len(run([tmp_path / "in", tmp_path / "in/a.png"], tmp_path / "out").written) == 1
+
+
+def test_a_failed_write_is_skipped(tmp_path):
+    save(tmp_path / "in/sub/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").write_text("a file where a folder must be")
+    result = run([tmp_path / "in"], tmp_path / "out")
+    assert not result.written and "cannot write" in result.skipped[0][1]
+
+
+def test_progress_goes_to_stderr(tmp_path, capsys):
+    save(tmp_path / "a.png")
+    enhance([tmp_path / "a.png"], tmp_path / "out")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "1/1" in captured.err
