@@ -1,0 +1,33 @@
+# make demo, make test: all they need is Python >= 3.11, g++ and make. TORCH= names another PyTorch, PYTHON= another Python.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
+
+.PHONY: demo test lint bench install
+
+demo: install
+	$(BIN)/autohdr demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Ratios on this machine, into benchmarks/results/.
+bench: install
+	$(BIN)/python benchmarks/run.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit("autohdr needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	rm -f $(VENV)/installed-*
+	touch "$@"

@@ -1,0 +1,131 @@
+"""Synthetic rooms: the same bits every time, statistics where real pairs have theirs, nothing overwritten."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autohdr.data.synthetic import render_pair, synthesize
+from autohdr.errors import UserError
+
+LUMA = np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
+    return [tuple(x / 255 for x in render_pair(seed, 64, 96)) for seed in range(12)]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(-10 * np.log10(np.mean((a - b) ** 2)))
+
+
+def test_render_is_uint8_and_deterministic():
+    first, again, other = render_pair(7, 40, 56), render_pair(7, 40, 56), render_pair(8, 40, 56)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.shape == (40, 56, 3) and a.dtype == np.uint8
+        assert np.array_equal(a, b)
+        assert not np.array_equal(a, c)
+
+
+def test_statistics_are_those_of_real_pairs(scenes):
+    distance = np.array([psnr(s, t) for s, t in scenes])
+    assert (distance > 7.5).all() and (distance < 16.5).all()
+    assert 10.5 < distance.mean() < 13.5
+    source, target = (np.array([(pair[k] @ LUMA).mean() for pair in scenes]) for k in (0, 1))
+    assert 0.31 < source.mean() < 0.43 and source.std() > 0.04
+    assert 0.55 < target.mean() < 0.65 and target.std() < source.std()
+    warmth = np.array([s[..., 0].mean() / s[..., 2].mean() for s, _ in scenes])
+    assert warmth.mean() > 1.15 and warmth.std() > 0.08  # mostly warm, each its own
+
+
+def test_target_is_no_global_curve_of_source(scenes):
+    """A gain to a white point and a gamma to the target's own mean land where they do on real pairs."""
+    reached = []
+    for source, target in scenes:
+        x = np.clip(source / np.percentile(source @ LUMA, 98), 1e-4, 1)
+        gammas = np.geomspace(0.2, 4, 60)
+        means = np.array([(x**g @ LUMA).mean() for g in gammas])
+        reached.append(psnr(x ** gammas[np.argmin(abs(means - (target @ LUMA).mean()))], target))
+    assert 17 < np.mean(reached) < 21.5
+
+
+def test_source_and_target_are_aligned(scenes):
+    """Log-luma edges of the two agree better in place than one pixel off, in every scene."""
+    for source, target in scenes:
+        a, b = (np.diff(np.log(x @ LUMA + 0.1), axis=1) for x in (source, target))
+        score = {k: np.corrcoef(a[:, 2:-2].ravel(), b[:, 2 + k : b.shape[1] - 2 + k].ravel())[0, 1] for k in (-1, 0, 1)}
+        assert score[0] > 0.5
+        assert score[0] > max(score[-1], score[1]) + 0.2
+
+
+def test_sizes_show_the_same_room():
+    small = render_pair(3, 48, 64)[1] / 255
+    large = render_pair(3, 96, 128)[1].reshape(48, 2, 64, 2, 3).mean((1, 3)) / 255
+    assert psnr(small, large) > 20
+
+
+def test_strips_leave_no_seam(monkeypatch):
+    whole = render_pair(5, 64, 64)[1]
+    monkeypatch.setattr("autohdr.data.synthetic._STRIP", 64 * 16)
+    assert np.abs(whole.astype(int) - render_pair(5, 64, 64)[1]).max() <= 2
+
+
+def test_synthesize_writes_the_same_files_with_any_number_of_workers(tmp_path):
+    one = synthesize(tmp_path / "one", 3, 32, 48, seed=4, workers=1, progress=False)
+    two = synthesize(tmp_path / "two", 3, 32, 48, seed=4, workers=2, progress=False)
+    assert one == tmp_path / "one" / "pairs.jsonl"
+    assert one.read_bytes() == two.read_bytes()
+    pairs = [json.loads(line) for line in one.read_text().splitlines()]
+    assert pairs[0] == {"src": "images/0000_src.jpg", "tar": "images/0000_tar.jpg"} and len(pairs) == 3
+    for pair in pairs:
+        for name in pair.values():
+            assert (one.parent / name).read_bytes() == (two.parent / name).read_bytes()
+            assert Image.open(one.parent / name).size == (48, 32)
+
+
+def test_synthesize_starts_anew_in_its_own_folder(tmp_path, monkeypatch):
+    synthesize(tmp_path, 2, 32, 32, workers=1, progress=False)
+    synthesize(tmp_path, 1, 32, 32, workers=1, progress=False)
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["0000_src.jpg", "0000_tar.jpg"]
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autohdr.data.synthetic.render_pair", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path, 1, 32, 32, workers=1, progress=False)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"height": 31}, "at least 32, got 31 x 40"),
+        ({"width": 8}, "at least 32, got 40 x 8"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+    ],
+)
+def test_synthesize_rejects_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        synthesize(tmp_path / "out", **{"count": 1, "height": 40, "width": 40, **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_render_rejects_bad_arguments():
+    with pytest.raises(UserError, match="at least 32"):
+        render_pair(0, 16, 64)
+    with pytest.raises(UserError, match="seed must be 0 or more"):
+        render_pair(-1, 64, 64)
+
+
+def test_synthesize_refuses_a_folder_it_did_not_make(tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"dear")
+    with pytest.raises(UserError, match="expected an empty folder"):
+        synthesize(tmp_path, 1, 32, 32)
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"dear"
+    with pytest.raises(UserError, match="got a file"):
+        synthesize(tmp_path / "holiday.jpg", 1, 32, 32)
