@@ -10,7 +10,7 @@
 namespace autohdr {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
 bool runs_here(Isa isa) {
 #if AUTOHDR_X86
@@ -20,9 +20,6 @@ bool runs_here(Isa isa) {
       return true;
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Isa::avx512_bf16:
-      if (!__builtin_cpu_supports("avx512bf16")) return false;
-      [[fallthrough]];
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -33,18 +30,7 @@ bool runs_here(Isa isa) {
 #endif
 }
 
-// Intel's processors run the bfloat16 dot product at no more than the multiply-add rate of float32 (half of it, measured on
-// Emerald Rapids), AMD's at twice that rate: only there does it pay.
-bool dot_product_pays() {
-#if AUTOHDR_X86
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 Isa best() {
-  if (runs_here(Isa::avx512_bf16) && dot_product_pays()) return Isa::avx512_bf16;
   if (runs_here(Isa::avx512)) return Isa::avx512;
   return runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
 }
@@ -97,7 +83,7 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("use_cpu_isa: expected one of " + usable + ", got " + name);
 }
 
-std::vector<const char*> compiled_isas() { return {kNames, kNames + (AUTOHDR_X86 ? 4 : 1)}; }
+std::vector<const char*> compiled_isas() { return {kNames, kNames + (AUTOHDR_X86 ? 3 : 1)}; }
 
 std::vector<const char*> usable_isas() {
   std::vector<const char*> names;

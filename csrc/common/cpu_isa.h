@@ -10,7 +10,6 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define AUTOHDR_X86 1
-#include <immintrin.h>
 #else
 #define AUTOHDR_X86 0
 #endif
@@ -22,7 +21,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512 };
 
 // The set the kernels run with: the best for this processor, or the one that use_isa named.
 Isa current_isa();

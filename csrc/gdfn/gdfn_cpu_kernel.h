@@ -15,17 +15,17 @@ static void gate_row(const float* const* a_rows, const float* const* b_rows, con
   for (int64_t c = 0; c < width; c += W) {
     vf wa[9], wb[9];
     AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_weight + t * width + c), wb[t] = load(b_weight + t * width + c);
-    for (int64_t p = 0; p < pixels; ++p) {
-      vf a[3] = {}, b[3] = {};
-      AUTOHDR_UNROLL for (int r = 0; r < 3; ++r) {
-        const float *ra = a_rows[r] + p * width + c, *rb = b_rows[r] + p * width + c;
-        AUTOHDR_UNROLL for (int t = 0; t < 3; ++t) {
-          a[r] += load(ra + t * width) * wa[3 * r + t];
-          b[r] += load(rb + t * width) * wb[3 * r + t];
-        }
-      }
-      const vf va = a[0] + a[1] + a[2];
-      store(out + p * width + c, va * normal_cdf(va) * (b[0] + b[1] + b[2]));
+    const float *a0 = a_rows[0] + c, *a1 = a_rows[1] + c, *a2 = a_rows[2] + c;
+    const float *b0 = b_rows[0] + c, *b1 = b_rows[1] + c, *b2 = b_rows[2] + c;
+    for (int64_t o = 0; o < pixels * width; o += width) {
+      const int64_t o1 = o + width, o2 = o1 + width;
+      const vf va = (load(a0 + o) * wa[0] + load(a0 + o1) * wa[1] + load(a0 + o2) * wa[2]) +
+                    (load(a1 + o) * wa[3] + load(a1 + o1) * wa[4] + load(a1 + o2) * wa[5]) +
+                    (load(a2 + o) * wa[6] + load(a2 + o1) * wa[7] + load(a2 + o2) * wa[8]);
+      const vf vb = (load(b0 + o) * wb[0] + load(b0 + o1) * wb[1] + load(b0 + o2) * wb[2]) +
+                    (load(b1 + o) * wb[3] + load(b1 + o1) * wb[4] + load(b1 + o2) * wb[5]) +
+                    (load(b2 + o) * wb[6] + load(b2 + o1) * wb[7] + load(b2 + o2) * wb[8]);
+      store(out + o + c, va * normal_cdf(va) * vb);
     }
   }
 }
@@ -47,7 +47,7 @@ static void gdfn_forward(const GdfnForward<T>& a) {
   const float* zeros = scratch.zeros<float>(out_width);
 
   const Tiling tiling(s.batch, s.height, s.width, groups.channels() * sizeof(float));
-  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
+  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(2 * width * sizeof(float));
   const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
   const int64_t panel = steps * most * width;
   const int64_t worker_size = hidden_size + half * panel + steps * most * out_width;
@@ -63,13 +63,14 @@ static void gdfn_forward(const GdfnForward<T>& a) {
       const int64_t end = std::min(y + steps, t.y1);
       hidden.advance(end);
       for (int64_t p = 0; p < half; ++p)
-        for (int64_t r = y; r < end; ++r) {
-          const float *a_rows[3], *b_rows[3];
-          hidden.ring.window(r, p, 0, a_rows);
-          hidden.ring.window(r, half + p, 0, b_rows);
-          gate_row(a_rows, b_rows, op.dwconv + p * 9 * width, op.dwconv + (half + p) * 9 * width, width, columns,
-                   gated + p * panel + (r - y) * columns * width);
-        }
+        for (int64_t x = 0; x < columns; x += block)
+          for (int64_t r = y; r < end; ++r) {
+            const float *a_rows[3], *b_rows[3];
+            hidden.ring.window(r, p, x, a_rows);
+            hidden.ring.window(r, half + p, x, b_rows);
+            gate_row(a_rows, b_rows, op.dwconv + p * 9 * width, op.dwconv + (half + p) * 9 * width, width,
+                     std::min(block, columns - x), gated + p * panel + ((r - y) * columns + x) * width);
+          }
       const Left left{gated, width, (end - y) * columns, half, panel};
       product(project_out, &left, 1, zeros, 0, &out, out_width, project_out.panel_width());
       for (int64_t r = y; r < end; ++r) {

@@ -61,13 +61,16 @@ static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s
 template <class T>
 static void unpad(const Groups& heads, const float* panels, int64_t panel_stride, int64_t pixels, T* y) {
   const int64_t channels = heads.count * heads.size, width = heads.width();
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t h = 0; h < heads.count; ++h)
-      for (int64_t i = 0; i < heads.size; i += W) {
-        const int64_t n = h * heads.padded() + i;
-        store_at(y + p * channels + h * heads.size, i, heads.size,
-                 load(panels + n / width * panel_stride + p * width + n % width));
-      }
+  for (int64_t h = 0; h < heads.count; ++h)
+    for (int64_t i = 0; i < heads.size; i += W) {
+      const int64_t panel = h * heads.panels_each + i / width, lanes = heads.size - i;
+      const float* from = panels + panel * panel_stride + i % width;
+      T* to = y + h * heads.size + i;
+      if (lanes >= W)
+        for (int64_t p = 0; p < pixels; ++p) store(to + p * channels, load(from + p * width));
+      else
+        for (int64_t p = 0; p < pixels; ++p) store_part(to + p * channels, load(from + p * width), lanes);
+    }
 }
 
 template <class T>
@@ -81,7 +84,7 @@ static void mdta_forward(const MdtaForward<T>& a) {
   const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(a.weights, s.eps));
 
   const Tiling tiling(s.batch, s.height, s.width, groups.channels() * sizeof(float));
-  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
+  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
   const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
   const int64_t panel = steps * most * width;  // between panels of q, k, v
   const int64_t sums_size = s.batch * (s.heads * padded * padded + 2 * heads.channels());
@@ -105,15 +108,17 @@ static void mdta_forward(const MdtaForward<T>& a) {
       const int64_t end = std::min(y + steps, t.y1), pixels = (end - y) * columns;
       hidden.advance(end);
       for (int64_t p = 0; p < groups.panels(); ++p)
-        for (int64_t r = y; r < end; ++r) {
-          const float* rows[3];
-          hidden.ring.window(r, p, 0, rows);
-          float* out = qkv + p * panel + (r - y) * columns * width;
-          if (p < 2 * part)
-            dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, columns, out, squares + p * width);
-          else
-            dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, columns, out, nullptr);
-        }
+        for (int64_t x = 0; x < columns; x += block)
+          for (int64_t r = y; r < end; ++r) {
+            const float* rows[3];
+            hidden.ring.window(r, p, x, rows);
+            float* out = qkv + p * panel + ((r - y) * columns + x) * width;
+            const int64_t count = std::min(block, columns - x);
+            if (p < 2 * part)
+              dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, count, out, squares + p * width);
+            else
+              dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, out, nullptr);
+          }
       for (int64_t h = 0; h < s.heads; ++h)
         for (int64_t i = 0; i < heads.panels_each; ++i)
           for (int64_t j = 0; j < heads.panels_each; ++j)
