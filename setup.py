@@ -54,7 +54,9 @@ def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple
         missing = f"nvcc is {nvcc[1]}, torch was built with CUDA {torch_cuda}"
     if missing and build == "cuda":
         raise SystemExit(f"AUTOHDR_BUILD=cuda: {missing}")
-    return True, not missing, "CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else f" and CUDA kernels with nvcc {nvcc[1]}")
+    if missing:
+        return True, False, f"CPU kernels; no CUDA kernels: {missing}"
+    return True, True, f"CPU kernels and CUDA kernels with nvcc {nvcc[1]}"
 
 
 def extension() -> tuple[list, dict]:
@@ -80,16 +82,23 @@ def extension() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else "none"
-    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*_cpu.cpp")), "csrc/common/cpu_isa.cpp"]
-    if cuda:
-        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*_cuda.cpp")) + cuda_sources
+
+    def find(pattern: str) -> list[str]:
+        return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"csrc/**/{pattern}"))
+
+    sources = [
+        "csrc/module.cpp",
+        "csrc/common/cpu_isa.cpp",
+        *find("*_cpu.cpp"),
+        *(find("*_cuda.cpp") + cuda_sources if cuda else []),
+    ]
     macros = [
         ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # one binary for every torch from 2.11 on
         ("AUTOHDR_TORCH_VERSION", torch.__version__),
         ("AUTOHDR_CUDA_VERSION", release),
         ("AUTOHDR_CUDA_ARCHITECTURES", architectures.replace(";", " ")),
     ]
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
     module = (CUDAExtension if cuda else CppExtension)(
         "autohdr._C",
         sources,

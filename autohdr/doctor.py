@@ -28,7 +28,10 @@ def _extension_facts() -> list[tuple[str, str]]:
     isas = ", ".join(info["cpu_isas"]) + (f" (not on this processor: {', '.join(unusable)})" if unusable else "")
     return [
         ("compiled with", f"g++ {info['compiler']}, torch {info['torch']}"),
-        ("CUDA kernels", f"nvcc {info['cuda']}, architectures {info['cuda_architectures']}" if info["cuda"] != "none" else "none"),
+        (
+            "CUDA kernels",
+            f"nvcc {info['cuda']}, architectures {info['cuda_architectures']}" if info["cuda"] != "none" else "none",
+        ),
         ("CPU kernels", isas),
         ("CPU kernels use", info["cpu_isa"]),
     ]

@@ -1,7 +1,6 @@
 """The op autohdr::mdta: schema, fake kernels, autograd. C++ registers its kernels."""
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from autohdr.kernels.image import refuse_double_backward
