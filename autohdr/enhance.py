@@ -57,7 +57,7 @@ def enhance(
         model = model.eval().to(device)
     jobs = _jobs([Path(path) for path in paths], Path(out_dir))
     result = EnhanceResult()
-    for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=not progress):
+    for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=None if progress else True):
         try:
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists already and is not to be overwritten")

@@ -70,7 +70,7 @@ def evaluate(
 
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
     images, pictures = [], []
-    for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False)):
+    for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False, disable=None)):
         sample = dataset[index]
         source, target = (sample[key][None].to(device) for key in ("src", "tar"))
         toned = auto_tone(np.ascontiguousarray(sample["src"].permute(1, 2, 0).numpy()))
@@ -260,18 +260,14 @@ def _page(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
     model = results["model"]["name"] if results["model"] else None
     sections = "\n".join(_section(results, *item) for item in zip(results["images"], pictures, strict=False))
     shown, count = len(pictures), len(results["images"])
-    costs = "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _costs(results).items()
-    )
+    costs = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _costs(results).items())
     return Template(_PAGE).substitute(
         title=html.escape(f"{model} against auto-tone" if model else "Auto-tone against the unedited source"),
         setting=html.escape(_setting(results)),
         verdict=html.escape(_verdict(results)),
         table=_html_table(_rows(results)),
         costs=f"<dl>{costs}</dl>" if costs else "",
-        shown=""
-        if shown == count
-        else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
+        shown="" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
         sections=sections,
         versions=html.escape(f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}"),
     )

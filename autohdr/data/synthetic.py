@@ -1833,7 +1833,7 @@ def synthesize(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores or 1, count)
     start = "fork" if "fork" in get_all_start_methods() else "spawn"  # a fork needn't import torch again, and only runs numpy
-    with tqdm(total=count, desc="rooms", unit="pair", disable=not progress) as bar:
+    with tqdm(total=count, desc="rooms", unit="pair", disable=None if progress else True) as bar:
         if workers == 1:
             for number, scene in enumerate(seeds):
                 job(number, scene)

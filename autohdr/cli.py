@@ -1,0 +1,255 @@
+"""The command `autohdr`, with a verb for each job. What a verb needs is imported when it runs: help stays quick."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.extras import SubcommandApp
+
+from autohdr import __version__
+from autohdr.errors import UserError
+from autohdr.train.config import TrainConfig, load_config, recipes
+
+DESCRIPTION = """Turn unedited real-estate photos into edited, HDR-looking ones: train a model on pairs, evaluate it,
+and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohdr --version` prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it skipped,
+    2 wrong input, 130 stopped by Ctrl-C. Like every argument parser it raises SystemExit for -h and for bad options.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"autohdr {__version__}")
+        return 0
+    try:
+        app, options = _app(argv), {"config": (OmitArgPrefixes,), "registry": _registry()}
+        return app.cli(prog="autohdr", description=DESCRIPTION, args=argv, **options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def doctor() -> None:
+    """Print the versions, the compiled code and the hardware, and for every op which backends can run here."""
+    from autohdr.doctor import doctor
+
+    print(doctor())
+
+
+def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, folds: int | None = None) -> None:
+    """Divide pairs into test.jsonl, train.jsonl and val.jsonl, so that no photo is in two of them.
+
+    Args:
+        pairs: JSONL file of {"src": ..., "tar": ...}, paths relative to the file.
+        out: Folder for the parts.
+        test: The first so many pairs are held out; 10% of the others validate.
+        seed: Seed of the draw.
+        folds: Cross-validation: this many folds instead, fold_0/train.jsonl, fold_0/val.jsonl, ...
+    """
+    from autohdr.data.pairs import read_pairs
+    from autohdr.data.splits import write_splits
+
+    for file in write_splits(read_pairs(pairs), out, folds, seed, test):
+        print(f"{file}: {len(file.read_text(encoding='utf-8').splitlines())} pairs")
+
+
+def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed: int = 0, workers: int | None = None) -> None:
+    """Render synthetic rooms as pairs: a photo with a bright window, and its edit. No assets needed.
+
+    Args:
+        out: Folder for the images and their pairs.jsonl.
+        count: Number of rooms, one pair each.
+        height: Pixels.
+        width: Pixels.
+        seed: Seed of the rooms.
+        workers: Processes that render; one a core by default.
+    """
+    from autohdr.data.synthetic import synthesize
+
+    print(synthesize(out, count, height, width, seed, workers))
+
+
+def evaluate(
+    checkpoint: Path,
+    pairs: Path,
+    out: Path,
+    size: int | None = None,
+    resize: Literal["squash", "fit", "crop"] = "squash",
+    device: str = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Measure a model on held-out pairs, beside the unedited source and an auto-tone. Ends in a table and report.html.
+
+    Args:
+        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder.
+        pairs: JSONL file of pairs that the model was not trained on.
+        out: Folder for results.json and report.html.
+        size: Side of the square that every pair is brought to; by default they keep their own size.
+        resize: How pairs are brought to SIZE.
+        device: auto (CUDA where there is one), cpu, cuda, ...
+        precision: bfloat16 runs the model under autocast.
+    """
+    from autohdr.data.pairs import check_pairs, read_pairs
+    from autohdr.evaluate import evaluate, format_table
+    from autohdr.models import load_checkpoint
+    from autohdr.train.loop import pick_device
+
+    device = pick_device(device)
+    model = load_checkpoint(checkpoint)
+    listed = read_pairs(pairs)
+    check_pairs(listed)
+    results = evaluate(listed, out, model=model, size=size, resize=resize, device=device, precision=precision)
+    print(format_table(results))
+    print(f"report: {out / 'report.html'}")
+
+
+def enhance(
+    paths: Positional[list[Path]],
+    out: Path,
+    checkpoint: Path | None = None,
+    auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
+    overwrite: Annotated[bool, FlagCreatePairsOff] = False,
+    device: str = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> int:
+    """Enhance photos at their own resolution; format, bit depth, EXIF and ICC profile stay.
+
+    A photo that cannot be read or written is reported and skipped, and the exit status is then 1.
+
+    Args:
+        paths: Photos, and folders of photos.
+        out: Folder for the results.
+        checkpoint: Weights of the model that enhances.
+        auto_tone: Use the two-parameter auto-tone instead of a model.
+        overwrite: Replace results that exist already, instead of skipping their photos.
+        device: auto (CUDA where there is one), cpu, cuda, ...
+        precision: bfloat16 runs the model under autocast.
+    """
+    if (checkpoint is None) != auto_tone:
+        raise UserError(
+            "enhance: expected either --checkpoint FILE or --auto-tone. A checkpoint comes from training: "
+            "`autohdr demo` makes a small one in minutes, `autohdr train restormer_384 --train-pairs train.jsonl "
+            "--val-pairs val.jsonl` a real one, runs/restormer_384/checkpoint_best.safetensors"
+        )
+    from autohdr.enhance import enhance
+    from autohdr.models import load_checkpoint
+    from autohdr.train.loop import pick_device
+
+    model = load_checkpoint(checkpoint) if checkpoint else None
+    result = enhance(paths, out, model, device=pick_device(device), precision=precision, overwrite=overwrite)
+    for path, reason in result.skipped:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
+    print(f"{len(result.written)} written to {out}, {len(result.skipped)} skipped{speed}")
+    return 1 if result.skipped else 0
+
+
+def demo(out: Path = Path("demo_run")) -> int:
+    """The whole road in minutes on a CPU: synthesise rooms, train restormer_nano, evaluate it, enhance photos.
+
+    The exit status is 1 if the model does not beat auto-tone on rooms it has not seen.
+
+    Args:
+        out: Folder for everything; one that an earlier demo made is made anew.
+    """
+    from autohdr.demo import demo
+
+    return 0 if demo(out).margin > 0 else 1
+
+
+def _train_verb(argv: list[str]) -> Any:
+    """The verb `train`, with the values of the recipe that `argv` names as the options' defaults."""
+    named = argv[1] if argv[:1] == ["train"] and len(argv) > 1 and not argv[1].startswith("-") else None
+    recipe = load_config(named) if named else TrainConfig()
+
+    def train(
+        config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
+        settings: TrainConfig = recipe,
+        resume: Annotated[bool, FlagCreatePairsOff] = False,
+    ) -> int:
+        """Train a model. Every setting of the TOML file can be overridden by an option.
+
+        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C finishes the step and
+        saves; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there.
+
+        Args:
+            config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
+            settings: The defaults are those of CONFIG, where it is named before -h.
+            resume: Go on with the run that is in the run folder.
+        """
+        if config != named:
+            raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
+        from autohdr.train.loop import TrainingError
+        from autohdr.train.loop import train as run
+
+        try:
+            summary = run(settings, resume=resume)
+        except TrainingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        if summary.interrupted:
+            print(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
+            return 130
+        weights = summary.out / "checkpoint_best.safetensors"
+        print(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
+        return 0
+
+    train.__doc__ = train.__doc__.replace("RECIPES", ", ".join(recipes()))
+    return train
+
+
+def _registry() -> ConstructorRegistry:
+    """Tables, which tyro would take apart, are one JSON argument: --model-args '{"norm_bias": true}'."""
+
+    def table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+        if info.type_origin is not dict:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=_parse_table,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    registry = ConstructorRegistry()
+    registry.primitive_rule(table)
+    return registry
+
+
+def _parse_table(args: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(args[0])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {args[0]!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {args[0]!r}")
+    return value
+
+
+def _app(argv: list[str]) -> SubcommandApp:
+    app, data = SubcommandApp(), SubcommandApp()
+    data.command(split)
+    data.command(synth)
+    app.command(doctor)
+    app.command(data, name="data", help="Make pairs: split a list of them, or synthesise some.")
+    app.command(_train_verb(argv))
+    app.command(evaluate, name="eval")
+    app.command(enhance)
+    app.command(demo)
+    return app
+
+
+if __name__ == "__main__":
+    sys.exit(main())

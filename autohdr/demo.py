@@ -1,0 +1,84 @@
+"""The demo: from nothing to enhanced photos and a report, on synthetic rooms."""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autohdr.data.pairs import read_pairs
+from autohdr.data.splits import write_splits
+from autohdr.data.synthetic import synthesize
+from autohdr.enhance import enhance
+from autohdr.errors import UserError
+from autohdr.evaluate import evaluate, format_table
+from autohdr.models import load_checkpoint
+from autohdr.train.config import TrainConfig, load_config
+from autohdr.train.loop import train
+
+SCENES, HELD_OUT = 88, 12
+HEIGHT, WIDTH = 256, 384
+_MARK = ".autohdr-demo"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo ended: its report, the enhanced photos, and PSNR of the model above auto-tone's in dB."""
+
+    report: Path
+    enhanced: Path
+    margin: float
+
+
+def demo(
+    out: Path,
+    *,
+    config: TrainConfig | None = None,
+    scenes: int = SCENES,
+    held_out: int = HELD_OUT,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+) -> DemoResult:
+    """Synthesise rooms, train on them, evaluate on rooms held out and enhance those; all in the folder `out`.
+
+    config: how to train; the recipe `demo` by default. Its pairs and its run folder are set here.
+    A folder that an earlier demo made is made anew; UserError if `out` holds anything else.
+    """
+    _claim(out)
+    config = config or load_config("demo")
+    started = time.perf_counter()
+
+    def step(number: int, text: str) -> None:
+        print(f"\n[{number}/4] {text}  ({time.perf_counter() - started:.0f} s)", flush=True)
+
+    step(1, f"rendering {scenes} rooms, {held_out} of them held out")
+    pairs, parts = synthesize(out / "rooms", scenes, height, width), out / "parts"
+    write_splits(read_pairs(pairs), parts, test=held_out)
+
+    step(2, f"training {config.model}")
+    config = replace(config, train_pairs=parts / "train.jsonl", val_pairs=parts / "val.jsonl", out=out / "run")
+    if train(config).interrupted:
+        raise KeyboardInterrupt
+
+    step(3, "evaluating on the rooms held out, at full resolution")
+    test, model = read_pairs(parts / "test.jsonl"), load_checkpoint(out / "run" / "checkpoint_best.safetensors")
+    results = evaluate(test, out / "report", model=model)
+    print(format_table(results))
+
+    step(4, "enhancing them")
+    enhanced = enhance([pair.src for pair in test], out / "enhanced", model)
+    result = DemoResult(out / "report" / "report.html", out / "enhanced", results["summary"]["model_minus_auto_tone"]["psnr"][0])
+    print(f"\n{result.margin:+.2f} dB PSNR against auto-tone, in {time.perf_counter() - started:.0f} s altogether")
+    print(f"report:            {result.report}")
+    print(f"enhanced photos:   {result.enhanced} ({len(enhanced.written)})")
+    print(f"training curve:    {out / 'run' / 'curve.png'}")
+    return result
+
+
+def _claim(out: Path) -> None:
+    """Leave an empty folder that bears the demo's mark."""
+    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"demo: {out} was not made by a demo: give another folder with --out")
+    if (out / _MARK).is_file():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()

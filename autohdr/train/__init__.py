@@ -1,0 +1,1 @@
+"""Training: configuration, losses, the loop, and what a run leaves on disk."""

@@ -1,0 +1,172 @@
+"""What a training run is made of: one flat dataclass, read from TOML strictly and written back to it."""
+
+import json
+import tomllib
+import types
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from autohdr.errors import UserError
+
+RECIPES = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a key of the TOML file and an option of `autohdr train`.
+
+    Paths inside a TOML file are relative to that file.
+    """
+
+    model: str = "restormer_base"
+    """Name of the model; `autohdr.models.list_models()` lists them."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the model's own settings, such as {"norm_bias": true}."""
+    init_weights: Path | None = None
+    """Weights to start from (any layout that load_weights reads); none: start from random weights."""
+
+    train_pairs: Path | None = None
+    """JSONL file of the pairs to train on. Required."""
+    val_pairs: Path | None = None
+    """JSONL file of the pairs to validate on after each epoch. Required."""
+    out: Path | None = None
+    """The run folder; none: runs/NAME, with NAME that of the TOML file."""
+
+    size: int = 384
+    """Side of the square that every pair is brought to, in pixels."""
+    resize: Literal["squash", "fit", "crop"] = "squash"
+    """How: ignore the aspect ratio, keep it, or cut a square out of the picture."""
+    augment: bool = True
+    """Mirror half of the training pairs and cut their squares anywhere, not in the centre as validation does."""
+
+    epochs: int = 100
+    """Passes over the training pairs."""
+    batch_size: int = 2
+    """Pairs in one forward pass."""
+    accumulate: int = 1
+    """Forward passes in one optimiser step: the effective batch is batch_size x accumulate."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it to 0 at the last step."""
+    warmup_epochs: float = 0
+    """Epochs in which the learning rate climbs linearly."""
+    weight_decay: float = 0.02
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast, weights and optimiser stay in float32."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    workers: int = 2
+    """Processes that decode images; 0: the training process itself."""
+    seed: int = 0
+    """Seed of the weights, the order of samples and their augmentation."""
+    log_every: int = 10
+    """Optimiser steps between two step lines in log.jsonl."""
+    samples: int = 4
+    """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Read a TOML file, or a shipped recipe by its bare name, into a TrainConfig.
+
+    Raises UserError for a missing or malformed file, an unknown key, or a value of the wrong type; ranges and the
+    existence of inputs are `check_config`'s, once every override is in.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = RECIPES / f"{path}.toml"
+    if not file.is_file():
+        raise UserError(f"config: expected a TOML file or one of {', '.join(recipes())}; got {str(path)!r}")
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+    hints = get_type_hints(TrainConfig)
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{file}: unknown key {key!r}; expected one of {', '.join(hints)}")
+        if not _is_a(value, hints[key]):
+            raise UserError(f"{file}: {key}: expected {_describe(hints[key])}, got {value!r}")
+        if Path in _options(hints[key]):
+            values[key] = (file.parent / value).resolve()
+        elif hints[key] is float:
+            values[key] = float(value)
+    return replace(TrainConfig(out=Path("runs") / file.stem), **(values | (overrides or {})))
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
+    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1)
+    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "workers", "seed", "samples"), 0)
+    at_least["size"] = 16
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+    if not 0 < config.lr < float("inf"):
+        raise UserError(f"lr: expected a positive number, got {config.lr}")
+    if config.warmup_epochs >= config.epochs:
+        raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
+    if config.resize == "fit" and config.batch_size > 1:
+        raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
+    for name in ("train_pairs", "val_pairs", "out"):
+        if getattr(config, name) is None:
+            raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
+    for name in ("train_pairs", "val_pairs", "init_weights"):
+        file = getattr(config, name)
+        if file is not None and not file.is_file():
+            raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+
+
+def dump_config(config: TrainConfig, header: str = "") -> str:
+    """The TOML text that load_config reads back to the same config, from any folder; `header` becomes comments."""
+    lines = [f"# {line}" for line in header.splitlines()]
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if value is not None:
+            lines.append(f"{item.name} = {_toml(value.resolve() if isinstance(value, Path) else value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)  # a JSON string is a TOML basic string
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    raise UserError(f"config: TOML cannot hold {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if Path in _options(hint):
+        return isinstance(value, str)
+    kind = get_origin(hint) or hint
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    if Path in _options(hint):
+        return "a path (a string)"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(hint, "a table")

@@ -1,0 +1,74 @@
+"""What a run shows of itself: the CSV and JSONL logs, the curve and the sample pictures."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add one JSON object to a JSONL log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a line cut short: a resumed run writes them again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def write_csv(path: Path, history: list[dict[str, Any]]) -> None:
+    """One row for each epoch."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
+    """PNG of the loss, PSNR and SSIM over the epochs."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state; and slow to import
+
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(12, 3.6))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.15, top=0.9, wspace=0.2)
+    panels = {
+        "L1": {"train": "train_l1", "validation": "val_l1"},
+        "PSNR (dB)": {"validation": "val_psnr"},
+        "SSIM": {"validation": "val_ssim"},
+    }
+    for axes, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for label, key in lines.items():
+            colour = "tab:grey" if label == "train" else "tab:blue"
+            axes.plot(epochs, [row[key] for row in history], label=label, color=colour, marker="." * (len(epochs) < 40))
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def write_triptychs(path: Path, rows: list[tuple[Tensor, Tensor, Tensor]], gap: int = 8) -> None:
+    """JPEG with a row of source | output | target for each triple of (3, H, W) images in [0, 1]."""
+    pictures = [[(image.permute(1, 2, 0) * 255).round().byte().cpu().numpy() for image in row] for row in rows]
+    width = max(sum(image.shape[1] for image in row) + 2 * gap for row in pictures)
+    sheet = np.full((sum(row[0].shape[0] + gap for row in pictures) - gap, width, 3), 255, np.uint8)
+    top = 0
+    for row in pictures:
+        left = 0
+        for image in row:
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+            left += image.shape[1] + gap
+        top += row[0].shape[0] + gap
+    Image.fromarray(sheet).save(path, quality=92)

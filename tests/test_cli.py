@@ -1,0 +1,261 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import autohdr
+from autohdr.cli import main
+from autohdr.models import create_model, save_weights
+
+TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
+VERBS = ["doctor", "data", "data split", "data synth", "train", "eval", "enhance", "demo"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Seven pairs of 40 x 32 photos and their list."""
+    rng = np.random.default_rng(0)
+    for index in range(7):
+        pixels = rng.integers(0, 128, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}_src.png")
+        Image.fromarray(2 * pixels).save(tmp_path / f"{index}_tar.png")
+    lines = [json.dumps({"src": f"{index}_src.png", "tar": f"{index}_tar.png"}) + "\n" for index in range(7)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    save_weights(tmp_path / "weights.safetensors", create_model("restormer_nano", **TINY), {"epoch": 1})
+    return tmp_path / "weights.safetensors"
+
+
+def run(*args):
+    return main([str(arg) for arg in args])
+
+
+def refusal(capsys, *args):
+    """What a refused call says on stderr, after `error: `."""
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    return captured.err.removeprefix("error: ")
+
+
+def usage_error(capsys, *args):
+    """What the parser says about options it can't take."""
+    with pytest.raises(SystemExit) as exit_:
+        run(*args)
+    assert exit_.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"autohdr {autohdr.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(capsys, verb):
+    with pytest.raises(SystemExit) as exit_:
+        run(*verb.split(), "-h")
+    assert exit_.value.code == 0
+    assert f"usage: autohdr {verb}" in capsys.readouterr().out
+
+
+def test_help_lists_the_verbs(capsys):
+    with pytest.raises(SystemExit):
+        run("-h")
+    output = capsys.readouterr().out
+    assert all(f"• {verb.split()[0]} " in output for verb in VERBS)
+
+
+def test_help_of_a_recipe_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "restormer_896", "-h")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: 896)" in text and "(default: 5e-05)" in text
+
+
+def test_doctor(capsys):
+    assert run("doctor") == 0
+    output = capsys.readouterr().out
+    assert torch.__version__ in output and "mdta" in output and "gdfn" in output
+
+
+def test_data_split(photos, capsys):
+    assert run("data", "split", photos / "pairs.jsonl", "--out", photos / "parts", "--test", 2) == 0
+    assert capsys.readouterr().out.count("pairs\n") == 3
+    assert sorted(path.name for path in (photos / "parts").iterdir()) == ["test.jsonl", "train.jsonl", "val.jsonl"]
+
+
+def test_data_split_into_folds(photos):
+    assert run("data", "split", photos / "pairs.jsonl", "--out", photos / "parts", "--test", 1, "--folds", 3) == 0
+    assert (photos / "parts" / "fold_2" / "val.jsonl").is_file()
+
+
+def test_data_synth(tmp_path, capsys):
+    args = ("--count", 1, "--height", 32, "--width", 48, "--workers", 1)
+    assert run("data", "synth", "--out", tmp_path / "rooms", *args) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "rooms" / "pairs.jsonl")
+
+
+def test_train_eval_enhance(photos, capsys):
+    """The whole road, with options over the recipe's values."""
+    pairs, out = photos / "pairs.jsonl", photos / "run"
+    settings = ("--train-pairs", pairs, "--val-pairs", pairs, "--size", 32, "--epochs", 1, "--warmup-epochs", 0)
+    settings += ("--model", "restormer_nano", "--model-args", json.dumps(TINY), "--workers", 0, "--out", out)
+    assert run("train", "restormer_384", *settings, "--lr", 0.001, "--no-augment", "--device", "cpu") == 0
+    assert "checkpoint_best.safetensors" in capsys.readouterr().out
+    resolved = (out / "config.toml").read_text()
+    assert "lr = 0.001\n" in resolved and "accumulate = 2\n" in resolved and "augment = false\n" in resolved
+    assert run("train", out / "config.toml", "--resume") == 0
+
+    weights = out / "checkpoint_best.safetensors"
+    sized = ("--resize", "squash", "--size", 24)
+    assert run("eval", "--checkpoint", weights, "--pairs", pairs, "--out", photos / "report", *sized) == 0
+    assert "auto-tone" in capsys.readouterr().out
+    assert json.loads((photos / "report" / "results.json").read_text())["images"][0]["height"] == 24
+    assert (photos / "report" / "report.html").is_file()
+
+    assert run("enhance", photos / "0_src.png", "--checkpoint", weights, "--out", photos / "enhanced") == 0
+    assert Image.open(photos / "enhanced" / "0_src.png").size == (40, 32)
+
+
+def test_train_interrupted(photos, capsys, monkeypatch):
+    from autohdr.train import loop
+
+    summary = loop.RunSummary(photos / "run", 3, {}, interrupted=True)
+    monkeypatch.setattr(loop, "train", lambda config, resume: summary)
+    assert run("train", "demo") == 130
+    assert f"autohdr train {photos / 'run' / 'config.toml'} --resume" in capsys.readouterr().out
+
+
+def test_train_stopped_by_an_error(capsys, monkeypatch):
+    from autohdr.train import loop
+
+    def train(config, resume):
+        raise loop.TrainingError("step 3: the loss is not finite")
+
+    monkeypatch.setattr(loop, "train", train)
+    assert run("train", "demo") == 1
+    assert capsys.readouterr().err == "error: step 3: the loss is not finite\n"
+
+
+def test_enhance_auto_tone(photos):
+    assert run("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced") == 0
+    assert np.asarray(Image.open(photos / "enhanced" / "0_src.png")).mean() > 100
+
+
+def test_enhance_reports_what_it_skips(photos, capsys):
+    (photos / "bad.png").write_bytes(b"no picture")
+    assert run("enhance", photos / "bad.png", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced") == 1
+    captured = capsys.readouterr()
+    assert "1 written" in captured.out and "1 skipped" in captured.out
+    assert f"skipped {photos / 'bad.png'}: " in captured.err
+
+
+def test_enhance_overwrites_only_when_told(photos):
+    args = ("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced")
+    assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]
+
+
+def test_demo_fails_where_auto_tone_wins(monkeypatch, tmp_path):
+    from autohdr import demo
+
+    for margin, status in ((1.2, 0), (-0.1, 1)):
+        result = demo.DemoResult(tmp_path, tmp_path, margin)
+        monkeypatch.setattr(demo, "demo", lambda out, result=result: result)
+        assert run("demo", "--out", tmp_path) == status
+
+
+def test_ctrl_c(monkeypatch, tmp_path):
+    from autohdr import demo
+
+    def interrupted(out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "demo", interrupted)
+    assert run("demo") == 130
+
+
+def test_a_folder_that_cannot_be_made(photos, capsys):
+    out = photos / "0_src.png" / "parts"
+    assert run("demo", "--out", out) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
+    assert "doctor" in usage_error(capsys)
+    assert "paint" in usage_error(capsys, "paint")
+    assert "--fast" in usage_error(capsys, "demo", "--fast")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("train",), "CONFIG"),
+        (("train", "demo", "--epochs", "many"), "--epochs"),
+        (("train", "demo", "--resize", "stretch"), "squash"),
+        (("train", "demo", "--model-args", "[1]"), "expected a JSON object"),
+        (("train", "demo", "--model-args", "{dim"), "expected a JSON object"),
+        (("data", "split", "pairs.jsonl"), "--out"),
+        (("data", "synth"), "--out"),
+        (("eval", "--pairs", "p.jsonl", "--out", "report"), "--checkpoint"),
+        (("enhance", "photo.jpg", "--auto-tone"), "--out"),
+    ],
+    ids=" ".join,
+)
+def test_refuses_options(capsys, args, named):
+    assert named in usage_error(capsys, *args)
+
+
+def test_train_refuses(photos, capsys):
+    assert "expected a TOML file or one of demo, " in refusal(capsys, "train", "nowhere.toml")
+    assert "CONFIG comes first" in refusal(capsys, "train", "--epochs", 3, "demo")
+    assert "train_pairs: required; give --train-pairs" in refusal(capsys, "train", "restormer_384")
+    pairs = ("--train-pairs", photos / "pairs.jsonl", "--val-pairs", photos / "pairs.jsonl")
+    assert "warmup_epochs" in refusal(capsys, "train", "restormer_384", *pairs, "--epochs", 3)
+    assert "no model is called 'resnet'" in refusal(capsys, "train", "demo", *pairs, "--model", "resnet", "--out", photos / "run")
+    assert "--resume: nothing to resume" in refusal(capsys, "train", "demo", *pairs, "--resume", "--out", photos / "run")
+    assert "already holds files" in refusal(capsys, "train", "demo", *pairs, "--out", photos)
+    assert not (photos / "run").exists()
+
+
+def test_data_refuses(photos, capsys):
+    assert "nowhere.jsonl" in refusal(capsys, "data", "split", photos / "nowhere.jsonl", "--out", photos / "parts")
+    few = ("data", "split", photos / "pairs.jsonl", "--out", photos / "parts")
+    assert "got 7" in refusal(capsys, *few, "--test", 7)
+    assert "got 9" in refusal(capsys, *few, "--test", 0, "--folds", 9)
+    assert "count" in refusal(capsys, "data", "synth", "--out", photos / "rooms", "--count", 0)
+
+
+def test_eval_refuses(photos, checkpoint, capsys):
+    pairs = ("--pairs", photos / "pairs.jsonl", "--out", photos / "report")
+    assert "nowhere" in refusal(capsys, "eval", "--checkpoint", photos / "nowhere.safetensors", *pairs)
+    assert "is no checkpoint" in refusal(capsys, "eval", "--checkpoint", photos / "pairs.jsonl", *pairs)
+    (photos / "3_tar.png").unlink()
+    assert "pairs.jsonl:4: " in refusal(capsys, "eval", "--checkpoint", checkpoint, *pairs)
+    assert "device: 'tpu'" in refusal(capsys, "eval", "--checkpoint", checkpoint, *pairs, "--device", "tpu")
+    assert not (photos / "report").exists()
+
+
+def test_enhance_refuses(photos, checkpoint, capsys):
+    out = ("--out", photos / "enhanced")
+    message = refusal(capsys, "enhance", photos / "0_src.png", *out)
+    assert "--checkpoint" in message and "--auto-tone" in message and "autohdr train restormer_384" in message
+    both = ("--auto-tone", "--checkpoint", checkpoint)
+    assert "either --checkpoint FILE or --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
+    assert "does not exist" in refusal(capsys, "enhance", photos / "nowhere.png", "--auto-tone", *out)
+    assert "expected photos" in refusal(capsys, "enhance", "--auto-tone", *out)
+    assert not (photos / "enhanced").exists()
+
+
+def test_demo_refuses_a_folder_of_others(photos, capsys):
+    before = sorted(os.listdir(photos))
+    assert "was not made by a demo" in refusal(capsys, "demo", "--out", photos)
+    assert sorted(os.listdir(photos)) == before

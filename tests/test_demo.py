@@ -1,0 +1,30 @@
+from dataclasses import replace
+
+from PIL import Image
+
+from autohdr.demo import demo
+from autohdr.train.config import load_config
+
+
+def test_demo(tmp_path, capsys):
+    """Everything in small: rooms, a run, a report, enhanced photos; a second demo replaces the first."""
+    config = replace(
+        load_config("demo"),
+        model_args={"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0},
+        size=32,
+        epochs=1,
+        warmup_epochs=0,
+    )
+    out = tmp_path / "demo"
+    size = {"scenes": 4, "held_out": 1, "height": 32, "width": 48}
+    result = demo(out, config=config, **size)
+    assert [path.name for path in result.enhanced.iterdir()] == ["0000_src.jpg"]
+    assert Image.open(result.enhanced / "0000_src.jpg").size == (48, 32)
+    printed = capsys.readouterr().out
+    for shown in (str(result.report), str(result.enhanced), f"{result.margin:+.2f} dB", "auto-tone"):
+        assert shown in printed
+    assert result.report.is_file()
+
+    (out / "stale.txt").touch()
+    demo(out, config=config, **size)
+    assert not (out / "stale.txt").exists()

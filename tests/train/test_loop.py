@@ -1,0 +1,281 @@
+import csv
+import json
+import math
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from autohdr.errors import UserError
+from autohdr.models import load_checkpoint
+from autohdr.train import loop
+from autohdr.train.checkpoint import load_state
+from autohdr.train.config import load_config
+from autohdr.train.loop import TrainingError, lr_factor, train
+
+STATE = "checkpoint_last.state.pt"
+
+
+def same(a, b):
+    """Bitwise equality of two trees of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def outcome(out):
+    """Everything in a run's last state but its name and its timings."""
+    state = load_state(out / STATE)
+    for row in state["history"]:
+        del row["seconds"]
+    return {key: value for key, value in state.items() if key not in ("run_id", "epoch_seconds")}
+
+
+def interrupt_at_step(monkeypatch, step):
+    """Ctrl-C in the midst of that optimiser step, counted from 1."""
+    original = loop._Trainer._train_step
+
+    def train_step(self, *args):
+        if self.step + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
+
+
+@pytest.fixture(autouse=True)
+def blank_curve(monkeypatch):
+    """Drawing takes longer than these epochs; test_record draws."""
+    monkeypatch.setattr(loop.record, "draw_curve", lambda path, history: path.touch())
+
+
+def test_learns(make_config):
+    summary = train(make_config(epochs=8, warmup_epochs=1, samples=1))
+    state = load_state(summary.out / STATE)
+    losses = [row["train_l1"] for row in state["history"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert summary.epochs == 8 and not summary.interrupted
+    assert summary.best["val_psnr"] == max(row["val_psnr"] for row in state["history"])
+
+
+def test_run_folder(make_config):
+    config = make_config(samples=1, log_every=2)
+    summary = train(config)
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        "checkpoint_best.safetensors",
+        "checkpoint_last.safetensors",
+        STATE,
+        "config.toml",
+        "curve.png",
+        "log.csv",
+        "log.jsonl",
+        "samples",
+    ]
+    assert load_config(config.out / "config.toml") == config
+    assert "torch" in (config.out / "config.toml").read_text().splitlines()[0]
+
+    rows = list(csv.DictReader((config.out / "log.csv").open()))
+    lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [2, 4, 6]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    for key in ("train_l1", "val_l1", "val_psnr", "val_ssim"):
+        assert [float(row[key]) for row in rows] == [line[key] for line in epochs]
+
+    assert [path.name for path in sorted((config.out / "samples").iterdir())] == ["epoch_001.jpg", "epoch_002.jpg"]
+    assert Image.open(config.out / "samples" / "epoch_002.jpg").size == (3 * 32 + 2 * 8, 32)
+
+    best = load_checkpoint(config.out / "checkpoint_best.safetensors")
+    assert best.metadata["metrics"] == summary.best
+    assert same(
+        load_checkpoint(config.out / "checkpoint_last.safetensors").state_dict(),
+        load_state(config.out / STATE)["model"],
+    )
+
+
+def test_validation_matches_the_saved_weights(make_config, pair_files):
+    """The best epoch's figures are those of the weights in checkpoint_best, measured apart from the trainer."""
+    from autohdr import metrics
+    from autohdr.data.pairs import PairDataset, read_pairs
+
+    summary = train(make_config())
+    model = load_checkpoint(summary.out / "checkpoint_best.safetensors")
+    with torch.inference_mode():
+        samples = [(item["src"][None], item["tar"][None]) for item in PairDataset(read_pairs(pair_files[1]), 32)]
+        values = [metrics.psnr(model(source).clamp(0, 1), target).item() for source, target in samples]
+    torch.testing.assert_close(summary.best["val_psnr"], sum(values) / len(values), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["in mid-epoch", "between epochs"])
+def test_resume_is_bitwise(make_config, monkeypatch, step):
+    config = {"epochs": 4, "warmup_epochs": 1, "batch_size": 1, "accumulate": 2, "resize": "crop", "size": 24}
+    train(make_config("whole", **config))
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, step)
+        summary = train(make_config("parts", **config))
+    assert summary.interrupted and summary.epochs == step // 3
+    assert load_state(summary.out / STATE)["step"] == step
+    assert not train(make_config("parts", **config), resume=True).interrupted
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+    for name in ("log.csv", "log.jsonl"):
+        whole, parts = ((make_config(run).out / name).read_text().splitlines() for run in ("whole", "parts"))
+        assert len(whole) == len(parts)
+
+
+def test_resume_with_other_workers_is_bitwise(make_config, monkeypatch):
+    train(make_config("whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 1)
+        train(make_config("parts"))
+    train(make_config("parts", workers=1), resume=True)
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
+def test_resume_after_a_crash_repeats_what_was_not_saved(make_config, monkeypatch):
+    """The log has lines, one of them cut short, from after the last save; the resumed run writes them once."""
+    train(make_config("whole", log_every=1))
+
+    def crash(self, bar):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_finish_epoch", crash)
+        with pytest.raises(MemoryError):
+            train(make_config("parts", log_every=1))
+    with open(make_config("parts").out / "log.jsonl", "a") as log:
+        log.write('{"kind": "st')
+    train(make_config("parts", log_every=1), resume=True)
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+    lines = [json.loads(line) for line in (make_config("parts").out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_of_a_finished_run_changes_nothing(make_config):
+    first = train(make_config())
+    before = (first.out / STATE).read_bytes()
+    assert train(make_config(), resume=True) == first
+    assert (first.out / STATE).read_bytes() == before
+
+
+def test_accumulation_equals_a_bigger_batch(make_config):
+    """Six pairs in steps of four and two: each sample weighs the same in its step."""
+    changes = {"epochs": 1, "clip": 0.0, "augment": False}
+    train(make_config("big", batch_size=4, **changes))
+    train(make_config("small", batch_size=1, accumulate=4, **changes))
+    big, small = (load_checkpoint(make_config(name).out / "checkpoint_last.safetensors") for name in ("big", "small"))
+    for name, weight in big.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=0, atol=2e-5)
+
+
+def test_lr_factor():
+    factors = [lr_factor(step, total=10, warmup=4) for step in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[7] == pytest.approx(0.5)
+    assert factors[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 5 / 6)))
+    assert lr_factor(0, total=10, warmup=0) == 1.0
+
+
+def test_schedule_is_by_step(make_config):
+    config = make_config(epochs=2, warmup_epochs=0.5, batch_size=1, log_every=1, lr=1e-3)
+    train(config)
+    lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if line["kind"] == "step"]
+    assert rates == [1e-3 * lr_factor(step, total=12, warmup=3) for step in range(12)]
+
+
+def test_clipping_bounds_the_gradient(make_config):
+    seen = []
+
+    class Spy(torch.optim.SGD):
+        def step(self):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            seen.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
+
+    trainer = loop._Trainer(
+        make_config(clip=1e-3), *map(loop._checked_pairs, (make_config().train_pairs, make_config().val_pairs))
+    )
+    trainer.optimizer = Spy(trainer.model.parameters(), lr=0.0)
+    _, norm = trainer._train_step([[0, 1]], iter(trainer._loader(trainer.train_set, [[0, 1]])), 0.0)
+    assert norm > 1e-3
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_init_weights(make_config, capsys):
+    first = train(make_config("first", epochs=1))
+    train(make_config("second", epochs=1, lr=1e-30, weight_decay=0.0, init_weights=first.out / "checkpoint_last.safetensors"))
+    assert "loaded" in capsys.readouterr().out
+    assert same(*(load_state(make_config(run).out / STATE)["model"] for run in ("first", "second")))
+
+
+def test_bfloat16_keeps_float32_weights(make_config):
+    summary = train(make_config(epochs=1, precision="bfloat16"))
+    assert {w.dtype for w in load_state(summary.out / STATE)["model"].values()} == {torch.float32}
+    assert math.isfinite(summary.best["val_psnr"])
+
+
+def test_stops_at_a_loss_that_is_not_finite(make_config, monkeypatch):
+    """In epoch 2, step 5: the message names step and files, and what is saved is from before."""
+    original = loop.losses.l1
+    calls = []
+
+    def l1(output, target):
+        calls.append(0)
+        return original(output, target) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(loop.losses, "l1", l1)
+    config = make_config(epochs=3)
+    with pytest.raises(TrainingError, match=r"step 5 \(epoch 2\): the loss is not finite .*_src.png.*_src.png"):
+        train(config)
+    state = load_state(config.out / STATE)
+    assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
+def test_refuses_a_folder_with_files(make_config):
+    config = make_config()
+    config.out.mkdir()
+    (config.out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="already holds files: give another --out, or --resume"):
+        train(config)
+    assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
+
+
+def test_refuses_to_resume_nothing(make_config):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(make_config(), resume=True)
+
+
+def test_refuses_to_resume_with_other_settings(make_config):
+    train(make_config(epochs=1))
+    with pytest.raises(UserError, match="lr: the run in .* has 0.002, got 0.1; .*config.toml --resume"):
+        train(make_config(epochs=1, lr=0.1), resume=True)
+
+
+def test_refuses_to_resume_files_of_two_runs(make_config):
+    for run in ("a", "b"):
+        train(make_config(run, epochs=1))
+    weights = make_config("b").out / "checkpoint_last.safetensors"
+    weights.replace(make_config("a").out / weights.name)
+    with pytest.raises(UserError, match="are not of one run"):
+        train(make_config("a", epochs=1), resume=True)
+
+
+@pytest.mark.parametrize("which", ["train_pairs", "val_pairs"])
+def test_refuses_bad_pairs_before_anything_is_written(make_config, tmp_path, which):
+    bad = tmp_path / "bad.jsonl"
+    for content, message in (("", "at least one pair, got none"), ('{"src": "a.png", "tar": "b.png"}\n', "a.png")):
+        bad.write_text(content)
+        config = make_config(**{which: bad})
+        with pytest.raises(UserError, match=message):
+            train(config)
+        assert not config.out.exists()
+
+
+def test_refuses_an_absent_device(make_config):
+    with pytest.raises(UserError, match="device: 'tpu' is not available here"):
+        train(make_config(device="tpu"))

@@ -1,0 +1,43 @@
+import json
+
+import torch
+from PIL import Image
+
+from autohdr.train import record
+
+HISTORY = [{"epoch": e, "train_l1": 0.2 / e, "val_l1": 0.3 / e, "val_psnr": 14.0 + e, "val_ssim": 0.5} for e in (1, 2)]
+
+
+def test_curve(tmp_path):
+    for epochs in (1, 2):
+        record.draw_curve(tmp_path / "curve.png", HISTORY[:epochs])
+        with Image.open(tmp_path / "curve.png") as curve:
+            assert curve.convert("L").getextrema()[0] < 100
+
+
+def test_csv(tmp_path):
+    record.write_csv(tmp_path / "log.csv", HISTORY)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,train_l1,val_l1,val_psnr,val_ssim", "1,0.2,0.3,15.0,0.5", "2,0.1,0.15,16.0,0.5"]
+
+
+def test_rewind_drops_later_and_broken_lines(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for step in (1, 2, 3):
+        record.append_line(log, {"step": step})
+    with open(log, "a") as file:
+        file.write('{"step": 2')
+    record.rewind(log, 2)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+
+
+def test_triptychs_of_different_sizes(tmp_path):
+    """A row for each pair: its three pictures from the left, a gap of white between."""
+    colours = [torch.tensor(rgb).view(3, 1, 1) for rgb in ((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))]
+    rows = [tuple(colour.expand(3, 32, width) for colour in colours) for width in (48, 32)]
+    record.write_triptychs(tmp_path / "sheet.jpg", rows, gap=8)
+    sheet = Image.open(tmp_path / "sheet.jpg")
+    assert sheet.size == (3 * 48 + 2 * 8, 32 + 8 + 32)
+    for x, y, expected in ((24, 16, (255, 0, 0)), (80, 16, (0, 255, 0)), (136, 16, (0, 0, 255)), (96, 56, (0, 0, 255))):
+        assert max(abs(a - b) for a, b in zip(sheet.getpixel((x, y)), expected, strict=True)) < 8
+    assert min(sheet.getpixel((150, 60))) > 247
