@@ -44,10 +44,10 @@ def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple
         return True, False, "CPU kernels (AUTOHDR_BUILD=cpu)"
     missing = ""
     nvcc = nvcc_release()
-    if not cuda_sources:
-        missing = "this version has no CUDA kernels"
-    elif nvcc is None:
+    if nvcc is None:
         missing = "no nvcc was found (set CUDA_HOME)"
+    elif not cuda_sources:
+        missing = "this version has no CUDA kernels"
     elif build == "auto" and torch_cuda is None:
         missing = "torch was built without CUDA"
     elif torch_cuda is not None and nvcc[1].split(".")[0] != torch_cuda.split(".")[0]:
@@ -63,6 +63,8 @@ def extension() -> tuple[list, dict]:
     build = os.environ.get("AUTOHDR_BUILD", "auto")
     if build == "none":
         print("autohdr:", choose(build, None, [])[2])
+        for built in ROOT.glob("autohdr/_C*.so"):  # an earlier editable installation's would be loaded all the same
+            built.unlink()
         return [], {}
     try:
         import torch
@@ -98,7 +100,9 @@ def extension() -> tuple[list, dict]:
         ("AUTOHDR_CUDA_VERSION", release),
         ("AUTOHDR_CUDA_ARCHITECTURES", architectures.replace(";", " ")),
     ]
-    flags = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    # Error messages name source files: by their place in csrc, not on the machine that built.
+    prefix = f"-fmacro-prefix-map={ROOT / 'csrc'}/="
+    flags = [prefix, "-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
     module = (CUDAExtension if cuda else CppExtension)(
         "autohdr._C",
         sources,

@@ -1,4 +1,5 @@
-// The pybind11 module autohdr._C. Loading it registers the kernels; what it offers itself is build_info() and use_cpu_isa().
+// The pybind11 module autohdr._C. Loading it registers the kernels; what it offers itself is build_info(), and two switches
+// for tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,5 +27,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "autohdr's compiled kernels";
   m.def("build_info", &build_info, "What was compiled, and the CPU instruction set the kernels run with here.");
+  m.def("poison_scratch", &autohdr::Scratch::poison, "Makes the CPU kernels' scratch memory hold NaN before use, for tests.");
   m.def("use_cpu_isa", &autohdr::use_isa, "Makes the CPU kernels run with one of build_info()['cpu_isas_here'].");
 }

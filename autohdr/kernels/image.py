@@ -8,14 +8,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Raises ValueError unless x is a floating [batch, channels, height, width] and each argument has its expected shape."""
+    """Raises ValueError unless x is a floating [batch, channels, height, width] and each argument has its expected shape. norm_bias
+    alone may be None."""
     if x.dim() != 4 or x.dtype not in DTYPES or 0 in x.shape[1:]:
         raise ValueError(
             f"{op}: x must be a floating [batch, channels, height, width] with no empty image, got {x.dtype} {list(x.shape)}"
         )
     for name, (tensor, shape) in expected.items():
-        if tensor is None:
+        if tensor is None and name == "norm_bias":
             continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor {list(shape)}, got {type(tensor).__name__}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != x.device:
@@ -25,8 +28,9 @@ def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None,
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on for its device. Nothing else is cast: the parameters stay as they are."""
-    if torch.is_autocast_enabled(x.device.type):
+    """x in autocast's dtype where autocast is on for its device; float64 stays, as PyTorch's own ops leave it. Nothing else is
+    cast: the parameters stay as they are."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

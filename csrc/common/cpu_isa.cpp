@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -65,6 +66,7 @@ struct Arena {
 };
 
 thread_local Arena arena;
+std::atomic<bool> poisoned{false};
 
 }  // namespace
 
@@ -97,8 +99,11 @@ void* Scratch::bytes(size_t count) {
   if (arena.blocks.empty() || arena.used + count > arena.blocks.back().size) arena.add(std::max<size_t>(count, 1 << 20));
   void* p = static_cast<char*>(arena.blocks.back().data) + arena.used;
   arena.used += count;
+  if (poisoned.load(std::memory_order_relaxed)) std::memset(p, 0xff, count);
   return p;
 }
+
+void Scratch::poison(bool on) { poisoned.store(on, std::memory_order_relaxed); }
 
 // What several blocks held fits one block next time.
 Scratch::~Scratch() {

@@ -35,6 +35,8 @@ std::vector<const char*> usable_isas();
 // end, so that no call after the first pays for page faults.
 class Scratch {
  public:
+  // With poison, what is taken holds NaN, so that a test sees an element that nobody wrote.
+  static void poison(bool on);
   Scratch() = default;
   ~Scratch();
   Scratch(const Scratch&) = delete;

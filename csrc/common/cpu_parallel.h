@@ -40,10 +40,12 @@ struct Tiling {
 
   Tiling(int64_t batch_, int64_t height_, int64_t width_, int64_t hidden_bytes_per_pixel)
       : batch(batch_), height(height_), width(width_) {
-    constexpr int64_t kBudget = 1 << 20;  // bytes of hidden rows a worker holds: half of a common L2 cache
-    const int64_t widest = std::clamp<int64_t>(kBudget / (6 * hidden_bytes_per_pixel), 46, 190);
+    constexpr int64_t kBudget = 1 << 19;  // bytes of hidden rows a worker holds: a quarter of a common L2 cache
+    constexpr int64_t kPixels = 192;      // that go through a matrix product together, so that its weights are fetched less often
+    const int64_t widest = std::clamp<int64_t>(kBudget / (6 * hidden_bytes_per_pixel), 94, 190);
     columns = ceil_div(width, widest);
-    rows_per_step = std::clamp<int64_t>(kBudget / (tile_width() * hidden_bytes_per_pixel) - 2, 1, 8);
+    const int64_t fitting = kBudget / (tile_width() * hidden_bytes_per_pixel) - 2;
+    rows_per_step = std::clamp<int64_t>(std::max(fitting, kPixels / tile_width()), 1, 8);
     const int64_t threads = torch::stable::get_num_threads();
     bands = 1;
     while (bands < ceil_div(height, 4) && count() % threads != 0 && count() < 8 * threads) ++bands;

@@ -134,20 +134,24 @@ inline int64_t panel_vecs(int64_t lanes) {
 template <class F>
 void pack(const Packed& out, const F& value) {
   const int64_t width = out.panel_width();
+  constexpr int64_t kBlock = 16;  // both sides of the transposition stay in the first-level cache
   parallel_ranges(out.panels, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      for (int64_t n = 0; n < width; ++n)
-        for (int64_t k = 0; k < out.depth; ++k) out.data[(p * out.depth + k) * width + n] = value(k, p * width + n);
+      for (int64_t block = 0; block < out.depth; block += kBlock)
+        for (int64_t n = 0; n < width; ++n)
+          for (int64_t k = block; k < std::min(block + kBlock, out.depth); ++k)
+            out.data[(p * out.depth + k) * width + n] = value(k, p * width + n);
   });
 }
 
-// c[i][j] = init[i][j] + Σ_p Σ_k a_p(i, k) b[p·depth + k][j], where a_p(i, k) is a[p·ap + i·lda + k], or, Transposed, a[p·ap + k·lda + i].
+// c[i][j] = init[i][j] + Σ_p Σ_k a[p·ap + i·lda + k] b[p·depth + k][j]. Transposed: a[k·lda + i] instead, and the product is added
+// to what c holds, as a sum of its own first: a running sum over millions of pixels would lose the later ones.
 template <int MR, int SV, bool Transposed>
 AUTOHDR_INLINE void micro(const float* a, int64_t lda, int64_t ap, int64_t panels, int64_t depth, const float* b, int64_t ldb,
                           const float* init, int64_t ldi, float* c, int64_t ldc) {
   vf acc[MR][SV];
   AUTOHDR_UNROLL for (int i = 0; i < MR; ++i)
-    AUTOHDR_UNROLL for (int j = 0; j < SV; ++j) acc[i][j] = load(init + i * ldi + j * W);
+    AUTOHDR_UNROLL for (int j = 0; j < SV; ++j) acc[i][j] = Transposed ? vf{} : load(init + i * ldi + j * W);
   for (int64_t p = 0; p < panels; ++p) {
     const float* row = a + p * ap;
     for (int64_t k = 0; k < depth; ++k) {
@@ -162,7 +166,8 @@ AUTOHDR_INLINE void micro(const float* a, int64_t lda, int64_t ap, int64_t panel
     }
   }
   AUTOHDR_UNROLL for (int i = 0; i < MR; ++i)
-    AUTOHDR_UNROLL for (int j = 0; j < SV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    AUTOHDR_UNROLL for (int j = 0; j < SV; ++j)
+      store(c + i * ldc + j * W, Transposed ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 // All rows, in blocks of MR and the rest in halves of it.
@@ -220,13 +225,13 @@ static void add_transposed_product(int64_t m, int64_t n, int64_t depth, const fl
     const int64_t rest = (n - j) / W;
     int64_t i = 0;
     if (rest >= 3 && rest != 4) {
-      micro_rows<MR, 3, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, c + j, ldc, c + j, ldc);
+      micro_rows<MR, 3, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, nullptr, 0, c + j, ldc);
       j += 3 * W;
     } else if (rest >= 2) {
-      micro_rows<MR, 2, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, c + j, ldc, c + j, ldc);
+      micro_rows<MR, 2, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, nullptr, 0, c + j, ldc);
       j += 2 * W;
     } else {
-      micro_rows<MR, 1, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, c + j, ldc, c + j, ldc);
+      micro_rows<MR, 1, true>(i, m, a, lda, 0, 1, depth, b + j, ldb, nullptr, 0, c + j, ldc);
       j += W;
     }
   }
@@ -348,8 +353,7 @@ static void dwconv_row(const float* const* rows, const float* weight, int64_t wi
 // The gradient of the depthwise weights: d_weight[t][c] += Σ input(p + tap t) d(p).
 static void dwconv_weight_grad(const float* const* rows, const float* d, int64_t width, int64_t pixels, float* d_weight) {
   for (int64_t c = 0; c < width; c += W) {
-    vf acc[9];
-    AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) acc[t] = load(d_weight + t * width + c);
+    vf acc[9] = {};
     const float *r0 = rows[0] + c, *r1 = rows[1] + c, *r2 = rows[2] + c;
     for (int64_t p = 0; p < pixels; ++p) {
       const int64_t o = p * width;
@@ -360,7 +364,7 @@ static void dwconv_weight_grad(const float* const* rows, const float* d, int64_t
         acc[6 + t] += load(r2 + o + t * width) * g;
       }
     }
-    AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) store(d_weight + t * width + c, acc[t]);
+    AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) store(d_weight + t * width + c, load(d_weight + t * width + c) + acc[t]);
   }
 }
 
@@ -445,7 +449,7 @@ struct Ring {
   }
 };
 
-constexpr int64_t kMaxRows = 8;  // rows in one step, at most (Tiling)
+constexpr int64_t kMaxRows = 10;  // rows that one product takes, at most: a step's and its halo (Tiling)
 
 // A worker's ring of hidden rows with the normalised input and its statistics beside it.
 template <class T>
@@ -516,7 +520,8 @@ struct HeadSums {
 };
 
 // partials[0] += the other workers' partials, in order.
-static void add_up(float* partials, int64_t workers, int64_t count) {
+template <class S>
+static void add_up(S* partials, int64_t workers, int64_t count) {
   parallel_ranges(ceil_div(count, 1024), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t w = 1; w < workers; ++w)
       for (int64_t i = begin * 1024; i < std::min(end * 1024, count); ++i) partials[i] += partials[w * count + i];
@@ -536,10 +541,11 @@ struct HeadBackward {
   float* sums;
 
   HeadBackward(Scratch& scratch, const Groups& groups_, const Expansion& op_, const HeadWeights& w, const ImageShape& shape_)
-      : groups(groups_), op(op_), shape(shape_),
+      : groups(groups_),
+        op(op_),
+        shape(shape_),
         // Hidden rows and their gradients are held: twice the bytes of the forward pass.
-        tiling(shape_.batch, shape_.height, shape_.width, 2 * groups_.channels() * static_cast<int64_t>(sizeof(float))),
-        padded(round_up(shape_.channels, 16)) {
+        tiling(shape_.batch, shape_.height, shape_.width, 2 * groups_.channels() * static_cast<int64_t>(sizeof(float))) {
     const int64_t hidden = groups.channels(), width = groups.width(), channels = shape.channels;
     const int64_t vecs = panel_vecs(channels), panels = ceil_div(channels, 16 * vecs);
     padded = panels * 16 * vecs;
@@ -563,67 +569,72 @@ struct HeadBackward {
   }
   int64_t grad_columns() const { return tiling.tile_width() + 2; }
 
-  // middle(worker, hidden, y, x0, x1, grad, tile): given the hidden rows y - 1 .. y + 1, writes the gradient behind the 3×3
-  // convolution for the columns [x0, x1) of row y into grad. Rows and columns are the image's.
+  // Rows that `middle` is given at a time, at most.
+  int64_t most_rows() const { return tiling.rows_per_step + 2; }
+
+  // middle(worker, hidden, y0, y1, x0, x1, grad, tile): given the hidden rows y0 - 1 .. y1, writes the gradient behind the 3×3
+  // convolution for the rows [y0, y1) and columns [x0, x1) into grad. Rows and columns are the image's.
   template <class T, class Middle>
   void run(Scratch& scratch, const T* x, const T* dy, T* dx, const Middle& middle) {
     const int64_t width = groups.width(), panels = groups.panels(), steps = tiling.rows_per_step, most = tiling.tile_width();
     const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 4, panels, width, most + 4);
     const int64_t grad_size = Ring::floats(steps + 2, panels, most + 2, width);
-    const int64_t step_size = steps * most * groups.channels();
-    const int64_t worker_size = hidden_size + grad_size + step_size + most * padded;
+    const int64_t panel = steps * most * width, ld = round_up(shape.channels, 16);
+    const int64_t worker_size = hidden_size + grad_size + panels * panel + steps * most * (padded + ld);
     float* memory = scratch.take<float>(tiling.workers * worker_size);
     tiling.for_each([&](int64_t worker, const Tile& t) {
       float* mine = memory + worker * worker_size;
       HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 4, most + 4, mine);
       const Ring grad{mine + hidden_size, steps + 2, panels, most + 2, width};
-      float* d_hidden = mine + hidden_size + grad_size;  // [panel][row of the step][column][width]
-      float* d_norm = d_hidden + step_size;              // [column][padded]
+      float* d_hidden = mine + hidden_size + grad_size;  // [panel][pixel of the step][width]
+      float* d_norm = d_hidden + panels * panel;         // [pixel of the step][padded]
+      float* normal = d_norm + steps * most * padded;    // [pixel of the step][ld]
       const HeadSums total = sums_of(worker);
       const int64_t image = t.image * shape.height * shape.width * shape.channels, columns = t.x1 - t.x0;
+      const int64_t x0 = std::max<int64_t>(t.x0 - 1, 0), x1 = std::min(t.x1 + 1, shape.width);
       hidden.begin(x + image, t.y0 - 2, t.x0 - 2, columns + 4);
       int64_t next = t.y0 - 1;  // gradient row to make
       for (int64_t y = t.y0; y < t.y1; y += steps) {
-        const int64_t end = std::min(y + steps, t.y1);
+        const int64_t end = std::min(y + steps, t.y1), pixels = (end - y) * columns;
         hidden.advance(end + 1);
-        for (; next <= end; ++next) {
-          if (next < 0 || next >= shape.height) {
-            grad.clear_row(next);
-            continue;
-          }
-          const int64_t x0 = std::max<int64_t>(t.x0 - 1, 0), x1 = std::min(t.x1 + 1, shape.width);
-          grad.clear_columns(next, 0, x0 - (t.x0 - 1));
-          grad.clear_columns(next, x1 - (t.x0 - 1), columns + 2);
-          middle(worker, hidden, next, x0, x1, grad, t);
-          if (next < t.y0 || next >= t.y1) continue;  // the neighbour's row
-          for (int64_t p = 0; p < panels; ++p) {
-            const float* rows[3];
-            hidden.ring.window(next, p, 1, rows);
-            dwconv_weight_grad(rows, grad.at(next, p, 1), width, columns, total.dwconv + p * 9 * width);
-          }
+        for (int64_t r = next; r <= end; ++r) {
+          grad.clear_columns(r, 0, x0 - (t.x0 - 1));
+          grad.clear_columns(r, x1 - (t.x0 - 1), columns + 2);
+          if (r < 0 || r >= shape.height) grad.clear_row(r);
         }
-        for (int64_t r = y; r < end; ++r) {
-          float* d_row = d_hidden + (r - y) * columns * width;
-          const int64_t panel = steps * most * width;
-          for (int64_t p = 0; p < panels; ++p) {
+        const int64_t first = std::max<int64_t>(next, 0), last = std::min(end + 1, shape.height);
+        middle(worker, hidden, first, last, x0, x1, grad, t);
+        for (int64_t p = 0; p < panels; ++p)  // the neighbours' rows are theirs
+          for (int64_t r = std::max(first, t.y0); r < std::min(last, t.y1); ++r) {
+            const float* rows[3];
+            hidden.ring.window(r, p, 1, rows);
+            dwconv_weight_grad(rows, grad.at(r, p, 1), width, columns, total.dwconv + p * 9 * width);
+          }
+        next = end + 1;
+        for (int64_t r = y; r < end; ++r)
+          for (int64_t i = 0; i < columns; ++i)
+            std::copy_n(hidden.xhat_at(r, 2 + i), ld, normal + ((r - y) * columns + i) * ld);
+        for (int64_t p = 0; p < panels; ++p) {
+          float* d = d_hidden + p * panel;
+          for (int64_t r = y; r < end; ++r) {
             const float* rows[3];
             grad.window(r, p, 0, rows);
-            dwconv_row<false>(rows, flipped + p * 9 * width, width, columns, d_row + p * panel, nullptr);
-            add_transposed_product(width, round_up(shape.channels, 16), columns, d_row + p * panel, width, hidden.xhat_at(r, 2),
-                                   hidden.ld, total.weight + p * width * round_up(shape.channels, 16),
-                                   round_up(shape.channels, 16));
-            if (op.centre)
-              for (int64_t c = 0; c < width; c += W) {
-                vf sum_c = load(total.bias + p * width + c);
-                for (int64_t i = 0; i < columns; ++i) sum_c += load(d_row + p * panel + i * width + c);
-                store(total.bias + p * width + c, sum_c);
-              }
+            dwconv_row<false>(rows, flipped + p * 9 * width, width, columns, d + (r - y) * columns * width, nullptr);
           }
-          const Left left{d_row, width, columns, panels, panel};
-          product(weight_t, &left, 1, zeros, 0, &d_norm, padded, weight_t.panel_width());
-          const int64_t at = image + (r * shape.width + t.x0) * shape.channels;
-          normalize_backward(dy + at, d_norm, padded, hidden.xhat_at(r, 2), hidden.ld, hidden.stats_at(r, 2),
-                             columns, shape.channels, op.centre, dx + at);
+          add_transposed_product(width, ld, pixels, d, width, normal, ld, total.weight + p * width * ld, ld);
+          if (op.centre)
+            for (int64_t c = 0; c < width; c += W) {
+              vf sum_c = {};
+              for (int64_t i = 0; i < pixels; ++i) sum_c += load(d + i * width + c);
+              store(total.bias + p * width + c, load(total.bias + p * width + c) + sum_c);
+            }
+        }
+        const Left left{d_hidden, width, pixels, panels, panel};
+        product(weight_t, &left, 1, zeros, 0, &d_norm, padded, weight_t.panel_width());
+        for (int64_t r = y; r < end; ++r) {
+          const int64_t at = image + (r * shape.width + t.x0) * shape.channels, pixel = (r - y) * columns;
+          normalize_backward(dy + at, d_norm + pixel * padded, padded, normal + pixel * ld, ld, hidden.stats_at(r, 2), columns,
+                             shape.channels, op.centre, dx + at);
         }
       }
     });

@@ -49,8 +49,22 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of x, ", shape_of(x), ", got ", shape_of(t));
 }
 
+// A tensor like `like`. All that can fail is the allocation, whose own message is lost on the way through the stable ABI.
+inline Tensor new_like(const char* op, const Tensor& like) {
+  try {
+    return torch::stable::empty_like(like);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, op, ": cannot allocate ", like.numel() * static_cast<int64_t>(like.element_size()), " bytes");
+  }
+}
+
 inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> size) {
   return torch::stable::new_empty(like, {size.begin(), size.size()}, ScalarType::Float);
+}
+
+// Images without a pixel or a channel are refused by the public functions; here they would divide by zero.
+inline void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
+  for (int64_t s : sizes) STD_TORCH_CHECK(s > 0, op, ": height, width and channels must be above 0, got ", s);
 }
 
 }  // namespace autohdr

@@ -29,6 +29,7 @@ GdfnShape shape_from(const Tensor& x, const Tensor& project_out_weight, double e
   check_image("gdfn", "x", x);
   STD_TORCH_CHECK(project_out_weight.dim() >= 2, "gdfn: project_out_weight must be [channels, hidden, 1, 1], got ",
                   shape_of(project_out_weight));
+  check_sizes("gdfn", {x.size(1), x.size(2), x.size(3), project_out_weight.size(1)});
   return {x.size(0), x.size(2), x.size(3), x.size(1), project_out_weight.size(1), static_cast<float>(eps)};
 }
 
@@ -44,7 +45,7 @@ Tensor gdfn(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tenso
             Tensor project_out_weight, double eps) {
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like("gdfn", x);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     forward<T>({s, w, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr())});
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdfn_backward(Tensor 
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
   check_like("gdfn_backward", "dy", dy, x);
-  const auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
+  const auto like = [](const Tensor& t) { return new_like("gdfn_backward", t); };
   Tensor dx = like(x), d_norm_weight = like(norm_weight), d_project_in = like(project_in_weight), d_dwconv = like(dwconv_weight),
          d_project_out = like(project_out_weight);
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});

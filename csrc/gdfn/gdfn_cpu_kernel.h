@@ -94,38 +94,45 @@ static void gdfn_backward(const GdfnBackward<T>& a) {
   const Packed project_out{scratch.take<float>(channels * padded), half, groups.vecs, channels};  // from dy to the gate
   pack(project_out, [&](int64_t k, int64_t n) { return n < s.hidden ? a.weights.project_out[k * s.hidden + n] : 0.0f; });
 
-  const int64_t reach = head.grad_columns(), ldd = round_up(channels, 16), middle_size = reach * (3 * padded + ldd);
-  const int64_t sums_size = channels * padded;
+  const int64_t most = head.most_rows() * head.grad_columns(), panel = most * width, ldd = round_up(channels, 16);
+  const int64_t middle_size = 3 * half * panel + most * ldd, sums_size = channels * padded;
   float* middles = scratch.take<float>(head.tiling.workers * middle_size);
   float* d_project_out = scratch.zeros<float>(head.tiling.workers * sums_size);  // [channel][padded hidden]
   head.run(scratch, a.x, a.dy, a.dx,
-           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y, int64_t x0, int64_t x1, const Ring& grad, const Tile& t) {
-             const int64_t count = x1 - x0, panel = reach * width, column = x0 - (t.x0 - 1);
+           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y0, int64_t y1, int64_t x0, int64_t x1, const Ring& grad,
+               const Tile& t) {
+             const int64_t count = x1 - x0, column = x0 - (t.x0 - 1);
              float *halves = middles + worker * middle_size, *d_gate = halves + 2 * half * panel, *dy = d_gate + half * panel;
-             read_pixels(a.dy + ((t.image * s.height + y) * s.width + x0) * channels, count, channels, dy, ldd);
-             const Left left{dy, ldd, count};
+             for (int64_t y = y0; y < y1; ++y)
+               read_pixels(a.dy + ((t.image * s.height + y) * s.width + x0) * channels, count, channels,
+                           dy + (y - y0) * count * ldd, ldd);
+             const Left left{dy, ldd, (y1 - y0) * count};
              product(project_out, &left, 1, head.zeros, 0, &d_gate, width, panel);
-             for (int64_t p = 0; p < 2 * half; ++p) {
-               const float* rows[3];
-               hidden.ring.window(y, p, column, rows);  // one to the left: the hidden rows begin a column earlier
-               dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, halves + p * panel, nullptr);
-             }
              for (int64_t p = 0; p < half; ++p) {
                float *first = halves + p * panel, *second = halves + (half + p) * panel, *d = d_gate + p * panel;
-               float *d_first = grad.at(y, p, column), *d_second = grad.at(y, half + p, column);
-               for (int64_t i = 0; i < count * width; i += W) {
-                 const vf u = load(first + i), v = load(second + i), g = load(d + i);
-                 const vf cdf = normal_cdf(u), density = exp_negative(u * u * -0.5f) * 0.398942280401432678f;
-                 store(d_first + i, g * v * (cdf + u * density));
-                 store(d_second + i, g * u * cdf);
-                 store(first + i, u * cdf * v);  // the gate's output, for project_out's gradient
+               for (int64_t y = y0; y < y1; ++y) {
+                 const float* rows[3];
+                 const int64_t row = (y - y0) * count * width;
+                 hidden.ring.window(y, p, column, rows);  // one to the left: the hidden rows begin a column earlier
+                 dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, first + row, nullptr);
+                 hidden.ring.window(y, half + p, column, rows);
+                 dwconv_row<false>(rows, op.dwconv + (half + p) * 9 * width, width, count, second + row, nullptr);
+                 float *d_first = grad.at(y, p, column), *d_second = grad.at(y, half + p, column);
+                 for (int64_t i = 0; i < count * width; i += W) {
+                   const vf u = load(first + row + i), v = load(second + row + i), g = load(d + row + i);
+                   const vf cdf = normal_cdf(u), density = exp_negative(u * u * -0.5f) * 0.398942280401432678f;
+                   store(d_first + i, g * v * (cdf + u * density));
+                   store(d_second + i, g * u * cdf);
+                   store(first + row + i, u * cdf * v);  // the gate's output, for project_out's gradient
+                 }
+                 // The neighbours' pixels are theirs.
+                 std::fill_n(first + row, (t.x0 - x0) * width, 0.0f);
+                 std::fill_n(first + row + (t.x1 - x0) * width, (x1 - t.x1) * width, 0.0f);
                }
+               const int64_t own = std::max(y0, t.y0), pixel = (own - y0) * count;
+               add_transposed_product(channels, width, (std::min(y1, t.y1) - own) * count, dy + pixel * ldd, ldd,
+                                      first + pixel * width, width, d_project_out + worker * sums_size + p * width, padded);
              }
-             if (y < t.y0 || y >= t.y1) return;  // the neighbour's row
-             for (int64_t p = 0; p < half; ++p)
-               add_transposed_product(channels, width, t.x1 - t.x0, dy + (t.x0 - x0) * ldd, ldd,
-                                      halves + p * panel + (t.x0 - x0) * width, width,
-                                      d_project_out + worker * sums_size + p * width, padded);
            });
   head.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv);
   add_up(d_project_out, head.tiling.workers, sums_size);

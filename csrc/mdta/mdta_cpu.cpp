@@ -27,6 +27,7 @@ void backward(const MdtaBackward<T>& a) {
 
 MdtaShape shape_from(const Tensor& x, int64_t heads, double eps) {
   check_image("mdta", "x", x);
+  check_sizes("mdta", {x.size(1), x.size(2), x.size(3)});
   STD_TORCH_CHECK(heads > 0 && x.size(1) % heads == 0, "mdta: num_heads must divide the ", x.size(1), " channels of x, got ", heads);
   return {x.size(0), x.size(2), x.size(3), x.size(1), heads, static_cast<float>(eps)};
 }
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mdta(Tensor x, Tensor norm_weight, st
   const MdtaShape s = shape_from(x, num_heads, eps);
   const MdtaWeights w =
       weights_from(s.channels, num_heads, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like("mdta", x);
   Tensor gram = new_float(x, {s.batch, s.heads, s.head_size(), s.head_size()});
   Tensor q_norm = new_float(x, {s.batch, s.channels}), k_norm = new_float(x, {s.batch, s.channels});
   const auto run = [&](auto zero) {
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mdta_backward
   const float* gram_data = parameter("mdta_backward", "gram", gram, s.batch * s.channels * s.head_size());
   const float* q_data = parameter("mdta_backward", "q_norm", q_norm, s.batch * s.channels);
   const float* k_data = parameter("mdta_backward", "k_norm", k_norm, s.batch * s.channels);
-  const auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
+  const auto like = [](const Tensor& t) { return new_like("mdta_backward", t); };
   Tensor dx = like(x), d_norm_weight = like(norm_weight), d_qkv = like(qkv_weight), d_dwconv = like(dwconv_weight),
          d_temperature = like(temperature), d_project_out = like(project_out_weight);
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});

@@ -83,54 +83,55 @@ static void mdta_forward(const MdtaForward<T>& a) {
   const int64_t part = heads.panels(), width = groups.width(), padded = heads.padded();
   const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(a.weights, s.eps));
 
-  const Tiling tiling(s.batch, s.height, s.width, groups.channels() * sizeof(float));
+  // Image by image: the sums of many images at once would take more memory than they are worth.
+  const Tiling tiling(1, s.height, s.width, groups.channels() * sizeof(float));
   const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
   const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
   const int64_t panel = steps * most * width;  // between panels of q, k, v
-  const int64_t sums_size = s.batch * (s.heads * padded * padded + 2 * heads.channels());
-  const int64_t worker_size = hidden_size + groups.panels() * panel;
+  const int64_t gram_size = s.heads * padded * padded, sums_size = gram_size + 2 * heads.channels();
+  const int64_t worker_size = hidden_size + groups.panels() * panel + sums_size;
   float* memory = scratch.take<float>(tiling.workers * worker_size);
-  float* sums = scratch.zeros<float>(tiling.workers * sums_size);
-  const auto gram_of = [&](float* mine, int64_t image) { return mine + image * s.heads * padded * padded; };
-  const auto squares_of = [&](float* mine, int64_t image) {
-    return mine + s.batch * s.heads * padded * padded + image * 2 * heads.channels();
-  };
+  double* sums = scratch.take<double>(tiling.workers * sums_size);  // Gram matrix, squares of q, squares of k
 
-  tiling.for_each([&](int64_t worker, const Tile& t) {
-    float* mine = memory + worker * worker_size;
-    HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
-    float* qkv = mine + hidden_size;  // [panel][pixel of the step][width]
-    float* gram = gram_of(sums + worker * sums_size, t.image);
-    float* squares = squares_of(sums + worker * sums_size, t.image);
-    const int64_t image = t.image * s.height * s.width * s.channels, columns = t.x1 - t.x0;
-    hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
-    for (int64_t y = t.y0; y < t.y1; y += steps) {
-      const int64_t end = std::min(y + steps, t.y1), pixels = (end - y) * columns;
-      hidden.advance(end);
-      for (int64_t p = 0; p < groups.panels(); ++p)
-        for (int64_t x = 0; x < columns; x += block)
-          for (int64_t r = y; r < end; ++r) {
-            const float* rows[3];
-            hidden.ring.window(r, p, x, rows);
-            float* out = qkv + p * panel + ((r - y) * columns + x) * width;
-            const int64_t count = std::min(block, columns - x);
-            if (p < 2 * part)
-              dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, count, out, squares + p * width);
-            else
-              dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, out, nullptr);
-          }
-      for (int64_t h = 0; h < s.heads; ++h)
-        for (int64_t i = 0; i < heads.panels_each; ++i)
-          for (int64_t j = 0; j < heads.panels_each; ++j)
-            add_transposed_product(width, width, pixels, qkv + (h * heads.panels_each + i) * panel, width,
-                                   qkv + (part + h * heads.panels_each + j) * panel, width,
-                                   gram + (h * padded + i * width) * padded + j * width, padded);
-      for (int64_t r = y; r < end; ++r)
-        unpad(heads, qkv + 2 * part * panel + (r - y) * columns * width, panel, columns,
-              a.y + image + (r * s.width + t.x0) * s.channels);
-    }
-  });
-  add_up(sums, tiling.workers, sums_size);
+  const auto sum_up = [&](const T* x, T* y) {  // of one image; v goes to y
+    std::fill_n(sums, tiling.workers * sums_size, 0.0);
+    tiling.for_each([&](int64_t worker, const Tile& t) {
+      float* mine = memory + worker * worker_size;
+      HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
+      float* qkv = mine + hidden_size;                   // [panel][pixel of the step][width]
+      float* gram = qkv + groups.panels() * panel;       // the step's share of the sums
+      float* squares = gram + gram_size;
+      const int64_t columns = t.x1 - t.x0;
+      hidden.begin(x, t.y0 - 1, t.x0 - 1, columns + 2);
+      for (int64_t row = t.y0; row < t.y1; row += steps) {
+        const int64_t end = std::min(row + steps, t.y1), pixels = (end - row) * columns;
+        hidden.advance(end);
+        std::fill_n(gram, sums_size, 0.0f);
+        for (int64_t p = 0; p < groups.panels(); ++p)
+          for (int64_t c = 0; c < columns; c += block)
+            for (int64_t r = row; r < end; ++r) {
+              const float* rows[3];
+              hidden.ring.window(r, p, c, rows);
+              float* out = qkv + p * panel + ((r - row) * columns + c) * width;
+              const int64_t count = std::min(block, columns - c);
+              if (p < 2 * part)
+                dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, count, out, squares + p * width);
+              else
+                dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, out, nullptr);
+            }
+        for (int64_t h = 0; h < s.heads; ++h)
+          for (int64_t i = 0; i < heads.panels_each; ++i)
+            for (int64_t j = 0; j < heads.panels_each; ++j)
+              add_transposed_product(width, width, pixels, qkv + (h * heads.panels_each + i) * panel, width,
+                                     qkv + (part + h * heads.panels_each + j) * panel, width,
+                                     gram + (h * padded + i * width) * padded + j * width, padded);
+        for (int64_t i = 0; i < sums_size; ++i) sums[worker * sums_size + i] += gram[i];
+        for (int64_t r = row; r < end; ++r)
+          unpad(heads, qkv + 2 * part * panel + (r - row) * columns * width, panel, columns, y + (r * s.width + t.x0) * s.channels);
+      }
+    });
+    add_up(sums, tiling.workers, sums_size);
+  };
 
   const int64_t out_vecs = panel_vecs(s.channels), out_panels = ceil_div(s.channels, 16 * out_vecs);
   const int64_t out_width = out_panels * 16 * out_vecs, pixels = s.height * s.width;
@@ -143,12 +144,14 @@ static void mdta_forward(const MdtaForward<T>& a) {
   const int64_t square = s.heads * size * size;
   Attention attention = Attention::make(scratch, s.heads, s.channels);
   for (int64_t b = 0; b < s.batch; ++b) {
+    sum_up(a.x + b * pixels * s.channels, a.y + b * pixels * s.channels);
     float *gram = a.gram + b * square, *q_norm = a.q_norm + b * s.channels, *k_norm = a.k_norm + b * s.channels;
     for (int64_t c = 0; c < s.channels; ++c) {
       const int64_t h = c / size, i = c % size;
-      q_norm[c] = std::sqrt(squares_of(sums, b)[h * padded + i]);
-      k_norm[c] = std::sqrt(squares_of(sums, b)[heads.channels() + h * padded + i]);
-      for (int64_t j = 0; j < size; ++j) gram[c * size + j] = gram_of(sums, b)[(h * padded + i) * padded + j];
+      const double* squares = sums + gram_size + h * padded + i;
+      q_norm[c] = static_cast<float>(std::sqrt(squares[0]));
+      k_norm[c] = static_cast<float>(std::sqrt(squares[heads.channels()]));
+      for (int64_t j = 0; j < size; ++j) gram[c * size + j] = static_cast<float>(sums[(h * padded + i) * padded + j]);
     }
     attention.solve(gram, q_norm, k_norm, a.weights);
     pack(combined, [&](int64_t k, int64_t n) { return n < s.channels ? attention.combined[n * s.channels + k] : 0.0f; });
@@ -187,40 +190,44 @@ static void mdta_backward(const MdtaBackward<T>& a) {
   HeadBackward head(scratch, groups, op, weights, shape);
   const int64_t square = s.heads * size * size, ldd = round_up(channels, 16);
 
-  // 1. The attention again, and the gradient of combined = project_out · blockdiag(attention): Σ dy vᵀ.
-  const Tiling tiling(s.batch, s.height, s.width, heads.channels() * sizeof(float));
+  // The gradient of combined = project_out · blockdiag(attention), of one image: Σ dy vᵀ.
+  const Tiling tiling(1, s.height, s.width, heads.channels() * sizeof(float));
   const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
   const Packed v_weight = op.weight.slice(2 * part, part);
   const float* v_bias = op.bias + 2 * heads.channels();
   const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, part, width, most + 2);
-  const int64_t sums_size = s.batch * channels * heads.channels();
-  const int64_t worker_size = hidden_size + most * (width + ldd);
+  const int64_t sums_size = channels * heads.channels(), worker_size = hidden_size + steps * most * (width + ldd);
   float* memory = scratch.take<float>(tiling.workers * worker_size);
-  float* d_combined = scratch.zeros<float>(tiling.workers * sums_size);  // [image][channel][padded v channel]
-  tiling.for_each([&](int64_t worker, const Tile& t) {
-    float* mine = memory + worker * worker_size;
-    HiddenRows<T> hidden(op, v_weight, v_bias, shape, steps + 2, most + 2, mine);
-    float *v = mine + hidden_size, *dy = v + most * width;
-    float* out = d_combined + worker * sums_size + t.image * channels * heads.channels();
-    const int64_t image = t.image * s.height * s.width * channels, columns = t.x1 - t.x0;
-    hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
-    for (int64_t y = t.y0; y < t.y1; y += steps) {
-      const int64_t end = std::min(y + steps, t.y1);
-      hidden.advance(end);
-      for (int64_t r = y; r < end; ++r) {
-        read_pixels(a.dy + image + (r * s.width + t.x0) * channels, columns, channels, dy, ldd);
+  float* d_combined = scratch.take<float>(tiling.workers * sums_size);  // [channel][padded v channel]
+  const auto sum_up = [&](const T* x, const T* d_out) {
+    std::fill_n(d_combined, tiling.workers * sums_size, 0.0f);
+    tiling.for_each([&](int64_t worker, const Tile& t) {
+      float* mine = memory + worker * worker_size;
+      HiddenRows<T> hidden(op, v_weight, v_bias, shape, steps + 2, most + 2, mine);
+      float *v = mine + hidden_size, *dy = v + steps * most * width;
+      const int64_t columns = t.x1 - t.x0;
+      hidden.begin(x, t.y0 - 1, t.x0 - 1, columns + 2);
+      for (int64_t row = t.y0; row < t.y1; row += steps) {
+        const int64_t end = std::min(row + steps, t.y1);
+        hidden.advance(end);
+        for (int64_t r = row; r < end; ++r)
+          read_pixels(d_out + (r * s.width + t.x0) * channels, columns, channels, dy + (r - row) * columns * ldd, ldd);
         for (int64_t p = 0; p < part; ++p) {
-          const float* rows[3];
-          hidden.ring.window(r, p, 0, rows);
-          dwconv_row<false>(rows, op.dwconv + (2 * part + p) * 9 * width, width, columns, v, nullptr);
-          add_transposed_product(channels, width, columns, dy, ldd, v, width, out + p * width, heads.channels());
+          for (int64_t r = row; r < end; ++r) {
+            const float* rows[3];
+            hidden.ring.window(r, p, 0, rows);
+            float* out = v + (r - row) * columns * width;
+            dwconv_row<false>(rows, op.dwconv + (2 * part + p) * 9 * width, width, columns, out, nullptr);
+          }
+          add_transposed_product(channels, width, (end - row) * columns, dy, ldd, v, width,
+                                 d_combined + worker * sums_size + p * width, heads.channels());
         }
       }
-    }
-  });
-  add_up(d_combined, tiling.workers, sums_size);
+    });
+    add_up(d_combined, tiling.workers, sums_size);
+  };
 
-  // 2. From it the small gradients.
+  // 1. The small gradients.
   std::fill_n(a.d_temperature, s.heads, 0.0f);
   std::fill_n(a.d_project_out, channels * channels, 0.0f);
   Attention attention = Attention::make(scratch, s.heads, channels);
@@ -231,14 +238,14 @@ static void mdta_backward(const MdtaBackward<T>& a) {
     AttentionGrad& g = grads[b];
     g.q_scale = scratch.zeros<double>(heads.channels());
     g.k_scale = scratch.zeros<double>(heads.channels());
-    const float* d = d_combined + b * channels * heads.channels();
+    sum_up(a.x + b * s.height * s.width * channels, a.dy + b * s.height * s.width * channels);
     std::fill_n(d_attention, square, 0.0f);
     std::copy_n(attention.attention, square, rounded);
     parallel_ranges(s.heads, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t i = 0; i < size; ++i) {
-            const float* d_row = d + c * heads.channels() + h * padded;
+            const float* d_row = d_combined + c * heads.channels() + h * padded;
             const int64_t row = (h * size + i) * size, at = c * channels + h * size + i;
             vf dot = {};
             for (int64_t j = 0; j < size; j += W) {
@@ -283,44 +290,56 @@ static void mdta_backward(const MdtaBackward<T>& a) {
     });
   }
 
-  // 3. Everything else in one pass.
-  const int64_t reach = head.grad_columns(), middle_size = reach * (2 * heads.channels() + ldd);
+  // 2. Everything else in one pass.
+  const int64_t reach = head.most_rows() * head.grad_columns(), middle_size = reach * (2 * heads.channels() + ldd);
   float* middles = scratch.take<float>(head.tiling.workers * middle_size);
   head.run(scratch, a.x, a.dy, a.dx,
-           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y, int64_t x0, int64_t x1, const Ring& grad, const Tile& t) {
+           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y0, int64_t y1, int64_t x0, int64_t x1, const Ring& grad,
+               const Tile& t) {
              float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
              const AttentionGrad& g = grads[t.image];
-             const int64_t count = x1 - x0, panel = reach * width, column = x0 - (t.x0 - 1);
-             read_pixels(a.dy + ((t.image * s.height + y) * s.width + x0) * channels, count, channels, dy, ldd);
-             for (int64_t p = 0; p < 2 * part; ++p) {
-               const float* rows[3];
-               hidden.ring.window(y, p, column, rows);  // one to the left: the hidden rows begin a column earlier
-               dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, qk + p * panel, nullptr);
+             const int64_t count = x1 - x0, rows = y1 - y0, panel = reach * width, column = x0 - (t.x0 - 1);
+             Left lefts[kMaxRows];
+             float* outs[kMaxRows];
+             // outs = lefts · b, a row at a time, into grad from panel p on.
+             const auto into_grad = [&](const Packed& b, int64_t p) {
+               for (int64_t r = 0; r < rows; ++r) outs[r] = grad.at(y0 + r, p, column);
+               product(b, lefts, rows, head.zeros, 0, outs, width, grad.panel_stride());
+             };
+             for (int64_t p = 0; p < 2 * part; ++p)
+               for (int64_t r = 0; r < rows; ++r) {
+                 const float* window[3];
+                 hidden.ring.window(y0 + r, p, column, window);  // one to the left: the hidden rows begin a column earlier
+                 dwconv_row<false>(window, op.dwconv + p * 9 * width, width, count, qk + p * panel + r * count * width, nullptr);
+               }
+             const auto heads_of = [&](int64_t p) {
+               for (int64_t r = 0; r < rows; ++r) lefts[r] = {qk + p * panel + r * count * width, width, count, each, panel};
+             };
+             for (int64_t h = 0; h < s.heads; ++h) {
+               heads_of(part + h * each);
+               into_grad(g.to_q.slice(h * each, each), h * each);
+               heads_of(h * each);
+               into_grad(g.to_k.slice(h * each, each), part + h * each);
              }
-             const auto subtract = [&](int64_t p, const double* scale) {  // d −= value ∘ scale
-               const float* value = qk + p * panel;
-               float* d = grad.at(y, p, column);
+             for (int64_t p = 0; p < 2 * part; ++p) {  // less q or k times its scale
+               const double* scale = p < part ? g.q_scale + p * width : g.k_scale + (p - part) * width;
                for (int64_t c = 0; c < width; c += W) {
                  float factors[W];
                  std::copy_n(scale + c, W, factors);
                  const vf factor = load(factors);
-                 for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
+                 for (int64_t r = 0; r < rows; ++r) {
+                   const float* value = qk + p * panel + r * count * width;
+                   float* d = grad.at(y0 + r, p, column);
+                   for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
+                 }
                }
-             };
-             for (int64_t h = 0; h < s.heads; ++h) {
-               const int64_t q = h * each, k = part + h * each;
-               const Left keys{qk + k * panel, width, count, each, panel}, queries{qk + q * panel, width, count, each, panel};
-               float *dq = grad.at(y, q, column), *dk = grad.at(y, k, column);
-               product(g.to_q.slice(q, each), &keys, 1, head.zeros, 0, &dq, width, grad.panel_stride());
-               product(g.to_k.slice(q, each), &queries, 1, head.zeros, 0, &dk, width, grad.panel_stride());
              }
-             for (int64_t p = 0; p < part; ++p) {
-               subtract(p, g.q_scale + p * width);
-               subtract(part + p, g.k_scale + p * width);
+             for (int64_t r = 0; r < rows; ++r) {
+               lefts[r] = {dy + r * count * ldd, ldd, count};
+               read_pixels(a.dy + ((t.image * s.height + y0 + r) * s.width + x0) * channels, count, channels,
+                           dy + r * count * ldd, ldd);
              }
-             const Left left{dy, ldd, count};
-             float* dv = grad.at(y, 2 * part, column);
-             product(g.to_v, &left, 1, head.zeros, 0, &dv, width, grad.panel_stride());
+             into_grad(g.to_v, 2 * part);
            });
   head.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
 }

@@ -1,5 +1,7 @@
 """The tests that every image op passes, as a base class; an op's own test file adds its arguments, definition and refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from gold import assert_as_good_as_reference, run
@@ -36,15 +38,7 @@ class ImageOpTests:
     """A subclass sets ``name``, ``op`` and ``small`` (a shape), and has ``arguments(shape, dtype) -> (tensors, dy, keywords)``
     and ``saved_bytes(shape)``, what the backward pass may keep beside the parameters."""
 
-    def check_forward(self, shape, dtype):
-        tensors, dy, keywords = self.arguments(shape, dtype)
-        gold = self.op(*double(tensors), **keywords)
-        reference = self.op(*tensors, **keywords, backend="reference")
-        actual = self.op(*tensors, **keywords, backend="cpu")
-        assert_as_good_as_reference([actual], [reference], [gold], dtype, dy[0, 0].numel())
-
-    def check_backward(self, shape, dtype):
-        tensors, dy, keywords = self.arguments(shape, dtype)
+    def check(self, tensors, dy, keywords, dtype):
         gold = run(self.op, double(tensors), dy.double(), **keywords)
         reference = run(self.op, tensors, dy, **keywords, backend="reference")
         actual = run(self.op, tensors, dy, **keywords, backend="cpu")
@@ -104,6 +98,14 @@ class ImageOpTests:
         with pytest.raises(RuntimeError, match=f"{self.name}: a second derivative is not implemented"):
             dx.sum().backward()
 
+    def test_called_from_several_threads_at_once(self):
+        calls = [self.arguments((1, 8, 2, 20 + i, 33, True), torch.float32) for i in range(4)]
+        expected = [run(self.op, t, dy, **keywords, backend="cpu") for t, dy, keywords in calls]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda c: run(self.op, c[0], c[1], **c[2], backend="cpu"), calls * 5))
+        for i, results in enumerate(together):
+            torch.testing.assert_close(results, expected[i % 4], rtol=1e-4, atol=1e-4)
+
     def test_threads(self):
         """The same bits from run to run at any number of threads, and rounding apart between them."""
         tensors, dy, keywords = self.arguments((1, 8, 2, 33, 40, True), torch.float32)
@@ -127,6 +129,14 @@ class ImageOpTests:
             assert y.dtype == torch.bfloat16
             assert torch.equal(y, self.op(tensors[0].bfloat16(), *tensors[1:], **keywords, backend=backend))
 
+    def test_autocast_decides_the_backend(self):
+        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        with torch.autocast("cpu", torch.float16):
+            assert self.op(*tensors, **keywords).dtype == torch.float16  # which only the reference takes
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.op(tensors[0].half(), *tensors[1:], **keywords, backend="cpu").dtype == torch.bfloat16
+            assert self.op(tensors[0].double(), *tensors[1:], **keywords).dtype == torch.float64
+
     def test_parameters_in_bfloat16(self):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
         halves = [tensors[0], *(t.bfloat16() for t in tensors[1:])]
@@ -148,6 +158,7 @@ class ImageOpTests:
         [
             (0, torch.zeros(8, 6, 5), r"x must be a floating \[batch, channels, height, width\].*got torch.float32 \[8, 6, 5\]"),
             (0, torch.zeros(1, 8, 0, 5), "x must be a floating.*no empty image"),
+            (1, None, r"norm_weight must be a tensor \[8\], got NoneType"),
             (1, torch.zeros(7), r"norm_weight must be \[8\], got \[7\]"),
             (2, torch.zeros(8, dtype=torch.int32), "norm_bias must be floating, got torch.int32"),
             (2, torch.zeros(8, device="meta"), "norm_bias must be on cpu as x is, got meta"),

@@ -51,12 +51,8 @@ class TestGdfn(ImageOpTests):
         return 4 * b * c * h * w  # x
 
     @pytest.mark.parametrize(("shape", "dtype"), CASES)
-    def test_forward(self, shape, dtype, isa):  # noqa: F811
-        self.check_forward(shape, dtype)
-
-    @pytest.mark.parametrize(("shape", "dtype"), CASES)
-    def test_backward(self, shape, dtype, isa):  # noqa: F811
-        self.check_backward(shape, dtype)
+    def test_forward_and_backward(self, shape, dtype, isa):  # noqa: F811
+        self.check(*self.arguments(shape, dtype), dtype)
 
     def test_definition(self):
         """The reference against the equations, written out with the exact gelu."""
@@ -72,6 +68,12 @@ class TestGdfn(ImageOpTests):
         expected = x[0] + torch.einsum("oc,chw->ohw", project_out, gate)
         actual = gdfn(x, weight, bias, project_in[:, :, None, None], dw[:, None], project_out[:, :, None, None])
         torch.testing.assert_close(actual[0], expected)
+
+    def test_long_sums(self):
+        """Large and far from zero in every pixel: a running sum in float32 would go astray by percents."""
+        tensors, dy, keywords = self.arguments((1, 4, 5, 640, 640, True), torch.float32)
+        tensors[0], dy = 3 + 0.01 * tensors[0], 1 + 0.01 * dy
+        self.check(tensors, dy, keywords, torch.float32)
 
     def test_nan_stays_in_its_neighbourhood(self):
         tensors, _, _ = self.arguments((1, 8, 21, 7, 9, True), torch.float32)

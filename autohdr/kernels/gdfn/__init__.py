@@ -44,9 +44,8 @@ def gdfn(
 
     Source: Zamir et al., Restormer (CVPR 2022), section 3.2, equation 2.
     """
-    backend = resolve("gdfn", backend, x)
     channels = x.shape[1] if x.dim() == 4 else 0
-    hidden = project_out_weight.shape[1] if project_out_weight.dim() == 4 else 0
+    hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
     check_arguments(
         "gdfn",
         x,
@@ -61,6 +60,7 @@ def gdfn(
     if hidden == 0:
         raise ValueError(f"gdfn: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
     x = autocast(x)
+    backend = resolve("gdfn", backend, x)
     parameters = (norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):

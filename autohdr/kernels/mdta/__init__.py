@@ -50,7 +50,6 @@ def mdta(
 
     Source: Zamir et al., Restormer (CVPR 2022), section 3.1, equation 1.
     """
-    backend = resolve("mdta", backend, x)
     channels = x.shape[1] if x.dim() == 4 else 0
     check_arguments(
         "mdta",
@@ -67,6 +66,7 @@ def mdta(
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"mdta: num_heads must divide the {channels} channels, got {num_heads}")
     x = autocast(x)
+    backend = resolve("mdta", backend, x)
     parameters = (norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
