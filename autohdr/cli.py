@@ -61,7 +61,7 @@ def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, fold
     from autohdr.data.splits import write_splits
 
     for file in write_splits(read_pairs(pairs), out, folds, seed, test):
-        print(f"{file}: {len(file.read_text(encoding='utf-8').splitlines())} pairs")
+        print(f"{file}: {len(read_pairs(file))} pairs")
 
 
 def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed: int = 0, workers: int | None = None) -> None:
@@ -158,14 +158,14 @@ def enhance(
 def demo(out: Path = Path("demo_run")) -> int:
     """The whole road in minutes on a CPU: synthesise rooms, train restormer_nano, evaluate it, enhance photos.
 
-    The exit status is 1 if the model does not beat auto-tone on rooms it has not seen.
+    The exit status is 1 unless the model beats auto-tone by at least 1 dB on rooms it has not seen.
 
     Args:
         out: Folder for everything; one that an earlier demo made is made anew.
     """
-    from autohdr.demo import demo
+    from autohdr.demo import WANTED_MARGIN, demo
 
-    return 0 if demo(out).margin > 0 else 1
+    return 0 if demo(out).margin >= WANTED_MARGIN else 1
 
 
 def _train_verb(argv: list[str]) -> Any:

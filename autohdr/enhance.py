@@ -1,5 +1,6 @@
 """Enhances photo files at their own resolution, with a model or with the auto-tone baseline."""
 
+import math
 import os
 import re
 import time
@@ -131,10 +132,12 @@ def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: 
 def _out_of_memory(error: BaseException) -> str | None:
     """What an allocation failure wanted, in words; None for any other error."""
     text = str(error)
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("allocate memory|bad_alloc", text)):
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("can(no|')t allocate|bad_alloc", text)):
         return None
-    wanted = re.search(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)", text)
+    wanted = re.search(r"allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGTPE]iB)", text)
     if not wanted:
         return "out of memory"
     amount, unit = wanted.groups()
-    return f"out of memory: {f'{int(amount) / 2**30:.1f} GiB' if unit == 'bytes' else f'{amount} {unit}'} more was wanted"
+    if unit == "bytes":
+        amount, unit = f"{math.ceil(int(amount) / 2**20):,}", "MiB"
+    return f"out of memory: {amount} {unit} more was wanted"

@@ -24,6 +24,7 @@ import autohdr
 from autohdr.autotone import auto_tone
 from autohdr.data.pairs import Pair, PairDataset
 from autohdr.errors import UserError
+from autohdr.files import replacing
 from autohdr.measure import Measurement, measure
 from autohdr.metrics import METRICS, mean_interval
 
@@ -107,8 +108,10 @@ def evaluate(
         "summary": summarise([image["figures"] for image in images]),
         "images": images,
     }
-    _write(out_dir / "results.json", json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out_dir / "report.html", _page(results, pictures))
+    with replacing(out_dir / "results.json") as part:
+        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    with replacing(out_dir / "report.html") as part:
+        part.write_text(_page(results, pictures), "utf-8")
     return results
 
 
@@ -190,12 +193,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 def _label(results: dict[str, Any], method: str) -> str:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import numpy as np
@@ -106,8 +107,20 @@ def test_data_synth(tmp_path, capsys):
 
 def test_train_eval_enhance(photos, capsys):
     """The whole road, with options over the recipe's values."""
-    pairs, out = photos / "pairs.jsonl", photos / "run"
-    settings = ("--train-pairs", pairs, "--val-pairs", pairs, "--size", 32, "--epochs", 1, "--warmup-epochs", 0)
+    assert run("data", "split", photos / "pairs.jsonl", "--out", photos, "--test", 2) == 0
+    pairs, out = photos / "test.jsonl", photos / "run"
+    settings = (
+        "--train-pairs",
+        photos / "train.jsonl",
+        "--val-pairs",
+        photos / "val.jsonl",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+    )
     settings += ("--model", "restormer_nano", "--model-args", json.dumps(TINY), "--workers", 0, "--out", out)
     assert run("train", "restormer_384", *settings, "--lr", 0.001, "--no-augment", "--device", "cpu") == 0
     assert "checkpoint_best.safetensors" in capsys.readouterr().out
@@ -164,10 +177,10 @@ def test_enhance_overwrites_only_when_told(photos):
     assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]
 
 
-def test_demo_fails_where_auto_tone_wins(monkeypatch, tmp_path):
+def test_demo_fails_where_auto_tone_is_nearly_as_good(monkeypatch, tmp_path):
     from autohdr import demo
 
-    for margin, status in ((1.2, 0), (-0.1, 1)):
+    for margin, status in ((1.0, 0), (0.9, 1), (-0.1, 1), (math.nan, 1)):
         result = demo.DemoResult(tmp_path, tmp_path, margin)
         monkeypatch.setattr(demo, "demo", lambda out, result=result: result)
         assert run("demo", "--out", tmp_path) == status
@@ -220,6 +233,9 @@ def test_train_refuses(photos, capsys):
     assert "train_pairs: required; give --train-pairs" in refusal(capsys, "train", "restormer_384")
     pairs = ("--train-pairs", photos / "pairs.jsonl", "--val-pairs", photos / "pairs.jsonl")
     assert "warmup_epochs" in refusal(capsys, "train", "restormer_384", *pairs, "--epochs", 3)
+    assert "is also in" in refusal(capsys, "train", "demo", *pairs, "--out", photos / "run")
+    run("data", "split", photos / "pairs.jsonl", "--out", photos)
+    pairs = ("--train-pairs", photos / "train.jsonl", "--val-pairs", photos / "val.jsonl")
     assert "no model is called 'resnet'" in refusal(capsys, "train", "demo", *pairs, "--model", "resnet", "--out", photos / "run")
     assert "--resume: nothing to resume" in refusal(capsys, "train", "demo", *pairs, "--resume", "--out", photos / "run")
     assert "already holds files" in refusal(capsys, "train", "demo", *pairs, "--out", photos)
@@ -228,6 +244,9 @@ def test_train_refuses(photos, capsys):
 
 def test_data_refuses(photos, capsys):
     assert "nowhere.jsonl" in refusal(capsys, "data", "split", photos / "nowhere.jsonl", "--out", photos / "parts")
+    (photos / "pairs.jsonl").rename(photos / "train.jsonl")
+    assert "would replace the list" in refusal(capsys, "data", "split", photos / "train.jsonl", "--out", photos)
+    (photos / "train.jsonl").rename(photos / "pairs.jsonl")
     few = ("data", "split", photos / "pairs.jsonl", "--out", photos / "parts")
     assert "got 7" in refusal(capsys, *few, "--test", 7)
     assert "got 9" in refusal(capsys, *few, "--test", 0, "--folds", 9)

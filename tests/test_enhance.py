@@ -1,6 +1,8 @@
 """The enhancer on real files: what is written, what is skipped, what is refused before any work."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from autohdr.autotone import auto_tone
 from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_samples, to_float, write_photo
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
+from autohdr.kernels import backends
 
 
 class Invert(nn.Module):
@@ -153,12 +156,14 @@ def raises(error):
 @pytest.mark.parametrize(
     "error, wanted",
     [
-        (lambda: torch.empty(2**48), "1048576.0 GiB"),
+        (lambda: torch.empty(2**48), "1,073,741,824 MiB"),
         (lambda: np.empty(2**58), "2.00 EiB"),
         (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")), "20.00 GiB"),
+        (raises(RuntimeError("gdfn: cannot allocate 123 bytes for y")), ": 1 MiB"),
+        (raises(RuntimeError("std::bad_alloc")), "out of memory"),
         (raises(MemoryError()), "out of memory"),
     ],
-    ids=["torch", "numpy", "cuda", "bare"],
+    ids=["torch", "numpy", "cuda", "kernel", "c++", "bare"],
 )
 def test_out_of_memory_skips_that_photo_alone(tmp_path, error, wanted):
     save(tmp_path / "in/a.png", 20, 30)
@@ -167,6 +172,47 @@ def test_out_of_memory_skips_that_photo_alone(tmp_path, error, wanted):
     assert [path.name for path in result.written] == ["b.png"]
     ((path, reason),) = result.skipped
     assert path.name == "a.png" and reason.startswith("out of memory") and wanted in reason
+
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import torch
+from autohdr.enhance import enhance
+from autohdr.kernels import gdfn
+
+def starved(x):  # the op may take half of what its output needs
+    weights = [torch.ones(shape) for shape in ((3,), (16, 3, 1, 1), (16, 1, 3, 3), (3, 8, 1, 1))]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if x.numel() > 1e6:
+        resource.setrlimit(resource.RLIMIT_AS, (used + x.nbytes // 2, limits[1]))
+    try:
+        return gdfn(x, weights[0], None, *weights[1:], backend="cpu")
+    except RuntimeError as error:
+        print(error)
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+model = torch.nn.Identity()
+model.forward = starved
+result = enhance([sys.argv[1]], sys.argv[2], model, progress=False)
+print([path.name for path in result.written], [(path.name, reason) for path, reason in result.skipped])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+@pytest.mark.skipif(backends("gdfn")["cpu"] != "available", reason="no compiled kernels")
+def test_a_compiled_op_without_memory_skips_that_photo_alone(tmp_path):
+    save(tmp_path / "in/b.png", 5, 5)
+    Image.new("RGB", (3000, 3000)).save(tmp_path / "in/a.png")  # 108 MB in float: too large for a piece of freed memory
+    command = [sys.executable, "-c", STARVED, str(tmp_path / "in"), str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a thread that cannot be started would end the process
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    error, outcome = done.stdout.strip().rsplit("\n", 1)
+    assert "gdfn: cannot allocate 108000000 bytes" in error
+    assert outcome == "['b.png'] [('a.png', 'out of memory: 103 MiB more was wanted')]"
 
 
 def test_a_failing_model_is_not_hidden(tmp_path):
@@ -226,7 +272,8 @@ def test_a_failed_write_is_skipped(tmp_path):
     assert not result.written and "cannot write" in result.skipped[0][1]
 
 
-def test_progress_goes_to_stderr(tmp_path, capsys):
+def test_progress_goes_to_stderr(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # it is for terminals alone
     save(tmp_path / "a.png")
     enhance([tmp_path / "a.png"], tmp_path / "out")
     captured = capsys.readouterr()

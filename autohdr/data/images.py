@@ -20,6 +20,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from autohdr.errors import UserError
+from autohdr.files import replacing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -96,7 +97,7 @@ def write_photo(path: str | Path, photo: Photo) -> None:
     samples = from_float(photo.pixels, photo.depth)
     if photo.alpha is not None:
         samples = np.dstack([samples, photo.alpha])
-    with _replacing(Path(path)) as file:
+    with replacing(path) as part, open(part, "wb") as file:
         try:
             _WRITERS[photo.format](file, samples, photo)
         except (ValueError, TypeError, struct.error) as error:  # metadata that was readable but cannot be written
@@ -293,15 +294,3 @@ def _write_tiff(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
 
 
 _WRITERS = {"JPEG": _write_jpeg, "PNG": _write_png, "TIFF": _write_tiff, "WEBP": _write_webp}
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write which takes its name only once it is complete, so that a killed run leaves no half photo."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """
     path = Path(path)
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would split at U+2028 too, inside a name
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a UTF-8 JSONL file of pairs: {error}") from error
     pairs, problems = [], []
@@ -67,10 +67,24 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     Path(path).write_text("".join(row + "\n" for row in rows), "utf-8")
 
 
-def check_pairs(pairs: Sequence[Pair]) -> None:
-    """Decodes every photo. UserError lists each missing or damaged one and each pair whose sizes differ, by line."""
+def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+    """Decodes every photo and returns each pair's (height, width).
+
+    UserError lists each missing or damaged photo and each pair whose sizes differ, by line.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
-        _raise([problem for problems in pool.map(_problems, pairs) for problem in problems])
+        checked = list(pool.map(_check, pairs))
+    _raise([problem for _, problems in checked for problem in problems])
+    return [sizes[0] for sizes, _ in checked]
+
+
+def shared_photos(some: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[Path, Pair, Pair]]:
+    """Each photo, source or target, that is in both lists, with its pair in the one and its pair in the other."""
+    listed = {photo.resolve(): pair for pair in some for photo in (pair.src, pair.tar)}
+    for pair in others:
+        for photo in (pair.src, pair.tar):
+            if photo.resolve() in listed:
+                yield photo, listed[photo.resolve()], pair
 
 
 class PairDataset(Dataset):
@@ -113,7 +127,7 @@ class PairDataset(Dataset):
         src, tar = read_samples(pair.src), read_samples(pair.tar)
         if src.shape != tar.shape:
             raise UserError(f"{pair.where}: {_sizes_differ(src.shape, tar.shape)}")
-        height, width = self._resized(*src.shape[:2])
+        height, width = self.resized(*src.shape[:2])
         h, w = self.size if self.size and self.resize == "crop" else (height, width)
         step, top, left = 1, (height - h) // 2, (width - w) // 2
         if self.augment:
@@ -123,8 +137,8 @@ class PairDataset(Dataset):
         src, tar = (_resize(photo, height, width)[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
         return {"src": torch.from_numpy(to_float(src)), "tar": torch.from_numpy(to_float(tar)), "index": index}
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size to which a photo is resized, before cropping."""
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which a photo of height x width is resized, before cropping."""
         if self.size is None or self.resize == "squash":
             return self.size or (height, width)
         scales = self.size[0] / height, self.size[1] / width
@@ -160,7 +174,8 @@ def _parse(line: str) -> list[str]:
     return paths
 
 
-def _problems(pair: Pair) -> list[str]:
+def _check(pair: Pair) -> tuple[list[tuple[int, int]], list[str]]:
+    """The sizes of the photos that can be read, and what is wrong with the pair."""
     sizes, problems = [], []
     for path in (pair.src, pair.tar):
         try:
@@ -169,7 +184,7 @@ def _problems(pair: Pair) -> list[str]:
             problems.append(f"{pair.where}: {error}")
     if not problems and sizes[0] != sizes[1]:
         problems.append(f"{pair.where}: {_sizes_differ(*sizes)}")
-    return problems
+    return sizes, problems
 
 
 def _sizes_differ(src: tuple[int, ...], tar: tuple[int, ...]) -> str:

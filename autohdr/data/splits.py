@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from autohdr.data.pairs import Pair, write_pairs
+from autohdr.data.pairs import Pair, shared_photos, write_pairs
 from autohdr.errors import UserError
+
+_PARTS = ("test.jsonl", "train.jsonl", "val.jsonl", "fold_*/train.jsonl", "fold_*/val.jsonl")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def write_splits(
     """Writes test.jsonl, train.jsonl and val.jsonl, or with folds test.jsonl and fold_0/{train,val}.jsonl, fold_1/... .
 
     Paths in them are relative to where they stand. The folds divide what is not held out to test. Returns the files
-    written. UserError as split_pairs and k_folds, and if out_dir cannot be written.
+    written. UserError as split_pairs and k_folds, if out_dir cannot be written, and, before anything is written, if a
+    file would replace the list that the pairs are from or if out_dir holds parts that this split would leave there.
     """
     if folds is None:
         splits = split_pairs(pairs, test, seed=seed)
@@ -70,6 +73,14 @@ def write_splits(
         for number, (train, val) in enumerate(k_folds(rest, folds, seed)):
             parts |= {f"fold_{number}/train": train, f"fold_{number}/val": val}
     files = {Path(out_dir, f"{name}.jsonl"): part for name, part in parts.items() if part}
+    sources = {pair.file.resolve() for pair in pairs if pair.file}
+    if replaced := [str(file) for file in files if file.resolve() in sources]:
+        raise UserError(f"{', '.join(replaced)}: would replace the list that is to be split: give another folder")
+    earlier = sorted(str(file) for pattern in _PARTS for file in Path(out_dir).glob(pattern) if file not in files)
+    if earlier:
+        raise UserError(
+            f"{out_dir} holds parts that are not of this split: {', '.join(earlier)}: remove them or give another folder"
+        )
     try:
         for file, part in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +92,11 @@ def write_splits(
 
 def _hold_out(pairs: Sequence[Pair], test: int) -> tuple[list[Pair], list[Pair]]:
     """The first `test` pairs and the others, which must not share a photo with them."""
-    first = {photo.resolve(): pair for pair in pairs[:test] for photo in (pair.src, pair.tar)}
-    for pair in pairs[test:]:
-        for photo in (pair.src, pair.tar):
-            if other := first.get(photo.resolve()):
-                raise UserError(
-                    f"{pair.where}: {photo} is also in {other.where}, one of the first {test} pairs, held out to "
-                    "test: remove one of the two, or move them both among or away from the first"
-                )
+    for photo, other, pair in shared_photos(pairs[:test], pairs[test:]):
+        raise UserError(
+            f"{pair.where}: {photo} is also in {other.where}, one of the first {test} pairs, held out to "
+            "test: remove one of the two, or move them both among or away from the first"
+        )
     return list(pairs[:test]), list(pairs[test:])
 
 

@@ -8,8 +8,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Raises ValueError unless x is a floating [batch, channels, height, width] and each argument has its expected shape. norm_bias
-    alone may be None."""
+    """Raises ValueError unless x is a floating [batch, channels, height, width] and each argument has its expected shape.
+    norm_bias alone may be None."""
     if x.dim() != 4 or x.dtype not in DTYPES or 0 in x.shape[1:]:
         raise ValueError(
             f"{op}: x must be a floating [batch, channels, height, width] with no empty image, got {x.dtype} {list(x.shape)}"

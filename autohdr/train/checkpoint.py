@@ -3,7 +3,6 @@
 It holds the weights too, so that one atomic rename is the whole checkpoint: no crash can leave half of one.
 """
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,29 +11,31 @@ from typing import Any
 import torch
 
 from autohdr.errors import UserError
+from autohdr.files import replacing
+
+PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history")
+"""The plain values of a state: the trainer's attributes of these names."""
+_KEYS = {*PROGRESS, "step", "rng", "model", "optimizer"}
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a tree of tensors and plain values. The file appears whole or not at all; a failure leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a run's state: tensors and plain values. The file appears whole or not at all; a failure leaves the old one."""
+    with replacing(path) as part, open(part, "wb") as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what save_state wrote, onto the CPU; runs no code from it. Raises UserError if missing or damaged."""
+    """Read what save_state wrote, onto the CPU; runs no code from it. Raises UserError if missing, damaged or foreign."""
     if not path.is_file():
         raise UserError(f"--resume: nothing to resume: no training state at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: expected a training state, got a damaged or foreign file ({error})") from None
+    missing = _KEYS - (state.keys() if isinstance(state, dict) else set())
+    if missing:
+        raise UserError(f"{path}: expected a training state, got a file without {', '.join(sorted(missing))}")
+    return state
 
 
 def rng_state() -> dict[str, Any]:

@@ -47,7 +47,7 @@ class TrainConfig:
     accumulate: int = 1
     """Forward passes in one optimiser step: the effective batch is batch_size x accumulate."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it to 0 at the last step."""
+    """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
     warmup_epochs: float = 0
     """Epochs in which the learning rate climbs linearly."""
     weight_decay: float = 0.02

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import autohdr
 from autohdr import metrics
-from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs
+from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.train import losses, record
-from autohdr.train.checkpoint import load_state, restore_rng, rng_state, save_state
+from autohdr.train.checkpoint import PROGRESS, load_state, restore_rng, rng_state, save_state
 from autohdr.train.config import TrainConfig, check_config, dump_config
 
 # What may differ between a run and its continuation: nothing that the weights depend on.
@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
         _check_same_run(config)
     elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"out: {config.out} already holds files: give another --out, or --resume to continue its run")
-    trainer = _Trainer(config, _checked_pairs(config.train_pairs), _checked_pairs(config.val_pairs))
+    trainer = _Trainer(config, *_checked_pairs(config))
     trainer.resume() if resume else trainer.start()
     return trainer.run()
 
@@ -124,7 +124,7 @@ class _Trainer:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
         record.rewind(self.out / "log.jsonl", self.step)
         restore_rng(state["rng"])
@@ -263,8 +263,7 @@ class _Trainer:
         save_weights(self.out / f"checkpoint_{which}.safetensors", self.model, metadata)
 
     def _save_last(self) -> None:
-        names = ("run_id", "step", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history")
-        state = {name: getattr(self, name) for name in names} | {"rng": rng_state()}
+        state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "rng": rng_state()}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         save_state(self.out / "checkpoint_last.state.pt", state)
         self._save_weights("last")
@@ -283,10 +282,24 @@ def _check_same_run(config: TrainConfig) -> None:
             )
 
 
-def _checked_pairs(path: Path) -> list[Pair]:
-    pairs = read_pairs(path)
-    check_pairs(pairs)
-    return pairs
+def _checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those to validate on, all of them sound, none with a photo of the others."""
+    train_pairs, val_pairs = read_pairs(config.train_pairs), read_pairs(config.val_pairs)
+    for photo, trained, pair in shared_photos(train_pairs, val_pairs):
+        raise UserError(
+            f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
+            "`autohdr data split` keeps them apart"
+        )
+    check_pairs(train_pairs)
+    val_set = PairDataset(val_pairs, config.size, config.resize)
+    for pair, size in zip(val_pairs, check_pairs(val_pairs), strict=True):
+        height, width = val_set.resized(*size)
+        if min(height, width) < metrics.SSIM_WINDOW:
+            raise UserError(
+                f"{pair.where}: expected validation pairs with sides of at least {metrics.SSIM_WINDOW} pixels, as SSIM needs; "
+                f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
+            )
+    return train_pairs, val_pairs
 
 
 def _ignore_interrupt(worker: int) -> None:

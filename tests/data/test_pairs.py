@@ -55,6 +55,13 @@ def test_reads_a_byte_order_mark_and_windows_line_ends(tmp_path):
     assert [p.line for p in read_pairs(tmp_path / "pairs.jsonl")] == [1, 2]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x1c"])
+def test_only_line_feeds_end_a_line(tmp_path, separator):
+    pairs = [Pair(tmp_path / f"a{separator}{n}.png", tmp_path / f"b{separator}{n}.png", n, tmp_path / "p.jsonl") for n in (1, 2)]
+    write_pairs(tmp_path / "p.jsonl", pairs)
+    assert read_pairs(tmp_path / "p.jsonl") == pairs
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -109,8 +116,8 @@ def test_check_lists_every_bad_pair(tmp_path):
         assert problem.startswith(f"{file}:{number}: ") and reason in problem
 
 
-def test_check_says_nothing_when_all_is_well(pair, capfd):
-    assert check_pairs([pair] * 3) is None
+def test_check_gives_the_sizes_and_says_nothing_when_all_is_well(pair, capfd):
+    assert check_pairs([pair] * 3) == [(12, 20)] * 3
     assert capfd.readouterr() == ("", "")
 
 
@@ -173,7 +180,7 @@ def test_16_bits_are_resized_with_all_their_bits(tmp_path):
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))
 def test_fit_keeps_the_aspect_ratio(height, width, size):
-    h, w = PairDataset([], size, "fit")._resized(height, width)
+    h, w = PairDataset([], size, "fit").resized(height, width)
     assert max(h, w) == size
     assert abs(h - size * height / max(height, width)) <= 0.5 or h == 1
     assert abs(w - size * width / max(height, width)) <= 0.5 or w == 1
@@ -181,7 +188,7 @@ def test_fit_keeps_the_aspect_ratio(height, width, size):
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
 def test_crop_enlarges_just_enough(height, width, crop_height, crop_width):
-    h, w = PairDataset([], (crop_height, crop_width), "crop")._resized(height, width)
+    h, w = PairDataset([], (crop_height, crop_width), "crop").resized(height, width)
     assert h >= crop_height and w >= crop_width
     assert (h, w) == (height, width) or h == crop_height or w == crop_width
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autohdr.data.pairs import Pair, read_pairs
+from autohdr.data.pairs import Pair, read_pairs, write_pairs
 from autohdr.data.splits import k_folds, split_pairs, write_splits
 from autohdr.errors import UserError
 
@@ -143,6 +143,47 @@ def test_written_folds_leave_the_test_pairs_out(tmp_path):
     for file in files[1:]:
         assert not held_out & {path.resolve() for path in photos(read_pairs(file))}
     assert sum(len(read_pairs(file)) for file in files[2::2]) == 20
+
+
+def lines(folder):
+    """What every file in a folder holds."""
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*.jsonl")}
+
+
+@pytest.mark.parametrize("out", [".", "../in"])
+def test_the_list_itself_is_not_replaced(tmp_path, out):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_pairs(folder / "train.jsonl", distinct(20))
+    before = lines(folder)
+    with pytest.raises(UserError, match="train.jsonl: would replace the list"):
+        write_splits(read_pairs(folder / "train.jsonl"), folder / out)
+    assert lines(folder) == before
+
+
+@pytest.mark.parametrize(
+    "first, then, left",
+    [
+        ({"folds": 5}, {"folds": 3}, "fold_3/train.jsonl, .*fold_3/val.jsonl, .*fold_4/train.jsonl, .*fold_4/val.jsonl"),
+        ({}, {"test": 0}, "test.jsonl"),
+        ({}, {"folds": 3}, "train.jsonl, .*val.jsonl"),
+        ({"folds": 2, "test": 0}, {}, "fold_0/train.jsonl, .*fold_1/val.jsonl"),
+    ],
+    ids=["fewer folds", "no test", "folds after parts", "parts after folds"],
+)
+def test_parts_of_another_split_are_not_left_among_the_new_ones(tmp_path, first, then, left):
+    write_splits(distinct(20), tmp_path, **first)
+    before = lines(tmp_path)
+    with pytest.raises(UserError, match=f"parts that are not of this split: .*{left}: remove"):
+        write_splits(distinct(20), tmp_path, **then)
+    assert lines(tmp_path) == before
+
+
+def test_a_split_replaces_an_earlier_one_with_the_same_parts(tmp_path):
+    write_splits(distinct(20), tmp_path, folds=3)
+    before = lines(tmp_path)
+    write_splits(distinct(20), tmp_path, folds=3, seed=1)
+    assert lines(tmp_path).keys() == before.keys() and lines(tmp_path) != before
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):

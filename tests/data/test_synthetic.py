@@ -68,7 +68,7 @@ def test_sizes_show_the_same_room():
 
 def test_strips_leave_no_seam(monkeypatch):
     whole = render_pair(5, 64, 64)[1]
-    monkeypatch.setattr("autohdr.data.synthetic._STRIP", 64 * 16)
+    monkeypatch.setattr("autohdr.data.synthetic.render._STRIP", 64 * 16)
     assert np.abs(whole.astype(int) - render_pair(5, 64, 64)[1]).max() <= 2
 
 
@@ -93,7 +93,7 @@ def test_synthesize_starts_anew_in_its_own_folder(tmp_path, monkeypatch):
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autohdr.data.synthetic.render_pair", interrupted)
+    monkeypatch.setattr("autohdr.data.synthetic.pairs.render_pair", interrupted)
     with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path, 1, 32, 32, workers=1, progress=False)
     assert not (tmp_path / "pairs.jsonl").exists()

@@ -197,9 +197,8 @@ def test_clipping_bounds_the_gradient(make_config):
             gradients = [p.grad for group in self.param_groups for p in group["params"]]
             seen.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
 
-    trainer = loop._Trainer(
-        make_config(clip=1e-3), *map(loop._checked_pairs, (make_config().train_pairs, make_config().val_pairs))
-    )
+    config = make_config(clip=1e-3)
+    trainer = loop._Trainer(config, *loop._checked_pairs(config))
     trainer.optimizer = Spy(trainer.model.parameters(), lr=0.0)
     _, norm = trainer._train_step([[0, 1]], iter(trainer._loader(trainer.train_set, [[0, 1]])), 0.0)
     assert norm > 1e-3
@@ -274,6 +273,39 @@ def test_refuses_bad_pairs_before_anything_is_written(make_config, tmp_path, whi
         with pytest.raises(UserError, match=message):
             train(config)
         assert not config.out.exists()
+
+
+def test_refuses_validation_pairs_too_small_for_ssim(make_config, tmp_path):
+    """SSIM needs 11 pixels; a long photo that keeps its aspect ratio would have 5 of them after a whole epoch."""
+    for name in ("src.png", "tar.png"):
+        Image.new("RGB", (200, 32)).save(tmp_path / name)
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"src": "src.png", "tar": "tar.png"}\n')
+    config = make_config(val_pairs=long, resize="fit", batch_size=1)
+    with pytest.raises(UserError, match="long.jsonl:1: .*at least 11 pixels.* 200x32 pixels become 32x5 with size 32"):
+        train(config)
+    assert not config.out.exists()
+    assert train(make_config(train_pairs=long, resize="fit", batch_size=1, epochs=1)).epochs == 1
+
+
+@pytest.mark.parametrize("shared", ["src", "tar"])
+def test_refuses_to_validate_on_a_photo_that_it_trains_on(make_config, pair_files, tmp_path, shared):
+    trained, validated = (json.loads(file.read_text().splitlines()[1]) for file in pair_files)
+    other = "src" if shared == "tar" else "tar"
+    line = {shared: f"{pair_files[0].parent}/../train/{trained[shared]}", other: str(pair_files[1].parent / validated[other])}
+    (tmp_path / "val.jsonl").write_text(json.dumps(line) + "\n")
+    config = make_config(val_pairs=tmp_path / "val.jsonl")
+    with pytest.raises(UserError, match=f"val.jsonl:1: .*1_{shared}.png is also in .*pairs.jsonl:2: .*both trained and valid"):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_refuses_to_resume_a_foreign_state(make_config):
+    config = make_config(epochs=1)
+    train(config)
+    torch.save({"model": {}}, config.out / STATE)
+    with pytest.raises(UserError, match="expected a training state, got a file without epoch, .*"):
+        train(config, resume=True)
 
 
 def test_refuses_an_absent_device(make_config):

@@ -1,0 +1,52 @@
+"""One file in the place of another: all of it or nothing."""
+
+import os
+
+import pytest
+
+from autohdr.files import replacing
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    return path
+
+
+def test_the_new_file_takes_the_name_at_the_end(old):
+    with replacing(str(old)) as part:
+        part.write_text("new")
+        assert old.read_text() == "old"
+        assert part.parent == old.parent and part.name.startswith(".")
+    assert old.read_text() == "new"
+    assert os.listdir(old.parent) == ["a.txt"]
+
+
+def test_a_failure_leaves_the_old_file_alone(old):
+    with pytest.raises(KeyboardInterrupt), replacing(old) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert old.read_text() == "old"
+    assert os.listdir(old.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_disk_leaves_the_old_file_alone(old, monkeypatch, call):
+    def power_cut(*args):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, call, power_cut)
+    with pytest.raises(OSError, match="power cut"), replacing(old) as part:
+        part.write_text("new")
+    assert old.read_text() == "old"
+    assert os.listdir(old.parent) == ["a.txt"]
+
+
+def test_the_content_is_on_the_disk_before_it_takes_the_name(old, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    with replacing(old) as part:
+        part.write_text("new")
+    assert order == ["fsync", "replace"]
