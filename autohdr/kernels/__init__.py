@@ -6,5 +6,6 @@
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.gdfn import gdfn
 from autohdr.kernels.mdta import mdta
+from autohdr.kernels.selective_scan import selective_scan
 
-__all__ = ["OPS", "backends", "gdfn", "mdta", "set_backend"]
+__all__ = ["OPS", "backends", "gdfn", "mdta", "selective_scan", "set_backend"]

@@ -5,10 +5,14 @@ import torch
 from autohdr.kernels import _extension
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-OPS = ("mdta", "gdfn")
+OPS = ("mdta", "gdfn", "selective_scan")
 
 _WRITTEN = {"cpu"}  # compiled or Triton backends that exist, the same for every op so far
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CPU_DTYPES = {
+    "mdta": (torch.float32, torch.bfloat16),
+    "gdfn": (torch.float32, torch.bfloat16),
+    "selective_scan": (torch.float32, torch.bfloat16, torch.float16),
+}
 _default = "auto"
 
 
@@ -57,8 +61,9 @@ def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
         return _REASONS[op, backend]
     if backend == "cpu" and x.device.type != "cpu":
         return f"x is on {x.device.type}"
-    if backend == "cpu" and x.dtype not in _CPU_DTYPES:
-        return f"it takes float32 or bfloat16, x is {x.dtype}"
+    if backend == "cpu" and x.dtype not in _CPU_DTYPES[op]:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in _CPU_DTYPES[op])
+        return f"it takes {', '.join(others)} or {last}, x is {x.dtype}"
     return ""
 
 

@@ -1,0 +1,55 @@
+// Parameters of selective_scan's kernels. Tensors keep their dtypes and strides; parameters and states are contiguous float32.
+#pragma once
+#include <cstdint>
+
+namespace autohdr {
+
+constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in schema.py
+
+enum class Dtype { f32, bf16, f16 };
+
+// A sequence: element (b, g, c, t) lies at data + b·batch + g·group + c·channel + t·token, and channel or token is 1. For u,
+// delta, z and out, c counts the channels of group g; for B and C, the states.
+struct Sequence {
+  void* data;  // null: there is none
+  Dtype dtype;
+  int64_t batch, group, channel, token;
+};
+
+struct ScanShape {
+  int64_t batch, seqlen, groups, channels, dstate;  // channels: of one group
+  bool softplus, reverse;
+  int64_t dim() const { return groups * channels; }
+  int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
+};
+
+struct ScanInputs {
+  Sequence u, delta;          // with delta_weight, delta has one channel
+  Sequence B, C;
+  Sequence z;                 // optional
+  const float* A;             // [dim, dstate]
+  const float* D;             // [dim], or null
+  const float* delta_bias;    // [dim], or null
+  const float* delta_weight;  // [dim], or null: delta has every channel
+  const float* initial_state; // [batch, dim, dstate], or null
+};
+
+struct ScanForward {
+  ScanShape shape;
+  ScanInputs in;
+  Sequence out;
+  float* last_state;  // [batch, dim, dstate]
+  float* states;      // [batch, chunks, dstate, dim], before each chunk in the scan's order
+};
+
+struct ScanBackward {
+  ScanShape shape;
+  ScanInputs in;
+  const float* states;        // as the forward pass left them
+  Sequence d_out;
+  const float* d_last_state;  // [batch, dim, dstate], or null
+  Sequence du, d_delta, dB, dC, dz;
+  float *dA, *dD, *d_delta_bias, *d_delta_weight, *d_initial_state;  // as the parameters, unused where they are null
+};
+
+}  // namespace autohdr

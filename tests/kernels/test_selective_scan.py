@@ -1,0 +1,498 @@
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from gold import assert_as_good_as_reference
+from image_op import DTYPES, isa  # noqa: F401  a fixture
+
+from autohdr.kernels import selective_scan
+from autohdr.kernels.selective_scan.schema import CHUNK
+
+DTYPES = {**DTYPES, "f16": torch.float16}
+SEQUENCES = ("u", "delta", "B", "C", "z")
+
+SHAPES = [  # batch, dim, seqlen, dstate, groups, what else
+    (2, 64, 129, 16, 1, "D z bias softplus"),
+    (1, 5, 1, 16, 1, "D z bias softplus initial"),
+    (2, 3, 2, 1, 1, "bld reverse z initial"),
+    (1, 33, 63, 7, 3, "bld D bias softplus"),
+    (1, 17, 1000, 5, 1, "reverse D z bias softplus initial"),
+    (2, 40, 300, 8, 2, "bld reverse rank1 D z bias softplus initial"),
+    (1, 20, 257, 16, 1, "rank1 D bias softplus"),
+    (1, 2, 10, 256, 1, "bias"),
+    (3, 8, 40, 2, 8, "softplus D"),
+    (1, 130, 130, 3, 1, "bld"),
+]
+
+
+def name(shape, dtype):
+    *sizes, features = shape
+    sizes = "-".join(f"{n}{s}" for n, s in zip("BDLNG", sizes, strict=True))
+    return "-".join([sizes, *features.split(), dtype])
+
+
+CASES = [pytest.param(s, DTYPES[d], id=name(s, d)) for s in SHAPES for d in DTYPES]
+SMALL = (2, 6, 150, 4, 2, "D z bias softplus initial")
+
+
+def arguments(shape, dtype=torch.float32):
+    """(tensors by name, keywords, gradients of out and last_state)."""
+    batch, dim, seqlen, dstate, groups, features = shape
+    features = features.split()
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(*size, generator=g)
+
+    t = {"u": randn(batch, dim, seqlen), "delta": 0.7 * randn(batch, 1 if "rank1" in features else dim, seqlen) - 1}
+    if "softplus" not in features:
+        t["delta"] = t["delta"].abs() / 2
+    t["A"] = -(0.5 + 2 * torch.rand(dim, dstate, generator=g))
+    t["B"], t["C"] = randn(batch, groups, dstate, seqlen), randn(batch, groups, dstate, seqlen)
+    t["z"] = randn(batch, dim, seqlen)
+    optional = {
+        "D": ("D", randn(dim)),
+        "bias": ("delta_bias", 0.3 * torch.rand(dim, generator=g)),
+        "rank1": ("delta_weight", 0.5 + torch.rand(dim, generator=g)),
+        "initial": ("initial_state", randn(batch, dim, dstate)),
+    }
+    for feature, (key, value) in optional.items():
+        if feature in features:
+            t[key] = value
+    if "z" not in features:
+        del t["z"]
+    for key in SEQUENCES:
+        if key in t:
+            t[key] = t[key].to(dtype)
+            if "bld" in features:
+                t[key] = t[key].movedim(-1, 1).contiguous()
+    keywords = {
+        "delta_softplus": "softplus" in features,
+        "reverse": "reverse" in features,
+        "layout": "bld" if "bld" in features else "bdl",
+        "return_last_state": True,
+    }
+    return t, keywords, (randn(*t["u"].shape).to(dtype), randn(batch, dim, dstate))
+
+
+def run(tensors, keywords, grads, **more):
+    """[out, last_state, the gradient of every tensor]."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    outputs = selective_scan(**leaves, **keywords, **more)
+    grads = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, list(leaves.values()), grads))
+
+
+@functools.cache
+def expected(shape, dtype):
+    """The gold, and the reference in the same dtype."""
+    tensors, keywords, grads = arguments(shape, dtype)
+    gold = run({k: v.double() for k, v in tensors.items()}, keywords, grads, backend="reference")
+    return gold, run(tensors, keywords, grads, backend="reference")
+
+
+def assert_good(outputs, dtype, tokens):
+    """Each output as (actual, reference, gold), in the order of assert_as_good_as_reference."""
+    actual, reference, gold = zip(*outputs, strict=True)
+    assert [a.dtype for a in actual] == [r.dtype for r in reference]
+    if dtype == torch.float16:  # judged in float32: the reference's error has the rounding of its output in it
+        actual, reference, dtype = [a.float() for a in actual], [r.float() for r in reference], torch.float32
+    assert_as_good_as_reference(actual, reference, gold, dtype, tokens)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_forward(shape, dtype, isa):  # noqa: F811
+    gold, reference = expected(shape, dtype)
+    tensors, keywords, _ = arguments(shape, dtype)
+    actual = selective_scan(**tensors, **keywords, backend="cpu")
+    for output in zip(actual, reference[:2], gold[:2], strict=True):
+        assert_good([output], dtype, shape[2])
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_backward(shape, dtype, isa):  # noqa: F811
+    gold, reference = expected(shape, dtype)
+    actual = run(*arguments(shape, dtype), backend="cpu")
+    out, _, *grads = zip(actual, reference, gold, strict=True)
+    grads = dict(zip(arguments(shape, dtype)[0], grads, strict=True))
+    parameters = [grads.pop(k) for k in ("A", "D", "delta_bias", "delta_weight") if k in grads]
+    assert_good([out, grads.pop("u"), *parameters], dtype, shape[0] * shape[2])
+    for grad in grads.values():
+        assert_good([out, grad], dtype, shape[0] * shape[2])
+
+
+def test_definition():
+    """The reference against the equations, one channel, state and token at a time."""
+    t, keywords, _ = arguments((1, 4, 5, 2, 2, "D z bias softplus initial"))
+    t = {k: v.double() for k, v in t.items()}
+    out, last = selective_scan(**t, **keywords)
+    for d in range(4):
+        h, group = t["initial_state"][0, d], d // 2
+        for i in range(5):
+            step = math.log1p(math.exp(t["delta"][0, d, i] + t["delta_bias"][d]))
+            h = torch.exp(step * t["A"][d]) * h + step * t["u"][0, d, i] * t["B"][0, group, :, i]
+            y = h @ t["C"][0, group, :, i] + t["D"][d] * t["u"][0, d, i]
+            z = t["z"][0, d, i]
+            torch.testing.assert_close(out[0, d, i], y * z / (1 + torch.exp(-z)))
+        torch.testing.assert_close(last[0, d], h)
+
+
+@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld reverse rank1 D z bias softplus initial", ""])
+def test_gradcheck(features):
+    tensors, keywords, _ = arguments((1, 2, 3, 2, 1, features))
+    leaves = [t.double().requires_grad_() for t in tensors.values()]
+    assert torch.autograd.gradcheck(lambda *t: selective_scan(**dict(zip(tensors, t, strict=True)), **keywords), leaves)
+
+
+@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld reverse rank1 bias softplus", ""])
+def test_opcheck(features):
+    t, keywords, _ = arguments((2, 6, 150, 4, 2, features))
+    t = {k: v.requires_grad_() for k, v in t.items()}
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state")
+    flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False)
+    torch.library.opcheck(torch.ops.autohdr.selective_scan.default, (*(t.get(n) for n in names), *flags))
+
+
+@pytest.mark.parametrize("shape", [SMALL, (2, 6, 150, 4, 2, "bld reverse rank1 softplus")])
+def test_compile_fullgraph(shape):
+    tensors, keywords, grads = arguments(shape)
+
+    def function(*values):
+        out, last_state = selective_scan(**dict(zip(tensors, values, strict=True)), **keywords)
+        return out.relu(), last_state
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (compiled, function):
+        leaves = [t.detach().requires_grad_() for t in tensors.values()]
+        outputs = f(*leaves)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_export_with_dynamic_seqlen(layout):
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C):
+            return selective_scan(u, delta, A, B, C, layout=layout, return_last_state=True)
+
+    def inputs(seqlen):
+        return tuple(arguments((2, 6, seqlen, 4, 2, layout if layout == "bld" else ""))[0].values())
+
+    seqlen = torch.export.Dim("seqlen", min=2, max=100000)
+    axes = {"bdl": (2, 2, None, 3, 3), "bld": (1, 1, None, 1, 1)}[layout]
+    shapes = tuple({} if axis is None else {axis: seqlen} for axis in axes)
+    exported = torch.export.export(Scan(), inputs(300), dynamic_shapes=shapes).module()
+    for length in (2, CHUNK, 517):
+        for a, e in zip(exported(*inputs(length)), Scan()(*inputs(length)), strict=True):
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("features", ["", "bld"])
+@pytest.mark.parametrize("strides", ["sliced", "other order", "every second", "expanded"])
+def test_noncontiguous(strides, features):
+    """The same bits whatever the strides; a copy is made only where neither channels nor tokens are one apart."""
+    tensors, keywords, grads = arguments((2, 6, 150, 4, 2, features + " D z bias softplus initial"))
+
+    def restride(t):
+        if strides == "sliced":
+            return torch.cat([t, t], -1)[..., : t.shape[-1]]
+        if strides == "other order":
+            inner = -2 if features == "" else 1
+            return t.movedim(inner, -1).contiguous().movedim(-1, inner)
+        if strides == "every second":
+            return torch.stack([t, t], -1)[..., 0]
+        return t[:1].expand_as(t)
+
+    others = {k: restride(v) if k in SEQUENCES else v for k, v in tensors.items()}
+    expected = run({k: v.contiguous() for k, v in others.items()}, keywords, grads, backend="cpu")
+    leaves = {k: v.detach().requires_grad_() for k, v in others.items()}
+    saved = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
+        outputs = selective_scan(**leaves, **keywords, backend="cpu")
+    assert all((leaves[k].data_ptr() in saved) == (strides != "every second") for k in SEQUENCES)
+    grads = [restride(grads[0]), grads[1]] if strides != "expanded" else grads
+    actual = [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads)]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_reverse_is_the_flip():
+    for features in ("D z bias softplus initial", "bld D z bias softplus initial"):
+        tensors, keywords, grads = arguments((2, 6, 150, 4, 2, features))
+        axis = 1 if "bld" in features else -1
+        flipped = {k: v.flip(axis) if k in SEQUENCES else v for k, v in tensors.items()}
+        expected = run(flipped, keywords, (grads[0].flip(axis), grads[1]), backend="cpu")
+        actual = run(tensors, {**keywords, "reverse": True}, grads, backend="cpu")
+        expected[0] = expected[0].flip(axis)
+        expected[2:] = [e.flip(axis) if k in SEQUENCES else e for k, e in zip(tensors, expected[2:], strict=True)]
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_layouts_agree():
+    tensors, keywords, grads = arguments(SMALL)
+    moved = {k: v.movedim(-1, 1).contiguous() if k in SEQUENCES else v for k, v in tensors.items()}
+    expected = run(tensors, keywords, grads, backend="cpu")
+    actual = run(moved, {**keywords, "layout": "bld"}, (grads[0].transpose(1, 2), grads[1]), backend="cpu")
+    for k, a, e in zip(["u", "last_state", *tensors], actual, expected, strict=True):
+        assert torch.equal(a.movedim(1, -1) if k in SEQUENCES else a, e)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_state_is_handed_on(reverse):
+    """Two scans of half a sequence, the state passed between them, give the whole scan and its gradients."""
+    tensors, keywords, grads = arguments(SMALL)
+    keywords["reverse"] = reverse
+    whole = run(tensors, keywords, grads, backend="cpu")
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    halves = [{k: v[..., s] if k in SEQUENCES else v for k, v in leaves.items()} for s in (slice(0, 70), slice(70, None))]
+    state, outputs = leaves["initial_state"], []
+    for half in reversed(halves) if reverse else halves:
+        out, state = selective_scan(**{**half, "initial_state": state}, **keywords, backend="cpu")
+        outputs.append(out)
+    out = torch.cat(outputs[::-1] if reverse else outputs, -1)
+    actual = [out, state, *torch.autograd.grad([out, state], list(leaves.values()), grads)]
+    for a, e in zip(actual, whole, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_rank_one_delta_is_the_product():
+    tensors, keywords, grads = arguments((2, 20, 140, 4, 2, "rank1 D z bias softplus"))
+    actual = run(tensors, keywords, grads, backend="cpu")
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    delta = leaves["delta_weight"][:, None] * leaves["delta"]
+    rest = {k: v for k, v in leaves.items() if k not in ("delta", "delta_weight")}
+    outputs = selective_scan(**rest, delta=delta, **keywords, backend="cpu")
+    expected = [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads)]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_one_group_needs_no_axis():
+    for layout, axis in (("bdl", 1), ("bld", 2)):
+        tensors, keywords, grads = arguments((2, 6, 30, 4, 1, "bld" if layout == "bld" else ""))
+        expected = run(tensors, keywords, grads, backend="cpu")
+        actual = run({k: v.squeeze(axis) if k in "BC" else v for k, v in tensors.items()}, keywords, grads, backend="cpu")
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e.reshape(a.shape))
+
+
+def test_gates_are_accurate(isa):  # noqa: F811
+    """With no input and one token the last state is exp(Δ A)."""
+    x = torch.cat([torch.linspace(-87, 88, 4001), -torch.logspace(-8, 0, 500), torch.tensor([-1e4, -1e30, -math.inf, 0, 1e4])])
+    zero, one = torch.zeros(1, len(x), 1), torch.ones(1, len(x), 1)
+    _, gates = selective_scan(zero, one, x[:, None], *torch.zeros(2, 1, 1, 1), initial_state=one, return_last_state=True)
+    gates, expected = gates.flatten().double(), torch.exp(x.double())
+    assert gates[-5:].tolist() == [0, 0, 0, 1, math.inf]
+    error = (gates / expected - 1).abs()[:-5]
+    rounding = torch.finfo(torch.float32).eps / 2
+    assert (error <= rounding * (3 + 2 * x.abs()[:-5])).all()  # a half unit, and the rounding of x log2(e)
+    assert (1 - gates[-505:-5] - (1 - expected[-505:-5])).abs().max() <= 2 * rounding
+
+
+def test_softplus_and_silu_are_accurate(isa):  # noqa: F811
+    """With A = 0 and B = C = 1 the only token gives Δ u silu(z)."""
+    x = torch.linspace(-60, 40, 5001).view(1, -1, 1)
+    one, ones = torch.ones(1, 1, 1), torch.ones_like(x)
+    step = selective_scan(ones, x, torch.zeros(x.shape[1], 1), one, one, delta_softplus=True).double()
+    expected = torch.where(x > 20, x, x.double().exp().log1p())
+    assert ((step / expected) - 1).abs().max() <= 4 * torch.finfo(torch.float32).eps
+    silu = selective_scan(ones, ones, torch.zeros(x.shape[1], 1), one, one, z=x).double()
+    expected = torch.nn.functional.silu(x.double())
+    assert (silu - expected).abs().max() <= 3e-7 * 40 and (silu / expected - 1)[x != 0].abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_saved_for_backward(dtype):
+    """The inputs, and a float32 state before every chunk."""
+    tensors, keywords, _ = arguments((2, 24, 1000, 16, 1, "D z bias softplus initial"), dtype)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        selective_scan(**leaves, **keywords, backend="cpu")
+    inputs = {t.data_ptr() for t in leaves.values()}
+    beside = sum(t.numel() * t.element_size() for pointer, t in saved.items() if pointer not in inputs)
+    assert beside == 4 * 2 * 24 * 16 * math.ceil(1000 / CHUNK)
+
+
+def test_gradient_through_one_output_alone():
+    tensors, keywords, grads = arguments(SMALL)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    for i in range(2):
+        results = []
+        for backend in ("cpu", "reference"):
+            output = selective_scan(**leaves, **keywords, backend=backend)[i]
+            results.append(torch.autograd.grad(output, list(leaves.values()), grads[i], materialize_grads=True))
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_double_backward_raises():
+    tensors, keywords, _ = arguments(SMALL)
+    u = tensors["u"].requires_grad_()
+    out, _ = selective_scan(**tensors, **keywords, backend="cpu")
+    (du,) = torch.autograd.grad(out.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="selective_scan: a second derivative is not implemented"):
+        du.sum().backward()
+
+
+@pytest.mark.parametrize("features", ["D z bias softplus", "bld reverse rank1 softplus"])
+def test_threads(features):
+    """The same bits from run to run at any number of threads, and rounding apart between them."""
+    case = arguments((2, 150, 140, 5, 3, features))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            results.append(run(*case, backend="cpu"))
+            for a, b in zip(results[-1], run(*case, backend="cpu"), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_casts_u_and_z_alone():
+    tensors, keywords, _ = arguments(SMALL)
+    narrow = {k: v.bfloat16() if k in ("u", "z") else v for k, v in tensors.items()}
+    for backend in ("cpu", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = selective_scan(**tensors, **keywords, backend=backend)
+        assert actual[0].dtype == torch.bfloat16 and actual[1].dtype == torch.float32
+        for a, e in zip(actual, selective_scan(**narrow, **keywords, backend=backend), strict=True):
+            assert torch.equal(a, e)
+
+
+def test_autocast_leaves_float64():
+    tensors, keywords, _ = arguments(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = selective_scan(**{k: v.double() for k, v in tensors.items()}, **keywords)
+        assert out.dtype == torch.float64
+        assert selective_scan(**{**tensors, "u": tensors["u"].half()}, **keywords, backend="cpu")[0].dtype == torch.bfloat16
+
+
+def test_called_from_several_threads_at_once():
+    calls = [arguments((1, 30, 100 + i, 4, 1, "D z bias softplus")) for i in range(4)]
+    expected = [run(*call, backend="cpu") for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: run(*call, backend="cpu"), calls * 5))
+    for i, results in enumerate(together):
+        torch.testing.assert_close(results, expected[i % 4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_parameters_in_another_dtype(dtype):
+    tensors, keywords, grads = arguments(SMALL)
+    others = {k: v if k in SEQUENCES else v.to(dtype) for k, v in tensors.items()}
+    actual = run(others, keywords, grads, backend="cpu")
+    expected = run({k: v.float() for k, v in others.items()}, keywords, grads, backend="cpu")
+    for a, e, t in zip(actual[2:], expected[2:], others.values(), strict=True):
+        assert torch.equal(a, e.to(t.dtype))
+
+
+def test_every_sequence_may_have_its_own_dtype():
+    tensors, keywords, grads = arguments(SMALL)
+    dtypes = dict(zip(SEQUENCES, (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float16), strict=True))
+    tensors = {k: v.to(dtypes.get(k, v.dtype)) for k, v in tensors.items()}
+    actual, expected = (run(tensors, keywords, grads, backend=b) for b in ("cpu", "reference"))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float32_output(backend):
+    """Beyond float16's range the narrow output overflows, the wide one does not; its gradient is taken in float32."""
+    tensors, keywords, grads = arguments(SMALL, torch.float16)
+    tensors["C"] = tensors["C"] * 15000
+    narrow, _ = selective_scan(**tensors, **keywords, backend=backend)
+    out, last_state, *rest = run(tensors, keywords, grads, out_dtype=torch.float32, backend=backend)
+    assert narrow.dtype == torch.float16 and narrow.isinf().any()
+    assert out.dtype == last_state.dtype == torch.float32 and out.isfinite().all()
+    assert [g.dtype for g in rest] == [t.dtype for t in tensors.values()]
+    torch.testing.assert_close(narrow, out.half(), rtol=0, atol=0)
+
+
+def test_float64():
+    tensors, keywords, _ = arguments(SMALL)
+    doubles = {k: v.double() for k, v in tensors.items()}
+    for output in selective_scan(**doubles, **keywords):
+        assert output.dtype == torch.float64
+
+
+def test_nan_stays_in_its_channel():
+    tensors, keywords, _ = arguments(SMALL)
+    tensors["u"][1, 3, 20] = torch.nan
+    out, last_state = selective_scan(**tensors, **keywords, backend="cpu")
+    assert out[1, 3, 20:].isnan().all() and last_state[1, 3].isnan().all()
+    assert out[1, 3, :20].isfinite().all() and out[0].isfinite().all() and out[1, :3].isfinite().all()
+
+
+def test_elements_beyond_2_to_the_31():
+    """Strides that no int32 holds, over memory that is never touched."""
+    try:
+        memory = torch.from_numpy(np.zeros(2**31 + 8000, np.int16)).view(torch.bfloat16)
+    except MemoryError:
+        pytest.skip("no room for the address range")
+    tensors, keywords, grads = arguments((2, 40, 150, 4, 1, "D z bias softplus"), torch.bfloat16)
+    far = memory.as_strided((2, 40, 150), (2**31, 150, 1))
+    far.copy_(tensors["u"])
+    expected = run(tensors, keywords, grads, backend="cpu")
+    for a, e in zip(run({**tensors, "u": far}, keywords, grads, backend="cpu"), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld rank1"])
+def test_empty_batch(features):
+    tensors, keywords, _ = arguments((1, 6, 9, 4, 2, features))
+    empty = {k: (v[:0] if k in (*SEQUENCES, "initial_state") else v).requires_grad_() for k, v in tensors.items()}
+    out, last_state = selective_scan(**empty, **keywords, backend="cpu")
+    assert out.shape == empty["u"].shape and last_state.shape == (0, 6, 4)
+    grads = torch.autograd.grad(out.sum() + last_state.sum(), list(empty.values()))
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, empty.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("C", None, "C must be a tensor, got NoneType"),
+        ("u", torch.zeros(6, 150), r"u must be a floating \[batch, dim, seqlen\].*got torch.float32 \[6, 150\]"),
+        ("u", torch.zeros(2, 6, 0), "u must be a floating .* with no empty sequence"),
+        ("u", torch.zeros(2, 6, 150, dtype=torch.int32), "u must be a floating .* got torch.int32"),
+        ("A", torch.zeros(6, 257), r"A must be \[6, dstate\] with dstate from 1 to 256, got \[6, 257\]"),
+        ("A", torch.zeros(5, 4), r"A must be \[6, dstate\].*got \[5, 4\]"),
+        ("B", torch.zeros(2, 16), r"B must be \[batch, n_groups, dstate, seqlen\], got \[2, 16\]"),
+        ("B", torch.zeros(2, 2, 3, 150), r"B must be .* with \[2, 2, 4, 150\] here, got \[2, 2, 3, 150\]"),
+        ("B", torch.zeros(2, 4, 4, 150), "the groups of B must divide the 6 channels, got 4"),
+        ("C", torch.zeros(2, 1, 4, 150), r"C must have the groups of B, \[2, 2, 4, 150\], got \[2, 1, 4, 150\]"),
+        ("C", torch.zeros(2, 2, 4, 150).double(), "C must be float32, bfloat16 or float16 beside a torch.float32 u"),
+        ("delta", torch.zeros(2, 1, 150), r"delta must be \[2, 6, 150\], got \[2, 1, 150\]"),
+        ("delta_weight", torch.zeros(6), r"delta must be \[2, 1, 150\], got \[2, 6, 150\]"),
+        ("D", torch.zeros(5), r"D must be \[6\], got \[5\]"),
+        ("z", torch.zeros(2, 150, 6), r"z must be \[2, 6, 150\], got \[2, 150, 6\]"),
+        ("delta_bias", torch.zeros(6, dtype=torch.int64), "delta_bias must be floating, got torch.int64"),
+        ("delta_bias", torch.zeros(6, device="meta"), "delta_bias must be on cpu as u is, got meta"),
+        ("initial_state", torch.zeros(2, 4, 6), r"initial_state must be \[2, 6, 4\], got \[2, 4, 6\]"),
+        ("layout", "lbd", "layout must be 'bdl' or 'bld', got 'lbd'"),
+        ("out_dtype", torch.float16, "out_dtype must be None, torch.float32 as u is, or torch.float32, got torch.float16"),
+    ],
+)
+def test_rejects_arguments(key, value, message):
+    tensors, keywords, _ = arguments(SMALL)
+    with pytest.raises(ValueError, match=f"selective_scan: {message}"):
+        selective_scan(**{**tensors, **keywords, key: value})
+
+
+def test_rejects_backends_that_cannot_run():
+    tensors, keywords, _ = arguments(SMALL)
+    with pytest.raises(RuntimeError, match="selective_scan: backend 'cuda' cannot run: selective_scan has no cuda kernel yet"):
+        selective_scan(**tensors, **keywords, backend="cuda")
+    tensors["u"] = tensors["u"].double()
+    with pytest.raises(RuntimeError, match="it takes float32, bfloat16 or float16, x is torch.float64"):
+        selective_scan(**tensors, **keywords, backend="cpu")
