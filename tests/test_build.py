@@ -54,9 +54,11 @@ def test_an_installation_without_kernels(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
     subprocess.run(pip, env=WITHOUT, check=True)
     assert not list(target.glob("autohdr/_C*"))
-    code = "import autohdr, torch\n"
+    code = (
+        "import autohdr, torch\n"
         "print(autohdr.__file__)\n"
         "print(autohdr.create_model('restormer_nano')(torch.zeros(1, 3, 9, 8)).shape)"
+    )
     # -S: without the path hooks of the environment's own, editable installation.
     path = os.pathsep.join((str(target), str(Path(torch.__file__).parents[1])))
     command = [sys.executable, "-S", "-c", code]

@@ -6,9 +6,12 @@ from typing import Any
 from torch import nn
 
 from autohdr.errors import UserError
+from autohdr.models.mamba_diffusion import MambaDiffusion, MambaDiffusionConfig
 from autohdr.models.restormer import Restormer, RestormerConfig
 
-CONFIGS: dict[str, RestormerConfig] = {
+CLASSES = {RestormerConfig: Restormer, MambaDiffusionConfig: MambaDiffusion}
+
+CONFIGS: dict[str, RestormerConfig | MambaDiffusionConfig] = {
     config.name: config
     for config in (
         RestormerConfig("restormer_nano", 12, (1, 1, 1, 1), 1),
@@ -17,6 +20,12 @@ CONFIGS: dict[str, RestormerConfig] = {
         RestormerConfig("restormer_base", 48, (4, 6, 6, 8), 4),
         RestormerConfig("restormer_large", 64, (6, 8, 8, 12), 6),
         RestormerConfig("restormer_official", 48, (4, 6, 6, 8), 4, norm_bias=False, eps=1e-5, reduce_level1=False),
+        MambaDiffusionConfig("mamba_small", 48, 3, 4, dstate=8, conv_size=3, dual_attention=False),
+        MambaDiffusionConfig("mamba_base", 64, 4, 6),
+        MambaDiffusionConfig("mamba_large", 96, 4, 8),
+        MambaDiffusionConfig("mamba_diffusion_nano", 16, 3, 1, dstate=8, conv_size=3, time_embedding=True),
+        MambaDiffusionConfig("mamba_diffusion_base", 64, 4, 6, time_embedding=True),
+        MambaDiffusionConfig("mamba_diffusion_large", 96, 4, 8, time_embedding=True),
     )
 }
 
@@ -40,4 +49,4 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         raise UserError(f"{name} has no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     # A configuration file's or a checkpoint header's tuples arrive as lists.
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    return Restormer(replace(config, **overrides, overrides=overrides))
+    return CLASSES[type(config)](replace(config, **overrides, overrides=overrides))

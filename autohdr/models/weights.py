@@ -1,7 +1,6 @@
 """Weights in files: our own checkpoints, those of the original project, and the Restormer authors' own models."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
+from autohdr.files import replacing
+from autohdr.models.mamba_diffusion import MambaDiffusionConfig
 from autohdr.models.registry import CONFIGS, create_model
+from autohdr.models.restormer import RestormerConfig
 
 HEADER = "autohdr"
 """The safetensors header key of our own files; JSON {"model": name, "overrides": {...}, "metadata": {...}}."""
@@ -54,7 +56,7 @@ class LoadReport:
             if names := getattr(self, kind):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 lines.append(f"  {len(names)} {kind}: {', '.join(names[:3])}{more}")
-        if any(_is_norm_bias(name) for name in self.missing):
+        if any(_is_norm_bias(name) and name.removesuffix("bias") + "weight" in self.loaded for name in self.missing):
             lines.append("  the file's layer norms have no bias and leave the mean in; this model's do not: train on")
         return "\n".join(lines)
 
@@ -74,19 +76,10 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
 
     The file appears complete or not at all: a reader never sees half of it, and a crash leaves an older one whole.
     """
-    path = Path(path)
     header = {"model": model.config.name, "overrides": model.config.overrides, "metadata": metadata}
     tensors = {WRAPPERS.sub("", k): v.detach().contiguous() for k, v in model.state_dict().items()}
-    content = safetensors.torch.save(tensors, {HEADER: json.dumps(header)})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(safetensors.torch.save(tensors, {HEADER: json.dumps(header)}))
 
 
 def load_checkpoint(path: str | Path) -> nn.Module:
@@ -146,22 +139,43 @@ def _is_norm_bias(name: str) -> bool:
 
 
 def _infer(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """The registered Restormer that is nearest to a state dict, and the overrides that make it fit."""
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    """The registered model that is nearest to a state dict, and the overrides that make it fit."""
+    is_mamba = any(name.endswith("ssm_forward.A_log") for name in tensors)
     try:
-        found = {
-            "dim": tensors["patch_embed.weight"].shape[0],
-            "num_blocks": tuple(_count_blocks(tensors, level) for level in levels),
-            "num_refinement_blocks": _count_blocks(tensors, "refinement"),
-            "num_heads": tuple(tensors[f"{level}.blocks.0.attn.temperature"].shape[0] for level in levels),
-            "norm_bias": "latent.blocks.0.norm1.bias" in tensors,
-        }
+        family, found = _infer_mamba_diffusion(tensors) if is_mamba else _infer_restormer(tensors)
     except (KeyError, IndexError) as error:
-        raise UserError(f"holds no Restormer: expected a tensor {error}, got {_some(tensors)}") from error
-    # Which of the two families decides more than shapes (eps), so it is never an override.
-    family = [c for c in CONFIGS.values() if c.reduce_level1 == ("reduce_chan_level1.weight" in tensors)]
+        kind = "MambaDiffusion" if is_mamba else "Restormer"
+        raise UserError(f"holds no {kind}: expected a tensor {error}, got {_some(tensors)}") from error
     overrides = [{k: v for k, v in found.items() if getattr(config, k) != v} for config in family]
     return min(zip((c.name for c in family), overrides, strict=True), key=lambda candidate: len(candidate[1]))
+
+
+def _infer_restormer(tensors: dict[str, Tensor]) -> tuple[list[RestormerConfig], dict[str, Any]]:
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    found = {
+        "dim": tensors["patch_embed.weight"].shape[0],
+        "num_blocks": tuple(_count_blocks(tensors, level) for level in levels),
+        "num_refinement_blocks": _count_blocks(tensors, "refinement"),
+        "num_heads": tuple(tensors[f"{level}.blocks.0.attn.temperature"].shape[0] for level in levels),
+        "norm_bias": "latent.blocks.0.norm1.bias" in tensors,
+    }
+    # Which of the two families decides more than shapes (eps), so it is never an override.
+    reduces = "reduce_chan_level1.weight" in tensors
+    return [c for c in CONFIGS.values() if isinstance(c, RestormerConfig) and c.reduce_level1 == reduces], found
+
+
+def _infer_mamba_diffusion(tensors: dict[str, Tensor]) -> tuple[list[MambaDiffusionConfig], dict[str, Any]]:
+    ssm = "encoder_groups.0.blocks.0.ssm_forward"
+    found = {
+        "dim": tensors["conv_first.0.weight"].shape[0],
+        "num_groups": len({name.split(".")[1] for name in tensors if name.startswith("encoder_groups.")}),
+        "num_blocks": len({name.split(".")[3] for name in tensors if name.startswith("encoder_groups.0.blocks.")}),
+        "dstate": tensors[f"{ssm}.A_log"].shape[0],
+        "conv_size": tensors[f"{ssm}.conv1d.weight"].shape[2],
+        "dual_attention": "middle_dat.gamma1" in tensors,
+        "time_embedding": "time_proj.weight" in tensors,
+    }
+    return [c for c in CONFIGS.values() if isinstance(c, MambaDiffusionConfig)], found
 
 
 def _count_blocks(tensors: dict[str, Tensor], level: str) -> int:

@@ -1,0 +1,374 @@
+"""MambaDiffusion: a U-shaped image-to-image network of bidirectional state-space blocks, in one pass or as a diffusion model.
+
+Its every image is kept channels-last, (B, C, H, W) in the memory order of (B, H, W, C): the tokens (B, H·W, C) that norms,
+projections and scans work on are then a view of it, row by row from the top left.
+
+Made to train: 72 blocks at full size start near the identity, since each adds only GAMMA times its own output to a residual
+stream that stays float32 under autocast; Δ starts between 0.001 and 0.1 in every channel; Δ, A, D and the state are float32
+under autocast.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autohdr import kernels
+from autohdr.errors import UserError
+from autohdr.models.diffusion import STEPS, cosine_schedule
+
+HEADS = 8
+WINDOW = 8
+GAMMA = 1e-2
+"""What a block's learned scales start at, and what the convolutions that end a group, and the network, are scaled by."""
+DELTA = (1e-3, 1e-1)
+"""Range of softplus(dt_proj.bias) at initialisation."""
+
+
+@dataclass(frozen=True)
+class MambaDiffusionConfig:
+    """What fixes a MambaDiffusion. `name` and `overrides` are what create_model needs to build it again."""
+
+    name: str
+    dim: int
+    """Channels at full resolution; they double in each group. A multiple of 8."""
+    num_groups: int
+    """Groups of the encoder, each at half the resolution of the one before; the decoder has as many."""
+    num_blocks: int
+    """Blocks of each group, the middle one included."""
+    dstate: int = 16
+    """States of each channel's recurrence, at most 256."""
+    conv_size: int = 4
+    """Tokens that the causal convolution sees, its own included."""
+    dual_attention: bool = True
+    """Whether the middle has a block of window and channel attention too."""
+    time_embedding: bool = False
+    """Whether the network is told the step of a diffusion process; it then holds that process's schedule as well."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._require("dim", "a multiple of 8 above 0", _whole(self.dim, 8) and self.dim % 8 == 0)
+        self._require("num_groups", "a whole number above 0", _whole(self.num_groups, 1))
+        self._require("num_blocks", "a whole number above 0", _whole(self.num_blocks, 1))
+        self._require("dstate", "a whole number from 1 to 256", _whole(self.dstate, 1) and self.dstate <= 256)
+        self._require("conv_size", "a whole number above 0", _whole(self.conv_size, 1))
+        self._require("dual_attention", "true or false", isinstance(self.dual_attention, bool))
+        self._require("time_embedding", "true or false", isinstance(self.time_embedding, bool))
+
+    def _require(self, name: str, expected: str, met: bool):
+        if not met:
+            raise UserError(f"{self.name}: {name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels-last, as (B, H·W, C): a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H·W, C) as (B, C, H, W), channels-last: a view. `like` gives the height and width."""
+    return tokens.unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2)
+
+
+def _feed_forward(channels: int) -> nn.Sequential:
+    # The third module stands where the layout has a dropout.
+    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Identity(), nn.Linear(4 * channels, channels))
+
+
+def _scaled(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with its fresh weights times GAMMA: it starts near zero, yet hands gradients on from the first step."""
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.mul_(GAMMA)
+    return conv
+
+
+class SSM(nn.Module):
+    """A Mamba block in one direction: a gated selective scan over the tokens (Gu and Dao, 2023, figure 3).
+
+    forward(x): tokens (B, L, C) to the same shape. Backwards, the convolution and the scan run from the last token to the first,
+    as if the sequence were flipped before and after, without doing so.
+    """
+
+    def __init__(self, channels: int, config: MambaDiffusionConfig, reverse: bool):
+        super().__init__()
+        inner, self.reverse = 2 * channels, reverse
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, config.dstate + 1)))  # A = -1 ... -dstate, in every channel
+        self.D = nn.Parameter(torch.ones(inner))
+        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv_size, groups=inner)
+        self.x_proj = nn.Linear(inner, 1 + 2 * config.dstate, bias=False)
+        self.dt_proj = nn.Linear(1, inner)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        low, high = map(math.log, DELTA)
+        with torch.no_grad():
+            delta = torch.empty(inner).uniform_(low, high).exp()
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of it is delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Two products, not one cut in half: each half is contiguous, as the convolution wants it.
+        u_weight, z_weight = self.in_proj.weight.chunk(2)
+        u = self._convolve(F.linear(x, u_weight))
+        dstate = self.A_log.shape[0]
+        delta, B, C = self.x_proj(u).split((1, dstate, dstate), dim=-1)
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        A = -self.A_log.to(wide).exp().expand(self.D.shape[0], dstate)
+        y = kernels.selective_scan(
+            u,
+            delta.to(wide),
+            A,
+            B,
+            C,
+            self.D,
+            z=F.linear(x, z_weight),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            reverse=self.reverse,
+            layout="bld",
+            delta_weight=self.dt_proj.weight[:, 0],
+        )
+        return self.out_proj(y)
+
+    def _convolve(self, u: Tensor) -> Tensor:
+        """silu of the depthwise convolution of u (B, L, D) with the tokens before (after) each one, as an image of height 1."""
+        weight, length = self.conv1d.weight[:, :, None], u.shape[1]
+        image, edge = u.mT[:, :, None], weight.shape[-1] - 1
+        if self.reverse:
+            out = F.conv2d(image, weight.flip(-1), self.conv1d.bias, padding=(0, edge), groups=u.shape[2])[..., edge:]
+        else:
+            out = F.conv2d(image, weight, self.conv1d.bias, padding=(0, edge), groups=u.shape[2])[..., :length]
+        return F.silu(out[:, :, 0].mT)
+
+
+class Block(nn.Module):
+    """A state-space block: both scans, weighed channel by channel, and a local branch beside them; then an MLP.
+
+    forward(x): x is (B, C, H, W), channels-last; so is the result.
+    """
+
+    def __init__(self, channels: int, config: MambaDiffusionConfig):
+        super().__init__()
+        self.gamma1 = nn.Parameter(torch.full((channels,), GAMMA))
+        self.gamma2 = nn.Parameter(torch.full((channels,), GAMMA))
+        self.norm1 = nn.LayerNorm(channels)
+        self.ssm_forward = SSM(channels, config, reverse=False)
+        self.ssm_backward = SSM(channels, config, reverse=True)
+        self.local_enhance = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+        )
+        self.channel_attn = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, channels // 4),
+            nn.GELU(),
+            nn.Linear(channels // 4, channels),
+            nn.Sigmoid(),
+        )
+        self.norm2 = nn.LayerNorm(channels)
+        self.ffn = _feed_forward(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = _tokens(x)
+        normed = self.norm1(tokens)
+        both = self.ssm_forward(normed) + self.ssm_backward(normed)
+        weight = self.channel_attn(_image(both, x))[:, None]
+        local = _tokens(self.local_enhance(_image(normed, x)))
+        tokens = tokens + self.gamma1 * (both * weight + local)
+        tokens = tokens + self.gamma2 * self.ffn(self.norm2(tokens))
+        return _image(tokens, x)
+
+
+class Group(nn.Module):
+    """A run of blocks at one resolution, then a convolution with a residual. forward(x): (B, C, H, W) to the same shape."""
+
+    def __init__(self, channels: int, config: MambaDiffusionConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(channels, config) for _ in range(config.num_blocks))
+        self.conv = _scaled(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x + self.conv(x)
+
+
+class WindowAttention(nn.Module):
+    """Attention between the pixels of each 8x8 window, with a bias for each relative position (Liu et al., Swin, 2021).
+
+    forward(x): (B, C, H, W) to the same shape, any H and W: windows that stick out attend to their pixels inside the image alone.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 2, HEADS))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(WINDOW), torch.arange(WINDOW), indexing="ij"))
+        down, right = (axis[:, None] - axis + WINDOW - 1 for axis in (row, column))
+        self.register_buffer("relative_position_index", down * (2 * WINDOW - 1) + right)
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        bottom, right = -height % WINDOW, -width % WINDOW
+        beyond = (0, 0, 0, right, 0, bottom)
+        windows = _windows(F.pad(self.qkv(self.norm(x.permute(0, 2, 3, 1))), beyond))  # (B, rows, columns, 64, 3C)
+        batch, rows, columns = windows.shape[:3]
+        q, k, v = windows.flatten(0, 2).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # each (windows, heads, 64, C/heads)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)
+        if bottom or right:
+            inside = _windows(F.pad(x.new_ones(batch, height, width, 1, dtype=torch.bool), beyond)).flatten(0, 2)
+            bias = bias.masked_fill(~inside.mT[:, :, None], -math.inf)  # (windows, heads, 64, 64)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        y = y.unflatten(1, (WINDOW, WINDOW)).unflatten(0, (batch, rows, columns))
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        return self.proj(y).permute(0, 3, 1, 2)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """(B, rows · 8, columns · 8, C) as (B, rows, columns, 64, C)."""
+    return x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3).flatten(3, 4)
+
+
+class ChannelAttention(nn.Module):
+    """Attention between the channels of each head, over all pixels.
+
+    Queries and keys have length 1 whatever the image's size, and the logits at most sqrt(channels a head): nothing can overflow.
+    forward(x): (B, C, H, W) to the same shape.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(_tokens(x)))
+        q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 4, 1)  # each (B, heads, C/heads, H·W)
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * math.sqrt(q.shape[2])
+        y = logits.softmax(-1).to(v.dtype) @ v
+        return _image(self.proj(y.flatten(1, 2).mT), x)
+
+
+class DualAttention(nn.Module):
+    """Window attention, channel attention and an MLP, each with its norm, residual and learned scale (Chen et al., DAT, 2023)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma1 = nn.Parameter(torch.full((channels,), GAMMA))
+        self.gamma2 = nn.Parameter(torch.full((channels,), GAMMA))
+        self.gamma3 = nn.Parameter(torch.full((channels,), GAMMA))
+        self.spatial_attn = WindowAttention(channels)
+        self.channel_attn = ChannelAttention(channels)
+        self.norm = nn.LayerNorm(channels)
+        self.ffn = _feed_forward(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.gamma1[:, None, None] * self.spatial_attn(x)
+        x = x + self.gamma2[:, None, None] * self.channel_attn(x)
+        tokens = _tokens(x)
+        return _image(tokens + self.gamma3 * self.ffn(self.norm(tokens)), x)
+
+
+class MambaDiffusion(nn.Module):
+    """Maps an image, and the step of a diffusion process, to an image of the same size by predicting the difference.
+
+    forward(image, t=None): image is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. t is (B,), the step of
+    each image, 0 ... 999, for a network with a time embedding; None is the last step, where a bridge has arrived at the source
+    photo: one pass, no diffusion. (A network trained to predict v or noise gives no photo by itself: see diffusion.Sampler.)
+    Returns the image's shape and, for parameters of its dtype or under autocast, its dtype, not clamped. Raises UserError for
+    another shape, and for a t that the network has no place for.
+    """
+
+    def __init__(self, config: MambaDiffusionConfig):
+        super().__init__()
+        self.config = config
+        channels = [config.dim << i for i in range(config.num_groups)]
+        dim, bottom, upwards = channels[0], channels[-1], channels[::-1]
+        self.conv_first = nn.Sequential(nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1))
+        if config.time_embedding:
+            betas, alphas_cumprod = cosine_schedule()
+            self.register_buffer("betas", betas.float())
+            self.register_buffer("alphas_cumprod", alphas_cumprod.float())
+            self.register_buffer("sqrt_alphas_cumprod", alphas_cumprod.sqrt().float())
+            self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt().float())
+            self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+            self.time_proj = nn.Linear(dim, dim)
+        self.encoder_groups = nn.ModuleList(Group(c, config) for c in channels)
+        self.downsamplers = nn.ModuleList(nn.Conv2d(c, 2 * c, 4, stride=2, padding=1) for c in channels[:-1])
+        self.middle = nn.ModuleList([Group(bottom, config)])
+        self.middle_dat = DualAttention(bottom) if config.dual_attention else None
+        self.decoder_groups = nn.ModuleList(Group(c, config) for c in upwards)
+        # The first decoder group stands at the bottom beside the last encoder group: nothing to enlarge, no skip to merge.
+        larger = (nn.ConvTranspose2d(2 * c, c, 4, stride=2, padding=1) for c in upwards[1:])
+        self.upsamplers = nn.ModuleList([nn.Identity(), *larger])
+        self.skip_convs = nn.ModuleList([nn.Identity(), *(nn.Conv2d(2 * c, c, 1) for c in upwards[1:])])
+        self.conv_last = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.GELU(), _scaled(nn.Conv2d(dim, 3, 3, padding=1)))
+
+    def forward(self, image: Tensor, t: Tensor | None = None) -> Tensor:
+        self._check(image, t)
+        height, width = image.shape[-2:]
+        padded = _pad(image, 1 << (self.config.num_groups - 1))
+        x = self.conv_first(padded.contiguous(memory_format=torch.channels_last))
+        if self.config.time_embedding:
+            x = x + self._embed(t, image)[:, :, None, None]
+        skips = []
+        for group, down in zip(self.encoder_groups, [*self.downsamplers, None], strict=True):
+            x = group(x)
+            if down is not None:
+                skips.append(x)
+                x = down(x)
+        x = self.middle[0](x)
+        if self.middle_dat is not None:
+            x = self.middle_dat(x)
+        for i, group in enumerate(self.decoder_groups):
+            if i > 0:
+                x = self.upsamplers[i](x)
+                # skip_convs[i](cat(x, skip)) without the concatenated image
+                for_x, for_skip = self.skip_convs[i].weight.chunk(2, dim=1)
+                x = F.conv2d(x, for_x, self.skip_convs[i].bias) + F.conv2d(skips.pop(), for_skip)
+            x = group(x)
+        return self.conv_last(x)[..., :height, :width] + image
+
+    def _embed(self, t: Tensor | None, image: Tensor) -> Tensor:
+        """(B,) steps as (B, C): sines and cosines of each step (Ho et al., 2020), in float32, then an MLP."""
+        t = torch.full((len(image),), STEPS - 1, device=image.device) if t is None else t
+        half = self.config.dim // 2
+        frequencies = torch.exp(torch.arange(half, device=image.device) * (-math.log(10_000) / half))
+        angles = t.float()[:, None] * frequencies
+        waves = torch.cat((angles.sin(), angles.cos()), dim=1).to(self.time_proj.weight.dtype)
+        return self.time_proj(self.time_embed(waves))
+
+    def _check(self, image: Tensor, t: Tensor | None):
+        name = self.config.name
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
+            raise UserError(
+                f"{name}: expected a floating-point image batch [B, 3, H, W], got {list(image.shape)} of {image.dtype}"
+            )
+        if t is not None and not self.config.time_embedding:
+            raise UserError(f"{name}: has no time embedding; expected no t, got one")
+        if t is not None and t.shape != image.shape[:1]:
+            raise UserError(f"{name}: expected t of [{len(image)}], one step for each image, got {list(t.shape)}")
+
+
+def _pad(image: Tensor, multiple: int) -> Tensor:
+    height, width = image.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if not (bottom or right):
+        return image
+    # Reflection reads `bottom` rows beside the last one; an image too small to have them repeats its edge.
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return F.pad(image, (0, right, 0, bottom), mode=mode)
