@@ -48,7 +48,7 @@ def doctor() -> str:
         *_extension_facts(),
     ]
     lines = [f"{name:<17} {value}" for name, value in facts]
-    lines += ["", f"{'op':<6} {'backend':<10} state"]
+    lines += ["", f"{'op':<15} {'backend':<10} state"]
     for op in kernels.OPS:
-        lines += [f"{op:<6} {backend:<10} {state}" for backend, state in kernels.backends(op).items()]
+        lines += [f"{op:<15} {backend:<10} {state}" for backend, state in kernels.backends(op).items()]
     return "\n".join(lines)

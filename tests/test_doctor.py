@@ -11,7 +11,7 @@ def test_doctor_names_everything():
     assert _extension.module.build_info()["cpu_isa"] in report
     for op in kernels.OPS:
         for backend, state in kernels.backends(op).items():
-            assert f"{op:<6} {backend:<10} {state}" in report.splitlines()
+            assert f"{op:<15} {backend:<10} {state}" in report.splitlines()
 
 
 def test_doctor_without_the_extension(monkeypatch):
