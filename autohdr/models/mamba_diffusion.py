@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.models.common import is_whole, pad_to_multiple, require
 from autohdr.models.diffusion import STEPS, cosine_schedule
 
 HEADS = 8
@@ -50,21 +51,13 @@ class MambaDiffusionConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._require("dim", "a multiple of 8 above 0", _whole(self.dim, 8) and self.dim % 8 == 0)
-        self._require("num_groups", "a whole number above 0", _whole(self.num_groups, 1))
-        self._require("num_blocks", "a whole number above 0", _whole(self.num_blocks, 1))
-        self._require("dstate", "a whole number from 1 to 256", _whole(self.dstate, 1) and self.dstate <= 256)
-        self._require("conv_size", "a whole number above 0", _whole(self.conv_size, 1))
-        self._require("dual_attention", "true or false", isinstance(self.dual_attention, bool))
-        self._require("time_embedding", "true or false", isinstance(self.time_embedding, bool))
-
-    def _require(self, name: str, expected: str, met: bool):
-        if not met:
-            raise UserError(f"{self.name}: {name} must be {expected}, got {getattr(self, name)!r}")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        require(self, "dim", "a multiple of 8 above 0", is_whole(self.dim, 8) and self.dim % 8 == 0)
+        require(self, "num_groups", "a whole number above 0", is_whole(self.num_groups, 1))
+        require(self, "num_blocks", "a whole number above 0", is_whole(self.num_blocks, 1))
+        require(self, "dstate", "a whole number from 1 to 256", is_whole(self.dstate, 1) and self.dstate <= 256)
+        require(self, "conv_size", "a whole number above 0", is_whole(self.conv_size, 1))
+        require(self, "dual_attention", "true or false", isinstance(self.dual_attention, bool))
+        require(self, "time_embedding", "true or false", isinstance(self.time_embedding, bool))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -321,7 +314,7 @@ class MambaDiffusion(nn.Module):
     def forward(self, image: Tensor, t: Tensor | None = None) -> Tensor:
         self._check(image, t)
         height, width = image.shape[-2:]
-        padded = _pad(image, 1 << (self.config.num_groups - 1))
+        padded = pad_to_multiple(image, 1 << (self.config.num_groups - 1))
         x = self.conv_first(padded.contiguous(memory_format=torch.channels_last))
         if self.config.time_embedding:
             x = x + self._embed(t, image)[:, :, None, None]
@@ -362,13 +355,3 @@ class MambaDiffusion(nn.Module):
             raise UserError(f"{name}: has no time embedding; expected no t, got one")
         if t is not None and t.shape != image.shape[:1]:
             raise UserError(f"{name}: expected t of [{len(image)}], one step for each image, got {list(t.shape)}")
-
-
-def _pad(image: Tensor, multiple: int) -> Tensor:
-    height, width = image.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
-    if not (bottom or right):
-        return image
-    # Reflection reads `bottom` rows beside the last one; an image too small to have them repeats its edge.
-    mode = "reflect" if bottom < height and right < width else "replicate"
-    return F.pad(image, (0, right, 0, bottom), mode=mode)

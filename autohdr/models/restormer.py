@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.models.common import is_whole, pad_to_multiple, require
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,16 @@ class RestormerConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._require("dim", "an even whole number above 0", _whole(self.dim, 1) and self.dim % 2 == 0)
-        self._require("num_blocks", "four whole numbers above 0", _four(self.num_blocks))
-        self._require("num_refinement_blocks", "a whole number, 0 or more", _whole(self.num_refinement_blocks, 0))
+        require(self, "dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
+        require(self, "num_blocks", "four whole numbers above 0", _four(self.num_blocks))
+        require(self, "num_refinement_blocks", "a whole number, 0 or more", is_whole(self.num_refinement_blocks, 0))
         channels = [self.dim << i for i in range(4)]
         divides = _four(self.num_heads) and all(c % n == 0 for c, n in zip(channels, self.num_heads, strict=True))
-        self._require("num_heads", f"four divisors of the levels' channels {channels}", divides)
-        self._require("expansion", "a number of at least 1", _number(self.expansion) and self.expansion >= 1)
-        self._require("norm_bias", "true or false", isinstance(self.norm_bias, bool))
-        self._require("eps", "a number above 0", _number(self.eps) and self.eps > 0)
-        self._require("reduce_level1", "true or false", isinstance(self.reduce_level1, bool))
-
-    def _require(self, name: str, expected: str, met: bool):
-        if not met:
-            raise UserError(f"{self.name}: {name} must be {expected}, got {getattr(self, name)!r}")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        require(self, "num_heads", f"four divisors of the levels' channels {channels}", divides)
+        require(self, "expansion", "a number of at least 1", _number(self.expansion) and self.expansion >= 1)
+        require(self, "norm_bias", "true or false", isinstance(self.norm_bias, bool))
+        require(self, "eps", "a number above 0", _number(self.eps) and self.eps > 0)
+        require(self, "reduce_level1", "true or false", isinstance(self.reduce_level1, bool))
 
 
 def _number(value: Any) -> bool:
@@ -62,7 +55,7 @@ def _number(value: Any) -> bool:
 
 
 def _four(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 4 and all(_whole(v, 1) for v in value)
+    return isinstance(value, tuple) and len(value) == 4 and all(is_whole(v, 1) for v in value)
 
 
 def _conv(channels_in: int, channels_out: int, size: int, groups: int = 1) -> nn.Conv2d:
@@ -185,7 +178,7 @@ class Restormer(nn.Module):
                 f"got {list(image.shape)} of {image.dtype}"
             )
         height, width = image.shape[-2:]
-        x = self.patch_embed(_pad_to_multiple_of_8(image).contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(pad_to_multiple(image, 8).contiguous(memory_format=torch.channels_last))
         skips = []
         for level, down in (
             (self.encoder_level1, self.down1_2),
@@ -214,13 +207,3 @@ class Restormer(nn.Module):
         for step in (*self.decoder_level1.steps(), *self.refinement.steps()):
             x = step(x)
         return self.output(x)[..., :height, :width] + image
-
-
-def _pad_to_multiple_of_8(image: Tensor) -> Tensor:
-    height, width = image.shape[-2:]
-    bottom, right = -height % 8, -width % 8
-    if not (bottom or right):
-        return image
-    # Reflection reads `bottom` rows beside the last one; an image too small to have them repeats its edge.
-    mode = "reflect" if bottom < height and right < width else "replicate"
-    return F.pad(image, (0, right, 0, bottom), mode=mode)

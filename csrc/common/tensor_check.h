@@ -9,6 +9,8 @@
 #include <optional>
 #include <string>
 
+#include "common/cpu_isa.h"
+
 namespace autohdr {
 
 using torch::headeronly::ScalarType;
@@ -55,6 +57,16 @@ inline Tensor new_like(const char* op, const Tensor& like) {
     return torch::stable::empty_like(like);
   } catch (const std::exception&) {
     STD_TORCH_CHECK(false, op, ": cannot allocate ", like.numel() * static_cast<int64_t>(like.element_size()), " bytes");
+  }
+}
+
+// run(zero of x's element type), for the types that an image has on a CPU.
+template <class F>
+void with_image_type(const char* op, const Tensor& x, const F& run) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::BFloat16: return run(bf16{});
+    default: STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32 or bfloat16");
   }
 }
 

@@ -46,15 +46,10 @@ Tensor gdfn(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tenso
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
   Tensor y = new_like("gdfn", x);
-  const auto run = [&](auto zero) {
+  with_image_type("gdfn", x, [&](auto zero) {
     using T = decltype(zero);
     forward<T>({s, w, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr())});
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(float{}); break;
-    case ScalarType::BFloat16: run(bf16{}); break;
-    default: STD_TORCH_CHECK(false, "gdfn: the CPU kernel takes float32 or bfloat16");
-  }
+  });
   return y;
 }
 
@@ -68,18 +63,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdfn_backward(Tensor 
   Tensor dx = like(x), d_norm_weight = like(norm_weight), d_project_in = like(project_in_weight), d_dwconv = like(dwconv_weight),
          d_project_out = like(project_out_weight);
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
-  const auto run = [&](auto zero) {
+  with_image_type("gdfn_backward", x, [&](auto zero) {
     using T = decltype(zero);
     backward<T>({s, w, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
                  static_cast<T*>(dx.mutable_data_ptr()), d_norm_weight.mutable_data_ptr<float>(),
                  d_norm_bias.mutable_data_ptr<float>(), d_project_in.mutable_data_ptr<float>(), d_dwconv.mutable_data_ptr<float>(),
                  d_project_out.mutable_data_ptr<float>()});
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(float{}); break;
-    case ScalarType::BFloat16: run(bf16{}); break;
-    default: STD_TORCH_CHECK(false, "gdfn_backward: the CPU kernel takes float32 or bfloat16");
-  }
+  });
   return {dx, d_norm_weight, d_norm_bias, d_project_in, d_dwconv, d_project_out};
 }
 

@@ -48,16 +48,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mdta(Tensor x, Tensor norm_weight, st
   Tensor y = new_like("mdta", x);
   Tensor gram = new_float(x, {s.batch, s.heads, s.head_size(), s.head_size()});
   Tensor q_norm = new_float(x, {s.batch, s.channels}), k_norm = new_float(x, {s.batch, s.channels});
-  const auto run = [&](auto zero) {
+  with_image_type("mdta", x, [&](auto zero) {
     using T = decltype(zero);
     forward<T>({s, w, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                 gram.mutable_data_ptr<float>(), q_norm.mutable_data_ptr<float>(), k_norm.mutable_data_ptr<float>()});
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(float{}); break;
-    case ScalarType::BFloat16: run(bf16{}); break;
-    default: STD_TORCH_CHECK(false, "mdta: the CPU kernel takes float32 or bfloat16");
-  }
+  });
   return {y, gram, q_norm, k_norm};
 }
 
@@ -75,18 +70,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mdta_backward
   Tensor dx = like(x), d_norm_weight = like(norm_weight), d_qkv = like(qkv_weight), d_dwconv = like(dwconv_weight),
          d_temperature = like(temperature), d_project_out = like(project_out_weight);
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
-  const auto run = [&](auto zero) {
+  with_image_type("mdta_backward", x, [&](auto zero) {
     using T = decltype(zero);
     backward<T>({s, w, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()), gram_data, q_data,
                  k_data, static_cast<T*>(dx.mutable_data_ptr()), d_norm_weight.mutable_data_ptr<float>(),
                  d_norm_bias.mutable_data_ptr<float>(), d_qkv.mutable_data_ptr<float>(), d_dwconv.mutable_data_ptr<float>(),
                  d_temperature.mutable_data_ptr<float>(), d_project_out.mutable_data_ptr<float>()});
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(float{}); break;
-    case ScalarType::BFloat16: run(bf16{}); break;
-    default: STD_TORCH_CHECK(false, "mdta_backward: the CPU kernel takes float32 or bfloat16");
-  }
+  });
   return {dx, d_norm_weight, d_norm_bias, d_qkv, d_dwconv, d_temperature, d_project_out};
 }
 

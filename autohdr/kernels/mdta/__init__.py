@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import resolve
-from autohdr.kernels.image import autocast, check_arguments, float_parameters
+from autohdr.kernels.common import autocast, check_arguments, float_parameters
 from autohdr.kernels.mdta import reference, schema  # noqa: F401  schema defines the op
 
 

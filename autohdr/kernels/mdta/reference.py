@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from autohdr.kernels.image import layer_norm
+from autohdr.kernels.common import layer_norm
 
 
 def mdta(

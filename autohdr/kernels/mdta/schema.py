@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from autohdr.kernels.image import refuse_double_backward
+from autohdr.kernels.common import refuse_double_backward
 
 _PARAMETERS = (
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor dwconv_weight, Tensor temperature,"

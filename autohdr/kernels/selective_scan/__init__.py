@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import resolve
-from autohdr.kernels.image import autocast, float_parameters
+from autohdr.kernels.common import autocast, float_parameters
 from autohdr.kernels.selective_scan import reference, schema  # noqa: F401  schema defines the op
 
 MAX_DSTATE = 256

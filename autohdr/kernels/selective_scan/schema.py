@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from autohdr.kernels.image import refuse_double_backward
+from autohdr.kernels.common import refuse_double_backward
 
 CHUNK = 128
 """Tokens between two saved states on a CPU; kChunk in selective_scan.h."""

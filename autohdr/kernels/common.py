@@ -1,4 +1,4 @@
-"""What the image ops' public functions share: argument checks, autocast, the layer norm of their references."""
+"""What the ops share: autocast, the refusal of second derivatives, and the image ops' argument checks and layer norm."""
 
 import torch
 import torch.nn.functional as F
