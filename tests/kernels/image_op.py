@@ -4,20 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from backend import BACKEND, DEVICE, DTYPES, raw_op
 from gold import assert_as_good_as_reference, run
 
-from autohdr import _C
-
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(params=_C.build_info()["cpu_isas_here"])
-def isa(request):
-    """Each instruction set that runs here in turn."""
-    before = _C.build_info()["cpu_isa"]
-    _C.use_cpu_isa(request.param)
-    yield
-    _C.use_cpu_isa(before)
+IMAGE_DTYPES = {name: dtype for name, dtype in DTYPES.items() if BACKEND != "cpu" or dtype != torch.float16}
 
 
 def double(tensors):
@@ -25,13 +15,13 @@ def double(tensors):
 
 
 def cases(shapes, names):
-    """Shapes, each a tuple with the norm's bias last, as test parameters in both dtypes."""
+    """Shapes, each a tuple with the norm's bias last, as test parameters in every dtype that the backend takes."""
 
     def name(shape, dtype):
         sizes = "-".join(f"{n}{s}" for n, s in zip(names, shape, strict=False))
         return f"{sizes}-{'bias' if shape[-1] else 'biasfree'}-{dtype}"
 
-    return [pytest.param(s, DTYPES[d], id=name(s, d)) for s in shapes for d in DTYPES]
+    return [pytest.param(s, IMAGE_DTYPES[d], id=name(s, d)) for s in shapes for d in IMAGE_DTYPES]
 
 
 class ImageOpTests:
@@ -41,7 +31,7 @@ class ImageOpTests:
     def check(self, tensors, dy, keywords, dtype):
         gold = run(self.op, double(tensors), dy.double(), **keywords)
         reference = run(self.op, tensors, dy, **keywords, backend="reference")
-        actual = run(self.op, tensors, dy, **keywords, backend="cpu")
+        actual = run(self.op, tensors, dy, **keywords, backend=BACKEND)
         assert_as_good_as_reference(actual, reference, gold, dtype, dy[:, 0].numel())
 
     def test_gradcheck(self):
@@ -52,14 +42,13 @@ class ImageOpTests:
     def test_opcheck(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-        op = getattr(torch.ops.autohdr, self.name).default
-        torch.library.opcheck(op, (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
+        torch.library.opcheck(raw_op(self.name), (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
 
     def test_compile_fullgraph(self):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
 
         def function(*t):
-            return self.op(*t, **keywords).relu()
+            return self.op(*t, **keywords, backend=BACKEND).relu()
 
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for a, e in zip(run(compiled, tensors, dy), run(function, tensors, dy), strict=True):
@@ -68,7 +57,7 @@ class ImageOpTests:
     @pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted"])
     def test_noncontiguous(self, layout):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
-        expected = run(self.op, tensors, dy, **keywords, backend="cpu")
+        expected = run(self.op, tensors, dy, **keywords, backend=BACKEND)
         x = tensors[0]
         if layout == "channels_last":
             tensors[0], dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
@@ -76,7 +65,7 @@ class ImageOpTests:
             tensors[0], dy = torch.cat([x, x], 3)[..., : x.shape[3]], torch.stack([dy, dy], -1)[..., 0]
         else:
             tensors[0] = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-        for a, e in zip(run(self.op, tensors, dy, **keywords, backend="cpu"), expected, strict=True):
+        for a, e in zip(run(self.op, tensors, dy, **keywords, backend=BACKEND), expected, strict=True):
             assert torch.equal(a, e)
 
     def test_saves_no_image_beside_x(self):
@@ -85,7 +74,7 @@ class ImageOpTests:
         parameters = [p.requires_grad_() for p in parameters]
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-            self.op(x, *parameters, **keywords, backend="cpu")
+            self.op(x, *parameters, **keywords, backend=BACKEND)
         pointers = {t.data_ptr() for t in parameters}
         kept = sum(t.numel() * t.element_size() for pointer, t in saved.items() if pointer not in pointers)
         assert kept == self.saved_bytes(self.small)
@@ -93,16 +82,17 @@ class ImageOpTests:
     def test_double_backward_raises(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
         tensors[0].requires_grad_()
-        y = self.op(*tensors, **keywords, backend="cpu")
+        y = self.op(*tensors, **keywords, backend=BACKEND)
         (dx,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
         with pytest.raises(RuntimeError, match=f"{self.name}: a second derivative is not implemented"):
             dx.sum().backward()
 
+    @pytest.mark.skipif(BACKEND == "triton" and DEVICE == "cpu", reason="Triton's interpreter keeps global state")
     def test_called_from_several_threads_at_once(self):
         calls = [self.arguments((1, 8, 2, 20 + i, 33, True), torch.float32) for i in range(4)]
-        expected = [run(self.op, t, dy, **keywords, backend="cpu") for t, dy, keywords in calls]
+        expected = [run(self.op, t, dy, **keywords, backend=BACKEND) for t, dy, keywords in calls]
         with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda c: run(self.op, c[0], c[1], **c[2], backend="cpu"), calls * 5))
+            together = list(pool.map(lambda c: run(self.op, c[0], c[1], **c[2], backend=BACKEND), calls * 5))
         for i, results in enumerate(together):
             torch.testing.assert_close(results, expected[i % 4], rtol=1e-4, atol=1e-4)
 
@@ -111,10 +101,10 @@ class ImageOpTests:
         tensors, dy, keywords = self.arguments((1, 8, 2, 33, 40, True), torch.float32)
         threads, results = torch.get_num_threads(), []
         try:
-            for n in (1, 2, 5):
+            for n in (1, 2, 5) if BACKEND == "cpu" else (1,):
                 torch.set_num_threads(n)
-                results.append(run(self.op, tensors, dy, **keywords, backend="cpu"))
-                again = run(self.op, tensors, dy, **keywords, backend="cpu")
+                results.append(run(self.op, tensors, dy, **keywords, backend=BACKEND))
+                again = run(self.op, tensors, dy, **keywords, backend=BACKEND)
                 assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
         finally:
             torch.set_num_threads(threads)
@@ -123,32 +113,32 @@ class ImageOpTests:
 
     def test_autocast_casts_x_alone(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
-        for backend in ("cpu", "reference"):
-            with torch.autocast("cpu", torch.bfloat16):
+        for backend in (BACKEND, "reference"):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y = self.op(*tensors, **keywords, backend=backend)
             assert y.dtype == torch.bfloat16
             assert torch.equal(y, self.op(tensors[0].bfloat16(), *tensors[1:], **keywords, backend=backend))
 
     def test_autocast_decides_the_backend(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
-        with torch.autocast("cpu", torch.float16):
-            assert self.op(*tensors, **keywords).dtype == torch.float16  # which only the reference takes
-        with torch.autocast("cpu", torch.bfloat16):
-            assert self.op(tensors[0].half(), *tensors[1:], **keywords, backend="cpu").dtype == torch.bfloat16
+        with torch.autocast(DEVICE, torch.float16):
+            assert self.op(*tensors, **keywords).dtype == torch.float16  # which the CPU kernels do not take
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert self.op(tensors[0].half(), *tensors[1:], **keywords, backend=BACKEND).dtype == torch.bfloat16
             assert self.op(tensors[0].double(), *tensors[1:], **keywords).dtype == torch.float64
 
     def test_parameters_in_bfloat16(self):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
         halves = [tensors[0], *(t.bfloat16() for t in tensors[1:])]
-        actual = run(self.op, halves, dy, **keywords, backend="cpu")
-        expected = run(self.op, [t.float() for t in halves], dy, **keywords, backend="cpu")
+        actual = run(self.op, halves, dy, **keywords, backend=BACKEND)
+        expected = run(self.op, [t.float() for t in halves], dy, **keywords, backend=BACKEND)
         for a, e, t in zip(actual[1:], expected[1:], halves, strict=True):
             assert torch.equal(a, e.to(t.dtype))
 
     def test_empty_batch(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
         leaves = [t.requires_grad_() for t in [tensors[0][:0], *tensors[1:]]]
-        y = self.op(*leaves, **keywords, backend="cpu")
+        y = self.op(*leaves, **keywords, backend=BACKEND)
         assert y.shape == (0, *tensors[0].shape[1:])
         grads = torch.autograd.grad(y.sum(), leaves)
         assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, leaves, strict=True))
@@ -161,11 +151,11 @@ class ImageOpTests:
             (1, None, r"norm_weight must be a tensor \[8\], got NoneType"),
             (1, torch.zeros(7), r"norm_weight must be \[8\], got \[7\]"),
             (2, torch.zeros(8, dtype=torch.int32), "norm_bias must be floating, got torch.int32"),
-            (2, torch.zeros(8, device="meta"), "norm_bias must be on cpu as x is, got meta"),
+            (2, torch.zeros(8, device="meta"), f"norm_bias must be on {DEVICE}.* as x is, got meta"),
         ],
     )
     def test_rejects_arguments(self, index, value, message):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
-        tensors[index] = value
+        tensors[index] = value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
         with pytest.raises(ValueError, match=f"{self.name}: {message}"):
             self.op(*tensors, **keywords)
