@@ -88,6 +88,7 @@ def evaluate(
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    steps: int | None = None,
 ) -> None:
     """Measure a model on held-out pairs, beside the unedited source and an auto-tone. Ends in a table and report.html.
 
@@ -99,6 +100,7 @@ def evaluate(
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
+        steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
     from autohdr.evaluate import evaluate, format_table
@@ -106,7 +108,7 @@ def evaluate(
     from autohdr.train.loop import pick_device
 
     device = pick_device(device)
-    model = load_checkpoint(checkpoint)
+    model = _with_steps(load_checkpoint(checkpoint), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
     results = evaluate(listed, out, model=model, size=size, resize=resize, device=device, precision=precision)
@@ -122,6 +124,7 @@ def enhance(
     overwrite: Annotated[bool, FlagCreatePairsOff] = False,
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    steps: int | None = None,
 ) -> int:
     """Enhance photos at their own resolution; format, bit depth, EXIF and ICC profile stay.
 
@@ -135,6 +138,7 @@ def enhance(
         overwrite: Replace results that exist already, instead of skipping their photos.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
+        steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
     """
     if (checkpoint is None) != auto_tone:
         raise UserError(
@@ -146,13 +150,24 @@ def enhance(
     from autohdr.models import load_checkpoint
     from autohdr.train.loop import pick_device
 
-    model = load_checkpoint(checkpoint) if checkpoint else None
+    model = _with_steps(load_checkpoint(checkpoint), steps) if checkpoint else None
     result = enhance(paths, out, model, device=pick_device(device), precision=precision, overwrite=overwrite)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
     print(f"{len(result.written)} written to {out}, {len(result.skipped)} skipped{speed}")
     return 1 if result.skipped else 0
+
+
+def _with_steps(model: Any, steps: int | None) -> Any:
+    if steps is None:
+        return model
+    from autohdr.models.diffusion import STEPS, Sampler
+
+    if not isinstance(model, Sampler) or not 1 <= steps <= STEPS:
+        raise UserError(f"--steps: expected 1 to {STEPS}, and a checkpoint that was trained as a bridge; got {steps}")
+    model.steps = steps
+    return model
 
 
 def demo(out: Path = Path("demo_run")) -> int:

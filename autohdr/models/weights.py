@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
+from autohdr.models.diffusion import Bridge, Sampler
 from autohdr.models.mamba_diffusion import MambaDiffusionConfig
 from autohdr.models.registry import CONFIGS, create_model
 from autohdr.models.restormer import RestormerConfig
@@ -83,7 +84,7 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
 
 
 def load_checkpoint(path: str | Path) -> nn.Module:
-    """Builds the model a file was saved from, with its weights, on the CPU, in eval mode.
+    """Builds the model a file was saved from, with its weights, on the CPU, in eval mode; a bridge's network within a Sampler.
 
     Reads what save_weights wrote, the original project's `{epoch, model_state_dict, val_loss}`, and every layout that
     load_weights reads; where the file doesn't say which model it holds, the tensors' names and shapes do. What else
@@ -99,8 +100,20 @@ def load_checkpoint(path: str | Path) -> nn.Module:
     report = _load(model, checkpoint)
     if report.mismatched or report.missing or report.unexpected:
         raise UserError(f"{path}: its tensors do not make a whole model\n{report}")
+    if bridge := checkpoint.metadata.get("bridge"):
+        model = _sampler(model, path, bridge)
     model.metadata = checkpoint.metadata
     return model.eval()
+
+
+def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
+    try:
+        settings = {"prediction": bridge["prediction"], "noise_scale": bridge["noise_scale"]}
+        sampler = Sampler(network, Bridge(**settings), bridge["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its header's bridge is damaged: {error!r}") from error
+    sampler.config = network.config
+    return sampler
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:

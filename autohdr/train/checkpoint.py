@@ -15,7 +15,7 @@ from autohdr.files import replacing
 
 PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history")
 """The plain values of a state: the trainer's attributes of these names."""
-_KEYS = {*PROGRESS, "step", "rng", "model", "optimizer"}
+_KEYS = {*PROGRESS, "step", "rng", "model", "optimizer", "scaler"}
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

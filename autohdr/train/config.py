@@ -26,6 +26,15 @@ class TrainConfig:
     init_weights: Path | None = None
     """Weights to start from (any layout that load_weights reads); none: start from random weights."""
 
+    objective: Literal["direct", "bridge"] = "direct"
+    """direct: one pass makes the photo. bridge: a diffusion bridge from the source photo, for models with a time embedding."""
+    prediction: Literal["x0", "v", "noise"] = "x0"
+    """What a bridge's network says: the target, v, or the noise (`autohdr.models.Bridge`)."""
+    noise_scale: float = 0.05
+    """Standard deviation of a bridge's noise at the source's end."""
+    sample_steps: int = 4
+    """Calls of a bridge's network that make one photo, in validation and, unless told otherwise, ever after."""
+
     train_pairs: Path | None = None
     """JSONL file of the pairs to train on. Required."""
     val_pairs: Path | None = None
@@ -51,12 +60,13 @@ class TrainConfig:
     warmup_epochs: float = 0
     """Epochs in which the learning rate climbs linearly."""
     weight_decay: float = 0.02
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast, weights and optimiser stay in float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU. bfloat16 and float16: autocast, weights and optimiser stay in float32;
+    float16 scales the loss, and a step whose gradient overflows is skipped and halves the scale."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 2
@@ -104,14 +114,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
 
 def check_config(config: TrainConfig) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
-    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1)
+    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "workers", "seed", "samples"), 0)
     at_least["size"] = 16
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
-    if not 0 < config.lr < float("inf"):
-        raise UserError(f"lr: expected a positive number, got {config.lr}")
+    for name in ("lr", "noise_scale"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
     if config.warmup_epochs >= config.epochs:
         raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     if config.resize == "fit" and config.batch_size > 1:

@@ -26,6 +26,7 @@ from autohdr.models import create_model, load_checkpoint, load_weights, save_wei
 from autohdr.train import losses, record
 from autohdr.train.checkpoint import PROGRESS, load_state, restore_rng, rng_state, save_state
 from autohdr.train.config import TrainConfig, check_config, dump_config
+from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on.
 _FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "samples"}
@@ -83,6 +84,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
 class _Trainer:
     def __init__(self, config: TrainConfig, train_pairs: list[Pair], val_pairs: list[Pair]):
         self.config, self.train_pairs, self.out = config, train_pairs, config.out
@@ -90,7 +97,10 @@ class _Trainer:
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.objective = Objective(config, self.model)
+        self.precision = _precision(config.precision, self.device)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.train_set = PairDataset(train_pairs, config.size, config.resize, config.augment, config.seed)
         self.val_set = PairDataset(val_pairs, config.size, config.resize)
         self.steps_per_epoch = math.ceil(len(train_pairs) / (config.batch_size * config.accumulate))
@@ -124,6 +134,7 @@ class _Trainer:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         for name in PROGRESS:
             setattr(self, name, state[name])
         record.rewind(self.out / "log.jsonl", self.step)
@@ -175,16 +186,23 @@ class _Trainer:
         """One optimiser step over the batches of `group`; mean loss of its samples and norm of its gradient."""
         samples = sum(map(len, group))
         total = 0.0
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
         self.optimizer.zero_grad()
         for indices in group:
             source, target = self._to_device(next(loader))
             share = len(indices) / samples  # so that batches of unequal size weigh as one big batch would
-            loss = losses.l1(self._forward(source), target) * share
-            loss.backward()
+            with self._autocast():
+                said, wanted = self.objective.predict(self.model, source, target, self.epoch, indices)
+            loss = losses.l1(said, wanted) * share
+            self.scaler.scale(loss).backward()
             total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf).item()
         total = total.item()
-        if not (math.isfinite(total) and math.isfinite(norm)):
+        # In float16 a gradient that overflows says that the scale is too large; at scale 1 it says what it says elsewhere.
+        overflow = math.isfinite(total) and not math.isfinite(norm) and self.scaler.get_scale() > 1
+        if not overflow and not (math.isfinite(total) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(total) else "loss"
             files = ", ".join(str(self.train_pairs[index].src) for batch in group for index in batch)
             raise TrainingError(
@@ -192,9 +210,8 @@ class _Trainer:
                 f"{norm}). Its sources: {files}. The checkpoints in {self.out} are from before it; start another run "
                 "from one of them (--init-weights) with a lower lr, a smaller clip or precision float32"
             )
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return total, norm
 
     def _finish_epoch(self, bar: tqdm) -> None:
@@ -226,21 +243,21 @@ class _Trainer:
     @torch.inference_mode()
     def _validate(self) -> tuple[dict[str, float], list[tuple[torch.Tensor, ...]]]:
         """Means over the validation pairs, one at a time so that each weighs the same; and the first triptychs."""
-        self.model.eval()
+        model = self.objective.photographer(self.model).eval()
         scores: dict[str, list[float]] = {"val_l1": [], "val_psnr": [], "val_ssim": []}
         triptychs = []
         for batch in self._loader(self.val_set, [[index] for index in range(len(self.val_set))]):
             source, target = self._to_device(batch)
-            output = self._forward(source).float().clamp(0, 1)
+            with self._autocast():
+                output = model(source).float().clamp(0, 1)
             for name, values in scores.items():
                 values.append(getattr(metrics, name.removeprefix("val_"))(output, target).item())
             if len(triptychs) < self.config.samples:
                 triptychs.append((source[0], output[0], target[0]))
         return {name: math.fsum(values) / len(values) for name, values in scores.items()}, triptychs
 
-    def _forward(self, source: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.model(source)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
 
     def _loader(self, dataset: PairDataset, batches: list[list[int]]) -> DataLoader:
         # A generator of its own, so that drawing the workers' seeds leaves the global one alone.
@@ -260,11 +277,12 @@ class _Trainer:
 
     def _save_weights(self, which: str) -> None:
         metadata = {"run": self.run_id, "step": self.step, "epoch": self.epoch, "metrics": (self.history or [{}])[-1]}
+        metadata |= self.objective.metadata()
         save_weights(self.out / f"checkpoint_{which}.safetensors", self.model, metadata)
 
     def _save_last(self) -> None:
         state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "rng": rng_state()}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         save_state(self.out / "checkpoint_last.state.pt", state)
         self._save_weights("last")
 

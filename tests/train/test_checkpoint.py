@@ -4,7 +4,7 @@ import torch
 from autohdr.errors import UserError
 from autohdr.train.checkpoint import load_state, restore_rng, rng_state, save_state
 
-KEYS = ("run_id", "step", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "model", "optimizer")
+KEYS = ("run_id", "step", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "model", "optimizer", "scaler")
 
 
 def make_state(**values):

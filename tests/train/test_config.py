@@ -15,7 +15,7 @@ DECAY_AND_CLIP = {"restormer_384": (0.02, 1.0), "restormer_896": (0.02, 1.0), "r
 
 
 def test_every_recipe_is_known_here():
-    assert recipes() == sorted(["demo", *SETTINGS])
+    assert recipes() == sorted(["demo", "mamba_diffusion_384", *SETTINGS])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -29,7 +29,13 @@ def test_recipe(name):
 
 def test_demo_recipe_is_for_a_cpu():
     config = load_config("demo")
-    assert (config.model, config.precision) == ("restormer_nano", "float32")
+    assert (config.model, config.device) == ("restormer_nano", "cpu")
+
+
+def test_mamba_recipe():
+    config = load_config("mamba_diffusion_384")
+    assert (config.model, config.objective, config.size, config.batch_size) == ("mamba_diffusion_large", "bridge", 384, 1)
+    assert (config.lr, config.weight_decay, config.clip) == (2e-4, 0.01, 1.0) and config.warmup_epochs > 0
 
 
 def test_pretrained_recipe_needs_weights(make_config):
@@ -92,6 +98,8 @@ def test_rejects_missing_config():
         ({"size": 8}, "size: expected at least 16, got 8"),
         ({"clip": -1.0}, "clip: expected at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
+        ({"noise_scale": 0.0}, "noise_scale: expected a positive number, got 0.0"),
+        ({"sample_steps": 0}, "sample_steps: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
         ({"warmup_epochs": 2}, r"warmup_epochs: expected fewer than epochs \(2\), got 2"),
         ({"resize": "fit"}, "batch_size: expected 1.*got 2"),
