@@ -176,7 +176,8 @@ class _Trainer:
             bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
             if self.step % config.log_every == 0:
                 entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1, "loss": loss, "lr": lr}
-                record.append_line(self.out / "log.jsonl", entry | {"grad_norm": norm})
+                entry["grad_norm"] = norm if math.isfinite(norm) else None  # None: float16 overflowed, the step was skipped
+                record.append_line(self.out / "log.jsonl", entry)
             if interrupted():
                 break
         self.epoch_seconds += time.perf_counter() - started
