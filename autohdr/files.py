@@ -20,5 +20,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too: else a power cut could bring the old file back
+        finally:
+            os.close(folder)
     finally:
         part.unlink(missing_ok=True)

@@ -49,4 +49,4 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(old, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
     with replacing(old) as part:
         part.write_text("new")
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # the content, then the name

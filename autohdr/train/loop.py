@@ -24,7 +24,7 @@ from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, share
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.train import losses, record
-from autohdr.train.checkpoint import PROGRESS, load_state, restore_rng, rng_state, save_state
+from autohdr.train.checkpoint import PROGRESS, load_newest, restore_rng, rng_state, save_state
 from autohdr.train.config import TrainConfig, check_config, dump_config
 from autohdr.train.objective import Objective, parameter_groups
 
@@ -51,9 +51,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
     """Train as `config` says, or take up the run in `config.out` again where its last checkpoint stands.
 
     The run folder then holds config.toml, log.jsonl, log.csv, curve.png, samples/, the weights checkpoint_best and
-    checkpoint_last (.safetensors, for load_checkpoint) and checkpoint_last.state.pt (for `resume`). Ctrl-C finishes
-    the step, saves and returns. Raises UserError for bad settings or data, before anything is written, and
-    TrainingError when the loss or a gradient is no longer finite.
+    checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with the one before
+    it, checkpoint_last.state.previous.pt. Ctrl-C finishes the step, saves and returns. Raises UserError for bad settings
+    or data, before anything is written, and TrainingError when the loss or a gradient is no longer finite.
     """
     check_config(config)
     if resume:
@@ -126,11 +126,10 @@ class _Trainer:
         self._save_last()
 
     def resume(self) -> None:
-        state = load_state(self.out / "checkpoint_last.state.pt")
+        state = load_newest(self.out / "checkpoint_last.state.pt")
         weights = self.out / "checkpoint_last.safetensors"
-        if weights.exists():  # the state is written first: a crash in between leaves the weights behind, never ahead
-            saved = load_checkpoint(weights).metadata
-            if saved.get("run") != state["run_id"] or saved["step"] > state["step"]:
+        if weights.exists():  # behind the state after a crash between the two, ahead of it where the newest is damaged
+            if load_checkpoint(weights).metadata.get("run") != state["run_id"]:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,8 +1,15 @@
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
 
 from autohdr.errors import UserError
-from autohdr.train.checkpoint import load_state, restore_rng, rng_state, save_state
+from autohdr.train.checkpoint import load_newest, load_state, previous, restore_rng, rng_state, save_state
 
 KEYS = ("run_id", "step", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "model", "optimizer", "scaler")
 
@@ -48,7 +55,7 @@ def test_rejects_a_damaged_state(tmp_path, keep):
     ids=["another version's", "weights", "tensor"],
 )
 def test_rejects_a_foreign_state(tmp_path, content, missing):
-    torch.save(content, tmp_path / "state.pt")
+    save_state(tmp_path / "state.pt", content)
     with pytest.raises(UserError, match=f"expected a training state, got a file without {missing}"):
         load_state(tmp_path / "state.pt")
 
@@ -58,3 +65,74 @@ def test_rng_is_restored():
     first = torch.rand(3)
     restore_rng(before)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, make_state(model={"w": torch.arange(100.0)}))
+    whole = path.read_bytes()
+    for index in np.random.default_rng(0).integers(0, len(whole), 50):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        with pytest.raises(UserError, match="SHA-256 does not match"):
+            load_state(path)
+
+
+def test_a_damaged_state_never_displaces_the_good_one(tmp_path):
+    path = tmp_path / "state.pt"
+    for step in (1, 2):
+        save_state(path, make_state(step=step))
+    path.write_bytes(b"x" * 100)
+    with pytest.warns(UserWarning, match="state.pt: .*going on from .*state.previous.pt, step 1"):
+        assert load_newest(path)["step"] == 1
+    save_state(path, make_state(step=3))
+    assert load_state(path)["step"] == 3 and load_state(previous(path))["step"] == 1
+    assert (tmp_path / "state.pt.damaged").read_bytes() == b"x" * 100
+
+
+SAVER = """
+import resource, sys
+from pathlib import Path
+import torch
+from autohdr.train.checkpoint import save_state
+path, limit = Path(sys.argv[1]), int(sys.argv[2])
+keys = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "optimizer", "scaler")
+step = 0
+while True:
+    step += 1
+    if limit and step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save_state(path, dict.fromkeys(keys, 0) | {"step": step, "model": torch.full((100_000,), float(step))})
+    print(step, flush=True)
+"""
+
+
+def test_a_full_disk_leaves_the_old_states(tmp_path):
+    """The third save may write 100 kB of its 400: the process fails, and the second state is still there, whole."""
+    done = subprocess.run([sys.executable, "-c", SAVER, tmp_path / "state.pt", "100000"], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout.split() == ["1", "2"] and "Error" in done.stderr
+    assert load_state(tmp_path / "state.pt")["step"] == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["state.previous.pt", "state.pt"]
+
+
+def save_without_pause(path, ready):
+    for step in range(1, sys.maxsize):
+        save_state(path, make_state(step=step, model=torch.full((100_000,), float(step))))
+        if step == 1:
+            ready.send(step)
+
+
+def test_kill_at_random_moments_of_saving(tmp_path):
+    """SIGKILL 50 times while a process saves without pause: whatever stands at the path is whole, 50 of 50."""
+    path, context = tmp_path / "state.pt", multiprocessing.get_context("fork")
+    for delay in np.random.default_rng(0).uniform(0, 0.02, 50):
+        ours, theirs = context.Pipe(duplex=False)
+        saver = context.Process(target=save_without_pause, args=(path, theirs))
+        saver.start()
+        assert ours.poll(30) and ours.recv() == 1
+        time.sleep(delay)
+        saver.kill()
+        saver.join()
+        assert saver.exitcode == -signal.SIGKILL
+        state = load_state(path)
+        assert torch.equal(state["model"], torch.full((100_000,), float(state["step"])))
+    assert any(file.suffix == ".part" for file in tmp_path.iterdir())  # some of them were in the midst of writing

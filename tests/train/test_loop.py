@@ -10,7 +10,7 @@ from PIL import Image
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
 from autohdr.train import loop
-from autohdr.train.checkpoint import load_state
+from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import load_config
 from autohdr.train.loop import TrainingError, lr_factor, train
 
@@ -69,6 +69,7 @@ def test_run_folder(make_config):
     assert sorted(path.name for path in config.out.iterdir()) == [
         "checkpoint_best.safetensors",
         "checkpoint_last.safetensors",
+        "checkpoint_last.state.previous.pt",
         STATE,
         "config.toml",
         "curve.png",
@@ -255,6 +256,19 @@ def test_refuses_to_resume_with_other_settings(make_config):
         train(make_config(epochs=1, lr=0.1), resume=True)
 
 
+def test_resume_goes_on_from_the_state_before_a_damaged_one(make_config):
+    """One flipped byte in the newest state: it is named, and the run from the one before it ends bitwise as it did."""
+    train(make_config("whole"))
+    train(make_config("parts"))
+    path = make_config("parts").out / STATE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{STATE}: .*SHA-256 does not match.*; going on from .*previous.pt, step 3"):
+        train(make_config("parts"), resume=True)
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
 def test_refuses_to_resume_files_of_two_runs(make_config):
     for run in ("a", "b"):
         train(make_config(run, epochs=1))
@@ -303,7 +317,8 @@ def test_refuses_to_validate_on_a_photo_that_it_trains_on(make_config, pair_file
 def test_refuses_to_resume_a_foreign_state(make_config):
     config = make_config(epochs=1)
     train(config)
-    torch.save({"model": {}}, config.out / STATE)
+    save_state(config.out / STATE, {"model": {}})
+    previous(config.out / STATE).unlink()
     with pytest.raises(UserError, match="expected a training state, got a file without epoch, .*"):
         train(config, resume=True)
 

@@ -9,7 +9,7 @@ from autohdr.errors import UserError
 from autohdr.evaluate import count_macs
 from autohdr.models import Sampler, create_model, load_checkpoint
 from autohdr.train import loop
-from autohdr.train.checkpoint import load_state
+from autohdr.train.checkpoint import load_state, save_state
 from autohdr.train.loop import train
 from autohdr.train.objective import Objective, parameter_groups
 
@@ -125,7 +125,8 @@ def test_float16_resumes_with_its_scale(make_config):
     config = make_config(epochs=1, precision="float16")
     train(config)
     path = config.out / STATE
-    torch.save(torch.load(path) | {"scaler": torch.load(path)["scaler"] | {"scale": 8.0}}, path)
+    state = load_state(path)
+    save_state(path, state | {"scaler": state["scaler"] | {"scale": 8.0}})
     trainer = loop._Trainer(config, *loop._checked_pairs(config))
     trainer.resume()
     assert trainer.scaler.get_scale() == 8.0
