@@ -1,0 +1,44 @@
+// The only way a kernel is launched and dynamic shared memory declared, so that the same source runs under nvcc and, with
+// AUTOHDR_EMULATION, on the CPU (tests/emulation).
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#ifdef AUTOHDR_EMULATION
+#include "cuda_emulation.h"
+
+#define AUTOHDR_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::emulation::block.shared)
+#else
+// A kernel's dynamic shared memory as type* name, aligned to 16 bytes.
+#define AUTOHDR_DYNAMIC_SHARED(type, name)                      \
+  extern __shared__ __align__(16) unsigned char autohdr_shared[]; \
+  type* name = reinterpret_cast<type*>(autohdr_shared)
+#endif
+
+namespace autohdr {
+
+inline void cuda_check(cudaError_t error, const char* what) {
+#ifndef AUTOHDR_EMULATION
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+#endif
+}
+
+// Throws std::runtime_error if the launch is refused, or an earlier one has failed since. A grid without blocks is refused.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+#ifdef AUTOHDR_EMULATION
+  emulation::run(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+#else
+  if (shared_bytes > 48 * 1024)
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+               "shared memory of a CUDA kernel");
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  cuda_check(cudaGetLastError(), "launch of a CUDA kernel");
+#endif
+}
+
+}  // namespace autohdr

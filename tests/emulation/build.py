@@ -1,0 +1,82 @@
+"""Compiles CUDA sources for the CPU with g++ and AddressSanitizer (cuda_emulation.h), once for each state of the sources."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+CACHE = ROOT / "build" / "emulation"
+FLAGS = (
+    "-std=c++17 -O1 -g1 -fPIC -fsanitize=address,alignment,bounds -fno-sanitize-recover=alignment,bounds -DAUTOHDR_EMULATION -w"
+).split()
+# Leaks are Python's own; no stack use after return, because of the fibers; fresh memory holds NaN.
+SANITIZER = (
+    "detect_leaks=0:detect_stack_use_after_return=0:malloc_context_size=2:max_malloc_fill_size=1073741824:malloc_fill_byte=255"
+)
+
+
+def toolkit() -> Path | None:
+    """CUDA's root folder, for its headers, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if not nvcc or not Path(nvcc).exists():
+        return None
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else None
+
+
+def why_not() -> str:
+    """Why nothing can be emulated here, or an empty string."""
+    if os.uname().machine != "x86_64":
+        return "the emulation of CUDA is written for x86-64"
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    return "" if toolkit() else "there is no CUDA toolkit, whose headers the emulation of CUDA needs"
+
+
+def hash_of(command: list[str], sources: list[Path]) -> str:
+    """Of a command, its sources, and all headers they may include."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    headers = sorted(p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh"))
+    for file in (*sources, *headers):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
+    """The compiled program or library.
+
+    Raises:
+        RuntimeError: it does not compile, with the compiler's output.
+    """
+    include = [f"-I{folder}" for folder in (ROOT / "csrc", HERE, toolkit() / "include")]
+    command = ["g++", *FLAGS, *include, *flags]
+
+    def run(arguments: list[str]) -> None:
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")
+
+    def compiled(source: Path) -> Path:
+        target = CACHE / f"{source.name}-{hash_of(command, [source])}.o"
+        if not target.exists():
+            made = target.with_suffix(f".{os.getpid()}")
+            run([*command, "-x", "c++", "-c", str(source), "-o", str(made)])
+            made.replace(target)
+        return target
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        objects = [str(o) for o in pool.map(compiled, sources)]
+    target = CACHE / f"{name}-{hashlib.sha256(' '.join((*objects, *link)).encode()).hexdigest()[:16]}"
+    if not target.exists():
+        made = target.with_suffix(f".{os.getpid()}")
+        run(["g++", "-fsanitize=address,alignment,bounds", *objects, *link, "-o", str(made)])
+        made.replace(target)
+    return target
