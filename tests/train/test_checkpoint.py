@@ -115,6 +115,7 @@ def test_a_full_disk_leaves_the_old_states(tmp_path):
 
 
 def save_without_pause(path, ready):
+    torch.set_num_threads(1)  # a fork has none of its parent's other OpenMP threads, and would wait for them
     for step in range(1, sys.maxsize):
         save_state(path, make_state(step=step, model=torch.full((100_000,), float(step))))
         if step == 1:
