@@ -50,8 +50,7 @@ VARIANTS = {
 
 def drill(options: argparse.Namespace, variant: str, precision: str) -> dict:
     torch.manual_seed(0)
-    overrides = {} if options.dim is None else {"dim": options.dim}
-    model = create_model(options.model, **overrides)
+    model = create_model(options.model, **({"dim": options.dim} if options.dim else {}))
     for change in VARIANTS[variant]:
         change(model)
     model.to(options.device, memory_format=torch.channels_last)
@@ -94,7 +93,6 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["float32", "float16"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
-    options.dim = options.dim or None
     print("| construction | precision | growth | gradient norm | first loss | last loss | first step not finite |")
     print("|---|---|---|---|---|---|---|", flush=True)
     failed = False

@@ -1,5 +1,6 @@
 """Compiles CUDA sources for the CPU with g++ and AddressSanitizer (cuda_emulation.h), once for each state of the sources."""
 
+import functools
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ SANITIZER = (
 )
 
 
+@functools.cache
 def toolkit() -> Path | None:
     """CUDA's root folder, for its headers, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

@@ -1,7 +1,7 @@
 """Which backend these tests run: AUTOHDR_TEST_BACKEND, cpu (the default), cuda or triton.
 
-Without a GPU, cuda stands for the same sources run by tests/emulation, triton for its interpreter: slowly, on CPU tensors.
-test_emulated_cuda.py and test_triton.py start these tests that way.
+cuda and triton are for kernels that are still to be written. Without a GPU they will mean the emulation of CUDA (tests/emulation)
+and the interpreter of Triton, both slow and on CPU tensors.
 """
 
 import os
@@ -10,6 +10,7 @@ import torch
 
 BACKEND = os.environ.get("AUTOHDR_TEST_BACKEND", "cpu")
 DEVICE = "cuda" if BACKEND != "cpu" and torch.cuda.is_available() else "cpu"
+PLACE = str(torch.empty(0, device=DEVICE).device)  # as error messages name it
 SLOW = BACKEND != "cpu" and DEVICE == "cpu"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -29,7 +29,7 @@ def test_recipe(name):
 
 def test_demo_recipe_is_for_a_cpu():
     config = load_config("demo")
-    assert (config.model, config.device) == ("restormer_nano", "cpu")
+    assert (config.model, config.precision, config.device) == ("restormer_nano", "float32", "cpu")
 
 
 def test_mamba_recipe():

@@ -1,11 +1,11 @@
 import csv
 import json
 import math
-import signal
 
 import pytest
 import torch
 from PIL import Image
+from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
 
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
@@ -14,19 +14,6 @@ from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import load_config
 from autohdr.train.loop import TrainingError, lr_factor, train
 
-STATE = "checkpoint_last.state.pt"
-
-
-def same(a, b):
-    """Bitwise equality of two trees of tensors and plain values."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
 
 def outcome(out):
     """Everything in a run's last state but its name and its timings."""
@@ -34,24 +21,6 @@ def outcome(out):
     for row in state["history"]:
         del row["seconds"]
     return {key: value for key, value in state.items() if key not in ("run_id", "epoch_seconds")}
-
-
-def interrupt_at_step(monkeypatch, step):
-    """Ctrl-C in the midst of that optimiser step, counted from 1."""
-    original = loop._Trainer._train_step
-
-    def train_step(self, *args):
-        if self.step + 1 == step:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
-
-
-@pytest.fixture(autouse=True)
-def blank_curve(monkeypatch):
-    """Drawing takes longer than these epochs; test_record draws."""
-    monkeypatch.setattr(loop.record, "draw_curve", lambda path, history: path.touch())
 
 
 def test_learns(make_config):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
 
 from autohdr.cli import main
 from autohdr.enhance import enhance
@@ -13,14 +14,8 @@ from autohdr.train.checkpoint import load_state, save_state
 from autohdr.train.loop import train
 from autohdr.train.objective import Objective, parameter_groups
 
-STATE = "checkpoint_last.state.pt"
 BRIDGE = {"model": "mamba_diffusion_nano", "model_args": {"dim": 8, "num_groups": 2}, "objective": "bridge", "sample_steps": 2}
 SMALL_BRIDGE = BRIDGE | {"lr": 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def blank_curve(monkeypatch):
-    monkeypatch.setattr(loop.record, "draw_curve", lambda path, history: path.touch())
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
@@ -37,19 +32,12 @@ def test_a_bridge_trains_and_comes_back_as_a_model_of_photos(make_config, pair_f
 
 def test_a_bridge_resumes_bitwise(make_config, monkeypatch):
     train(make_config("whole", **SMALL_BRIDGE))
-    original = loop._Trainer._train_step
-
-    def train_step(self, *args):
-        if self.step == 1:
-            loop.signal.raise_signal(loop.signal.SIGINT)
-        return original(self, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_train_step", train_step)
+        interrupt_at_step(patch, 2)
         assert train(make_config("parts", **SMALL_BRIDGE)).interrupted
     train(make_config("parts", **SMALL_BRIDGE), resume=True)
     whole, parts = (load_state(make_config(run).out / STATE)["model"] for run in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert same(whole, parts)
 
 
 def test_draws_depend_on_epoch_and_pair_alone(make_config):
