@@ -7,12 +7,13 @@ from autohdr.kernels import _extension
 NAMES = ("cuda", "triton", "cpu", "reference")
 OPS = ("mdta", "gdfn", "selective_scan")
 
-_WRITTEN = {"cpu"}  # compiled or Triton backends that exist, the same for every op so far
-_CPU_DTYPES = {
-    "mdta": (torch.float32, torch.bfloat16),
-    "gdfn": (torch.float32, torch.bfloat16),
-    "selective_scan": (torch.float32, torch.bfloat16, torch.float16),
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {  # of x, for each backend that an op has beside the reference
+    "mdta": {"cpu": (torch.float32, torch.bfloat16)},
+    "gdfn": {"cpu": (torch.float32, torch.bfloat16)},
+    "selective_scan": {"cuda": _HALVES, "cpu": _HALVES},
 }
+_DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # where a backend's tensors are
 _default = "auto"
 
 
@@ -20,9 +21,13 @@ def _reason(op: str, backend: str) -> str:
     """Empty if the backend can run on this machine, else why not."""
     if backend == "reference":
         return ""
-    if backend not in _WRITTEN:
+    if backend not in _DTYPES[op]:
         return f"{op} has no {backend} kernel yet"
-    return _extension.reason
+    if _extension.reason or backend == "cpu":
+        return _extension.reason
+    if _extension.module.build_info()["cuda"] == "none":
+        return "this installation was built without CUDA kernels"
+    return "" if torch.cuda.is_available() else "there is no GPU that torch can use"
 
 
 _REASONS = {(op, name): _reason(op, name) for op in OPS for name in NAMES}
@@ -59,10 +64,12 @@ def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
     """Empty if the backend can run op on x, else why not."""
     if _REASONS[op, backend]:
         return _REASONS[op, backend]
-    if backend == "cpu" and x.device.type != "cpu":
+    if backend == "reference":
+        return ""
+    if x.device.type != _DEVICES[backend]:
         return f"x is on {x.device.type}"
-    if backend == "cpu" and x.dtype not in _CPU_DTYPES[op]:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in _CPU_DTYPES[op])
+    if x.dtype not in _DTYPES[op][backend]:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in _DTYPES[op][backend])
         return f"it takes {', '.join(others)} or {last}, x is {x.dtype}"
     return ""
 

@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define AUTOHDR_ANYWHERE __host__ __device__
+#else
+#define AUTOHDR_ANYWHERE
+#endif
+
 namespace autohdr {
 
 constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in schema.py
@@ -19,8 +25,8 @@ struct Sequence {
 struct ScanShape {
   int64_t batch, seqlen, groups, channels, dstate;  // channels: of one group
   bool softplus, reverse;
-  int64_t dim() const { return groups * channels; }
-  int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
+  AUTOHDR_ANYWHERE int64_t dim() const { return groups * channels; }
+  AUTOHDR_ANYWHERE int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
 };
 
 struct ScanInputs {

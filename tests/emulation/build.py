@@ -82,3 +82,30 @@ def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> 
         run(["g++", "-fsanitize=address,alignment,bounds", *objects, *link, "-o", str(made)])
         made.replace(target)
     return target
+
+
+def library() -> Path:
+    """All CUDA kernels and their host files, registered for CPU tensors in place of the CPU kernels."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    sources = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*_cuda.cpp")])
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem{p}" for p in include_paths())]
+    link = ["-shared", "-Wl,--no-as-needed", *(f"-L{p}" for p in library_paths()), "-ltorch", "-ltorch_cpu"]
+    return build("autohdr_emulated", sources, flags, link)
+
+
+def environment(seed: int) -> dict[str, str]:
+    """Of a process that runs tests/kernels with library()."""
+
+    def find(name: str) -> str:
+        return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+    return os.environ | {
+        # The sanitizer looks for __cxa_throw when it starts, long before Python loads a library that has it.
+        "LD_PRELOAD": f"{find('libasan.so')} {find('libstdc++.so')}",
+        "ASAN_OPTIONS": SANITIZER,
+        "AUTOHDR_EMULATED_LIBRARY": str(library()),
+        "AUTOHDR_EMULATION_SEED": str(seed),
+        "AUTOHDR_TEST_BACKEND": "cuda",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -66,6 +66,11 @@ autohdr_switch_stack:
 .size autohdr_switch_stack, .-autohdr_switch_stack
 )");
 
+// How many kernels have run, for those who want to be sure.
+extern "C" {
+__attribute__((weak)) unsigned long autohdr_emulated_launches = 0;
+}
+
 namespace emulation {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
@@ -84,8 +89,8 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
-struct alignas(8) Slot {  // shuffles take at most 8 bytes
-  unsigned char bytes[8];
+struct alignas(8) Slot {  // shuffles take at most 8 bytes, a lane's share of a tensor core's operands is 24
+  unsigned char bytes[24];
 };
 
 // The shuffles of one mask: what the lanes bring to this one, and to the one before, which some may not have read yet.
@@ -172,7 +177,7 @@ inline const Slot* exchange(unsigned& mask, const void* value, size_t size) {
 // The value of lane `source`, the caller's own if not `inside` its segment, NaN from a lane that takes no part.
 template <class T>
 T shuffle(unsigned mask, T value, int source, bool inside) {
-  static_assert(sizeof(T) <= sizeof(Slot) && std::is_trivially_copyable_v<T>);
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   const Slot* slots = exchange(mask, &value, sizeof value);
   if (!inside) return value;
   if (mask >> source & 1)
@@ -243,6 +248,7 @@ inline void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
   check_limits(grid, size, shared_bytes);
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++autohdr_emulated_launches;
   Block& b = block;
   const char* seed = std::getenv("AUTOHDR_EMULATION_SEED");
   b.seed = seed ? std::strtoull(seed, nullptr, 10) : 0;

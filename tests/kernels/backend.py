@@ -1,7 +1,6 @@
 """Which backend these tests run: AUTOHDR_TEST_BACKEND, cpu (the default), cuda or triton.
 
-cuda and triton are for kernels that are still to be written. Without a GPU they will mean the emulation of CUDA (tests/emulation)
-and the interpreter of Triton, both slow and on CPU tensors.
+Without a GPU, cuda means the emulation of CUDA (tests/emulation) on CPU tensors; test_emulated_cuda.py starts it.
 """
 
 import os
@@ -11,6 +10,7 @@ import torch
 BACKEND = os.environ.get("AUTOHDR_TEST_BACKEND", "cpu")
 DEVICE = "cuda" if BACKEND != "cpu" and torch.cuda.is_available() else "cpu"
 PLACE = str(torch.empty(0, device=DEVICE).device)  # as error messages name it
+EMULATED = BACKEND == "cuda" and DEVICE == "cpu"
 SLOW = BACKEND != "cpu" and DEVICE == "cpu"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -1,9 +1,26 @@
 """Fixtures of the kernels' tests."""
 
+import ctypes
+import importlib
+import os
+
 import pytest
-from backend import BACKEND
+import torch
+from backend import BACKEND, EMULATED
 
 from autohdr import _C
+
+if EMULATED:
+    LIBRARY = os.environ["AUTOHDR_EMULATED_LIBRARY"]
+    torch.ops.load_library(LIBRARY)  # takes the place of the CPU kernels
+    backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
+    backends._DEVICES["cuda"] = "cpu"
+    backends._REASONS |= {(op, "cuda"): "" for op in backends.OPS if "cuda" in backends._DTYPES[op]}
+
+    @pytest.fixture(autouse=True, scope="session")
+    def kernels_have_run():
+        yield
+        assert ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches").value > 0
 
 
 @pytest.fixture(params=_C.build_info()["cpu_isas_here"] if BACKEND == "cpu" else [BACKEND])

@@ -1,0 +1,22 @@
+#include "selective_scan/selective_scan_fwd.cuh"
+
+#include "selective_scan/selective_scan_cuda.h"
+
+namespace autohdr {
+
+int64_t selective_scan_forward_cuda(const ScanForward& a, void* memory, cudaStream_t stream) {
+  int64_t floats = 0;
+  scan::with_config(a.shape.dstate, [&](auto config) {
+    using C = decltype(config);
+    const scan::Split p = scan::split_of<C>(a.shape, a.shape.channels, scan::multiprocessors());
+    floats = p.segments > 1 ? scan::carry_floats(a.shape, p) : 0;
+    if (!memory) return;
+    float* carries = static_cast<float*>(memory);
+    if (p.segments > 1) scan::find_carries<C, false>(a.shape, a.in, Sequence{}, p, a.in.initial_state, carries, stream);
+    launch(scan::scan_forward<C>, dim3(p.blocks(a.shape)), dim3(C::kThreads), scan::forward_shared<C>(), stream, a, p,
+           static_cast<const float*>(carries));
+  });
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace autohdr
