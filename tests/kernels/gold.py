@@ -4,10 +4,9 @@ import math
 
 import torch
 
-ROUNDING = {torch.float32: torch.finfo(torch.float32).eps, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
 # The largest error may be this many times the reference's (values, gradients), its RMS this many.
 LARGEST = (2.0, 3.0)
-RMS = {torch.float32: (2.0, 3.0), torch.bfloat16: (1.1, 1.1)}
+RMS = {torch.float32: (2.0, 3.0), torch.bfloat16: (1.1, 1.1), torch.float16: (1.1, 1.1)}
 
 
 def run(op, tensors, dy, **keywords):
@@ -26,8 +25,8 @@ def assert_as_good_as_reference(actual, reference, gold, dtype, pixels):
         kind = min(i, 1)
         a_error, r_error = (a.double() - g).abs(), (r.double() - g).abs()
         term = rounding * g.abs().max()
-        if a.dtype == torch.bfloat16:
-            term = term + ROUNDING[dtype] * g.abs().max()
+        if a.dtype != torch.float32:
+            term = term + torch.finfo(dtype).eps * g.abs().max()
         assert a_error.max() <= LARGEST[kind] * r_error.max() + term, (
             f"output {i}: largest error {a_error.max():.2e}, the reference's {r_error.max():.2e}, of {g.abs().max():.2e}"
         )

@@ -7,8 +7,8 @@ from image_op import ImageOpTests, cases
 
 from autohdr.kernels import gdfn
 
-CASES = cases(
-    [  # batch, channels, hidden channels, height, width, norm bias
+SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
+    "cpu": [
         (1, 48, 127, 12, 20, True),
         (2, 48, 127, 37, 29, False),
         (1, 96, 255, 9, 70, True),
@@ -19,8 +19,25 @@ CASES = cases(
         (1, 7, 33, 63, 2, True),
         (1, 192, 510, 6, 6, True),
     ],
-    ("B", "C", "hidden", "H", "W"),
-)
+    "slow": [
+        (1, 48, 127, 11, 9, True),
+        (2, 27, 37, 5, 7, True),
+        (1, 32, 85, 1, 1, True),
+        (1, 30, 21, 1, 250, False),
+        (1, 23, 33, 63, 2, True),
+    ],
+    "gpu": [
+        (1, 48, 127, 150, 201, True),
+        (2, 96, 255, 64, 64, False),
+        (1, 192, 510, 40, 70, True),
+        (1, 384, 1021, 29, 31, True),
+        (2, 27, 37, 5, 7, True),
+        (1, 32, 85, 1, 1, True),
+        (1, 30, 21, 1, 1250, False),
+        (1, 23, 33, 630, 2, True),
+    ],
+}
+CASES = cases(SHAPES["slow" if SLOW else "cpu" if BACKEND == "cpu" else "gpu"], ("B", "C", "hidden", "H", "W"))
 
 
 class TestGdfn(ImageOpTests):

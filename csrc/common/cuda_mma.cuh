@@ -1,0 +1,145 @@
+// Tensor-core products of tiles in shared memory, warp by warp, with CPU bodies where tests/emulation runs the kernels.
+//
+// A step of a product takes 32 bytes along k: 16 elements of bfloat16 or float16, or 8 of float32. Matrices of 8 rows of 16 bytes
+// lie in the registers of a warp alike for all three types, so the types differ only in mma(). float32 is split into two numbers
+// of the tensor cores' 11 bits each: three products reach float32's precision but for two bits, at more than twice the speed of
+// the other units.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/cuda_launch.cuh"
+
+namespace autohdr {
+
+template <class T>
+constexpr int kStep = 32 / static_cast<int>(sizeof(T));  // elements along k of one step
+
+// Four 8 × 16-byte matrices; lane 8·i + r gives the address of row r of matrix i, and gets bytes 4·(lane % 4) of row lane / 4 of
+// each.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+#ifdef AUTOHDR_EMULATION
+  for (int i = 0; i < 4; ++i) {
+    const char* from = static_cast<const char*>(__shfl_sync(~0u, row, i * 8 + threadIdx.x % 32 / 4));
+    out[i] = *reinterpret_cast<const uint32_t*>(from + threadIdx.x % 4 * 4);
+  }
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+#endif
+}
+
+// The same for matrices of 2-byte elements, transposed: the lane gets rows 2·(lane % 4) and the next of column lane / 4.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+#ifdef AUTOHDR_EMULATION
+  for (int i = 0; i < 4; ++i) {
+    const int first = i * 8 + threadIdx.x % 4 * 2;
+    const uint16_t* low = static_cast<const uint16_t*>(__shfl_sync(~0u, row, first));
+    const uint16_t* high = static_cast<const uint16_t*>(__shfl_sync(~0u, row, first + 1));
+    out[i] = low[threadIdx.x % 32 / 4] | static_cast<uint32_t>(high[threadIdx.x % 32 / 4]) << 16;
+  }
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+#endif
+}
+
+// x to the nearest number of 11 bits.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+#ifdef AUTOHDR_EMULATION
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#endif
+}
+
+#ifdef AUTOHDR_EMULATION
+// d += A·B, where dot(a, b) multiplies the elements that two registers hold.
+template <class Dot>
+void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Dot& dot) {
+  struct {
+    uint32_t a[4], b[2];
+  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, left, right;
+  unsigned mask = ~0u;
+  const emulation::Slot* slots = emulation::exchange(mask, &mine, sizeof mine);
+  const int lane = threadIdx.x % 32;
+  for (int j = 0; j < 2; ++j)
+    for (int k = 0; k < 4; ++k) {
+      memcpy(&left, slots + (lane & ~3) + k, sizeof left);
+      memcpy(&right, slots + (lane % 4 * 2 + j) * 4 + k, sizeof right);
+      for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < 2; ++part) d[half * 2 + j] += dot(left.a[part * 2 + half], right.b[part]);
+    }
+}
+#define AUTOHDR_MMA(instruction, ...) emulate_mma(d, a, b, __VA_ARGS__)
+#else
+#define AUTOHDR_MMA(instruction, ...)                                                                                    \
+  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#endif
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", [](uint32_t x, uint32_t y) {
+    return __uint_as_float(x << 16) * __uint_as_float(y << 16) + __uint_as_float(x & ~0xffffu) * __uint_as_float(y & ~0xffffu);
+  });
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", [](uint32_t x, uint32_t y) {
+    __half2 u, v;
+    memcpy(&u, &x, sizeof u), memcpy(&v, &y, sizeof v);
+    return __low2float(u) * __low2float(v) + __high2float(u) * __high2float(v);
+  });
+}
+
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+              [](uint32_t x, uint32_t y) { return __uint_as_float(x) * __uint_as_float(y); });
+}
+#undef AUTOHDR_MMA
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    a_high[i] = to_tf32(__uint_as_float(a[i])), a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    b_high[i] = to_tf32(__uint_as_float(b[i])), b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
+  mma_tf32(d, a_low, b_high);
+  mma_tf32(d, a_high, b_low);
+  mma_tf32(d, a_high, b_high);
+}
+
+// 16 rows × one step of a tile whose rows run along k, `stride` bytes apart; as the left operand of mma(). As right operands it
+// is two of 8 rows: registers 0 and 2, and 1 and 3.
+__device__ __forceinline__ void load_rows(uint32_t (&out)[4], const unsigned char* tile, int stride) {
+  const int lane = threadIdx.x % 32;
+  load_matrices(out, tile + lane % 16 * stride + lane / 16 * 16);
+}
+
+// The same of a tile whose rows are k and run along the 16 rows wanted.
+template <class T>
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4], const unsigned char* tile, int stride) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    load_matrices_transposed(out, tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out[i] = *reinterpret_cast<const uint32_t*>(tile + (lane % 4 + i / 2 * 4) * stride + (lane / 4 + i % 2 * 8) * 4);
+  }
+}
+
+}  // namespace autohdr
