@@ -20,7 +20,6 @@
 #endif
 typedef std::make_integer_sequence<int, W> Lanes;
 
-// 2^v, at most one unit in the last place from the true value.
 AUTOHDR_INLINE vf exp2_polynomial(vf f) {  // on [-1/2, 1/2], by least largest relative error; exactly 1 at 0
   vf p = splat(0.00015353362f);
   p = p * f + 0.0013398875f;
@@ -39,14 +38,23 @@ AUTOHDR_INLINE vf round_to_integer(vf v) {  // |v| < 2^22
   const vf magic = splat(12582912.0f);      // 1.5·2^23
   return (v + magic) - magic;
 }
-AUTOHDR_INLINE vf exp2(vf v) {
+// v[j] = 2^v[j], at most one unit in the last place from the true value. Several at a time: one alone is a long chain.
+template <int Count>
+AUTOHDR_INLINE void exp2(vf* v) {
 #if AUTOHDR_WIDTH == 16
-  const vf f = (vf)_mm512_reduce_ps((__m512)v, 8);  // v minus the nearest integer, 0 for infinities
-  return (vf)_mm512_scalef_ps((__m512)exp2_polynomial(f), (__m512)(v - f));
+  // On [0, 1], exactly 1 and 2 at its ends: scalef takes v's floor itself, which the nearest integer would cost an instruction.
+  constexpr float kCoefficients[] = {0.0012440879f, 0.009678064f, 0.055484142f, 0.24022956f, 0.693147f, 1.0f};
+  vf f[Count], p[Count];
+  AUTOHDR_UNROLL for (int j = 0; j < Count; ++j) f[j] = (vf)_mm512_reduce_ps((__m512)v[j], 9);  // minus its floor, 0 for infinities
+  AUTOHDR_UNROLL for (int j = 0; j < Count; ++j) p[j] = splat(0.00021715024f);
+  AUTOHDR_UNROLL for (int i = 0; i < 6; ++i)
+    AUTOHDR_UNROLL for (int j = 0; j < Count; ++j) p[j] = p[j] * f[j] + kCoefficients[i];
+  AUTOHDR_UNROLL for (int j = 0; j < Count; ++j) v[j] = (vf)_mm512_scalef_ps((__m512)p[j], (__m512)v[j]);
 #else
-  v = clamp(v, -152.0f, 129.0f);
-  const vf n = round_to_integer(v);
-  return scale_by_power(exp2_polynomial(v - n), n);
+  AUTOHDR_UNROLL for (int j = 0; j < Count; ++j) {
+    const vf x = clamp(v[j], -152.0f, 129.0f), n = round_to_integer(x);
+    v[j] = scale_by_power(exp2_polynomial(x - n), n);
+  }
 #endif
 }
 
@@ -77,7 +85,10 @@ AUTOHDR_INLINE vf reciprocal(vf v) {
 #endif
 }
 AUTOHDR_INLINE vf sigmoid(vf v) { return reciprocal(1.0f + exp(-v)); }  // below -88, where it is 6e-39, it stays so
-AUTOHDR_INLINE vf softplus(vf v) {  // log(1 + exp(v)); the identity above 20, as in PyTorch
+struct Softplus {
+  vf value, slope;
+};
+AUTOHDR_INLINE Softplus softplus(vf v) {  // log(1 + exp(v)), the identity above 20, as in PyTorch; and its derivative, sigmoid(v)
   const vf positive = v > 0.0f ? v : vf{};
   const vf e = exp(v > 0.0f ? -v : v);
   // log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3; artanh(s) / s by least largest error.
@@ -87,7 +98,7 @@ AUTOHDR_INLINE vf softplus(vf v) {  // log(1 + exp(v)); the identity above 20, a
   p = p * s2 + 0.200107634f;
   p = p * s2 + 0.333332092f;
   p = p * s2 + 1.0f;
-  return v > 20.0f ? v : positive + 2.0f * s * p;
+  return {v > 20.0f ? v : positive + 2.0f * s * p, (v > 0.0f ? splat(1.0f) : e) * reciprocal(1.0f + e)};
 }
 
 // Storage of a half-precision number. In this namespace, so that the templates of cpu_tile.h find its load and store.
@@ -122,31 +133,39 @@ AUTOHDR_INLINE void store(f16* p, vf v) {  // round to nearest even
 #endif
 }
 
-// One step of a transposition: exchanges the blocks of S rows and S lanes that lie across the diagonal.
-template <int S, int... I>
-AUTOHDR_INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
-#define FROM_FIRST(i) ((i) & S ? W + (i) - S : (i))
-#define FROM_SECOND(i) ((i) & S ? W + (i) : (i) + S)
-  const vf first = AUTOHDR_SHUFFLE(a, b, FROM_FIRST);
-  b = AUTOHDR_SHUFFLE(a, b, FROM_SECOND);
-  a = first;
-#undef FROM_FIRST
-#undef FROM_SECOND
-}
-template <int S>
-AUTOHDR_INLINE void exchange_all(vf* rows) {
-  AUTOHDR_UNROLL for (int i = 0; i < W; ++i)
-    if (!(i & S)) exchange<S>(rows[i], rows[i + S], Lanes{});
-}
-AUTOHDR_INLINE void transpose(vf* rows) {  // W rows of W
+// W / 4 times four floats, `stride` apart, one group behind the other.
+AUTOHDR_INLINE vf load_fours(const float* p, int64_t stride) {
 #if AUTOHDR_WIDTH == 16
-  exchange_all<8>(rows);
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * stride), 2);
+  return (vf)_mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * stride), 3);
+#elif AUTOHDR_WIDTH == 8
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+#else
+  return load(p);
 #endif
-#if AUTOHDR_WIDTH >= 8
-  exchange_all<4>(rows);
-#endif
-  exchange_all<2>(rows);
-  exchange_all<1>(rows);
+}
+// Columns of the W × W block whose rows begin at p, `stride` apart. Its 4 × 4 blocks are put in place by the loads, so that half of
+// a transposition's shuffles are not needed.
+template <int... I>
+AUTOHDR_INLINE void load_transposed(const float* p, int64_t stride, vf* columns, std::integer_sequence<int, I...>) {
+#define LOW(i) ((i) / 4 * 4 + (i) % 4 / 2 + (i) % 2 * W)  // a0 b0 a1 b1 of each four
+#define HIGH(i) (LOW(i) + 2)                              // a2 b2 a3 b3
+#define FIRST(i) ((i) + ((i) & 2 ? W - 2 : 0))            // a0 a1 b0 b1
+#define SECOND(i) (FIRST(i) + 2)                          // a2 a3 b2 b3
+  AUTOHDR_UNROLL for (int i = 0; i < W; i += 4) {
+    vf rows[4];
+    AUTOHDR_UNROLL for (int j = 0; j < 4; ++j) rows[j] = load_fours(p + j * stride + i, 4 * stride);
+    const vf a = AUTOHDR_SHUFFLE(rows[0], rows[1], LOW), b = AUTOHDR_SHUFFLE(rows[2], rows[3], LOW);
+    const vf c = AUTOHDR_SHUFFLE(rows[0], rows[1], HIGH), d = AUTOHDR_SHUFFLE(rows[2], rows[3], HIGH);
+    columns[i] = AUTOHDR_SHUFFLE(a, b, FIRST), columns[i + 1] = AUTOHDR_SHUFFLE(a, b, SECOND);
+    columns[i + 2] = AUTOHDR_SHUFFLE(c, d, FIRST), columns[i + 3] = AUTOHDR_SHUFFLE(c, d, SECOND);
+  }
+#undef LOW
+#undef HIGH
+#undef FIRST
+#undef SECOND
 }
 
 // Vectors whose segments of 2S lanes are to be summed, made into one with twice as many segments of S lanes, a's first.
@@ -202,14 +221,15 @@ static void load_tile(const Sequence& s, int64_t offset, int64_t lanes, int64_t 
       for (int64_t t = 0; t < tokens; ++t) store(tile + t * W, load_part(from + t * s.token, lanes));
     } else {
       for (int64_t t = 0; t < tokens; t += W) {
-        vf rows[W];
-        if (lanes == W && t + W <= tokens) {
-          AUTOHDR_UNROLL for (int c = 0; c < W; ++c) rows[c] = load(from + c * s.channel + t);
+        vf columns[W];
+        if (std::is_same_v<decltype(from), const float*> && lanes == W && t + W <= tokens) {
+          load_transposed(reinterpret_cast<const float*>(from) + t, s.channel, columns, Lanes{});
         } else {
-          for (int c = 0; c < W; ++c) rows[c] = c < lanes ? load_at(from + c * s.channel, t, tokens) : vf{};
+          float block[W * W];
+          for (int c = 0; c < W; ++c) store(block + c * W, c < lanes ? load_at(from + c * s.channel, t, tokens) : vf{});
+          load_transposed(block, W, columns, Lanes{});
         }
-        transpose(rows);
-        AUTOHDR_UNROLL for (int c = 0; c < W; ++c) store(tile + (t + c) * W, rows[c]);
+        AUTOHDR_UNROLL for (int c = 0; c < W; ++c) store(tile + (t + c) * W, columns[c]);
       }
     }
   });
@@ -224,8 +244,7 @@ static void store_tile(const Sequence& s, int64_t offset, int64_t lanes, int64_t
     } else {
       for (int64_t t = 0; t < tokens; t += W) {
         vf rows[W];
-        AUTOHDR_UNROLL for (int c = 0; c < W; ++c) rows[c] = load(tile + (t + c) * W);
-        transpose(rows);
+        load_transposed(tile + t * W, W, rows, Lanes{});
         if (lanes == W && t + W <= tokens) {
           AUTOHDR_UNROLL for (int c = 0; c < W; ++c) store(to + c * s.channel + t, rows[c]);
         } else {
@@ -351,6 +370,36 @@ struct Block {
   }
 };
 
+// Fetches what the next block will read and write while this one computes: rows that lie pages apart come too late otherwise.
+class Ahead {
+ public:
+  // The next block is the one after the i-th, behind a segment's last its first one; the caller says of which chunk.
+  Ahead(const ScanShape& s, const Segment& g, int64_t i, int64_t its_chunk)
+      : block(s, g, i + 1 < g.last ? i + 1 : g.first), chunk(s, its_chunk) {}
+
+  void add(const Sequence& s) {
+    if (!s.data) return;
+    const int64_t size = s.dtype == Dtype::f32 ? 4 : 2;
+    const char* first = static_cast<const char*>(s.data) + block.offset(s, chunk) * size;
+    if (s.channel == 1)
+      for (int64_t t = 0; t < chunk.tokens; ++t) lines[count++] = first + t * s.token * size;
+    else
+      for (int64_t byte = 0; byte < chunk.tokens * size; byte += kLine)
+        for (int64_t c = 0; c < block.lanes; ++c) lines[count++] = first + c * s.channel * size + byte;
+  }
+  void spread(int64_t steps) { rate = ceil_div(count, steps); }
+  void step() {  // called `steps` times
+    for (const int64_t end = std::min(done + rate, count); done < end; ++done) __builtin_prefetch(lines[done], 0);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kMost = 7;  // bytes; tensors
+  Block block;
+  Chunk chunk;
+  int64_t count = 0, done = 0, rate = 0;
+  const char* lines[kMost * kChunk];
+};
+
 AUTOHDR_INLINE vf load_parameter(const float* p, const Block& b) { return p ? load_part(p + b.row, b.lanes) : vf{}; }
 
 // [state][lane] from [channel][dstate], times a factor, and back.
@@ -363,8 +412,8 @@ static void store_states(const float* from, int64_t lanes, int64_t dstate, float
     for (int64_t c = 0; c < lanes; ++c) to[c * dstate + n] = from[n * W + c];
 }
 
-// Δ before softplus, in `raw`, and after, in `delta`, which may be the same memory.
-static void load_delta(const ScanShape& s, const ScanInputs& in, const Block& b, const Chunk& c, float* raw, float* delta) {
+// Δ, and unless `slope` is null its derivative by what softplus is applied to, where it is applied.
+static void load_delta(const ScanShape& s, const ScanInputs& in, const Block& b, const Chunk& c, float* delta, float* slope) {
   const vf bias = load_parameter(in.delta_bias, b);
   if (in.delta_weight) {
     const vf weight = load_parameter(in.delta_weight, b);
@@ -374,24 +423,27 @@ static void load_delta(const ScanShape& s, const ScanInputs& in, const Block& b,
         load_rows(from, 0, 1, c.tokens, row, 0);
       else
         for (int64_t t = 0; t < c.tokens; ++t) row[t] = load_part(from + t * in.delta.token, 1)[0];
-      for (int64_t t = 0; t < c.tokens; ++t) store(raw + t * W, weight * row[t] + bias);
+      for (int64_t t = 0; t < c.tokens; ++t) store(delta + t * W, weight * row[t] + bias);
     });
   } else {
-    load_tile(in.delta, b.offset(in.delta, c), b.lanes, c.tokens, raw);
-    if (in.delta_bias)
-      for (int64_t t = 0; t < c.tokens; ++t) store(raw + t * W, load(raw + t * W) + bias);
+    load_tile(in.delta, b.offset(in.delta, c), b.lanes, c.tokens, delta);
+    if (in.delta_bias && !s.softplus)
+      for (int64_t t = 0; t < c.tokens; ++t) store(delta + t * W, load(delta + t * W) + bias);
   }
-  if (s.softplus)
-    for (int64_t t = 0; t < c.tokens; ++t) store(delta + t * W, softplus(load(raw + t * W)));
-  else if (delta != raw)
-    __builtin_memcpy(delta, raw, c.tokens * W * sizeof(float));
+  if (!s.softplus) return;
+  const vf rest = in.delta_weight ? vf{} : bias;
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const Softplus d = softplus(load(delta + t * W) + rest);
+    store(delta + t * W, d.value);
+    if (slope) store(slope + t * W, d.slope);
+  }
 }
 
 // Up to four states of a block through a chunk: y += C h. With Keep, each token's gate goes to gates[i][NS][lane] and its state to
 // kept[i + 1][NS][lane], i in the scan's order; kept[0] is the state before.
 template <int NS, bool Keep, bool Output>
 static void scan_states(const Chunk& c, const float* delta, const float* du, const float* A2, const Projection& B,
-                        const Projection& C, float* state, float* y, float* gates, float* kept) {
+                        const Projection& C, float* state, float* y, float* gates, float* kept, Ahead& ahead) {
   vf h[NS], a2[NS];
   AUTOHDR_UNROLL for (int j = 0; j < NS; ++j) {
     h[j] = load(state + j * W), a2[j] = load(A2 + j * W);
@@ -401,13 +453,18 @@ static void scan_states(const Chunk& c, const float* delta, const float* du, con
   for (int64_t i = 0; i < c.tokens; ++i, t += c.step) {
     const vf d = load(delta + t * W), x = load(du + t * W);
     vf sum = Output ? load(y + t * W) : vf{};
+    ahead.step();
+    vf gate[NS];
+    AUTOHDR_UNROLL for (int j = 0; j < NS; ++j) gate[j] = d * a2[j];
+    exp2<NS>(gate);
     AUTOHDR_UNROLL for (int j = 0; j < NS; ++j) {
-      const vf gate = exp2(d * a2[j]);
-      h[j] = gate * h[j] + x * B.data[t * B.token + j * B.state];
+      h[j] = gate[j] * h[j] + x * B.data[t * B.token + j * B.state];
       if (Output) sum += h[j] * C.data[t * C.token + j * C.state];
-      if (Keep) {
-        store(gates + (i * NS + j) * W, gate);
+      if (Keep) {  // to memory that the last pass has driven from the L1 cache
+        store(gates + (i * NS + j) * W, gate[j]);
         store(kept + ((i + 1) * NS + j) * W, h[j]);
+        __builtin_prefetch(gates + ((i + 4) * NS + j) * W, 1);
+        __builtin_prefetch(kept + ((i + 5) * NS + j) * W, 1);
       }
     }
     if (Output) store(y + t * W, sum);
@@ -464,16 +521,20 @@ static void selective_scan_forward(const ScanForward& a) {
         float *h = state + (i - g.first) * N * W, *a2 = A2 + (i - g.first) * N * W;
         for (int64_t n = 0; n < N; ++n)
           store_at(a.states + ((b.batch * s.chunks() + k) * N + n) * s.dim() + b.row, 0, b.lanes, load(h + n * W));
-        load_delta(s, in, b, c, delta, delta);
+        load_delta(s, in, b, c, delta, nullptr);
         load_tile(in.u, b.offset(in.u, c), b.lanes, c.tokens, u);
         const vf D = load_parameter(in.D, b);
         for (int64_t t = 0; t < c.tokens; ++t) {
           store(du + t * W, load(delta + t * W) * load(u + t * W));
           store(y + t * W, D * load(u + t * W));
         }
+        Ahead ahead(s, g, i, std::min(i + 1 < g.last ? k : k + 1, s.chunks() - 1));
+        for (const Sequence* q : {&in.u, &in.z, &a.out}) ahead.add(*q);
+        if (!in.delta_weight) ahead.add(in.delta);
+        ahead.spread(ceil_div(N, 4) * c.tokens);
         by_fours(N, [&](int64_t n, auto count) {
           scan_states<count(), false, true>(c, delta, du, a2 + n * W, from_state(B, n), from_state(C, n), h + n * W, y, nullptr,
-                                            nullptr);
+                                            nullptr, ahead);
         });
         if (in.z.data) {
           float* z = du;
@@ -499,12 +560,13 @@ static void selective_scan_forward(const ScanForward& a) {
 template <int NS>
 static void scan_states_back(const Chunk& c, const float* delta, const float* du, const float* dy, const float* A2,
                              const Projection& B, const Projection& C, const float* gates, const float* kept, float* d_state,
-                             float* dA, float* d_input, float* d_decay, float* sums) {
+                             float* dA, float* d_input, float* d_decay, float* sums, Ahead& ahead) {
   vf carry[NS], a2[NS], da[NS];
   AUTOHDR_UNROLL for (int j = 0; j < NS; ++j) carry[j] = load(d_state + j * W), a2[j] = load(A2 + j * W), da[j] = vf{};
   int64_t t = c.start + (c.tokens - 1) * c.step;
   for (int64_t i = c.tokens - 1; i >= 0; --i, t -= c.step) {
     const vf d = load(delta + t * W), x = load(du + t * W), g = load(dy + t * W);
+    ahead.step();
     vf input = load(d_input + t * W), decay = load(d_decay + t * W), products[8];
     AUTOHDR_UNROLL for (int j = 0; j < 4; ++j) {
       if (j >= NS) {
@@ -553,7 +615,7 @@ static void selective_scan_backward(const ScanBackward& a) {
   float** part_of = scratch.take<float*>(segments);
   for (int64_t i = 0, next = 0; i < segments; ++i) part_of[i] = plan.segments[i].whole ? nullptr : parts + shared_size * next++;
 
-  enum { kRaw, kDelta, kU, kDu, kOut, kZ, kY, kDy, kInput, kDecay, kRank, kTiles };
+  enum { kSlope, kDelta, kU, kDu, kZ, kY, kDy, kInput, kDecay, kRank, kTiles };
   const int64_t worker_size =
       kTiles * kTile + 2 * kChunk * N + sums_floats + (8 * kChunk + 4) * W + blocks * (3 * N + kBlockSums) * W + N * W;
   float* memory = scratch.take<float>(plan.workers * worker_size);
@@ -562,8 +624,8 @@ static void selective_scan_backward(const ScanBackward& a) {
     const Segment& g = plan.segments[index];
     float* tiles = memory + worker * worker_size;
     const auto tile = [&](int i) { return tiles + i * kTile; };
-    float *raw = tile(kRaw), *delta = tile(kDelta), *u = tile(kU), *du = tile(kDu), *d_out = tile(kOut), *z = tile(kZ);
-    float *y = tile(kY), *dy = in.z.data ? tile(kDy) : d_out, *d_input = tile(kInput), *d_decay = tile(kDecay), *rank = tile(kRank);
+    float *slope = tile(kSlope), *delta = tile(kDelta), *u = tile(kU), *du = tile(kDu), *z = tile(kZ), *y = tile(kY);
+    float *dy = tile(kDy), *d_input = tile(kInput), *d_decay = tile(kDecay), *rank = tile(kRank);
     float *b_memory = tiles + kTiles * kTile, *c_memory = b_memory + kChunk * N;
     float *sums = c_memory + kChunk * N, *gates = sums + sums_floats, *kept = gates + 4 * kTile;
     float* h = kept + (4 * kChunk + 4) * W;                     // [state][lane]
@@ -591,9 +653,9 @@ static void selective_scan_backward(const ScanBackward& a) {
         const vf D = load_parameter(in.D, b);
         for (int64_t n = 0; n < N; ++n)
           store(h + n * W, load_at(a.states + ((b.batch * s.chunks() + k) * N + n) * dim + b.row, 0, b.lanes));
-        load_delta(s, in, b, c, raw, delta);
+        load_delta(s, in, b, c, delta, slope);
         load_tile(in.u, b.offset(in.u, c), b.lanes, c.tokens, u);
-        load_tile(a.d_out, b.offset(a.d_out, c), b.lanes, c.tokens, d_out);
+        load_tile(a.d_out, b.offset(a.d_out, c), b.lanes, c.tokens, dy);
         if (in.z.data) load_tile(in.z, b.offset(in.z, c), b.lanes, c.tokens, z);
         for (int64_t t = 0; t < c.tokens * W; t += W) {
           store(du + t, load(delta + t) * load(u + t));
@@ -601,31 +663,36 @@ static void selective_scan_backward(const ScanBackward& a) {
           store(d_decay + t, vf{});
           if (!in.z.data) continue;
           store(y + t, D * load(u + t));
-          store(dy + t, load(d_out + t) * (load(z + t) * sigmoid(load(z + t))));
+          // From d_out to the gradients behind the gate silu(z): of y, and of z but for its factor y.
+          const vf zt = load(z + t), gate = sigmoid(zt), silu = zt * gate, d_out = load(dy + t);
+          store(dy + t, d_out * silu);
+          store(z + t, d_out * (gate + silu * (1.0f - gate)));
         }
+        Ahead ahead(s, g, i, std::max<int64_t>(i + 1 < g.last ? k : k - 1, 0));
+        for (const Sequence* q : {&in.u, &in.z, &a.d_out, &a.du, &a.dz}) ahead.add(*q);
+        if (!in.delta_weight) ahead.add(in.delta), ahead.add(a.d_delta);
+        ahead.spread(2 * ceil_div(N, 4) * c.tokens);
         by_fours(N, [&](int64_t n, auto count) {
           const Projection Bn = from_state(B, n), Cn = from_state(C, n);
           if (in.z.data)
-            scan_states<count(), true, true>(c, delta, du, a2 + n * W, Bn, Cn, h + n * W, y, gates, kept);
+            scan_states<count(), true, true>(c, delta, du, a2 + n * W, Bn, Cn, h + n * W, y, gates, kept, ahead);
           else
-            scan_states<count(), true, false>(c, delta, du, a2 + n * W, Bn, Cn, h + n * W, nullptr, gates, kept);
+            scan_states<count(), true, false>(c, delta, du, a2 + n * W, Bn, Cn, h + n * W, nullptr, gates, kept, ahead);
           scan_states_back<count()>(c, delta, du, dy, a2 + n * W, Bn, Cn, gates, kept, d_state + ((i - g.first) * N + n) * W,
-                                    totals + n * W, d_input, d_decay, sums + n / 4 * kChunk * 8);
+                                    totals + n * W, d_input, d_decay, sums + n / 4 * kChunk * 8, ahead);
         });
         // From the gradients of y, Δ u and the gates to those of the tensors.
         const vf weight = load_parameter(in.delta_weight, b);
         vf sum_D = {}, sum_bias = {}, sum_weight = {};
         for (int64_t t = 0; t < c.tokens * W; t += W) {
-          const vf ut = load(u + t), dt = load(d_input + t), gt = load(dy + t), before_softplus = load(raw + t);
+          const vf ut = load(u + t), dt = load(d_input + t), gt = load(dy + t);
           vf dd = dt * ut + load(d_decay + t) * kLn2;
-          if (s.softplus) dd = before_softplus > 20.0f ? dd : dd * sigmoid(before_softplus);
+          if (s.softplus) dd *= load(slope + t);
           store(d_input + t, dt * load(delta + t) + D * gt);
           store(d_decay + t, dd);
           sum_D += gt * ut;
           sum_bias += dd;
-          if (!in.z.data) continue;
-          const vf zt = load(z + t), gate = sigmoid(zt);
-          store(z + t, load(d_out + t) * load(y + t) * (gate * (1.0f + zt * (1.0f - gate))));
+          if (in.z.data) store(z + t, load(z + t) * load(y + t));
         }
         if (in.delta_weight) {
           for (int64_t t = 0; t < c.tokens * W; t += W) store(rank + t, load(rank + t) + load(d_decay + t) * weight);
