@@ -5,7 +5,7 @@
 
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.gdfn import gdfn
-from autohdr.kernels.mdta import mdta
+from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
-__all__ = ["OPS", "backends", "gdfn", "mdta", "selective_scan", "set_backend"]
+__all__ = ["OPS", "backends", "gdfn", "mdta", "mdta_apply", "mdta_statistics", "selective_scan", "set_backend"]

@@ -20,14 +20,24 @@ struct MdtaWeights {
 };
 
 template <class T>
-struct MdtaForward {
+struct MdtaStatistics {
   MdtaShape shape;
   MdtaWeights weights;
-  const T* x;      // [B, H, W, C]
-  T* y;            // [B, H, W, C]
-  float* gram;     // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
-  float* q_norm;   // [B, C], root of the sum of squares over the pixels
-  float* k_norm;   // [B, C]
+  const T* x;          // [B, H, W, C]
+  int64_t first, end;  // rows that are summed; the others are neighbours of the first and the last
+  double* gram;        // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
+  double* q_square;    // [B, C], sum of squares over the pixels
+  double* k_square;    // [B, C]
+};
+
+template <class T>
+struct MdtaApply {
+  MdtaShape shape;
+  MdtaWeights weights;
+  const T* x;          // [B, H, W, C]
+  const float* gram;   // [B, heads, C/heads, C/heads]
+  const float *q_norm, *k_norm;  // [B, C], roots of the squares
+  T* y;                // [B, H, W, C]
 };
 
 template <class T>

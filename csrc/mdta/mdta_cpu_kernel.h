@@ -1,9 +1,9 @@
 // mdta on a CPU, compiled once per instruction set (no include guard; see common/cpu_each_isa.h).
 //
-// Forward: pass 1 walks every tile once and sums the Gram matrix and the norms of q and k, leaving v in y; pass 2 applies
-// project_out · attention, folded into one matrix an image, to v in place. Backward: one pass for the gradient of that
-// matrix (it needs v), some small matrices, and one pass that recomputes q and k for everything else. A worker owns a tile at
-// a time; sums are per worker and added in order, so that a result depends on the number of threads but not on their timing.
+// Forward: pass 1 (statistics) sums the Gram matrix and the squares of q and k; pass 2 (apply) makes v and applies
+// project_out · attention to it, folded into one matrix an image. Backward: one pass for the gradient of that matrix (it needs
+// v), some small matrices, and one pass that recomputes q and k for everything else. A worker owns a tile at a time; sums are
+// per worker and added in order, so that a result depends on the number of threads but not on their timing.
 
 // The small matrices of one image, in double: they are few, and the gradient takes differences of nearly equal ones.
 struct Attention {
@@ -57,54 +57,38 @@ static HeadWeights head_weights(const MdtaWeights& w, float eps) {
 
 static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s.width, s.channels}; }
 
-// y [pixels][channels] from the padded panels [panel][pixel][width] of v.
+// Gram matrix and squares, over the rows [first, end) of every image.
 template <class T>
-static void unpad(const Groups& heads, const float* panels, int64_t panel_stride, int64_t pixels, T* y) {
-  const int64_t channels = heads.count * heads.size, width = heads.width();
-  for (int64_t h = 0; h < heads.count; ++h)
-    for (int64_t i = 0; i < heads.size; i += W) {
-      const int64_t panel = h * heads.panels_each + i / width, lanes = heads.size - i;
-      const float* from = panels + panel * panel_stride + i % width;
-      T* to = y + h * heads.size + i;
-      if (lanes >= W)
-        for (int64_t p = 0; p < pixels; ++p) store(to + p * channels, load(from + p * width));
-      else
-        for (int64_t p = 0; p < pixels; ++p) store_part(to + p * channels, load(from + p * width), lanes);
-    }
-}
-
-template <class T>
-static void mdta_forward(const MdtaForward<T>& a) {
+static void mdta_statistics(const MdtaStatistics<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
   const int64_t size = s.head_size();
-  const Groups groups(3 * s.heads, size), heads(s.heads, size);
-  const int64_t part = heads.panels(), width = groups.width(), padded = heads.padded();
+  const Groups groups(2 * s.heads, size), heads(s.heads, size);
+  const int64_t part = heads.panels(), each = heads.panels_each, width = groups.width(), padded = heads.padded();
   const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(a.weights, s.eps));
 
   // Image by image: the sums of many images at once would take more memory than they are worth.
-  const Tiling tiling(1, s.height, s.width, groups.channels() * sizeof(float));
+  const Tiling tiling(1, a.end - a.first, s.width, groups.channels() * sizeof(float));
   const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
   const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
-  const int64_t panel = steps * most * width;  // between panels of q, k, v
+  const int64_t panel = steps * most * width;  // between panels of q, k
   const int64_t gram_size = s.heads * padded * padded, sums_size = gram_size + 2 * heads.channels();
   const int64_t worker_size = hidden_size + groups.panels() * panel + sums_size;
   float* memory = scratch.take<float>(tiling.workers * worker_size);
   double* sums = scratch.take<double>(tiling.workers * sums_size);  // Gram matrix, squares of q, squares of k
-
-  const auto sum_up = [&](const T* x, T* y) {  // of one image; v goes to y
+  for (int64_t b = 0; b < s.batch; ++b) {
     std::fill_n(sums, tiling.workers * sums_size, 0.0);
     tiling.for_each([&](int64_t worker, const Tile& t) {
       float* mine = memory + worker * worker_size;
       HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
-      float* qkv = mine + hidden_size;                   // [panel][pixel of the step][width]
-      float* gram = qkv + groups.panels() * panel;       // the step's share of the sums
+      float* qk = mine + hidden_size;                   // [panel][pixel of the step][width]
+      float* gram = qk + groups.panels() * panel;       // the step's share of the sums
       float* squares = gram + gram_size;
-      const int64_t columns = t.x1 - t.x0;
-      hidden.begin(x, t.y0 - 1, t.x0 - 1, columns + 2);
-      for (int64_t row = t.y0; row < t.y1; row += steps) {
-        const int64_t end = std::min(row + steps, t.y1), pixels = (end - row) * columns;
+      const int64_t columns = t.x1 - t.x0, last = a.first + t.y1;
+      hidden.begin(a.x + b * s.height * s.width * s.channels, a.first + t.y0 - 1, t.x0 - 1, columns + 2);
+      for (int64_t row = a.first + t.y0; row < last; row += steps) {
+        const int64_t end = std::min(row + steps, last), pixels = (end - row) * columns;
         hidden.advance(end);
         std::fill_n(gram, sums_size, 0.0f);
         for (int64_t p = 0; p < groups.panels(); ++p)
@@ -112,57 +96,78 @@ static void mdta_forward(const MdtaForward<T>& a) {
             for (int64_t r = row; r < end; ++r) {
               const float* rows[3];
               hidden.ring.window(r, p, c, rows);
-              float* out = qkv + p * panel + ((r - row) * columns + c) * width;
-              const int64_t count = std::min(block, columns - c);
-              if (p < 2 * part)
-                dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, count, out, squares + p * width);
-              else
-                dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, count, out, nullptr);
+              dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, std::min(block, columns - c),
+                               qk + p * panel + ((r - row) * columns + c) * width, squares + p * width);
             }
         for (int64_t h = 0; h < s.heads; ++h)
-          for (int64_t i = 0; i < heads.panels_each; ++i)
-            for (int64_t j = 0; j < heads.panels_each; ++j)
-              add_transposed_product(width, width, pixels, qkv + (h * heads.panels_each + i) * panel, width,
-                                     qkv + (part + h * heads.panels_each + j) * panel, width,
-                                     gram + (h * padded + i * width) * padded + j * width, padded);
+          for (int64_t i = 0; i < each; ++i)
+            for (int64_t j = 0; j < each; ++j)
+              add_transposed_product(width, width, pixels, qk + (h * each + i) * panel, width, qk + (part + h * each + j) * panel,
+                                     width, gram + (h * padded + i * width) * padded + j * width, padded);
         for (int64_t i = 0; i < sums_size; ++i) sums[worker * sums_size + i] += gram[i];
-        for (int64_t r = row; r < end; ++r)
-          unpad(heads, qkv + 2 * part * panel + (r - row) * columns * width, panel, columns, y + (r * s.width + t.x0) * s.channels);
       }
     });
     add_up(sums, tiling.workers, sums_size);
-  };
-
-  const int64_t out_vecs = panel_vecs(s.channels), out_panels = ceil_div(s.channels, 16 * out_vecs);
-  const int64_t out_width = out_panels * 16 * out_vecs, pixels = s.height * s.width;
-  constexpr int64_t kChunk = 256;  // pixels: v and the product stay in the first-level cache
-  const int64_t workers = torch::stable::get_num_threads();
-  Packed combined{scratch.take<float>(s.channels * out_width), out_panels, out_vecs, s.channels};
-  const int64_t chunk_size = kChunk * (round_up(s.channels, 16) + out_width);
-  float* chunks = scratch.take<float>(workers * chunk_size);
-  const float* zeros = scratch.zeros<float>(out_width);
-  const int64_t square = s.heads * size * size;
-  Attention attention = Attention::make(scratch, s.heads, s.channels);
-  for (int64_t b = 0; b < s.batch; ++b) {
-    sum_up(a.x + b * pixels * s.channels, a.y + b * pixels * s.channels);
-    float *gram = a.gram + b * square, *q_norm = a.q_norm + b * s.channels, *k_norm = a.k_norm + b * s.channels;
     for (int64_t c = 0; c < s.channels; ++c) {
-      const int64_t h = c / size, i = c % size;
-      const double* squares = sums + gram_size + h * padded + i;
-      q_norm[c] = static_cast<float>(std::sqrt(squares[0]));
-      k_norm[c] = static_cast<float>(std::sqrt(squares[heads.channels()]));
-      for (int64_t j = 0; j < size; ++j) gram[c * size + j] = static_cast<float>(sums[(h * padded + i) * padded + j]);
+      const int64_t row = c / size * padded + c % size, at = b * s.channels + c;
+      a.q_square[at] = sums[gram_size + row];
+      a.k_square[at] = sums[gram_size + heads.channels() + row];
+      std::copy_n(sums + row * padded, size, a.gram + at * size);
     }
-    attention.solve(gram, q_norm, k_norm, a.weights);
-    pack(combined, [&](int64_t k, int64_t n) { return n < s.channels ? attention.combined[n * s.channels + k] : 0.0f; });
-    parallel_ranges(ceil_div(pixels, kChunk), [&](int64_t worker, int64_t begin, int64_t end) {
-      float *v = chunks + worker * chunk_size, *out = v + kChunk * round_up(s.channels, 16);
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t count = std::min(kChunk, pixels - c * kChunk), at = (b * pixels + c * kChunk) * s.channels;
-        read_pixels(a.y + at, count, s.channels, v, round_up(s.channels, 16));
-        const Left left{v, round_up(s.channels, 16), count};
+  }
+}
+
+// y = x + project_out · attention · v, given the statistics.
+template <class T>
+static void mdta_apply(const MdtaApply<T>& a) {
+  Scratch scratch;
+  const MdtaShape& s = a.shape;
+  const ImageShape shape = image_shape(s);
+  const Groups groups(s.heads, s.head_size());
+  const int64_t panels = groups.panels(), width = groups.width(), v = 2 * s.channels;
+  MdtaWeights w = a.weights;
+  w.qkv += v * s.channels, w.dwconv += v * 9;
+  const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(w, s.eps));
+  const int64_t out_vecs = panel_vecs(s.channels), out_panels = ceil_div(s.channels, 16 * out_vecs);
+  const int64_t out_width = out_panels * 16 * out_vecs;
+  const Packed combined{scratch.take<float>(groups.channels() * out_width), out_panels, out_vecs, groups.channels()};
+  const float* zeros = scratch.zeros<float>(out_width);
+  Attention attention = Attention::make(scratch, s.heads, s.channels);
+
+  const Tiling tiling(1, s.height, s.width, groups.channels() * sizeof(float));
+  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
+  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, panels, width, most + 2);
+  const int64_t panel = steps * most * width, worker_size = hidden_size + panels * panel + steps * most * out_width;
+  float* memory = scratch.take<float>(tiling.workers * worker_size);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const int64_t image = b * s.height * s.width * s.channels, square = s.channels * s.head_size();
+    attention.solve(a.gram + b * square, a.q_norm + b * s.channels, a.k_norm + b * s.channels, a.weights);
+    pack(combined, [&](int64_t k, int64_t n) {
+      return op.rows[k] < 0 || n >= s.channels ? 0.0f : attention.combined[n * s.channels + op.rows[k]];
+    });
+    tiling.for_each([&](int64_t worker, const Tile& t) {
+      float* mine = memory + worker * worker_size;
+      HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
+      float *values = mine + hidden_size, *out = values + panels * panel;  // [panel][pixel of the step][width], [pixel][out_width]
+      const int64_t columns = t.x1 - t.x0;
+      hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
+      for (int64_t y = t.y0; y < t.y1; y += steps) {
+        const int64_t end = std::min(y + steps, t.y1);
+        hidden.advance(end);
+        for (int64_t p = 0; p < panels; ++p)
+          for (int64_t x = 0; x < columns; x += block)
+            for (int64_t r = y; r < end; ++r) {
+              const float* rows[3];
+              hidden.ring.window(r, p, x, rows);
+              dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, std::min(block, columns - x),
+                                values + p * panel + ((r - y) * columns + x) * width, nullptr);
+            }
+        const Left left{values, width, (end - y) * columns, panels, panel};
         product(combined, &left, 1, zeros, 0, &out, out_width, combined.panel_width());
-        add_pixels(a.x + at, out, out_width, count, s.channels, a.y + at);
+        for (int64_t r = y; r < end; ++r) {
+          const int64_t at = image + (r * s.width + t.x0) * s.channels;
+          add_pixels(a.x + at, out + (r - y) * columns * out_width, out_width, columns, s.channels, a.y + at);
+        }
       }
     });
   }

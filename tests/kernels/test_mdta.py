@@ -3,7 +3,7 @@ import torch
 from backend import BACKEND, DEVICE, SLOW
 from image_op import ImageOpTests, cases
 
-from autohdr.kernels import mdta
+from autohdr.kernels import mdta, mdta_apply, mdta_statistics
 
 CASES = cases(
     [  # batch, channels, heads, height, width, norm bias
@@ -104,3 +104,26 @@ class TestMdta(ImageOpTests):
         tensors[5] = torch.ones(3, 1, 1, device=DEVICE)
         with pytest.raises(ValueError, match="num_heads must divide the 8 channels, got 3"):
             mdta(*tensors, 3)
+
+    @pytest.mark.parametrize("rows", [1, 5, 64])
+    @pytest.mark.parametrize("backend", dict.fromkeys([BACKEND, "reference"]))
+    @pytest.mark.parametrize("shape", [(2, 10, 2, 12, 7, True), (1, 48, 1, 17, 21, False)], ids=str)
+    def test_strips_make_the_whole(self, shape, backend, rows, isa):
+        """Statistics summed over strips, applied strip by strip: mdta of the whole image, which is tested against gold."""
+        (x, *parameters), _, keywords = self.arguments(shape, torch.float32)
+        heads, height, whole = keywords["num_heads"], shape[3], mdta(x, *parameters, **keywords, backend=backend)
+        strips = [(y, min(y + rows, height), max(y - 1, 0), min(y + rows + 1, height)) for y in range(0, height, rows)]
+        sums = [
+            mdta_statistics(x[:, :, above:below], parameters, heads, y - above, end - above, backend=backend)
+            for y, end, above, below in strips
+        ]
+        total = tuple(sum(s) for s in zip(*sums, strict=True))
+        for y, end, above, below in strips:
+            out = mdta_apply(x[:, :, above:below], parameters, heads, total, backend=backend)[:, :, y - above : end - above]
+            torch.testing.assert_close(out, whole[:, :, y:end], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(("first", "end"), [(0, 7), (3, 3), (-1, 2)])
+    def test_statistics_reject_rows(self, first, end):
+        (x, *parameters), _, keywords = self.arguments(self.small, torch.float32)
+        with pytest.raises(ValueError, match=f"mdta_statistics: first and end .* has 6, got {first} and {end}"):
+            mdta_statistics(x, parameters, keywords["num_heads"], first, end)

@@ -1,5 +1,7 @@
 """Restormer's multi-Dconv head transposed attention, with its layer norm and residual, as one op."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,26 +52,88 @@ def mdta(
 
     Source: Zamir et al., Restormer (CVPR 2022), section 3.1, equation 1.
     """
-    channels = x.shape[1] if x.dim() == 4 else 0
-    check_arguments(
-        "mdta",
-        x,
-        {
-            "norm_weight": (norm_weight, (channels,)),
-            "norm_bias": (norm_bias, (channels,)),
-            "qkv_weight": (qkv_weight, (3 * channels, channels, 1, 1)),
-            "dwconv_weight": (dwconv_weight, (3 * channels, 1, 3, 3)),
-            "temperature": (temperature, (num_heads, 1, 1)),
-            "project_out_weight": (project_out_weight, (channels, channels, 1, 1)),
-        },
-    )
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(f"mdta: num_heads must divide the {channels} channels, got {num_heads}")
+    parameters = (norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight)
+    _check("mdta", x, parameters, num_heads)
     x = autocast(x)
     backend = resolve("mdta", backend, x)
-    parameters = (norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.mdta(x, *parameters, num_heads, eps)
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.autohdr.mdta(x, *float_parameters(*parameters), num_heads, eps)[0]
+
+
+@torch.no_grad()
+def mdta_statistics(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    first: int,
+    end: int,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mdta's first pass over a strip of an image: what its attention needs, summed over the rows [first, end) of x.
+
+    The sums of strips that cover an image add up to the image's. Row first - 1 and row end must be in x unless the image ends
+    there: the 3×3 convolution reads them. For inference: no gradients.
+
+    Args:
+        x: [batch, channels, rows, width], as for mdta.
+        parameters: mdta's, in its order, from norm_weight to project_out_weight.
+        num_heads, eps, backend: as for mdta. The CUDA and Triton backends take the reference's road here.
+        first, end: rows of x, 0 <= first < end <= rows.
+
+    Returns:
+        q kᵀ [batch, num_heads, channels / num_heads, channels / num_heads], and the sums of squares of q and of k
+        [batch, channels], all float64.
+
+    Raises:
+        ValueError, RuntimeError: as mdta; also for rows that x has not.
+    """
+    _check("mdta_statistics", x, parameters, num_heads)
+    if not 0 <= first < end <= x.shape[2]:
+        raise ValueError(f"mdta_statistics: first and end must be rows of x, which has {x.shape[2]}, got {first} and {end}")
+    x = autocast(x)
+    if resolve("mdta", backend, x) == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.autohdr.mdta_statistics(x, *float_parameters(*parameters), num_heads, eps, first, end)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.mdta_statistics(x, *parameters, num_heads, eps, first, end)
+
+
+@torch.no_grad()
+def mdta_apply(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """mdta's second pass over a strip of an image, whose sums over all rows are `statistics` (see mdta_statistics).
+
+    The first and the last row of the result are right only where the image ends there: their neighbours are not in x. For
+    inference: no gradients. Returns y, the shape and dtype of x; raises as mdta does.
+    """
+    _check("mdta_apply", x, parameters, num_heads)
+    x = autocast(x)
+    gram, q_square, k_square = statistics
+    wide = torch.promote_types(x.dtype, torch.float32)
+    attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
+    if resolve("mdta", backend, x) == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.autohdr.mdta_apply(x, *float_parameters(*parameters), *attention, num_heads, eps)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.mdta_apply(x, *parameters, *attention, num_heads, eps)
+
+
+def _check(op: str, x: Tensor, parameters: Sequence[Tensor | None], num_heads: int) -> None:
+    c = x.shape[1] if x.dim() == 4 else 0
+    shapes = (c,), (c,), (3 * c, c, 1, 1), (3 * c, 1, 3, 3), (num_heads, 1, 1), (c, c, 1, 1)
+    names = ("norm_weight", "norm_bias", "qkv_weight", "dwconv_weight", "temperature", "project_out_weight")
+    check_arguments(op, x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))
+    if num_heads < 1 or c % num_heads:
+        raise ValueError(f"{op}: num_heads must divide the {c} channels, got {num_heads}")

@@ -20,16 +20,65 @@ def mdta(
     eps: float,
 ) -> Tensor:
     height, width = x.shape[2:]
-    normal = layer_norm(x, norm_weight, norm_bias, eps)
-    qkv = F.conv2d(normal, qkv_weight.to(x.dtype))
-    qkv = F.conv2d(qkv, dwconv_weight.to(x.dtype), padding=1, groups=qkv.shape[1])
+    qkv = _hidden(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, eps)
     q, k, v = (rearrange(t, "b (h c) y x -> b h c (y x)", h=num_heads) for t in qkv.chunk(3, dim=1))
     # Normalised after the product: the same value, and the sums over the pixels stay exact in half precision.
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(-2, -1)
-    q_norm = q.to(wide).norm(dim=-1).clamp_min(1e-12)
-    k_norm = k.to(wide).norm(dim=-1).clamp_min(1e-12)
-    cosine = scores / (q_norm[..., :, None] * k_norm[..., None, :])
-    attention = torch.softmax(cosine * temperature.to(wide), dim=-1)
+    attention = _attention(scores, q.to(wide).norm(dim=-1), k.to(wide).norm(dim=-1), temperature)
     out = rearrange(attention.to(x.dtype) @ v, "b h c (y x) -> b (h c) y x", y=height, x=width)
     return x + F.conv2d(out, project_out_weight.to(x.dtype))
+
+
+def _hidden(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, dwconv: Tensor, eps: float) -> Tensor:
+    hidden = F.conv2d(layer_norm(x, norm_weight, norm_bias, eps), weight.to(x.dtype))
+    return F.conv2d(hidden, dwconv.to(x.dtype), padding=1, groups=hidden.shape[1])
+
+
+def _attention(scores: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor) -> Tensor:
+    cosine = scores / (q_norm.clamp_min(1e-12)[..., :, None] * k_norm.clamp_min(1e-12)[..., None, :])
+    return torch.softmax(cosine * temperature.to(scores.dtype), dim=-1)
+
+
+def mdta_statistics(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    num_heads: int,
+    eps: float,
+    first: int,
+    end: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    two = 2 * x.shape[1]
+    qk = _hidden(x, norm_weight, norm_bias, qkv_weight[:two], dwconv_weight[:two], eps)[:, :, first:end]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q, k = (rearrange(t, "b (h c) y x -> b h c (y x)", h=num_heads).to(wide) for t in qk.chunk(2, dim=1))
+    sums = q @ k.transpose(-2, -1), q.square().sum(-1).flatten(1), k.square().sum(-1).flatten(1)
+    return tuple(s.double() for s in sums)
+
+
+def mdta_apply(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    gram: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    two = 2 * x.shape[1]
+    v = _hidden(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], eps)
+    attention = _attention(gram, q_norm.unflatten(1, (num_heads, -1)), k_norm.unflatten(1, (num_heads, -1)), temperature)
+    # project_out · blockdiag(attention): one matrix an image.
+    out = project_out_weight[:, :, 0, 0].to(attention.dtype).unflatten(1, (num_heads, -1))
+    combined = torch.einsum("ohi,bhij->bohj", out, attention).flatten(2).to(x.dtype)
+    return x + (combined @ v.flatten(2)).view_as(x)

@@ -21,6 +21,31 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+# The op's two passes, for images that are worked on in strips of rows; without gradients.
+torch.library.define(
+    "autohdr::mdta_statistics",
+    f"({_PARAMETERS}, int num_heads, float eps, int first, int end) -> (Tensor gram, Tensor q_square, Tensor k_square)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "autohdr::mdta_apply",
+    f"({_PARAMETERS}, Tensor gram, Tensor q_norm, Tensor k_norm, int num_heads, float eps) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("autohdr::mdta_statistics")
+def _(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight, num_heads, eps, first, end):
+    batch, channels = x.shape[:2]
+    size = channels // num_heads
+    gram = x.new_empty((batch, num_heads, size, size), dtype=torch.float64)
+    square = x.new_empty((batch, channels), dtype=torch.float64)
+    return gram, square, torch.empty_like(square)
+
+
+@torch.library.register_fake("autohdr::mdta_apply")
+def _(x, *rest):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("autohdr::mdta")
