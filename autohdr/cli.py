@@ -1,6 +1,7 @@
 """The command `autohdr`, with a verb for each job. What a verb needs is imported when it runs: help stays quick."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,8 @@ def enhance(
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     steps: int | None = None,
+    max_memory: str | None = None,
+    verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
     """Enhance photos at their own resolution; format, bit depth, EXIF and ICC profile stay.
 
@@ -139,6 +142,9 @@ def enhance(
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
+        max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer then works in
+            strips, with the same result. By default nine tenths of what is free.
+        verbose: Print each photo's plan before work on it starts: strips, files, expected memory and time.
     """
     if (checkpoint is None) != auto_tone:
         raise UserError(
@@ -147,11 +153,15 @@ def enhance(
             "--val-pairs val.jsonl` a real one, runs/restormer_384/checkpoint_best.safetensors"
         )
     from autohdr.enhance import enhance
+    from autohdr.measure import parse_bytes
     from autohdr.models import load_checkpoint
     from autohdr.train.loop import pick_device
 
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    limit = parse_bytes(max_memory) if max_memory else None
     model = _with_steps(load_checkpoint(checkpoint), steps) if checkpoint else None
-    result = enhance(paths, out, model, device=pick_device(device), precision=precision, overwrite=overwrite)
+    result = enhance(paths, out, model, device=pick_device(device), precision=precision, overwrite=overwrite, max_memory=limit)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from autohdr.autotone import auto_tone
 from autohdr.data.images import SUFFIXES, read_photo, write_photo
 from autohdr.errors import UserError
+from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
+from autohdr.models.restormer import Restormer
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -39,6 +41,7 @@ def enhance(
     precision: str = "float32",
     overwrite: bool = False,
     progress: bool = True,
+    max_memory: int | None = None,
 ) -> EnhanceResult:
     """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
 
@@ -48,11 +51,15 @@ def enhance(
 
     model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
     None is the auto-tone. precision: float32, or bfloat16 under autocast.
-    UserError before any work: a path that does not exist, no photos, two photos of one output name, an output that is
-    one of the photos, an out_dir that can't be made, an unknown precision.
+    max_memory: bytes that the process may hold (on a GPU: its tensors there), for a Restormer, which then works in strips with
+    the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
+    UserError before any work: max_memory and another model; a path that does not exist, no photos, two photos of one output
+    name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if max_memory is not None and not isinstance(model, Restormer):
+        raise UserError(f"only a Restormer takes a limit of memory, got {type(model).__name__ if model else 'the auto-tone'}")
     device = torch.device(device)
     if model is not None:
         model = model.eval().to(device)
@@ -64,7 +71,7 @@ def enhance(
                 raise UserError(f"{target} exists already and is not to be overwritten")
             started = time.perf_counter()
             photo = read_photo(source)
-            photo.pixels = auto_tone(photo.pixels) if model is None else _run(model, photo.pixels, device, precision)
+            photo.pixels = auto_tone(photo.pixels) if model is None else _run(model, photo.pixels, device, precision, max_memory)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_photo(target, photo)
             result.seconds += time.perf_counter() - started
@@ -121,20 +128,22 @@ def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
     return [(p, place) for p, place in relative if not any(part.startswith(".") for part in place.parts)]
 
 
-def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str) -> np.ndarray:
+def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None) -> np.ndarray:
     """The model on one photo. (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
+    limit = {}
+    if isinstance(model, Restormer):
+        limit["max_memory"] = max_memory or resident_bytes(device) + free_bytes(device) * 9 // 10
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        output = model(image)
+        output = model(image, **limit)
     return output[0].permute(1, 2, 0).float().cpu().numpy()
 
 
 def _out_of_memory(error: BaseException) -> str | None:
     """What an allocation failure wanted, in words; None for any other error."""
-    text = str(error)
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("can(no|')t allocate|bad_alloc", text)):
+    if not is_out_of_memory(error):
         return None
-    wanted = re.search(r"allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGTPE]iB)", text)
+    wanted = re.search(r"allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGTPE]iB)", str(error))
     if not wanted:
         return "out of memory"
     amount, unit = wanted.groups()

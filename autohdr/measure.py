@@ -1,5 +1,7 @@
-"""Seconds and peak memory of a block of code."""
+"""Seconds and peak memory of a block of code, and the memory that there is."""
 
+import os
+import re
 import resource
 import sys
 import time
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from autohdr.errors import UserError
 
 
 @dataclass
@@ -77,3 +81,50 @@ def _high_water_mark() -> int:
 def _lifetime_peak() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes(device: torch.device | str = "cpu") -> int:
+    """What this process holds now: resident memory, or on a GPU the tensors on it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else _lifetime_peak()
+
+
+def free_bytes(device: torch.device | str = "cpu") -> int:
+    """What this process can still take: on a GPU what is free there; else what the system and the process's control group leave,
+    or, where the system does not tell, half of all memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    available = int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1]) * 1024
+    group = Path("/sys/fs/cgroup")  # inside a container, its own
+    try:
+        cache = int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        used = int((group / "memory.current").read_text()) - cache
+        return min(available, int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return available
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a human's size: 3GB, 2.5 GiB, 800M, 123456. UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not match:
+        raise UserError(f"expected an amount of memory such as 3GB or 512MiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that an allocation failed, on any device."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or re.search("can(no|')t allocate|bad_alloc", str(error)) is not None

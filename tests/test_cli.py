@@ -1,6 +1,8 @@
 import json
+import logging
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -164,6 +166,15 @@ def test_enhance_auto_tone(photos):
     assert np.asarray(Image.open(photos / "enhanced" / "0_src.png")).mean() > 100
 
 
+def test_enhance_verbose_prints_the_plan_first(photos, checkpoint, caplog, monkeypatch):
+    # Under pytest the root logger has handlers already, and basicConfig would leave it as it is.
+    monkeypatch.setattr(logging, "basicConfig", lambda level, format: caplog.set_level(level))
+    args = ("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "--out", photos / "enhanced", "-v")
+    assert run(*args, "--max-memory", "64GB") == 0
+    assert re.search(r"40×32: strips of 32 rows, expected peak \d+", caplog.text)
+    assert run(*args, "--max-memory", "1MB", "--overwrite") == 1
+
+
 def test_enhance_reports_what_it_skips(photos, capsys):
     (photos / "bad.png").write_bytes(b"no picture")
     assert run("enhance", photos / "bad.png", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced") == 1
@@ -271,6 +282,8 @@ def test_enhance_refuses(photos, checkpoint, capsys):
     assert "either --checkpoint FILE or --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
     assert "does not exist" in refusal(capsys, "enhance", photos / "nowhere.png", "--auto-tone", *out)
     assert "expected photos" in refusal(capsys, "enhance", "--auto-tone", *out)
+    with_limit = ("--checkpoint", checkpoint, "--max-memory", "much")
+    assert "such as 3GB or 512MiB, got 'much'" in refusal(capsys, "enhance", photos / "0_src.png", *with_limit, *out)
     assert not (photos / "enhanced").exists()
 
 

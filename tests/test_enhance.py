@@ -15,6 +15,8 @@ from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_sa
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.kernels import backends
+from autohdr.measure import resident_bytes
+from autohdr.models import create_model
 
 
 class Invert(nn.Module):
@@ -213,6 +215,26 @@ def test_a_compiled_op_without_memory_skips_that_photo_alone(tmp_path):
     error, outcome = done.stdout.strip().rsplit("\n", 1)
     assert "gdfn: cannot allocate 108000000 bytes" in error
     assert outcome == "['b.png'] [('a.png', 'out of memory: 103 MiB more was wanted')]"
+
+
+def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path):
+    save(tmp_path / "in/small.png", 9, 13, depth=16)
+    save(tmp_path / "in/tall.png", 99, 13, depth=16)
+    torch.manual_seed(0)
+    model = create_model("restormer_nano", dim=8)
+    result = run([tmp_path / "in"], tmp_path / "whole", model)
+    assert len(result.written) == 2
+    limit = resident_bytes() + 10**9
+    run([tmp_path / "in"], tmp_path / "limited", model, max_memory=limit)
+    for name in ("small.png", "tall.png"):
+        whole, limited = (read_samples(tmp_path / folder / name).astype(int) for folder in ("whole", "limited"))
+        assert np.abs(whole - limited).max() <= 1 < np.ptp(whole)
+    too_little = run([tmp_path / "in"], tmp_path / "none", model, max_memory=10**6)
+    assert not too_little.written
+    assert "an image of 13×9 pixels in float32 takes" in too_little.skipped[0][1]
+    for other in (None, nn.Identity()):
+        with pytest.raises(UserError, match="only a Restormer takes a limit of memory, got"):
+            run([tmp_path / "in"], tmp_path / "other", other, max_memory=limit)
 
 
 def test_a_failing_model_is_not_hidden(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from autohdr import measure as module
-from autohdr.measure import measure
+from autohdr.errors import UserError
+from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, measure, parse_bytes, resident_bytes
 
 MIB = 1 << 20
 
@@ -40,3 +41,58 @@ def test_cuda_counts_tensors():
     with measure("cuda") as result:
         torch.ones(64 * MIB, dtype=torch.uint8, device="cuda")
     assert result.memory_source == "cuda" and 64 * MIB <= result.growth_bytes < 80 * MIB
+
+
+def test_resident_and_free_bytes_follow_an_allocation():
+    resident, free = resident_bytes(), free_bytes()
+    block = torch.ones(256 * MIB, dtype=torch.uint8)
+    assert 250 * MIB < resident_bytes() - resident < 270 * MIB
+    assert 0 < free_bytes() < free + 1024 * MIB  # other processes come and go
+    del block
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("600\n", 600 - (300 - 100)), ("max\n", 2000 * 1024), ("99999999\n", 2000 * 1024), (None, 2000 * 1024)],
+)
+def test_free_bytes_knows_a_containers_limit(tmp_path, monkeypatch, limit, expected):
+    """What is cached of files can be had."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("300\n")
+        (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 100\nactive_file 0\n")
+    paths = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
+    monkeypatch.setattr(module, "Path", lambda path: paths[path])
+    assert free_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3GB", 3 * 10**9), ("2.5 GiB", 5 * 2**29), ("800m", 8 * 10**8), ("123456", 123456), ("1 TB", 10**12), ("64k", 64000)],
+)
+def test_parse_bytes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "3 apples", "3GBB", "1e9"])
+def test_parse_bytes_refuses(text):
+    with pytest.raises(UserError, match="expected an amount of memory such as 3GB"):
+        parse_bytes(text)
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (1_400_000_000, 64_000_000, 400_000)] == ["1.40 GB", "64 MB", "0 MB"]
+
+
+def test_is_out_of_memory():
+    errors = [
+        MemoryError(),
+        torch.OutOfMemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 5"),
+        RuntimeError("x"),
+    ]
+    assert [is_out_of_memory(e) for e in errors] == [True, True, True, False]
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)

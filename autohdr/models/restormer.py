@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.models import tiling
 from autohdr.models.common import is_whole, pad_to_multiple, require
 
 
@@ -82,9 +83,13 @@ class Attention(nn.Module):
         self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
         self.project_out = _conv(channels, channels, 1)
 
+    def weights(self, norm: Norm) -> tuple[Tensor | None, ...]:
+        """As kernels.mdta takes them."""
+        own = self.qkv.weight, self.qkv_dwconv.weight, self.temperature, self.project_out.weight
+        return norm.weight, norm.bias, *own
+
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        weights = self.qkv.weight, self.qkv_dwconv.weight, self.temperature, self.project_out.weight
-        return kernels.mdta(x, norm.weight, norm.bias, *weights, self.num_heads, eps=self.eps)
+        return kernels.mdta(x, *self.weights(norm), self.num_heads, eps=self.eps)
 
 
 class FeedForward(nn.Module):
@@ -141,6 +146,10 @@ class Restormer(nn.Module):
 
     forward(x): x is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. Returns the same shape and,
     for parameters of x's dtype or under autocast, the same dtype, not clamped. Raises UserError for another shape.
+
+    forward(x, max_memory=bytes), for inference: the same, in strips of rows, so that the process's resident memory (CUDA: its
+    tensors) stays within so many bytes; see tiling.Plan. Maps that don't fit go to a temporary file. Raises UserError where
+    gradients are recorded, and for less memory than the smallest plan takes.
     """
 
     def __init__(self, config: RestormerConfig):
@@ -171,12 +180,18 @@ class Restormer(nn.Module):
         self.refinement = Level(c_out, config.num_refinement_blocks, h1, config)
         self.output = _conv(c_out, 3, 3)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, max_memory: int | None = None) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
             raise UserError(
                 f"{self.config.name}: expected a floating-point image batch [B, 3, H, W], "
                 f"got {list(image.shape)} of {image.dtype}"
             )
+        if max_memory is not None:
+            if torch.is_grad_enabled():
+                raise UserError(f"{self.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
+            plan = tiling.make_plan(self, image, max_memory)
+            tiling.log.info("%d×%d: %s", *image.shape[:1:-1], plan)
+            return tiling.run(self, image, plan)
         height, width = image.shape[-2:]
         x = self.patch_embed(pad_to_multiple(image, 8).contiguous(memory_format=torch.channels_last))
         skips = []
