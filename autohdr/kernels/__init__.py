@@ -4,8 +4,9 @@
 """
 
 from autohdr.kernels.backends import OPS, backends, set_backend
+from autohdr.kernels.causal_conv1d import causal_conv1d
 from autohdr.kernels.gdfn import gdfn
 from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
-__all__ = ["OPS", "backends", "gdfn", "mdta", "mdta_apply", "mdta_statistics", "selective_scan", "set_backend"]
+__all__ = ["OPS", "backends", "causal_conv1d", "gdfn", "mdta", "mdta_apply", "mdta_statistics", "selective_scan", "set_backend"]

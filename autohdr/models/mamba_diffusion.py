@@ -43,7 +43,7 @@ class MambaDiffusionConfig:
     dstate: int = 16
     """States of each channel's recurrence, at most 256."""
     conv_size: int = 4
-    """Tokens that the causal convolution sees, its own included."""
+    """Tokens that the causal convolution sees, its own included, at most 16."""
     dual_attention: bool = True
     """Whether the middle has a block of window and channel attention too."""
     time_embedding: bool = False
@@ -55,7 +55,7 @@ class MambaDiffusionConfig:
         require(self, "num_groups", "a whole number above 0", is_whole(self.num_groups, 1))
         require(self, "num_blocks", "a whole number above 0", is_whole(self.num_blocks, 1))
         require(self, "dstate", "a whole number from 1 to 256", is_whole(self.dstate, 1) and self.dstate <= 256)
-        require(self, "conv_size", "a whole number above 0", is_whole(self.conv_size, 1))
+        require(self, "conv_size", "a whole number from 1 to 16", is_whole(self.conv_size, 1) and self.conv_size <= 16)
         require(self, "dual_attention", "true or false", isinstance(self.dual_attention, bool))
         require(self, "time_embedding", "true or false", isinstance(self.time_embedding, bool))
 
@@ -106,9 +106,10 @@ class SSM(nn.Module):
             self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of it is delta
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two products, not one cut in half: each half is contiguous, as the convolution wants it.
+        # Two products, not one cut in half: the backward pass then need not put the halves' gradients together.
         u_weight, z_weight = self.in_proj.weight.chunk(2)
-        u = self._convolve(F.linear(x, u_weight))
+        u = F.linear(x, u_weight)
+        u = kernels.causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse, layout="bld")
         dstate = self.A_log.shape[0]
         delta, B, C = self.x_proj(u).split((1, dstate, dstate), dim=-1)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
@@ -128,16 +129,6 @@ class SSM(nn.Module):
             delta_weight=self.dt_proj.weight[:, 0],
         )
         return self.out_proj(y)
-
-    def _convolve(self, u: Tensor) -> Tensor:
-        """silu of the depthwise convolution of u (B, L, D) with the tokens before (after) each one, as an image of height 1."""
-        weight, length = self.conv1d.weight[:, :, None], u.shape[1]
-        image, edge = u.mT[:, :, None], weight.shape[-1] - 1
-        if self.reverse:
-            out = F.conv2d(image, weight.flip(-1), self.conv1d.bias, padding=(0, edge), groups=u.shape[2])[..., edge:]
-        else:
-            out = F.conv2d(image, weight, self.conv1d.bias, padding=(0, edge), groups=u.shape[2])[..., :length]
-        return F.silu(out[:, :, 0].mT)
 
 
 class Block(nn.Module):

@@ -1,26 +1,10 @@
 // Parameters of selective_scan's kernels. Tensors keep their dtypes and strides; parameters and states are contiguous float32.
 #pragma once
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define AUTOHDR_ANYWHERE __host__ __device__
-#else
-#define AUTOHDR_ANYWHERE
-#endif
+#include "common/sequence.h"
 
 namespace autohdr {
 
 constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in schema.py
-
-enum class Dtype { f32, bf16, f16 };
-
-// A sequence: element (b, g, c, t) lies at data + b·batch + g·group + c·channel + t·token, and channel or token is 1. For u,
-// delta, z and out, c counts the channels of group g; for B and C, the states.
-struct Sequence {
-  void* data;  // null: there is none
-  Dtype dtype;
-  int64_t batch, group, channel, token;
-};
 
 struct ScanShape {
   int64_t batch, seqlen, groups, channels, dstate;  // channels: of one group
@@ -29,6 +13,7 @@ struct ScanShape {
   AUTOHDR_ANYWHERE int64_t chunks() const { return (seqlen + kChunk - 1) / kChunk; }
 };
 
+// A sequence's c counts the channels of group g; of B and C, the states.
 struct ScanInputs {
   Sequence u, delta;          // with delta_weight, delta has one channel
   Sequence B, C;

@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common/tensor_check.h"
+#include "common/sequence_check.h"
 #include "selective_scan/selective_scan.h"
 
 namespace autohdr {
@@ -13,25 +13,9 @@ namespace {
 
 constexpr const char* kOp = "selective_scan";
 
-inline Dtype dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, kOp, ": the compiled kernels take ", name, " in float32, bfloat16 or float16");
-  }
-}
-
-// u, delta, z, out [batch, dim, seqlen], or [batch, seqlen, dim] where channel_last; group_channels: of one group.
+// u, delta, z, out [batch, dim, seqlen], or [batch, seqlen, dim] where channel_last.
 inline Sequence channels_from(const char* name, const Tensor& t, bool channel_last, const ScanShape& s, int64_t dim) {
-  const int64_t channel = channel_last ? 2 : 1, token = channel_last ? 1 : 2;
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == s.batch && t.size(channel) == dim && t.size(token) == s.seqlen, kOp, ": ", name,
-                  " must have ", s.batch, " sequences of ", s.seqlen, " tokens and ", dim, " channels, got ", shape_of(t));
-  STD_TORCH_CHECK(s.batch == 0 || t.stride(channel) == 1 || t.stride(token) == 1, kOp, ": ", name,
-                  " must have its channels or its tokens one element apart, got strides ", t.stride(0), ", ", t.stride(1), ", ",
-                  t.stride(2));
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(name, t), t.stride(0), t.stride(channel) * s.channels,
-          t.stride(channel), t.stride(token)};
+  return sequence_from(kOp, name, t, channel_last, s.batch, s.seqlen, dim, s.channels);
 }
 
 // B, C [batch, n_groups, dstate, seqlen], or [batch, seqlen, n_groups, dstate] where channel_last.
@@ -43,7 +27,7 @@ inline Sequence projection_from(const char* name, const Tensor& t, bool channel_
                   s.dstate, " states, got ", shape_of(t));
   STD_TORCH_CHECK(s.batch == 0 || t.stride(state) == 1 || t.stride(token) == 1, kOp, ": ", name,
                   " must have its states or its tokens one element apart, got shape ", shape_of(t));
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(name, t), t.stride(0), t.stride(group), t.stride(state), t.stride(token)};
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(kOp, name, t), t.stride(0), t.stride(group), t.stride(state), t.stride(token)};
 }
 
 using Optional = std::optional<Tensor>;
@@ -74,8 +58,6 @@ struct Arguments {
             parameter(kOp, "initial_state", initial_state, s.batch * dim * s.dstate)};
   }
 };
-
-inline Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,

@@ -13,6 +13,7 @@
 #pragma once
 #include "common/cuda_launch.cuh"
 #include "common/cuda_math.cuh"
+#include "common/cuda_sequence.cuh"
 #include "selective_scan/selective_scan.h"
 
 namespace autohdr {
@@ -86,36 +87,6 @@ struct Window {
   __device__ int row(int i) const { return reverse ? C::kTokens - 1 - i : i; }
   __device__ bool inside(int i) const { return first + i >= 0 && first + i < seqlen; }
 };
-
-__device__ __forceinline__ float bits_to_float(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
-__device__ __forceinline__ uint32_t float_to_bits(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, sizeof bits);
-  return bits;
-}
-__device__ __forceinline__ float half_to_float(uint32_t bits) {
-  __half_raw h;
-  h.x = static_cast<unsigned short>(bits);
-  return __half2float(__half(h));
-}
-__device__ __forceinline__ uint32_t narrow(Dtype dtype, float v) {
-  return dtype == Dtype::bf16 ? static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(v)).x : static_cast<__half_raw>(__float2half_rn(v)).x;
-}
-__device__ __forceinline__ float load_one(const Sequence& s, int64_t at) {
-  if (s.dtype == Dtype::f32) return static_cast<const float*>(s.data)[at];
-  const uint32_t bits = static_cast<const uint16_t*>(s.data)[at];
-  return s.dtype == Dtype::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
-}
-__device__ __forceinline__ void store_one(const Sequence& s, int64_t at, float v) {
-  if (s.dtype == Dtype::f32)
-    static_cast<float*>(s.data)[at] = v;
-  else
-    static_cast<uint16_t*>(s.data)[at] = static_cast<uint16_t>(narrow(s.dtype, v));
-}
 
 // A tile of a sequence: the tokens of a window, `Columns` channels (or states) of which `columns` exist. A unit is 4 neighbours in
 // memory, along the tokens or along the columns; a thread has kUnits of them. A tile that is whole and aligned is loaded by vectors:

@@ -24,7 +24,7 @@ def test_backends_name_the_reason():
 
 
 def test_unknown_op_and_backend():
-    with pytest.raises(ValueError, match="op: expected one of mdta, gdfn, selective_scan, got 'conv'"):
+    with pytest.raises(ValueError, match="op: expected one of mdta, gdfn, selective_scan, causal_conv1d, got 'conv'"):
         backends("conv")
     with pytest.raises(ValueError, match="backend: expected auto, cuda, triton, cpu, reference, got 'gpu'"):
         resolve("mdta", "gpu", X)

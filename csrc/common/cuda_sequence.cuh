@@ -1,0 +1,43 @@
+// Elements of a sequence, whose dtype is told apart when it is loaded or stored.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/sequence.h"
+
+namespace autohdr {
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+__device__ __forceinline__ uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ float half_to_float(uint32_t bits) {
+  __half_raw h;
+  h.x = static_cast<unsigned short>(bits);
+  return __half2float(__half(h));
+}
+__device__ __forceinline__ uint32_t narrow(Dtype dtype, float v) {
+  return dtype == Dtype::bf16 ? static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(v)).x : static_cast<__half_raw>(__float2half_rn(v)).x;
+}
+__device__ __forceinline__ float load_one(const Sequence& s, int64_t at) {
+  if (s.dtype == Dtype::f32) return static_cast<const float*>(s.data)[at];
+  const uint32_t bits = static_cast<const uint16_t*>(s.data)[at];
+  return s.dtype == Dtype::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
+}
+__device__ __forceinline__ void store_one(const Sequence& s, int64_t at, float v) {
+  if (s.dtype == Dtype::f32)
+    static_cast<float*>(s.data)[at] = v;
+  else
+    static_cast<uint16_t*>(s.data)[at] = static_cast<uint16_t>(narrow(s.dtype, v));
+}
+
+}  // namespace autohdr
