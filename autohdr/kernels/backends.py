@@ -1,5 +1,7 @@
 """Which backends there are, which of them can run here, and which one a call takes."""
 
+import importlib.util
+
 import torch
 
 from autohdr.kernels import _extension
@@ -24,9 +26,12 @@ def _reason(op: str, backend: str) -> str:
         return ""
     if backend not in _DTYPES[op]:
         return f"{op} has no {backend} kernel yet"
-    if _extension.reason or backend == "cpu":
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+    elif _extension.reason or backend == "cpu":
         return _extension.reason
-    if _extension.module.build_info()["cuda"] == "none":
+    elif _extension.module.build_info()["cuda"] == "none":
         return "this installation was built without CUDA kernels"
     return "" if torch.cuda.is_available() else "there is no GPU that torch can use"
 

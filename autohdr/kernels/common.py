@@ -1,10 +1,15 @@
-"""What the ops share: autocast, the refusal of second derivatives, and the image ops' argument checks and layer norm."""
+"""What the ops share: their definition, autocast, and the image ops' argument checks and layer norm."""
+
+import importlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)  # of every op
 
 
 def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -55,10 +60,63 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return out.movedim(-1, 1).to(x.dtype)
 
 
-def refuse_double_backward(op: str) -> None:
-    """Without a formula PyTorch would hand out zeros as the gradient of a gradient."""
+def define_op(
+    op: str,
+    forward: str,
+    backward: str,
+    *,
+    fake: Callable,
+    fake_backward: Callable,
+    setup_context: Callable,
+    gradients: Callable,
+    flops: Callable,
+    flops_backward: Callable,
+) -> None:
+    """Defines autohdr::<op> and autohdr::<op>_backward, whose kernels C++ registers, and the same two again as
+    autohdr::<op>_triton and autohdr::<op>_triton_backward.
 
-    def backward(ctx, *grads):
+    Args:
+        forward, backward: schemas. The backward op is one of its own, and its derivative raises: without a formula PyTorch would
+            hand out zeros as the gradient of a gradient.
+        gradients: called as ``gradients(backward_op, ctx, *grads)``.
+        fake, fake_backward, setup_context, flops, flops_backward: as torch.library and register_flop_formula want them.
+    """
+
+    def refuse(ctx, *grads):
         raise RuntimeError(f"{op}: a second derivative is not implemented; use backend='reference' for it")
 
-    torch.library.register_autograd(f"autohdr::{op}_backward", backward)
+    for name in (op, f"{op}_triton"):
+        for suffix, schema, of_fakes, of_flops in (
+            ("", forward, fake, flops),
+            ("_backward", backward, fake_backward, flops_backward),
+        ):
+            torch.library.define(f"autohdr::{name}{suffix}", schema, tags=TAGS)
+            torch.library.register_fake(f"autohdr::{name}{suffix}", of_fakes)
+            register_flop_formula(getattr(torch.ops.autohdr, name + suffix))(of_flops)
+        backward_op = getattr(torch.ops.autohdr, f"{name}_backward")
+        torch.library.register_autograd(
+            f"autohdr::{name}",
+            lambda ctx, *grads, backward_op=backward_op: gradients(backward_op, ctx, *grads),
+            setup_context=setup_context,
+        )
+        torch.library.register_autograd(f"autohdr::{name}_backward", refuse)
+    register_triton(op, "cuda")
+
+
+def register_triton(op: str, device_type: str) -> None:
+    """Makes the functions ``forward`` and ``backward`` of autohdr/kernels/<op>/triton_impl.py, which take the ops' arguments, the
+    kernels of autohdr::<op>_triton and its backward op. They run on their first argument's device. The module is imported by the
+    first call: Triton is optional."""
+
+    for name, function in ((f"{op}_triton", "forward"), (f"{op}_triton_backward", "backward")):
+
+        def run(*args, function=function):
+            with torch.cuda.device_of(args[0]):
+                return getattr(importlib.import_module(f"autohdr.kernels.{op}.triton_impl"), function)(*args)
+
+        torch.library.impl(f"autohdr::{name}", device_type, run)
+
+
+def compiled_op(op: str, backend: str) -> Callable:
+    """The op that runs a backend's kernels; "cuda" and "cpu" are one op, told apart by where its tensors are."""
+    return getattr(torch.ops.autohdr, f"{op}_triton" if backend == "triton" else op)

@@ -1,6 +1,7 @@
 """Which backend these tests run: AUTOHDR_TEST_BACKEND, cpu (the default), cuda or triton.
 
-Without a GPU, cuda means the emulation of CUDA (tests/emulation) on CPU tensors; test_emulated_cuda.py starts it.
+Without a GPU, cuda means the emulation of CUDA (tests/emulation) on CPU tensors, and triton its interpreter;
+test_emulated_cuda.py and test_interpreted_triton.py start them.
 """
 
 import os

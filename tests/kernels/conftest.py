@@ -3,24 +3,38 @@
 import ctypes
 import importlib
 import os
+import sys
 
 import pytest
 import torch
-from backend import BACKEND, EMULATED
+from backend import BACKEND, EMULATED, SLOW
 
 from autohdr import _C
+from autohdr.kernels.common import register_triton
+
+if SLOW:  # the backend takes CPU tensors
+    backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
+    OPS = [op for op in backends.OPS if BACKEND in backends._DTYPES[op]]
+    backends._DEVICES[BACKEND] = "cpu"
+    backends._REASONS |= {(op, BACKEND): "" for op in OPS}
 
 if EMULATED:
     LIBRARY = os.environ["AUTOHDR_EMULATED_LIBRARY"]
     torch.ops.load_library(LIBRARY)  # takes the place of the CPU kernels
-    backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
-    backends._DEVICES["cuda"] = "cpu"
-    backends._REASONS |= {(op, "cuda"): "" for op in backends.OPS if "cuda" in backends._DTYPES[op]}
 
     @pytest.fixture(autouse=True, scope="session")
     def kernels_have_run():
         yield
         assert ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches").value > 0
+
+elif SLOW:
+    for op in OPS:
+        register_triton(op, "cpu")
+
+    @pytest.fixture(autouse=True, scope="session")
+    def kernels_have_run():
+        yield
+        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
 
 
 @pytest.fixture(params=_C.build_info()["cpu_isas_here"] if BACKEND == "cpu" else [BACKEND])

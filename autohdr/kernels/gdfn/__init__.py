@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, check_arguments, float_parameters
+from autohdr.kernels.common import autocast, check_arguments, compiled_op, float_parameters
 from autohdr.kernels.gdfn import reference, schema  # noqa: F401  schema defines the op
 
 
@@ -66,4 +66,4 @@ def gdfn(
         with torch.autocast(x.device.type, enabled=False):
             return reference.gdfn(x, *parameters, eps)
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.autohdr.gdfn(x, *float_parameters(*parameters), eps)
+    return compiled_op("gdfn", backend)(x, *float_parameters(*parameters), eps)

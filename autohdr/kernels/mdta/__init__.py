@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, check_arguments, float_parameters
+from autohdr.kernels.common import autocast, check_arguments, compiled_op, float_parameters
 from autohdr.kernels.mdta import reference, schema  # noqa: F401  schema defines the op
 
 
@@ -60,7 +60,7 @@ def mdta(
         with torch.autocast(x.device.type, enabled=False):
             return reference.mdta(x, *parameters, num_heads, eps)
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.autohdr.mdta(x, *float_parameters(*parameters), num_heads, eps)[0]
+    return compiled_op("mdta", backend)(x, *float_parameters(*parameters), num_heads, eps)[0]
 
 
 @torch.no_grad()

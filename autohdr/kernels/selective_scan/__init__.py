@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, float_parameters
+from autohdr.kernels.common import autocast, compiled_op, float_parameters
 from autohdr.kernels.selective_scan import reference, schema  # noqa: F401  schema defines the op
 
 MAX_DSTATE = 256
@@ -95,7 +95,7 @@ def selective_scan(
     else:
         u, delta, B, C, z = (None if t is None else _with_unit_stride(t, layout) for t in (u, delta, B, C, z))
         A, D, delta_bias, delta_weight, initial_state = float_parameters(A, D, delta_bias, delta_weight, initial_state)
-        out, last_state, _ = torch.ops.autohdr.selective_scan(
+        out, last_state, _ = compiled_op("selective_scan", backend)(
             u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, *flags, out_dtype == torch.float32
         )
     return (out, last_state) if return_last_state else out

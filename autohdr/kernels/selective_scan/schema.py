@@ -1,30 +1,17 @@
-"""The op autohdr::selective_scan: schema, fake kernels, autograd. C++ registers its kernels."""
+"""The op autohdr::selective_scan: schema, fake kernels, autograd. C++ registers its kernels, triton_impl.py has Triton's."""
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from autohdr.kernels.common import refuse_double_backward
+from autohdr.kernels.common import define_op
 
 CHUNK = 128
-"""Tokens between two saved states on a CPU; kChunk in selective_scan.h."""
+"""Tokens between two saved states on every backend; kChunk in selective_scan.h."""
 
 _TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? delta_weight,"
     " Tensor? initial_state"
 )
 _FLAGS = "bool delta_softplus, bool reverse, bool channel_last"
-_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    "autohdr::selective_scan",
-    f"({_TENSORS}, {_FLAGS}, bool float_out) -> (Tensor out, Tensor last_state, Tensor states)",
-    tags=_TAGS,
-)
-torch.library.define(
-    "autohdr::selective_scan_backward",
-    f"(Tensor d_out, Tensor? d_last_state, {_TENSORS}, Tensor states, {_FLAGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
 
 
 def _new_like(t, anchor):
@@ -32,8 +19,7 @@ def _new_like(t, anchor):
     return anchor.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
 
 
-@torch.library.register_fake("autohdr::selective_scan")
-def _(u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, delta_softplus, reverse, channel_last, float_out):
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, delta_softplus, reverse, channel_last, float_out):
     batch, dim, dstate = u.shape[0], *A.shape
     seqlen = u.shape[1] if channel_last else u.shape[2]
     out = u.new_empty(u.shape, dtype=torch.float32 if float_out else u.dtype)
@@ -43,8 +29,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, delta_so
     return out, last_state, states
 
 
-@torch.library.register_fake("autohdr::selective_scan_backward")
-def _(d_out, d_last_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, states, *flags):
+def _fake_backward(d_out, d_last_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, states, *flags):
     return tuple(_new_like(t, u) for t in (u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state))
 
 
@@ -56,7 +41,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out, d_last_state, _):
+def _gradients(backward_op, ctx, d_out, d_last_state, _):
     if d_out is None and d_last_state is None:
         return (None,) * 14
     *tensors, states = ctx.saved_tensors
@@ -66,25 +51,31 @@ def _backward(ctx, d_out, d_last_state, _):
         d_out = d_out.contiguous()
     if d_last_state is not None:
         d_last_state = d_last_state.contiguous()
-    grads = torch.ops.autohdr.selective_scan_backward(
-        d_out, d_last_state, *tensors, states, ctx.delta_softplus, ctx.reverse, ctx.channel_last
-    )
+    grads = backward_op(d_out, d_last_state, *tensors, states, ctx.delta_softplus, ctx.reverse, ctx.channel_last)
     return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None, None, None
 
 
-torch.library.register_autograd("autohdr::selective_scan", _backward, setup_context=_setup_context)
-refuse_double_backward("selective_scan")
-
-
-@register_flop_formula(torch.ops.autohdr.selective_scan)
-def _(u_shape, delta_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def _flops(u_shape, delta_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
     """Three multiply-adds for a state and token: the input into it, its decay, the output from it. Exponentials do not count."""
     batch, a, b = u_shape
     return 6 * batch * a * b * A_shape[1]
 
 
-@register_flop_formula(torch.ops.autohdr.selective_scan_backward)
-def _(d_out_shape, d_last_state_shape, u_shape, delta_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def _flops_backward(d_out_shape, d_last_state_shape, u_shape, delta_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
     """The gradient's own products; what is recomputed does not count."""
     batch, a, b = u_shape
     return 12 * batch * a * b * A_shape[1]
+
+
+define_op(
+    "selective_scan",
+    f"({_TENSORS}, {_FLAGS}, bool float_out) -> (Tensor out, Tensor last_state, Tensor states)",
+    f"(Tensor d_out, Tensor? d_last_state, {_TENSORS}, Tensor states, {_FLAGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    gradients=_gradients,
+    flops=_flops,
+    flops_backward=_flops_backward,
+)

@@ -1,0 +1,89 @@
+"""Every Triton kernel compiled for sm_80 and sm_90, as the calls below launch it: no register spilled, no more shared memory than
+a block may have there. Nothing runs: a driver that knows an architecture and no GPU takes the place of Triton's own."""
+
+import importlib
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+
+# For each op, calls of its triton_impl as (function, arguments), which between them launch each of its kernels in each of its
+# configurations. Shapes may be small: nothing is computed.
+CALLS = {}
+
+
+class Driver:
+    """What Triton asks of a GPU before it launches a kernel."""
+
+    def __init__(self, architecture: int):
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self):
+        return self.target.arch  # kernels are kept by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+def faults(architecture: int, call, monkeypatch, cache) -> list[str]:
+    """What is wrong with the kernels that call() launches, a line each."""
+    compiled = []
+    run = triton.JITFunction.run
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, warmup, **k: compiled.append(run(self, *a, warmup=True, **k)))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(architecture))
+    call()
+    assert compiled
+    found = []
+    for kernel in {k.hash: k for k in compiled}.values():
+        binary = cache / f"{kernel.hash}.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = re.search(rf"Function {kernel.name}:\s+REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+        name = f"sm_{architecture} {kernel.name}"
+        if int(stack) or int(local):
+            found.append(f"{name}: {int(stack) + int(local)} bytes spilled at {registers} registers")
+        if kernel.metadata.shared > SHARED[architecture]:
+            found.append(f"{name}: {kernel.metadata.shared} bytes of shared memory")
+    return found
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("op", [op for op in backends.OPS if "triton" in backends._DTYPES[op]])
+def test_no_kernel_spills(op, architecture, monkeypatch, tmp_path):
+    implementation = importlib.import_module(f"autohdr.kernels.{op}.triton_impl")
+
+    def calls():
+        for function, arguments in CALLS[op]():
+            getattr(implementation, function)(*arguments)
+
+    assert not faults(architecture, calls, monkeypatch, tmp_path)
+
+
+@triton.jit
+def spilling(x, LENGTH: tl.constexpr):
+    """Keeps all numbers in registers until their sum is known."""
+    at = tl.arange(0, LENGTH)
+    v = tl.load(x + at)
+    tl.store(x + at, v * tl.sum(v))
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_a_kernel_that_takes_too_much_is_found(architecture, monkeypatch, tmp_path):
+    monkeypatch.setitem(SHARED, architecture, 0)
+    x = torch.zeros(1)
+    found = faults(architecture, lambda: spilling[(1,)](x, 2**15, num_warps=2), monkeypatch, tmp_path)
+    assert len(found) == 2 and "bytes spilled" in found[0] and "of shared memory" in found[1]
