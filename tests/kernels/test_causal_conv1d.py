@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backend import BACKEND, DEVICE, DTYPES, PLACE, raw_op
+from backend import BACKEND, DEVICE, DTYPES, PLACE, SLOW, raw_op
 from gold import assert_as_good_as_reference
 
 from autohdr.kernels import causal_conv1d
@@ -14,7 +14,7 @@ SHAPES = [  # batch, dim, seqlen, width, what else
     (2, 130, 63, 4, "bld bias reverse"),
     (1, 33, 600, 4, "bias reverse"),
     (2, 40, 530, 2, "bld bias"),
-    (1, 7, 100, 16, "bld"),
+    (1, 7, 60, 16, "bld"),
     (3, 2, 40, 1, "bias"),
 ]
 SMALL = (2, 6, 150, 4, "bias")
@@ -151,7 +151,7 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("features", ["bias", "bld bias"])
 def test_the_same_bits_at_any_number_of_threads(features):
-    case = arguments((2, 150, 300, 4, features))
+    case = arguments((1, 70, 140, 4, features) if SLOW else (2, 150, 300, 4, features))
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 7, 7) if BACKEND == "cpu" else (1, 1):

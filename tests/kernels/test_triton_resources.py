@@ -21,6 +21,17 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the inte
 CALLS = {}
 
 
+def causal_conv1d_calls():
+    for dtype in (torch.float32, torch.bfloat16):
+        for channel_last, x in ((True, torch.zeros(1, 40, 20, dtype=dtype)), (False, torch.zeros(1, 20, 40, dtype=dtype))):
+            arguments = x, torch.zeros(20, 4), torch.zeros(20), False, channel_last
+            yield "forward", arguments
+            yield "backward", (x, *arguments)
+
+
+CALLS["causal_conv1d"] = causal_conv1d_calls
+
+
 class Driver:
     """What Triton asks of a GPU before it launches a kernel."""
 

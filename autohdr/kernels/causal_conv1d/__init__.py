@@ -5,7 +5,7 @@ from torch import Tensor
 
 from autohdr.kernels.backends import resolve
 from autohdr.kernels.causal_conv1d import reference, schema  # noqa: F401  schema defines the op
-from autohdr.kernels.common import DTYPES, autocast, float_parameters
+from autohdr.kernels.common import DTYPES, autocast, compiled_op, float_parameters
 
 MAX_WIDTH = 16
 """By the shared memory of the smallest GPUs."""
@@ -51,7 +51,7 @@ def causal_conv1d(
         with torch.autocast(x.device.type, enabled=False):
             return reference.causal_conv1d(x, weight, bias, reverse, layout == "bld")
     x = x if x.stride(2) == 1 else x.contiguous()
-    return torch.ops.autohdr.causal_conv1d(x, *float_parameters(weight, bias), reverse, layout == "bld")
+    return compiled_op("causal_conv1d", backend)(x, *float_parameters(weight, bias), reverse, layout == "bld")
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str) -> None:
