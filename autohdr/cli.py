@@ -49,7 +49,7 @@ def doctor() -> None:
 
 
 def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, folds: int | None = None) -> None:
-    """Divide pairs into test.jsonl, train.jsonl and val.jsonl, so that no photo is in two of them.
+    """Divide pairs into test.jsonl, train.jsonl and val.jsonl, so that no photo, nor one like it, is in two of them.
 
     Args:
         pairs: JSONL file of {"src": ..., "tar": ...}, paths relative to the file.
@@ -58,11 +58,36 @@ def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, fold
         seed: Seed of the draw.
         folds: Cross-validation: this many folds instead, fold_0/train.jsonl, fold_0/val.jsonl, ...
     """
+    from autohdr.data.audit import audit
     from autohdr.data.pairs import read_pairs
     from autohdr.data.splits import write_splits
 
-    for file in write_splits(read_pairs(pairs), out, folds, seed, test):
+    found = audit([pairs])
+    if found.groups:
+        print(found)
+    for file in write_splits(found.pairs, out, folds, seed, test, found.same):
         print(f"{file}: {len(read_pairs(file))} pairs")
+
+
+def audit(pairs: Positional[list[Path]], out: Path | None = None) -> int:
+    """Find photos that show the same picture: re-encoded, mirrored, cropped by a few percent, brightened, edited anew.
+
+    Given one list, prints the groups of pairs that `data split` will keep together. Given several, such as train.jsonl,
+    val.jsonl and test.jsonl, the exit status is 1 where a group is in more than one of them.
+
+    Args:
+        pairs: JSONL files of {"src": ..., "tar": ...}, paths relative to the file.
+        out: JSON file for the groups.
+    """
+    from autohdr.data.audit import audit
+    from autohdr.files import replacing
+
+    found = audit(pairs)
+    print(found)
+    if out:
+        with replacing(out) as part:
+            part.write_text(found.json(), "utf-8")
+    return 1 if found.crossing else 0
 
 
 def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed: int = 0, workers: int | None = None) -> None:
@@ -266,9 +291,10 @@ def _parse_table(args: list[str]) -> dict[str, Any]:
 def _app(argv: list[str]) -> SubcommandApp:
     app, data = SubcommandApp(), SubcommandApp()
     data.command(split)
+    data.command(audit)
     data.command(synth)
     app.command(doctor)
-    app.command(data, name="data", help="Make pairs: split a list of them, or synthesise some.")
+    app.command(data, name="data", help="Make pairs: split a list of them, find near-duplicates in some, or synthesise some.")
     app.command(_train_verb(argv))
     app.command(evaluate, name="eval")
     app.command(enhance)

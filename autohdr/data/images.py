@@ -66,9 +66,15 @@ def read_photo(path: str | Path) -> Photo:
         )
 
 
-def read_samples(path: str | Path) -> np.ndarray:
-    """The pixels alone, as stored: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo."""
+def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
+    """The pixels alone, as stored: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
+
+    at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, several
+    times as fast.
+    """
     with _opened(path) as image:
+        if at_least:
+            image.draft(image.mode, (at_least, at_least))
         return _turned(*_decode(image))[..., :3]
 
 

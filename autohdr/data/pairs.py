@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from autohdr.errors import UserError
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
 _LISTED_PROBLEMS = 20
+THREADS = min(8, os.cpu_count() or 1)
+ALL_DIFFERENT: Mapping[Path, Path] = MappingProxyType({})
+"""What audit.same_picture returns where no two photos show the same picture."""
 RESIZE_MODES = ("squash", "fit", "crop")
 
 
@@ -72,19 +76,30 @@ def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
 
     UserError lists each missing or damaged photo and each pair whose sizes differ, by line.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
+    with ThreadPoolExecutor(THREADS) as pool:  # decoders release the GIL
         checked = list(pool.map(_check, pairs))
     _raise([problem for _, problems in checked for problem in problems])
     return [sizes[0] for sizes, _ in checked]
 
 
-def shared_photos(some: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[Path, Pair, Pair]]:
-    """Each photo, source or target, that is in both lists, with its pair in the one and its pair in the other."""
-    listed = {photo.resolve(): pair for pair in some for photo in (pair.src, pair.tar)}
+def shared_photos(
+    some: Sequence[Pair], others: Sequence[Pair], same: Mapping[Path, Path] = ALL_DIFFERENT
+) -> Iterator[tuple[Path, Pair, Pair]]:
+    """Each photo, source or target, that is in both lists, with its pair in the one and its pair in the other.
+
+    same: photos that count as another one (audit.same_picture).
+    """
+    listed = {picture: pair for pair in some for picture in pictures(pair, same)}
     for pair in others:
-        for photo in (pair.src, pair.tar):
-            if photo.resolve() in listed:
-                yield photo, listed[photo.resolve()], pair
+        for photo, picture in zip((pair.src, pair.tar), pictures(pair, same), strict=True):
+            if picture in listed:
+                yield photo, listed[picture], pair
+
+
+def pictures(pair: Pair, same: Mapping[Path, Path]) -> tuple[Path, Path]:
+    """What tells a pair's source and target from other photos: their resolved paths, or those that `same` has for them."""
+    src, tar = pair.src.resolve(), pair.tar.resolve()
+    return same.get(src, src), same.get(tar, tar)
 
 
 class PairDataset(Dataset):
