@@ -115,6 +115,7 @@ def evaluate(
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     steps: int | None = None,
+    allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
     """Measure a model on held-out pairs, beside the unedited source and an auto-tone. Ends in a table and report.html.
 
@@ -127,6 +128,7 @@ def evaluate(
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
+        allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
     from autohdr.evaluate import evaluate, format_table
@@ -137,7 +139,8 @@ def evaluate(
     model = _with_steps(load_checkpoint(checkpoint), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
-    results = evaluate(listed, out, model=model, size=size, resize=resize, device=device, precision=precision)
+    settings = {"size": size, "resize": resize, "device": device, "precision": precision, "allow_trained": allow_trained}
+    results = evaluate(listed, out, model=model, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
 

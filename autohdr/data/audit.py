@@ -25,7 +25,7 @@ HASH_BITS = 64
 HASH_DISTANCE = 20
 """Bits of 64 that may differ: 10% cut off the picture change up to 20; of other rooms, one in a hundred is as near."""
 WANTED_SHARE = 0.5
-"""Of a photo's patches, those that must agree: in the same picture 80 to 100% do, in other rooms 10 to 33%."""
+"""Of each photo's patches, those that must agree: in the same picture 80 to 100% do, in other rooms up to 30%."""
 
 _SIDE, _CELL = 96, 3  # pixels of a thumbnail, and those of them that make one sample of the hash
 _PATCH, _PATCHES, _FEWEST = 15, 40, 8
@@ -93,7 +93,7 @@ class Audit:
 def near_duplicates(pairs: Sequence[Pair]) -> list[Match]:
     """Every two photos, sources or targets, of different pairs that show the same picture; a file in two pairs is one photo.
 
-    UserError for a photo that can't be read. Time grows as the square of the photos, some 3 ms for one in fifty of their
+    UserError for a photo that can't be read. Time grows as the square of the photos, some 6 ms for one in fifty of their
     pairs; memory is 40 kB a photo.
     """
     owners: dict[Path, set[int]] = {}
@@ -106,9 +106,12 @@ def near_duplicates(pairs: Sequence[Pair]) -> list[Match]:
     features = lru_cache(maxsize=64)(lambda index: _Features(thumbnails[index]))
     matches = []
     for first, second, turn, distance in _candidates([perceptual_hash(picture) for picture in thumbnails]):
-        if owners[photos[first]] != owners[photos[second]]:
+        if owners[photos[first]].isdisjoint(owners[photos[second]]):
             down, right = _TURNS[turn]
-            share = features(first).share_in(thumbnails[second][::down, ::right])
+            # Both ways: the corners of one window, all that a dark room shows, are in any room with a window.
+            there = features(first).share_in(thumbnails[second][::down, ::right])
+            back = features(second).share_in(thumbnails[first][::down, ::right])
+            share = min(there, back)
             if share >= WANTED_SHARE:
                 matches.append(Match(photos[first], photos[second], turn, distance, share))
     return matches

@@ -1,5 +1,6 @@
 """Pairs of an unedited and an edited photo: the JSONL file that lists them, their check and the dataset."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,6 +81,22 @@ def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
         checked = list(pool.map(_check, pairs))
     _raise([problem for _, problems in checked for problem in problems])
     return [sizes[0] for sizes, _ in checked]
+
+
+def photo_digests(pairs: Sequence[Pair]) -> dict[Path, str]:
+    """SHA-256, in hexadecimal, of every photo's file.
+
+    Of the file, not of its pixels: those may differ between two versions of a decoder, and a photo that was trained on
+    would then pass for another. One that was written anew is audit.near_duplicates's to find.
+    """
+
+    def digest(photo: Path) -> str:
+        with open(photo, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    photos = list({photo for pair in pairs for photo in (pair.src, pair.tar)})
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the GIL
+        return dict(zip(photos, pool.map(digest, photos), strict=True))
 
 
 def shared_photos(
