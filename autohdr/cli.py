@@ -230,6 +230,8 @@ def _train_verb(argv: list[str]) -> Any:
         config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
         settings: TrainConfig = recipe,
         resume: Annotated[bool, FlagCreatePairsOff] = False,
+        folds: int | None = None,
+        baseline: Path | None = None,
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
@@ -240,13 +242,24 @@ def _train_verb(argv: list[str]) -> Any:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder.
+            folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
+                (OUT/fold_0, ...), and measure every pair by the model that has not seen it: OUT/cross_validation.json.
+            baseline: With --folds, the folder of another cross-validation of the same pairs, to compare with pair by pair.
         """
         if config != named:
             raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
+        if baseline and folds is None:
+            raise UserError("--baseline: compares cross-validations: give --folds as well")
+        from autohdr.train.folds import cross_validate
         from autohdr.train.loop import TrainingError
         from autohdr.train.loop import train as run
 
         try:
+            if folds is not None:
+                if cross_validate(settings, folds, resume=resume, baseline=baseline) is None:
+                    print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume")
+                    return 130
+                return 0
             summary = run(settings, resume=resume)
         except TrainingError as error:
             print(f"error: {error}", file=sys.stderr)

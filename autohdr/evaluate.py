@@ -33,7 +33,8 @@ MEGAPIXEL = 1_000_000
 SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
 _PICTURE_SIDE = 1280
 _COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
-_DIFFERENCE = "model_minus_auto_tone"
+_MINUS = "model_minus_"
+_DIFFERENCE = _MINUS + "auto_tone"
 
 
 def evaluate(
@@ -118,27 +119,33 @@ def evaluate(
         "summary": summarise([image["figures"] for image in images]),
         "images": images,
     }
-    with replacing(out_dir / "results.json") as part:
-        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    write_json(out_dir / "results.json", results)
     with replacing(out_dir / "report.html") as part:
         part.write_text(_page(results, pictures), "utf-8")
     return results
 
 
-def summarise(figures: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes results; a figure that is not finite becomes null."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def summarise(
+    figures: Sequence[dict[str, dict[str, float]]], against: Sequence[str] = ("auto_tone",)
+) -> dict[str, dict[str, tuple[float, float]]]:
     """{method: {metric: value}} of each image -> {method: {metric: (mean, half width of its 95% interval)}}.
 
-    Where there is a model, "model_minus_auto_tone" holds the mean of the differences image by image and its interval:
-    images differ more than methods do, so it tells apart what the two means' own intervals cannot.
+    Where there is a model, "model_minus_X" for each X of `against` holds the mean of the differences image by image and its
+    interval: images differ more than methods do, so it tells apart what the two means' own intervals cannot.
     """
     summary = {
         method: {metric: mean_interval([image[method][metric] for image in figures]) for metric in METRICS}
         for method in figures[0]
     }
-    if "model" in summary:
-        summary[_DIFFERENCE] = {
-            metric: mean_interval([image["model"][metric] - image["auto_tone"][metric] for image in figures])
-            for metric in METRICS
+    for other in against if "model" in summary else ():
+        summary[_MINUS + other] = {
+            metric: mean_interval([image["model"][metric] - image[other][metric] for image in figures]) for metric in METRICS
         }
     return summary
 
@@ -216,15 +223,16 @@ def _finite(value: Any) -> Any:
 
 
 def _label(results: dict[str, Any], method: str) -> str:
+    if method.startswith(_MINUS):
+        return f"model − {_label(results, method.removeprefix(_MINUS))}"
     model = results["model"]["name"] if results["model"] else ""
-    labels = {"source": "unedited", "auto_tone": "auto-tone", _DIFFERENCE: "model − auto-tone", "model": model}
-    return labels[method]
+    return {"source": "unedited", "auto_tone": "auto-tone", "model": model}.get(method, method)
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for method, figures in results["summary"].items():
-        sign = "+" if method == _DIFFERENCE else ""
+        sign = "+" if method.startswith(_MINUS) else ""
         cells = []
         for metric, (_, digits) in _COLUMNS.items():
             mean, half = figures[metric]

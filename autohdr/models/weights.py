@@ -118,6 +118,11 @@ def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
     return sampler
 
 
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a file that load_weights reads says beside its tensors, such as `trained_on`. Raises UserError as that does."""
+    return _read(Path(path)).metadata
+
+
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     """Copies every tensor of a file that fits into the model, prints a summary and returns the report.
 
