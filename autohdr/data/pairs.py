@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from autohdr.data.images import check_photo, read_samples, to_float
+from autohdr.data.cache import DecodedCache
+from autohdr.data.images import check_photo, photo_layout, read_samples, to_float
 from autohdr.errors import UserError
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
@@ -145,6 +146,7 @@ class PairDataset(Dataset):
         if self.size and min(self.size) < 1:
             raise UserError(f"size must be at least 1, got {size}")
         self.resize, self.augment, self.seed = resize, augment, seed
+        self._cache, self._kept = None, 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
 
     def set_epoch(self, epoch: int) -> None:
@@ -155,19 +157,31 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        pair = self.pairs[index]
-        src, tar = read_samples(pair.src), read_samples(pair.tar)
-        if src.shape != tar.shape:
-            raise UserError(f"{pair.where}: {_sizes_differ(src.shape, tar.shape)}")
-        height, width = self.resized(*src.shape[:2])
+        src, tar = self._resized(index)
+        height, width = src.shape[:2]
         h, w = self.size if self.size and self.resize == "crop" else (height, width)
         step, top, left = 1, (height - h) // 2, (width - w) // 2
         if self.augment:
             rng = np.random.default_rng((self.seed, int(self._epoch), index))
             step, top, left = rng.choice((-1, 1)), rng.integers(height - h + 1), rng.integers(width - w + 1)
         window = (slice(top, top + h), slice(left, left + w))
-        src, tar = (_resize(photo, height, width)[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
+        src, tar = (photo[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
         return {"src": torch.from_numpy(to_float(src)), "tar": torch.from_numpy(to_float(tar)), "index": index}
+
+    def keep_decoded(self, folder: Path, limit: float) -> int:
+        """Keeps the first pairs, decoded and resized, in `folder`: as many as fit in `limit` bytes. Returns the bytes they take.
+
+        They are written when they are first read, and the samples are the same bit for bit. Processes may share the folder.
+        """
+        self._cache, self._kept, total = DecodedCache(folder), 0, 0
+        for pair in self.pairs:
+            height, width, *depths = *photo_layout(pair.src), photo_layout(pair.tar)[2]
+            height, width = self.resized(height, width)
+            wanted = height * width * 3 * sum(depths) // 8
+            if total + wanted > limit:
+                break
+            self._kept, total = self._kept + 1, total + wanted
+        return total
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size to which a photo of height x width is resized, before cropping."""
@@ -176,6 +190,21 @@ class PairDataset(Dataset):
         scales = self.size[0] / height, self.size[1] / width
         scale = min(scales) if self.resize == "fit" else max(1, *scales)
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _resized(self, index: int) -> Sequence[np.ndarray]:
+        """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
+        pair = self.pairs[index]
+        files = self._cache.files((pair.src, pair.tar), self.size, self.resize) if index < self._kept else None
+        if files and (kept := self._cache.load(files)):
+            return kept
+        photos = [read_samples(pair.src), read_samples(pair.tar)]
+        if photos[0].shape != photos[1].shape:
+            raise UserError(f"{pair.where}: {_sizes_differ(photos[0].shape, photos[1].shape)}")
+        height, width = self.resized(*photos[0].shape[:2])
+        photos = [_resize(photo, height, width) for photo in photos]
+        if files:
+            self._cache.store(files, photos)
+        return photos
 
 
 def _resize(samples: np.ndarray, height: int, width: int) -> np.ndarray:

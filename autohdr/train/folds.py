@@ -38,9 +38,7 @@ def cross_validate(
     baseline of other pairs or another size; TrainingError as `train` does.
     """
     if config.val_pairs is not None:
-        raise UserError(
-            f"val_pairs: --folds validates on each fold in turn: leave it out (--val-pairs None), got {config.val_pairs}"
-        )
+        raise UserError(f"val_pairs: --folds validates on each fold: leave it out (--val-pairs None), got {config.val_pairs}")
     check_config(replace(config, val_pairs=config.train_pairs))
     parts, mark = config.out / "pairs", config.out / "config.toml"
     if resume and not mark.is_file():
@@ -117,9 +115,7 @@ def _figures(baseline: Path, pairs: Sequence[Pair], config: TrainConfig) -> dict
             for image in results["images"]
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"baseline: expected the folder of a finished cross-validation, with {REPORT}; {file}: {error!r}"
-        ) from error
+        raise UserError(f"baseline: expected the folder of a finished cross-validation; {file}: {error!r}") from error
     if setting != {"size": config.size, "resize": config.resize}:
         raise UserError(f"baseline: expected figures at size {config.size}, resize {config.resize}; {file} has {setting}")
     if missing := [pair for pair in pairs if _photos(pair) not in figures]:

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from autohdr.train.config import TrainConfig, check_config, dump_config
 from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on.
-_FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "samples"}
+_FREE_TO_CHANGE = {"out", "device", "workers", "cache_gb", "log_every", "samples"}
 
 
 class TrainingError(RuntimeError):
@@ -103,6 +104,9 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.train_set = PairDataset(train_pairs, config.size, config.resize, config.augment, config.seed)
         self.val_set = PairDataset(val_pairs, config.size, config.resize)
+        room = config.cache_gb * 1e9
+        for dataset in (self.train_set, self.val_set):
+            room -= dataset.keep_decoded(self.out / "cache", room)
         self.steps_per_epoch = math.ceil(len(train_pairs) / (config.batch_size * config.accumulate))
 
         self.run_id = uuid.uuid4().hex
@@ -156,6 +160,8 @@ class _Trainer:
                 if finished:
                     self._finish_epoch(bar)
                 self._save_last()
+        if self.epoch == self.config.epochs:
+            shutil.rmtree(self.out / "cache", ignore_errors=True)
         best = max(self.history, key=lambda row: row["val_psnr"], default={})
         return RunSummary(self.out, self.epoch, best, interrupted=self.epoch < self.config.epochs)
 
