@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autohdr.data.images import read_samples, to_float
-from autohdr.data.pairs import ALL_DIFFERENT, THREADS, Pair, check_pairs, pictures, read_pairs
+from autohdr.data.pairs import THREADS, Pair, check_pairs, pictures, read_pairs
 from autohdr.data.splits import linked_groups
 
 HASH_BITS = 64
@@ -86,7 +86,7 @@ class Audit:
         return json.dumps({"pairs": len(self.pairs), "groups": groups}, indent=2, ensure_ascii=False) + "\n"
 
     def _within(self, group: Sequence[Pair]) -> list[Match]:
-        photos = {photo for pair in group for photo in pictures(pair, ALL_DIFFERENT)}
+        photos = {photo for pair in group for photo in pictures(pair)}
         return [match for match in self.matches if match.first in photos]
 
 
@@ -98,8 +98,8 @@ def near_duplicates(pairs: Sequence[Pair]) -> list[Match]:
     """
     owners: dict[Path, set[int]] = {}
     for index, pair in enumerate(pairs):
-        for photo in (pair.src, pair.tar):
-            owners.setdefault(photo.resolve(), set()).add(index)
+        for photo in pictures(pair):
+            owners.setdefault(photo, set()).add(index)
     photos = list(owners)
     with ThreadPoolExecutor(THREADS) as pool:  # decoders release the GIL
         thumbnails = list(pool.map(thumbnail, photos))

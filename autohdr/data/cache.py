@@ -29,8 +29,14 @@ class DecodedCache:
         self._storing = torch.ones((), dtype=torch.bool).share_memory_()  # this epoch's workers tell the next one's
 
     def files(self, photos: Sequence[Path], *settings: Any) -> list[Path]:
-        """Where what `settings` make of the photos is kept: elsewhere once a photo was replaced or Pillow is another version."""
-        made_of = [(str(photo.resolve()), (stat := os.stat(photo)).st_size, stat.st_mtime_ns) for photo in photos]
+        """Where what `settings` make of the photos is kept: elsewhere once a photo was replaced or Pillow is another version.
+
+        Nowhere where a photo is missing.
+        """
+        try:
+            made_of = [(os.path.realpath(photo), (stat := os.stat(photo)).st_size, stat.st_mtime_ns) for photo in photos]
+        except OSError:
+            return []
         key = hashlib.sha256(repr((made_of, settings, PIL.__version__)).encode()).hexdigest()
         return [self.folder / f"{key}_{number}.npy" for number in range(len(photos))]
 

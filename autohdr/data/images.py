@@ -27,6 +27,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _PNG_DEPTH, _PNG_HEADER = 24, 33  # where the signature and the IHDR chunk hold the bit depth, and where they end
 _ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
+_ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 _DESCRIBING = "ImageDescription Make Model XResolution YResolution ResolutionUnit Software DateTime Artist Copyright"
 _DESCRIBING_TAGS = {ExifTags.Base[name] for name in _DESCRIBING.split()} | {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
 
@@ -184,7 +185,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _upright(image: Image.Image) -> tuple[int, int]:
     """(height, width) once turned; Pillow gives a TIFF's turned already."""
-    return image.size if image.format != "TIFF" and _exif(image)[1] >= 5 else image.size[::-1]
+    return image.size if image.format != "TIFF" and _exif(image)[1] in _ACROSS else image.size[::-1]
 
 
 def _is_single(image: Image.Image) -> bool:
@@ -232,7 +233,7 @@ def _rgb(samples: np.ndarray) -> np.ndarray:
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
     """A view of stored samples with EXIF orientation 1 to 8 applied."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _ACROSS:
         samples = samples.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         samples = samples[::-1]

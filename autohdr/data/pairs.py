@@ -19,7 +19,6 @@ from autohdr.data.images import check_photo, photo_layout, read_samples, to_floa
 from autohdr.errors import UserError
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
-_LISTED_PROBLEMS = 20
 THREADS = min(8, os.cpu_count() or 1)
 ALL_DIFFERENT: Mapping[Path, Path] = MappingProxyType({})
 """What audit.same_picture returns where no two photos show the same picture."""
@@ -68,7 +67,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """Writes pairs as JSONL with paths relative to the file."""
     folder = Path(path).parent.resolve()
-    relative = [[Path(os.path.relpath(photo.resolve(), folder)).as_posix() for photo in (p.src, p.tar)] for p in pairs]
+    relative = [[Path(os.path.relpath(photo, folder)).as_posix() for photo in pictures(pair)] for pair in pairs]
     rows = [json.dumps({"src": src, "tar": tar}, ensure_ascii=False) for src, tar in relative]
     Path(path).write_text("".join(row + "\n" for row in rows), "utf-8")
 
@@ -114,9 +113,9 @@ def shared_photos(
                 yield photo, listed[picture], pair
 
 
-def pictures(pair: Pair, same: Mapping[Path, Path]) -> tuple[Path, Path]:
+def pictures(pair: Pair, same: Mapping[Path, Path] = ALL_DIFFERENT) -> tuple[Path, Path]:
     """What tells a pair's source and target from other photos: their resolved paths, or those that `same` has for them."""
-    src, tar = pair.src.resolve(), pair.tar.resolve()
+    src, tar = (Path(os.path.realpath(photo)) for photo in (pair.src, pair.tar))  # resolve() raises at a circle of links
     return same.get(src, src), same.get(tar, tar)
 
 
@@ -194,7 +193,7 @@ class PairDataset(Dataset):
     def _resized(self, index: int) -> Sequence[np.ndarray]:
         """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
         pair = self.pairs[index]
-        files = self._cache.files((pair.src, pair.tar), self.size, self.resize) if index < self._kept else None
+        files = self._cache.files((pair.src, pair.tar), self.size, self.resize) if index < self._kept else []
         if files and (kept := self._cache.load(files)):
             return kept
         photos = [read_samples(pair.src), read_samples(pair.tar)]
@@ -254,6 +253,4 @@ def _sizes_differ(src: tuple[int, ...], tar: tuple[int, ...]) -> str:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        more = len(problems) - _LISTED_PROBLEMS
-        listed = problems[:_LISTED_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        raise UserError("\n  ".join([f"{len(problems)} problem{'s'[: len(problems) > 1]} in the pairs:", *listed]))
+        raise UserError("\n  ".join([f"{len(problems)} problem{'s'[: len(problems) > 1]} in the pairs:", *problems]))

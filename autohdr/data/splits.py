@@ -4,6 +4,7 @@ A photo that occurs in several pairs keeps them together: no photo is ever in tw
 which photos show the same one (audit.same_picture).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def write_splits(
 def _hold_out(pairs: Sequence[Pair], test: int, same: Mapping[Path, Path]) -> tuple[list[Pair], list[Pair]]:
     """The first `test` pairs and the others, which must not share a photo with them."""
     for photo, other, pair in shared_photos(pairs[:test], pairs[test:], same):
-        is_ = "is" if photo.resolve() in pictures(other, ALL_DIFFERENT) else "shows a picture that is"
+        is_ = "is" if os.path.realpath(photo) in map(os.path.realpath, (other.src, other.tar)) else "shows a picture that is"
         raise UserError(
             f"{pair.where}: {photo} {is_} also in {other.where}, one of the first {test} pairs, held out to "
             "test: remove one of the two, or move them both among or away from the first"

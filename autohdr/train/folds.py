@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autohdr.data.audit import audit
-from autohdr.data.pairs import Pair, photo_digests, read_pairs
+from autohdr.data.pairs import Pair, photo_digests, pictures, read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate, format_table, summarise, write_json
@@ -82,7 +82,8 @@ def cross_validate(
 
 
 def _photos(pair: Pair) -> tuple[str, str]:
-    return str(pair.src.resolve()), str(pair.tar.resolve())
+    src, tar = pictures(pair)
+    return str(src), str(tar)
 
 
 def _check_parts(parts: Path, folds: int, pairs: Sequence[Pair]) -> None:
