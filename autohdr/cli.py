@@ -257,7 +257,8 @@ def _train_verb(argv: list[str]) -> Any:
         try:
             if folds is not None:
                 if cross_validate(settings, folds, resume=resume, baseline=baseline) is None:
-                    print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume")
+                    against = f" --baseline {baseline}" if baseline else ""
+                    print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume{against}")
                     return 130
                 return 0
             summary = run(settings, resume=resume)

@@ -47,9 +47,7 @@ class Match:
 
     def __str__(self) -> str:
         turned = f"{self.turn}, " if self.turn else ""
-        return (
-            f"{self.first} ~ {self.second} ({turned}{self.share:.0%} of its patches, {self.distance} of {HASH_BITS} bits differ)"
-        )
+        return f"{self.first} ~ {self.second} ({turned}{self.share:.0%} of the patches agree, {self.distance} bits differ)"
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,18 @@ class Audit:
     @property
     def crossing(self) -> list[list[Pair]]:
         """The groups that are in more than one list."""
-        return [group for group in self.groups if len({pair.file for pair in group}) > 1]
+        return [group for group in self.groups if _crosses(group)]
 
     def __str__(self) -> str:
         """Each group: its pairs by file and line, the near-duplicates among them, and whether lists share it."""
         lines = []
         for group in self.groups:
-            across = "in MORE THAN ONE LIST, " * (group in self.crossing)
+            across = "in MORE THAN ONE LIST, " * _crosses(group)
             lines.append(f"{across}{len(group)} pairs that share a picture:")
             lines += [f"  {pair.where}: {pair.src}, {pair.tar}" for pair in group]
             lines += [f"    {match}" for match in self._within(group)]
-        lines.append(f"{len(self.pairs)} pairs, {len(self.groups)} groups, {len(self.crossing)} of them in more than one list")
+        groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
+        lines.append(f"{len(self.pairs)} pairs, {groups}, {len(self.crossing)} in more than one list")
         return "\n".join(lines)
 
     def json(self) -> str:
@@ -83,12 +82,16 @@ class Audit:
         for group in self.groups:
             pairs = [{"file": str(p.file), "line": p.line, "src": str(p.src), "tar": str(p.tar)} for p in group]
             matches = [vars(match) | {"first": str(match.first), "second": str(match.second)} for match in self._within(group)]
-            groups.append({"crossing": group in self.crossing, "pairs": pairs, "matches": matches})
+            groups.append({"crossing": _crosses(group), "pairs": pairs, "matches": matches})
         return json.dumps({"pairs": len(self.pairs), "groups": groups}, indent=2, ensure_ascii=False) + "\n"
 
     def _within(self, group: Sequence[Pair]) -> list[Match]:
         photos = {photo for pair in group for photo in pictures(pair)}
         return [match for match in self.matches if match.first in photos]
+
+
+def _crosses(group: Sequence[Pair]) -> bool:
+    return len({pair.file for pair in group}) > 1
 
 
 def near_duplicates(pairs: Sequence[Pair]) -> list[Match]:

@@ -138,7 +138,7 @@ class _Trainer:
             metadata = load_checkpoint(weights).metadata
             if metadata.get("run") != state["run_id"]:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
-            self.trained_on = sorted({*self.trained_on, *metadata["trained_on"]})  # a photo may have been replaced since
+            self.trained_on = sorted({*self.trained_on, *metadata.get("trained_on", [])})  # a photo may have been replaced since
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

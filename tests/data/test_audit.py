@@ -140,7 +140,7 @@ def test_audit_of_one_list_prints_the_groups(rooms, tmp_path, capsys):
     file = listed(tmp_path / "pairs.jsonl", [*(pair_of(rooms, number) for number in range(4)), again])
     assert main(["data", "audit", str(file), "--out", str(tmp_path / "groups.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 pairs that share a picture:" and lines[-1] == "5 pairs, 1 groups, 0 of them in more than one list"
+    assert lines[0] == "2 pairs that share a picture:" and lines[-1] == "5 pairs, 1 group, 0 in more than one list"
     assert [line.split(": ")[0] for line in lines[1:3]] == [f"  {file}:3", f"  {file}:5"]
     assert "2_tar.png ~ " in "".join(lines[3:-1]) and "(mirrored, " in lines[3]
     (group,) = json.loads((tmp_path / "groups.json").read_text())["groups"]
