@@ -68,7 +68,7 @@ def evaluate(
         raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     trained = _trained(pairs, model)
     if trained and any(trained) and not allow_trained:
-        named = [f"{pair.where}: {pair.src}, {pair.tar}" for pair, known in zip(pairs, trained, strict=True) if known]
+        named = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
         said = f"the model was trained on {len(named)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
         raise UserError("\n  ".join([said, *named]))
     out_dir, device = Path(out_dir), torch.device(device)
@@ -77,7 +77,7 @@ def evaluate(
     model_facts = None
     if model is not None:
         model = model.to(device).eval()
-        model_facts = _facts(model, device) | {"trained_pairs": trained and sum(trained)}
+        model_facts = _facts(model, device) | {"trained_pairs": trained and sum(map(bool, trained))}
 
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
     images, pictures = [], []
@@ -89,7 +89,7 @@ def evaluate(
         entry = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
         entry["height"], entry["width"] = target.shape[-2:]
         if model is not None:
-            entry["trained_on"] = trained and trained[index]
+            entry["trained_on"] = trained and bool(trained[index])
             outputs["model"], cost = _predict(model, source, precision, pair)
             entry["seconds"], entry["growth_bytes"] = cost.seconds, cost.growth_bytes
             entry["peak_bytes"], entry["memory_source"] = cost.peak_bytes, cost.memory_source
@@ -150,14 +150,14 @@ def summarise(
     return summary
 
 
-def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[bool] | None:
-    """Whether the model has seen a photo of each pair; None where it does not tell."""
+def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]] | None:
+    """The photos of each pair that the model was trained on; None where it does not tell."""
     digests = getattr(model, "metadata", {}).get("trained_on")
     if digests is None:
         return None
     digests = set(digests)
     known = {photo for photo, digest in photo_digests(pairs).items() if digest in digests}
-    return [pair.src in known or pair.tar in known for pair in pairs]
+    return [[photo for photo in (pair.src, pair.tar) if photo in known] for pair in pairs]
 
 
 def count_macs(model: nn.Module, device: torch.device | str = "cpu", side: int = 64) -> float:
