@@ -49,7 +49,7 @@ def doctor() -> None:
 
 
 def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, folds: int | None = None) -> None:
-    """Divide pairs into test.jsonl, train.jsonl and val.jsonl, so that no photo is in two of them.
+    """Divide pairs into test.jsonl, train.jsonl and val.jsonl, so that no photo, nor one like it, is in two of them.
 
     Args:
         pairs: JSONL file of {"src": ..., "tar": ...}, paths relative to the file.
@@ -58,11 +58,36 @@ def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, fold
         seed: Seed of the draw.
         folds: Cross-validation: this many folds instead, fold_0/train.jsonl, fold_0/val.jsonl, ...
     """
+    from autohdr.data.audit import audit
     from autohdr.data.pairs import read_pairs
     from autohdr.data.splits import write_splits
 
-    for file in write_splits(read_pairs(pairs), out, folds, seed, test):
+    found = audit([pairs])
+    if found.groups:
+        print(found)
+    for file in write_splits(found.pairs, out, folds, seed, test, found.same):
         print(f"{file}: {len(read_pairs(file))} pairs")
+
+
+def audit(pairs: Positional[list[Path]], out: Path | None = None) -> int:
+    """Find photos that show the same picture: re-encoded, mirrored, cropped by a few percent, brightened, edited anew.
+
+    Given one list, prints the groups of pairs that `data split` will keep together. Given several, such as train.jsonl,
+    val.jsonl and test.jsonl, the exit status is 1 where a group is in more than one of them.
+
+    Args:
+        pairs: JSONL files of {"src": ..., "tar": ...}, paths relative to the file.
+        out: JSON file for the groups.
+    """
+    from autohdr.data.audit import audit
+    from autohdr.files import replacing
+
+    found = audit(pairs)
+    print(found)
+    if out:
+        with replacing(out) as part:
+            part.write_text(found.json(), "utf-8")
+    return 1 if found.crossing else 0
 
 
 def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed: int = 0, workers: int | None = None) -> None:
@@ -90,6 +115,7 @@ def evaluate(
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     steps: int | None = None,
+    allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
     """Measure a model on held-out pairs, beside the unedited source and an auto-tone. Ends in a table and report.html.
 
@@ -102,6 +128,7 @@ def evaluate(
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
+        allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
     from autohdr.evaluate import evaluate, format_table
@@ -112,7 +139,8 @@ def evaluate(
     model = _with_steps(load_checkpoint(checkpoint), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
-    results = evaluate(listed, out, model=model, size=size, resize=resize, device=device, precision=precision)
+    settings = {"size": size, "resize": resize, "device": device, "precision": precision, "allow_trained": allow_trained}
+    results = evaluate(listed, out, model=model, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
 
@@ -202,6 +230,8 @@ def _train_verb(argv: list[str]) -> Any:
         config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
         settings: TrainConfig = recipe,
         resume: Annotated[bool, FlagCreatePairsOff] = False,
+        folds: int | None = None,
+        baseline: Path | None = None,
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
@@ -212,13 +242,25 @@ def _train_verb(argv: list[str]) -> Any:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder.
+            folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
+                (OUT/fold_0, ...), and measure every pair by the model that has not seen it: OUT/cross_validation.json.
+            baseline: With --folds, the folder of another cross-validation of the same pairs, to compare with pair by pair.
         """
         if config != named:
             raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
+        if baseline and folds is None:
+            raise UserError("--baseline: compares cross-validations: give --folds as well")
+        from autohdr.train.folds import cross_validate
         from autohdr.train.loop import TrainingError
         from autohdr.train.loop import train as run
 
         try:
+            if folds is not None:
+                if cross_validate(settings, folds, resume=resume, baseline=baseline) is None:
+                    against = f" --baseline {baseline}" if baseline else ""
+                    print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume{against}")
+                    return 130
+                return 0
             summary = run(settings, resume=resume)
         except TrainingError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -266,9 +308,10 @@ def _parse_table(args: list[str]) -> dict[str, Any]:
 def _app(argv: list[str]) -> SubcommandApp:
     app, data = SubcommandApp(), SubcommandApp()
     data.command(split)
+    data.command(audit)
     data.command(synth)
     app.command(doctor)
-    app.command(data, name="data", help="Make pairs: split a list of them, or synthesise some.")
+    app.command(data, name="data", help="Make pairs: split a list of them, find near-duplicates in some, or synthesise some.")
     app.command(_train_verb(argv))
     app.command(evaluate, name="eval")
     app.command(enhance)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import autohdr
 from autohdr.autotone import auto_tone
-from autohdr.data.pairs import Pair, PairDataset
+from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
 from autohdr.files import replacing
 from autohdr.measure import Measurement, measure
@@ -33,7 +33,8 @@ MEGAPIXEL = 1_000_000
 SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
 _PICTURE_SIDE = 1280
 _COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
-_DIFFERENCE = "model_minus_auto_tone"
+_MINUS = "model_minus_"
+_DIFFERENCE = _MINUS + "auto_tone"
 
 
 def evaluate(
@@ -45,29 +46,38 @@ def evaluate(
     resize: str = "squash",
     device: torch.device | str = "cpu",
     precision: str = "float32",
+    allow_trained: bool = False,
 ) -> dict[str, Any]:
     """Measures source, auto-tone and model against the targets; writes results.json and report.html into out_dir.
 
     model: (1, 3, H, W) -> same shape, put on `device` in eval mode; None measures the two baselines alone.
     size, resize: as in PairDataset, without augmentation; None keeps each photo's own size.
     precision: "float32", or "bfloat16" for autocast.
+    allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. A model tells
+    by its metadata's "trained_on", the photos' digests (pairs.photo_digests), as what `train` saves does.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
     images; "bytes_per_megapixel" the highest growth of memory during a forward pass, nan where it cannot be told.
-    Raises UserError where there are no pairs, and for a prediction that is not finite: it names the image.
+    Raises UserError where there are no pairs, for pairs that were trained on, and for a prediction that is not finite: it
+    names the photo.
     """
     if not pairs:
         raise UserError("evaluate: expected at least one pair, got none")
     if precision not in PRECISIONS:
         raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    trained = _trained(pairs, model)
+    if trained and any(trained) and not allow_trained:
+        named = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
+        said = f"the model was trained on {len(named)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
+        raise UserError("\n  ".join([said, *named]))
     out_dir, device = Path(out_dir), torch.device(device)
     out_dir.mkdir(parents=True, exist_ok=True)
     dataset = PairDataset(pairs, size, resize)
     model_facts = None
     if model is not None:
         model = model.to(device).eval()
-        model_facts = _facts(model, device)
+        model_facts = _facts(model, device) | {"trained_pairs": trained and sum(map(bool, trained))}
 
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
     images, pictures = [], []
@@ -79,6 +89,7 @@ def evaluate(
         entry = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
         entry["height"], entry["width"] = target.shape[-2:]
         if model is not None:
+            entry["trained_on"] = trained and bool(trained[index])
             outputs["model"], cost = _predict(model, source, precision, pair)
             entry["seconds"], entry["growth_bytes"] = cost.seconds, cost.growth_bytes
             entry["peak_bytes"], entry["memory_source"] = cost.peak_bytes, cost.memory_source
@@ -108,29 +119,45 @@ def evaluate(
         "summary": summarise([image["figures"] for image in images]),
         "images": images,
     }
-    with replacing(out_dir / "results.json") as part:
-        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    write_json(out_dir / "results.json", results)
     with replacing(out_dir / "report.html") as part:
         part.write_text(_page(results, pictures), "utf-8")
     return results
 
 
-def summarise(figures: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes results; a figure that is not finite becomes null."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def summarise(
+    figures: Sequence[dict[str, dict[str, float]]], against: Sequence[str] = ("auto_tone",)
+) -> dict[str, dict[str, tuple[float, float]]]:
     """{method: {metric: value}} of each image -> {method: {metric: (mean, half width of its 95% interval)}}.
 
-    Where there is a model, "model_minus_auto_tone" holds the mean of the differences image by image and its interval:
-    images differ more than methods do, so it tells apart what the two means' own intervals cannot.
+    Where there is a model, "model_minus_X" for each X of `against` holds the mean of the differences image by image and its
+    interval: images differ more than methods do, so it tells apart what the two means' own intervals cannot.
     """
     summary = {
         method: {metric: mean_interval([image[method][metric] for image in figures]) for metric in METRICS}
         for method in figures[0]
     }
-    if "model" in summary:
-        summary[_DIFFERENCE] = {
-            metric: mean_interval([image["model"][metric] - image["auto_tone"][metric] for image in figures])
-            for metric in METRICS
+    for other in against if "model" in summary else ():
+        summary[_MINUS + other] = {
+            metric: mean_interval([image["model"][metric] - image[other][metric] for image in figures]) for metric in METRICS
         }
     return summary
+
+
+def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]] | None:
+    """The photos of each pair that the model was trained on; None where it does not tell."""
+    digests = getattr(model, "metadata", {}).get("trained_on")
+    if digests is None:
+        return None
+    digests = set(digests)
+    known = {photo for photo, digest in photo_digests(pairs).items() if digest in digests}
+    return [[photo for photo in (pair.src, pair.tar) if photo in known] for pair in pairs]
 
 
 def count_macs(model: nn.Module, device: torch.device | str = "cpu", side: int = 64) -> float:
@@ -145,7 +172,7 @@ def format_table(results: dict[str, Any]) -> str:
     rows = [["", *(title for title, _ in _COLUMNS.values())], *_rows(results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_setting(results), "", *lines, "", *_cost_lines(results)]).rstrip()
+    return "\n".join([_setting(results), "", *lines, "", *_caution(results), *_cost_lines(results)]).rstrip()
 
 
 def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -196,15 +223,16 @@ def _finite(value: Any) -> Any:
 
 
 def _label(results: dict[str, Any], method: str) -> str:
+    if method.startswith(_MINUS):
+        return f"model − {_label(results, method.removeprefix(_MINUS))}"
     model = results["model"]["name"] if results["model"] else ""
-    labels = {"source": "unedited", "auto_tone": "auto-tone", _DIFFERENCE: "model − auto-tone", "model": model}
-    return labels[method]
+    return {"source": "unedited", "auto_tone": "auto-tone", "model": model}.get(method, method)
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for method, figures in results["summary"].items():
-        sign = "+" if method == _DIFFERENCE else ""
+        sign = "+" if method.startswith(_MINUS) else ""
         cells = []
         for metric, (_, digits) in _COLUMNS.items():
             mean, half = figures[metric]
@@ -224,6 +252,15 @@ def _setting(results: dict[str, Any]) -> str:
     hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} CPU thread(s)"
     interval = "mean ± 95% confidence interval" if count > 1 else "a single pair has no confidence interval"
     return f"{count} pair{'s' * (count > 1)}, {resolution}, {settings['precision']}, {hardware}; {interval}"
+
+
+def _caution(results: dict[str, Any]) -> list[str]:
+    """What keeps these from being figures of pairs that the model has not seen."""
+    if not (model := results["model"]) or model["trained_pairs"] == 0:
+        return []
+    if model["trained_pairs"] is None:
+        return ["the weights do not say which photos they were trained on"]
+    return [f"{model['trained_pairs']} of these pairs were TRAINED ON: this is not how the model does on other photos"]
 
 
 def _costs(results: dict[str, Any]) -> dict[str, str]:
@@ -261,7 +298,7 @@ def _page(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
     return Template(_PAGE).substitute(
         title=html.escape(f"{model} against auto-tone" if model else "Auto-tone against the unedited source"),
         setting=html.escape(_setting(results)),
-        verdict=html.escape(_verdict(results)),
+        verdict=html.escape(" ".join([_verdict(results), *_caution(results)])),
         table=_html_table(_rows(results)),
         costs=f"<dl>{costs}</dl>" if costs else "",
         shown="" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
@@ -312,8 +349,9 @@ def _section(results: dict[str, Any], image: dict[str, Any], pictures: dict[str,
         [_label(results, method), *(f"{figures[metric]:.{digits}f}" for metric, (_, digits) in _COLUMNS.items())]
         for method, figures in image["figures"].items()
     ]
+    seen = ", trained on" if image.get("trained_on") else ""
     return (
-        f"<section><h2>{name}</h2><p>{image['width']} × {image['height']} pixels</p>"
+        f"<section><h2>{name}</h2><p>{image['width']} × {image['height']} pixels{seen}</p>"
         f'<div class=compare style="--ratio:{image["width"] / image["height"]:.4f}">{layers}<i></i>'
         f"<b class=left>{html.escape(labels[left])}</b><b class=right>{html.escape(labels[right])}</b>"
         f'<input type=range min=0 max=100 value=50 aria-label="where the left picture of {name} ends">'

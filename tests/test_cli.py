@@ -14,7 +14,7 @@ from autohdr.cli import main
 from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
-VERBS = ["doctor", "data", "data split", "data synth", "train", "eval", "enhance", "demo"]
+VERBS = ["doctor", "data", "data split", "data audit", "data synth", "train", "eval", "enhance", "demo"]
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import html
 import io
 import json
@@ -170,6 +171,40 @@ def test_page_shows_the_first_pairs_of_many(pairs, tmp_path, monkeypatch):
     results = evaluate(pairs, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert len(results["images"]) == 3 and page.count("<section>") == 2 and "The first 2 of 3 pairs" in page
+
+
+def trained_on(*photos):
+    model = Brighten()
+    model.metadata = {"trained_on": sorted(hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos)}
+    return model
+
+
+def test_pairs_that_were_trained_on_are_refused(pairs, tmp_path):
+    copy = Pair(pairs[0].src, tmp_path / "another name.png", 9)  # a copy of a target is what was trained on, too
+    copy.tar.write_bytes(pairs[0].tar.read_bytes())
+    with pytest.raises(UserError) as caught:
+        evaluate([*pairs, copy], tmp_path / "out", model=trained_on(pairs[0].tar, pairs[2].src))
+    first, *named = str(caught.value).splitlines()
+    assert "trained on 3 of the 4 pairs" in first and "--allow-trained" in first
+    assert named == [f"  pair:1: {pairs[0].tar}", f"  pair:3: {pairs[2].src}", f"  pair:9: {copy.tar}"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_that_were_trained_on_are_marked_where_they_are_allowed(pairs, tmp_path):
+    results = evaluate(pairs, tmp_path, model=trained_on(pairs[1].tar), allow_trained=True)
+    stored = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert stored["model"]["trained_pairs"] == 1 and [i["trained_on"] for i in stored["images"]] == [False, True, False]
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "1 of these pairs were TRAINED ON" in format_table(results) and "1 of these pairs were TRAINED ON" in page
+    assert page.count("pixels, trained on</p>") == 1
+
+
+def test_weights_tell_what_they_were_trained_on_or_that_they_cannot(pairs, tmp_path):
+    held_out = evaluate(pairs[:2], tmp_path, model=trained_on(pairs[2].src))
+    assert held_out["model"]["trained_pairs"] == 0 and "trained on" not in format_table(held_out).lower()
+    unknown = evaluate(pairs, tmp_path, model=Brighten())
+    assert unknown["model"]["trained_pairs"] is None and unknown["images"][0]["trained_on"] is None
+    assert "do not say which photos they were trained on" in format_table(unknown)
 
 
 def test_macs():

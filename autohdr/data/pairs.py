@@ -1,22 +1,27 @@
 """Pairs of an unedited and an edited photo: the JSONL file that lists them, their check and the dataset."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from autohdr.data.images import check_photo, read_samples, to_float
+from autohdr.data.cache import DecodedCache
+from autohdr.data.images import check_photo, photo_layout, read_samples, to_float
 from autohdr.errors import UserError
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
-_LISTED_PROBLEMS = 20
+THREADS = min(8, os.cpu_count() or 1)
+ALL_DIFFERENT: Mapping[Path, Path] = MappingProxyType({})
+"""What audit.same_picture returns where no two photos show the same picture."""
 RESIZE_MODES = ("squash", "fit", "crop")
 
 
@@ -62,7 +67,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """Writes pairs as JSONL with paths relative to the file."""
     folder = Path(path).parent.resolve()
-    relative = [[Path(os.path.relpath(photo.resolve(), folder)).as_posix() for photo in (p.src, p.tar)] for p in pairs]
+    relative = [[Path(os.path.relpath(photo, folder)).as_posix() for photo in pictures(pair)] for pair in pairs]
     rows = [json.dumps({"src": src, "tar": tar}, ensure_ascii=False) for src, tar in relative]
     Path(path).write_text("".join(row + "\n" for row in rows), "utf-8")
 
@@ -72,19 +77,46 @@ def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
 
     UserError lists each missing or damaged photo and each pair whose sizes differ, by line.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
+    with ThreadPoolExecutor(THREADS) as pool:  # decoders release the GIL
         checked = list(pool.map(_check, pairs))
     _raise([problem for _, problems in checked for problem in problems])
     return [sizes[0] for sizes, _ in checked]
 
 
-def shared_photos(some: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[Path, Pair, Pair]]:
-    """Each photo, source or target, that is in both lists, with its pair in the one and its pair in the other."""
-    listed = {photo.resolve(): pair for pair in some for photo in (pair.src, pair.tar)}
+def photo_digests(pairs: Sequence[Pair]) -> dict[Path, str]:
+    """SHA-256, in hexadecimal, of every photo's file.
+
+    Of the file, not of its pixels: those may differ between two versions of a decoder, and a photo that was trained on
+    would then pass for another. One that was written anew is audit.near_duplicates's to find.
+    """
+
+    def digest(photo: Path) -> str:
+        with open(photo, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    photos = list({photo for pair in pairs for photo in (pair.src, pair.tar)})
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the GIL
+        return dict(zip(photos, pool.map(digest, photos), strict=True))
+
+
+def shared_photos(
+    some: Sequence[Pair], others: Sequence[Pair], same: Mapping[Path, Path] = ALL_DIFFERENT
+) -> Iterator[tuple[Path, Pair, Pair]]:
+    """Each photo, source or target, that is in both lists, with its pair in the one and its pair in the other.
+
+    same: photos that count as another one (audit.same_picture).
+    """
+    listed = {picture: pair for pair in some for picture in pictures(pair, same)}
     for pair in others:
-        for photo in (pair.src, pair.tar):
-            if photo.resolve() in listed:
-                yield photo, listed[photo.resolve()], pair
+        for photo, picture in zip((pair.src, pair.tar), pictures(pair, same), strict=True):
+            if picture in listed:
+                yield photo, listed[picture], pair
+
+
+def pictures(pair: Pair, same: Mapping[Path, Path] = ALL_DIFFERENT) -> tuple[Path, Path]:
+    """What tells a pair's source and target from other photos: their resolved paths, or those that `same` has for them."""
+    src, tar = (Path(os.path.realpath(photo)) for photo in (pair.src, pair.tar))  # resolve() raises at a circle of links
+    return same.get(src, src), same.get(tar, tar)
 
 
 class PairDataset(Dataset):
@@ -113,6 +145,7 @@ class PairDataset(Dataset):
         if self.size and min(self.size) < 1:
             raise UserError(f"size must be at least 1, got {size}")
         self.resize, self.augment, self.seed = resize, augment, seed
+        self._cache, self._kept = None, 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,19 +156,31 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        pair = self.pairs[index]
-        src, tar = read_samples(pair.src), read_samples(pair.tar)
-        if src.shape != tar.shape:
-            raise UserError(f"{pair.where}: {_sizes_differ(src.shape, tar.shape)}")
-        height, width = self.resized(*src.shape[:2])
+        src, tar = self._resized(index)
+        height, width = src.shape[:2]
         h, w = self.size if self.size and self.resize == "crop" else (height, width)
         step, top, left = 1, (height - h) // 2, (width - w) // 2
         if self.augment:
             rng = np.random.default_rng((self.seed, int(self._epoch), index))
             step, top, left = rng.choice((-1, 1)), rng.integers(height - h + 1), rng.integers(width - w + 1)
         window = (slice(top, top + h), slice(left, left + w))
-        src, tar = (_resize(photo, height, width)[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
+        src, tar = (photo[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
         return {"src": torch.from_numpy(to_float(src)), "tar": torch.from_numpy(to_float(tar)), "index": index}
+
+    def keep_decoded(self, folder: Path, limit: float) -> int:
+        """Keeps the first pairs, decoded and resized, in `folder`: as many as fit in `limit` bytes. Returns the bytes they take.
+
+        They are written when they are first read, and the samples are the same bit for bit. Processes may share the folder.
+        """
+        self._cache, self._kept, total = DecodedCache(folder), 0, 0
+        for pair in self.pairs:
+            height, width, *depths = *photo_layout(pair.src), photo_layout(pair.tar)[2]
+            height, width = self.resized(height, width)
+            wanted = height * width * 3 * sum(depths) // 8
+            if total + wanted > limit:
+                break
+            self._kept, total = self._kept + 1, total + wanted
+        return total
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size to which a photo of height x width is resized, before cropping."""
@@ -144,6 +189,21 @@ class PairDataset(Dataset):
         scales = self.size[0] / height, self.size[1] / width
         scale = min(scales) if self.resize == "fit" else max(1, *scales)
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _resized(self, index: int) -> Sequence[np.ndarray]:
+        """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
+        pair = self.pairs[index]
+        files = self._cache.files((pair.src, pair.tar), self.size, self.resize) if index < self._kept else []
+        if files and (kept := self._cache.load(files)):
+            return kept
+        photos = [read_samples(pair.src), read_samples(pair.tar)]
+        if photos[0].shape != photos[1].shape:
+            raise UserError(f"{pair.where}: {_sizes_differ(photos[0].shape, photos[1].shape)}")
+        height, width = self.resized(*photos[0].shape[:2])
+        photos = [_resize(photo, height, width) for photo in photos]
+        if files:
+            self._cache.store(files, photos)
+        return photos
 
 
 def _resize(samples: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -193,6 +253,4 @@ def _sizes_differ(src: tuple[int, ...], tar: tuple[int, ...]) -> str:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        more = len(problems) - _LISTED_PROBLEMS
-        listed = problems[:_LISTED_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        raise UserError("\n  ".join([f"{len(problems)} problem{'s'[: len(problems) > 1]} in the pairs:", *listed]))
+        raise UserError("\n  ".join([f"{len(problems)} problem{'s'[: len(problems) > 1]} in the pairs:", *problems]))

@@ -49,6 +49,8 @@ class LoadReport:
     """In the model alone: these keep the values they had."""
     unexpected: list[str] = field(default_factory=list)
     """In the file alone."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What else the file says, as load_checkpoint's model has it."""
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.mismatched) + len(self.unexpected)
@@ -116,6 +118,11 @@ def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
     return sampler
 
 
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a file that load_weights reads says beside its tensors, such as `trained_on`. Raises UserError as that does."""
+    return _read(Path(path)).metadata
+
+
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     """Copies every tensor of a file that fits into the model, prints a summary and returns the report.
 
@@ -131,7 +138,7 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
 def _load(model: nn.Module, checkpoint: _Checkpoint) -> LoadReport:
     own, tensors = model.state_dict(), checkpoint.tensors
-    report = LoadReport(model.config.name, checkpoint.path)
+    report = LoadReport(model.config.name, checkpoint.path, metadata=checkpoint.metadata)
     for name, tensor in tensors.items():
         kind = "unexpected" if name not in own else "loaded" if own[name].shape == tensor.shape else "mismatched"
         getattr(report, kind).append(name)

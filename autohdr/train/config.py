@@ -71,6 +71,9 @@ class TrainConfig:
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 2
     """Processes that decode images; 0: the training process itself."""
+    cache_gb: float = 8
+    """Gigabytes on disk, OUT/cache, that decoded and resized photos may take while the run lasts, so that only the first
+    epoch decodes; 0: every epoch does."""
     seed: int = 0
     """Seed of the weights, the order of samples and their augmentation."""
     log_every: int = 10
@@ -115,7 +118,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
 def check_config(config: TrainConfig) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps"), 1)
-    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "workers", "seed", "samples"), 0)
+    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "workers", "cache_gb", "seed", "samples"), 0)
     at_least["size"] = 16
     for name, least in at_least.items():
         if not getattr(config, name) >= least:

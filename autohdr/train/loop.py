@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import autohdr
 from autohdr import metrics
-from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
+from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.train import losses, record
@@ -29,7 +30,7 @@ from autohdr.train.config import TrainConfig, check_config, dump_config
 from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on.
-_FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "samples"}
+_FREE_TO_CHANGE = {"out", "device", "workers", "cache_gb", "log_every", "samples"}
 
 
 class TrainingError(RuntimeError):
@@ -103,6 +104,9 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.train_set = PairDataset(train_pairs, config.size, config.resize, config.augment, config.seed)
         self.val_set = PairDataset(val_pairs, config.size, config.resize)
+        room = config.cache_gb * 1e9
+        for dataset in (self.train_set, self.val_set):
+            room -= dataset.keep_decoded(self.out / "cache", room)
         self.steps_per_epoch = math.ceil(len(train_pairs) / (config.batch_size * config.accumulate))
 
         self.run_id = uuid.uuid4().hex
@@ -111,6 +115,7 @@ class _Trainer:
         self.epoch_loss = 0.0  # the sum of its samples' losses
         self.epoch_seconds = 0.0
         self.history: list[dict[str, Any]] = []  # one row for each epoch behind us
+        self.trained_on = sorted(set(photo_digests(train_pairs).values()))  # these and what the weights have seen before
 
     @property
     def step(self) -> int:
@@ -118,7 +123,8 @@ class _Trainer:
 
     def start(self) -> None:
         if self.config.init_weights:
-            load_weights(self.model, self.config.init_weights)
+            earlier = load_weights(self.model, self.config.init_weights).metadata.get("trained_on", [])
+            self.trained_on = sorted({*self.trained_on, *earlier})
         (self.out / "samples").mkdir(parents=True)
         versions = f"autohdr {autohdr.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         versions += f"{platform.platform()}, {self.device}"
@@ -129,8 +135,10 @@ class _Trainer:
         state = load_newest(self.out / "checkpoint_last.state.pt")
         weights = self.out / "checkpoint_last.safetensors"
         if weights.exists():  # behind the state after a crash between the two, ahead of it where the newest is damaged
-            if load_checkpoint(weights).metadata.get("run") != state["run_id"]:
+            metadata = load_checkpoint(weights).metadata
+            if metadata.get("run") != state["run_id"]:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
+            self.trained_on = sorted({*self.trained_on, *metadata.get("trained_on", [])})  # a photo may have been replaced since
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -152,6 +160,8 @@ class _Trainer:
                 if finished:
                     self._finish_epoch(bar)
                 self._save_last()
+        if self.epoch == self.config.epochs:
+            shutil.rmtree(self.out / "cache", ignore_errors=True)
         best = max(self.history, key=lambda row: row["val_psnr"], default={})
         return RunSummary(self.out, self.epoch, best, interrupted=self.epoch < self.config.epochs)
 
@@ -277,7 +287,7 @@ class _Trainer:
 
     def _save_weights(self, which: str) -> None:
         metadata = {"run": self.run_id, "step": self.step, "epoch": self.epoch, "metrics": (self.history or [{}])[-1]}
-        metadata |= self.objective.metadata()
+        metadata |= self.objective.metadata() | {"trained_on": self.trained_on}
         save_weights(self.out / f"checkpoint_{which}.safetensors", self.model, metadata)
 
     def _save_last(self) -> None:

@@ -1,0 +1,229 @@
+"""Drill: 200 damaged or strange photos among the pairs. The bad ones are named before training, with their lines; the strange
+but readable ones are trained on; none ends the process.
+"""
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+
+from autohdr.cli import main
+from autohdr.data.pairs import PairDataset, check_pairs, read_pairs, write_pairs
+from autohdr.errors import UserError
+from autohdr.train.config import TrainConfig
+from autohdr.train.loop import train
+
+COUNT, WIDTH, HEIGHT = 200, 64, 48
+FORMATS = {"jpg": {"quality": 90}, "png": {}, "webp": {"quality": 90}, "tif": {"compression": "tiff_lzw"}}
+FORMAT_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF"}
+BAD, USED, EITHER = "bad", "used", "either"
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+PICTURE = PICTURE.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+
+
+def encoded(suffix, image=PICTURE, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, FORMAT_NAMES[suffix], **(FORMATS[suffix] | options))
+    return buffer.getvalue()
+
+
+def deep(suffix, mode="RGB"):
+    samples = np.asarray(PICTURE.convert(mode)).astype(np.uint16) * 257
+    return imagecodecs.png_encode(samples) if suffix == "png" else tiff(samples)
+
+
+def png_header(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def jpeg_of_size(width, height):
+    """The picture's JPEG with another size in its header."""
+    photo = bytearray(encoded("jpg"))
+    struct.pack_into(">HH", photo, photo.index(b"\xff\xc0") + 5, height, width)
+    return bytes(photo)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return PICTURE.transpose(Image.Transpose.TRANSPOSE) if orientation in (5, 6, 7, 8) else PICTURE, exif
+
+
+def tiff(array, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def tiff_of_width(width):
+    photo = bytearray(tiff(np.zeros((1, 1, 3), np.uint8), photometric="rgb"))
+    struct.pack_into("<I", photo, photo.index(struct.pack("<HHI", 256, 4, 1)) + 8, width)
+    return bytes(photo)
+
+
+def bad_photos():
+    """(name, bytes) of what must be named."""
+    yield "empty.jpg", b""
+    yield "zeros.jpg", bytes(1 << 20)
+    yield "text.jpg", b"not a photo"
+    yield "page.png", b"<!doctype html><title>404</title>"
+    yield "text.tif", b"II*\0 and no more"
+    yield "riff.webp", b"RIFF\xff\xff\xff\xffWEBP"
+    for suffix, content in (("png", png_header(60_000, 60_000)), ("jpg", jpeg_of_size(65_000, 65_000))):
+        yield f"bomb.{suffix}", content
+    yield (
+        "bomb.tif",
+        tiff(np.zeros((1, 1, 3), np.uint8), photometric="rgb").replace(
+            *(struct.pack("<HHII", 256, t, 1, v) for t, v in ((4, 1), (4, 900_000_000)))
+        ),
+    )
+    yield "no rows.png", png_header(12_000, 9_000)
+    for name, format_ in (("animated.gif.jpg", "GIF"), ("icon.png", "ICO"), ("bitmap.jpg", "BMP")):
+        buffer = io.BytesIO()
+        PICTURE.save(buffer, format_)
+        yield name, buffer.getvalue()
+    for suffix in ("png", "webp", "tif"):
+        yield f"animated.{suffix}", encoded(suffix, save_all=True, append_images=[PICTURE.rotate(180)])
+    yield "float.tif", tiff(np.zeros((HEIGHT, WIDTH), np.float32))
+    yield "cmyk16.tif", tiff(np.zeros((HEIGHT, WIDTH, 4), np.uint16), photometric="separated")
+    yield "smaller.png", encoded("png", PICTURE.resize((WIDTH - 1, HEIGHT)))
+    yield "other header.jpg", jpeg_of_size(WIDTH + 16, HEIGHT)
+    for suffix in FORMATS:
+        whole = encoded(suffix)
+        for tenths in range(1, 10):
+            yield f"cut at {tenths} tenths.{suffix}", whole[: len(whole) * tenths // 10]
+    for suffix in ("png", "tif"):
+        yield f"deep and cut.{suffix}", deep(suffix)[:2000]
+
+
+def strange_photos():
+    """(name, bytes) of what must be used."""
+    yield "a jpeg.png", encoded("jpg")
+    yield "a png.jpg", encoded("png")
+    yield "a tiff.webp", encoded("tif")
+    yield "SHOUTED.JPEG", encoded("jpg")
+    yield "no suffix", encoded("webp")
+    yield "räume und übel 房间 📷.jpg", encoded("jpg")
+    for mode in ("CMYK", "L", "YCbCr"):
+        yield f"{mode}.jpg", encoded("jpg", PICTURE.convert(mode))
+    for mode in ("1", "L", "LA", "P", "RGBA"):
+        yield f"{mode}.png", encoded("png", PICTURE.convert(mode))
+    yield "transparent palette.png", encoded("png", PICTURE.convert("P"), transparency=0)
+    yield "alpha.webp", encoded("webp", PICTURE.convert("RGBA"))
+    yield "alpha.tif", encoded("tif", PICTURE.convert("RGBA"))
+    yield "cmyk.tif", encoded("tif", PICTURE.convert("CMYK"))
+    for suffix in ("png", "tif"):
+        yield f"deep.{suffix}", deep(suffix)
+        yield f"deep and grey.{suffix}", deep(suffix, "L")
+    for orientation in range(1, 9):
+        image, exif = turned(orientation)
+        yield f"turned {orientation}.jpg", encoded("jpg", image, exif=exif)
+    for suffix in ("png", "webp", "tif"):
+        image, exif = turned(6)
+        yield f"turned.{suffix}", encoded(suffix, image, exif=exif)
+    yield "turned by nonsense.jpg", encoded("jpg", exif=turned(200)[1])
+    yield "broken exif.jpg", encoded("jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    yield "progressive.jpg", encoded("jpg", progressive=True)
+    yield "trailing.jpg", encoded("jpg") + bytes(5000)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    yield "profile.png", encoded("png", icc_profile=profile)
+    yield "broken profile.jpg", encoded("jpg", icc_profile=profile[:100])
+    yield "pixel.png", encoded("png", PICTURE.resize((1, 1)))
+    yield "line.jpg", encoded("jpg", PICTURE.resize((WIDTH, 1)))
+
+
+def fill(folder):
+    """(photo, expectation) of COUNT photos in a folder."""
+    rng = np.random.default_rng(1)
+    made = []
+    for expected, photos in ((BAD, bad_photos()), (USED, strange_photos())):
+        for name, content in photos:
+            (folder / name).write_bytes(content)
+            made.append((folder / name, expected))
+    (folder / "folder.jpg").mkdir()
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "circle.jpg").symlink_to(folder / "circle.jpg")
+    (folder / "null.jpg").symlink_to(os.devnull)
+    os.mkfifo(folder / "pipe.jpg")
+    made += [(folder / f"{name}.jpg", BAD) for name in ("folder", "dangling", "circle", "null", "pipe", "missing")]
+    (folder / "link.jpg").symlink_to(folder / "progressive.jpg")
+    (folder / "locked.jpg").write_bytes(encoded("jpg"))
+    (folder / "locked.jpg").chmod(0)
+    made += [(folder / "link.jpg", USED), (folder / "locked.jpg", USED if os.access(folder / "locked.jpg", os.R_OK) else BAD)]
+    whole = [(suffix, encoded(suffix)) for suffix in FORMATS] + [("tif", deep("tif")), ("png", deep("png"))]
+    while len(made) < COUNT:
+        suffix, content = whole[len(made) % len(whole)]
+        photo = folder / f"{len(made)}.{suffix}"
+        damaged = bytearray(content)
+        if len(made) % 4 == 0:
+            del damaged[rng.integers(1, len(damaged)) :]
+        for at in rng.integers(0, len(damaged), rng.integers(1, 6)):
+            damaged[at] ^= rng.integers(1, 256)
+        photo.write_bytes(damaged)
+        made.append((photo, EITHER))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")  # decoders say in many ways that a file is strange
+def test_200_damaged_or_strange_photos(tmp_path, capsys):
+    photos = fill(tmp_path)
+    assert len(photos) == COUNT
+    sound = {size: tmp_path / f"sound {size[0]}x{size[1]}.png" for size in ((WIDTH, HEIGHT), (1, 1), (WIDTH, 1))}
+    for size, file in sound.items():
+        PICTURE.resize(size).save(file)
+    partners = {"pixel.png": sound[1, 1], "line.jpg": sound[WIDTH, 1]}
+    rows = []
+    for number, (photo, _) in enumerate(photos):
+        partner = partners.get(photo.name, sound[WIDTH, HEIGHT])
+        src, tar = (photo, partner) if number % 2 else (partner, photo)
+        rows.append(json.dumps({"src": src.name, "tar": tar.name}))
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(rows), "utf-8")
+    pairs = read_pairs(file)
+
+    with pytest.raises(UserError) as caught:
+        check_pairs(pairs)
+    title, *problems = str(caught.value).splitlines()
+    named = {}
+    for problem in problems:
+        number = int(problem.strip().removeprefix(f"{file}:").partition(":")[0])
+        named[number - 1] = problem
+        assert str(photos[number - 1][0]) in problem or "expected photos of one size" in problem
+    assert title == f"{len(problems)} problems in the pairs:" and len(named) == len(problems)
+    for number, (photo, expected) in enumerate(photos):
+        assert expected == EITHER or (number in named) == (expected == BAD), (photo.name, named.get(number))
+    damaged = [number for number, (_, expected) in enumerate(photos) if expected == EITHER]
+    assert 10 < sum(number in named for number in damaged) < len(damaged)
+
+    # Training names the very same, and has written nothing.
+    tiny = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
+    settings = {"model": "restormer_nano", "model_args": tiny, "size": 16, "batch_size": 8, "epochs": 1, "device": "cpu"}
+    PICTURE.rotate(180).save(tmp_path / "val.png")
+    (tmp_path / "val.jsonl").write_text('{"src": "val.png", "tar": "val.png"}')
+    config = TrainConfig(**settings, workers=0, train_pairs=file, val_pairs=tmp_path / "val.jsonl", out=tmp_path / "run")
+    with pytest.raises(UserError) as caught_again:
+        train(config)
+    assert str(caught_again.value) == str(caught.value) and not config.out.exists()
+    call = ["train", "demo", "--train-pairs", file, "--val-pairs", tmp_path / "val.jsonl", "--out", config.out]
+    assert main([str(argument) for argument in call]) == 2
+    assert str(caught.value) in capsys.readouterr().err and not config.out.exists()
+
+    # The others are trained on, every one.
+    rest = [pair for number, pair in enumerate(pairs) if number not in named]
+    for index in range(len(rest)):
+        sample = PairDataset(rest, 16)[index]
+        assert sample["src"].shape == sample["tar"].shape == (3, 16, 16)
+        assert torch.isfinite(sample["src"]).all() and torch.isfinite(sample["tar"]).all()
+    write_pairs(tmp_path / "rest.jsonl", rest)
+    summary = train(TrainConfig(**(vars(config) | {"train_pairs": tmp_path / "rest.jsonl"})))
+    assert summary.epochs == 1 and len(rest) > 60
