@@ -10,6 +10,9 @@ from backend import BACKEND, EMULATED
 
 from autohdr import _C
 
+# A reference that rounds float32 to TF32, as PyTorch's convolutions do on a GPU, would let every error pass.
+torch.backends.cudnn.allow_tf32 = False
+
 if EMULATED:
     LIBRARY = os.environ["AUTOHDR_EMULATED_LIBRARY"]
     torch.ops.load_library(LIBRARY)  # takes the place of the CPU kernels
