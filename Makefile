@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo test lint bench install
+.PHONY: demo test lint bench gpu-check install
 
 demo: install
 	$(BIN)/autohdr demo
@@ -22,6 +22,10 @@ lint: install
 # Ratios on this machine, into benchmarks/results/.
 bench: install
 	$(BIN)/python benchmarks/run.py
+
+# Everything that needs a GPU, beside the PyTorch that $(PYTHON) has; fetches nothing. GPU_CHECK="--only bench --minutes 30"
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 install: $(INSTALLED)
 

@@ -1,38 +1,49 @@
-"""What the benchmarks share. Run them all with ``make bench``, or one file with ``pytest benchmarks/bench_NAME.py``."""
+"""What pytest makes of the benchmarks. Run them all with ``make bench``, or one file with ``pytest benchmarks/bench_NAME.py``."""
 
+import gc
+import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
+import measuring
 import pytest
 import torch
 
-from autohdr.measure import measure
+from autohdr.measure import is_out_of_memory
 
-ROUNDS = int(os.environ.get("AUTOHDR_BENCH_ROUNDS", "5"))
+
+def pytest_collection_modifyitems(items):
+    if measuring.DEVICE == "cuda":
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=measuring.Moment))
+
+
+def pytest_runtest_setup():
+    if time.time() > float(os.environ.get("AUTOHDR_BENCH_END", "inf")):
+        pytest.exit("no time left", returncode=4)
 
 
 @pytest.fixture
 def timed(benchmark):
-    """timed(function, op=..., mode=..., backend=..., ...): seconds a call, warm, and how far memory grew in one."""
+    """timed(function, error, limit, op=..., shape=..., mode=..., backend=..., dtype=...): seconds a call and the memory it takes.
 
-    def run(function, **facts):
-        # The first call, which takes its scratch memory. Meaningful under the default malloc alone: the tuned one keeps what
-        # earlier calls gave back.
-        with measure("cpu") as used:
-            function()
-        benchmark.extra_info.update(facts, growth_bytes=used.growth_bytes, memory_source=used.memory_source)
-        benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
+    function returns tensors, error(tensors) is their error, and above limit (also where it is no number) nothing is reported.
+    Where memory does not suffice, that is reported.
+    """
+
+    def run(function: Callable[[], Sequence[torch.Tensor]], error: Callable[[Sequence], float], limit: float, **facts):
+        try:
+            row = facts | measuring.measured(benchmark, function, error, limit)
+        except Exception as failure:
+            if measuring.DEVICE == "cpu" or not is_out_of_memory(failure):
+                raise
+            row = facts | {"failed": "out of memory"}
+        if measuring.DEVICE == "cuda":  # for the next case; a failure's traceback is gone here, which held tensors
+            gc.collect()
+            torch.cuda.empty_cache()
+        if file := os.environ.get("AUTOHDR_BENCH_ROWS"):
+            with open(file, "a") as out:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     return run
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def refuse_if_wrong(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], limit: float) -> None:
-    """A benchmark of a wrong result fails, so that nothing is reported of it."""
-    error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
-    if not error <= limit:
-        pytest.fail(f"relative error {error:.1e} against the reference, allowed {limit:.0e}: nothing is reported")

@@ -5,7 +5,9 @@ of giving them back to the system, so that eager PyTorch does not pay for page f
 Ratios hold only within one run on one machine.
 
     python benchmarks/run.py [FILE ...] [--out results/NAME.json]
-    python benchmarks/run.py --tables           the README's table from the newest results, in place
+    python benchmarks/run.py --tables           the README's tables from the newest results, in place
+
+A GPU's results come from benchmarks/gpu_check.py.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+import tables
 import torch
 
 import autohdr
@@ -24,6 +28,7 @@ from autohdr import kernels
 from autohdr.kernels import _extension
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MALLOCS = {
@@ -42,108 +47,104 @@ def processor() -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Marked dirty where any tracked file but the results themselves was changed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    head = git("rev-parse", "--short", "HEAD")
+    return (head + "-dirty" * bool(changed)) if head else "unknown"
 
 
-def run(files: list[Path]) -> dict:
-    rows = []
-    for file in files:
-        for malloc, variables in MALLOCS.items():
-            print(f"== {file.name}, {malloc} malloc", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out.json"
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    str(file),
-                    f"--benchmark-json={out}",
-                    "--benchmark-columns=min,median,max",
-                ]
-                subprocess.run(command, env=os.environ | variables, cwd=HERE.parent, check=True)
-                for b in json.loads(out.read_text())["benchmarks"]:
-                    rows.append(
-                        {**b["extra_info"], "malloc": malloc, "seconds": b["stats"]["median"], "fastest": b["stats"]["min"]}
-                    )
+def measure_file(file: Path, variables: dict[str, str], *arguments: str, timeout: float | None = None) -> tuple[list[dict], str]:
+    """The rows of one file's cases, measured in a process of its own, and what went wrong, if anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.jsonl"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(file),
+            "--benchmark-columns=min,median,max",
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+        ]
+        fault = ""
+        try:
+            env = os.environ | variables | {"AUTOHDR_BENCH_ROWS": str(out)}
+            done = subprocess.run([*command, *arguments], env=env, cwd=HERE.parent, timeout=timeout)
+            if done.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+                fault = f"{file.name}: pytest ended with code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            fault = f"{file.name}: stopped after {timeout:.0f} s"
+        lines = out.read_text().splitlines() if out.exists() else []
+        return [json.loads(line) for line in lines], fault
+
+
+def describe(commit: str, rows: list[dict], gpu: dict | None) -> dict:
+    """The results as they are written."""
+    module = _extension.module
     return {
         "machine": {
             "processor": processor(),
             "threads": torch.get_num_threads(),
-            "cpu_isa": _extension.module.build_info()["cpu_isa"],
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cpu_isa": module.build_info()["cpu_isa"] if module else "none",
+            "gpu": gpu,
         },
         "versions": {"autohdr": autohdr.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "backends": {op: kernels.backends(op) for op in kernels.OPS},
-        "commit": commit(),
+        "commit": commit,
         "rows": rows,
     }
 
 
-def tables(results: dict) -> str:
-    rows = results["rows"]
-
-    def find(op, mode, dtype, backend, malloc):
-        for r in rows:
-            if (r["op"], r["mode"], r["dtype"], r["backend"], r["malloc"]) == (op, mode, dtype, backend, malloc):
-                return r
-        return None
-
-    def ratio(ours, theirs, key="seconds"):
-        return f"{theirs[key] / ours[key]:.2f}×" if ours and theirs else "not measured"
-
-    base = "restormer_base"
-    eager = {(mode, m): find(base, mode, "float32", "reference", m) for mode in ("forward", "training") for m in MALLOCS}
-    lines = [
-        "| restormer_base, 384×384, against eager PyTorch in channels-last | tuned malloc | default malloc |",
-        "|---|---|---|",
-    ]
-    for label, mode, dtype in (
-        ("forward, float32", "forward", "float32"),
-        ("forward, bfloat16, against eager float32", "forward", "bfloat16"),
-        ("training step, float32", "training", "float32"),
-    ):
-        cells = [ratio(find(base, mode, dtype, "cpu", m), eager[mode, m]) for m in ("tuned", "default")]
-        lines.append(f"| {label}: speed | {cells[0]} | {cells[1]} |")
-    # Only the default malloc gives memory back, so that one call's growth is all it took.
-    ours, theirs = find(base, "training", "float32", "cpu", "default"), eager["training", "default"]
-    known = ours and theirs and ours["memory_source"] == "VmHWM" and ours["growth_bytes"] > 0
-    memory = ratio(ours, theirs, "growth_bytes") if known else "not measured"
-    lines.append(f"| training step, float32: peak memory, eager's over ours | | {memory} |")
-    lines += ["", "| one op, float32, against eager with tuned malloc | forward | training step |", "|---|---|---|"]
-    for op in ("mdta", "gdfn"):
-        for shape in dict.fromkeys(r["shape"] for r in rows if r["op"] == op):
-            level = [r for r in rows if r["op"] == op and r["shape"] == shape and r["malloc"] == "tuned"]
-            cells = []
-            for mode in ("forward", "training"):
-                pair = {r["backend"]: r for r in level if r["mode"] == mode}
-                cells.append(ratio(pair.get("cpu"), pair.get("reference")))
-            lines.append(f"| {op} {shape} | {cells[0]} | {cells[1]} |")
-    m, v = results["machine"], results["versions"]
-    lines += [
-        "",
-        f"Ratios of median times in one run on {m['processor']}, {m['threads']} threads, {m['cpu_isa']} kernels,"
-        f" torch {v['torch']}, commit {results['commit']}. GPU: {m['gpu'] or 'not measured'}. Higher is better.",
-    ]
-    return "\n".join(lines)
+def run(files: list[Path]) -> tuple[dict, list[str]]:
+    """On the CPU: the results, and what went wrong."""
+    rows, faults = [], []
+    for file in files:
+        for malloc, variables in MALLOCS.items():
+            print(f"== {file.name}, {malloc} malloc", flush=True)
+            found, fault = measure_file(file, variables | {"AUTOHDR_BENCH_DEVICE": "cpu"})
+            rows += [row | {"malloc": malloc} for row in found]
+            faults += [f"{fault} ({malloc} malloc)"] if fault else []
+    return describe(commit(), rows, None), faults
 
 
-def main() -> None:
+def write(results: dict, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(HERE.glob("bench_*.py")))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
-    parser.add_argument("--tables", action="store_true", help="only write the README's table anew from --out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument(
+        "--tables", action="store_true", help="only write the README's tables anew, from --out and the GPUs' files"
+    )
     options = parser.parse_args()
+    faults = []
     if not options.tables:
-        results = run([f.resolve() for f in options.files])
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    text = tables(json.loads(options.out.read_text()))
+        results, faults = run([f.resolve() for f in options.files])
+        write(results, options.out)
+    results = json.loads(options.out.read_text())
+    others = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    text = tables.cpu(results) + "\n\n" + tables.gpus([r for r in others if is_gpu(r)])
     print(text)
     if options.tables:
         before, rest = README.read_text().split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    for fault in faults:
+        print(f"failed: {fault}", file=sys.stderr)
+    return int(bool(faults))
+
+
+def is_gpu(results: dict) -> bool:
+    """Whether these are a GPU's results as gpu_check.py writes them (tiling.json has no such machine)."""
+    return isinstance(results.get("machine", {}).get("gpu"), dict)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

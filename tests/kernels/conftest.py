@@ -18,6 +18,9 @@ if SLOW:  # the backend takes CPU tensors
     backends._DEVICES[BACKEND] = "cpu"
     backends._REASONS |= {(op, BACKEND): "" for op in OPS}
 
+# A reference that rounds float32 to TF32, as PyTorch's convolutions do on a GPU, would let every error pass.
+torch.backends.cudnn.allow_tf32 = False
+
 if EMULATED:
     LIBRARY = os.environ["AUTOHDR_EMULATED_LIBRARY"]
     torch.ops.load_library(LIBRARY)  # takes the place of the CPU kernels

@@ -1,0 +1,225 @@
+"""Everything that needs a GPU, in one run: make gpu-check, or python benchmarks/gpu_check.py [--only PART ...].
+
+    build       the CUDA kernels, for this GPU's architecture unless TORCH_CUDA_ARCH_LIST names others; fetches nothing
+    tests       tests/kernels on the GPU, with the cuda and with the triton backend
+    sanitizer   compute-sanitizer (memcheck, racecheck, initcheck, synccheck) over small calls of every op, forward and backward
+    bench       the benchmarks, among them a training step of mamba_diffusion_large at 384×384
+    compiled    torch.compile's columns of the benchmarks; compilation takes minutes, so only where --only names it
+
+A part that fails is reported, and the rest still runs; the exit status is then 1. Results go to benchmarks/results/NAME.json; a
+later call with other parts adds to it, as long as GPU, versions and commit are the same. What --minutes cuts off counts as
+failed: run it in a call of its own.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+# The parts of a stage run beside each other.
+STAGES = (("build",), ("tests", "sanitizer"), ("bench",), ("compiled",))
+BACKENDS = ("cuda", "triton")
+NEEDED = ("einops", "ninja", "pybind11", "pytest", "pytest_benchmark", "safetensors", "setuptools")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# What reads memory that an earlier test freed is seen only if that memory goes back to the driver at once.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+END = 15  # seconds at the end of a part, in which no further case of a benchmark is begun
+
+
+class Check:
+    """The run: what there is left of its time, and what went wrong so far."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+        self.rows: list[dict] = []
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+    def left(self) -> float:
+        return max(1.0, self.end - time.monotonic())
+
+    def run(self, command: list, name: str, **variables: str) -> tuple[str, list[str]]:
+        """A command's output, and what went wrong, with the end of that output."""
+        arguments = [str(c) for c in command]
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        with subprocess.Popen(arguments, env=self.environment | variables, start_new_session=True, **options) as process:
+            try:
+                output, _ = process.communicate(timeout=self.left())
+                fault = f"exit code {process.returncode}" if process.returncode else ""
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)  # its children as well: a compiler, a program under the sanitizer
+                output, fault = process.communicate()[0], "no time left"
+        return output, [f"{name}: {fault}\n{output[-6000:]}"] if fault else []
+
+    def build(self) -> list[str]:
+        major, minor = torch.cuda.get_device_capability()
+        variables = {"AUTOHDR_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        return self.run(command, "build", **variables)[1]
+
+    def tests(self) -> list[str]:
+        def run(backend: str) -> list[str]:
+            files = [f"tests/kernels/test_{op}.py" for op in ops(backend)] + ["tests/kernels/test_gpu.py"]
+            command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "--durations=5"]
+            output, faults = self.run(command, f"tests, {backend}", AUTOHDR_TEST_BACKEND=backend)
+            print(f"   tests, {backend}: {(output.splitlines() or [''])[-1]}", flush=True)
+            return [f"{op}: {backend} cannot run: {reason}" for op, reason in missing(backend)] + faults
+
+        with ThreadPoolExecutor() as pool:
+            return sum(pool.map(run, BACKENDS), [])
+
+    def sanitizer(self) -> list[str]:
+        toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        places = [os.environ["PATH"], *(f"{home}/bin" for home in toolkits if home)]
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+        if program is None:
+            return ["sanitizer: there is no compute-sanitizer (it comes with the CUDA toolkit; set CUDA_HOME)"]
+
+        def run(job: tuple[str, str]) -> list[str]:
+            tool, backend = job
+            command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+            if tool == "memcheck":  # its own checks of memory alone: torch asks the driver for things that it may not have
+                command += ["--report-api-errors", "no"]
+            worker = [sys.executable, __file__, "--calls", backend]
+            output, faults = self.run([*command, *worker], f"{tool}, {backend}", **UNCACHED)
+            return faults or sanitizer_faults(output, f"{tool}, {backend}")
+
+        with ThreadPoolExecutor(4) as pool:
+            return sum(pool.map(run, [(tool, backend) for backend in BACKENDS if ops(backend) for tool in TOOLS]), [])
+
+    def bench(self, selection: str = "not compiled") -> list[str]:
+        measure_file = importlib.import_module("run").measure_file
+        faults = []
+        for file in sorted(HERE.glob("bench_*.py")):
+            print(f"== {file.name}, {selection}", flush=True)
+            variables = {"AUTOHDR_BENCH_DEVICE": "cuda", "AUTOHDR_BENCH_END": str(time.time() + self.left() - END)}
+            variables["PYTHONPATH"] = self.environment["PYTHONPATH"]
+            rows, fault = measure_file(file, variables, "-k", selection, timeout=self.left())
+            self.rows += rows
+            faults += [fault] if fault else []
+        return faults
+
+    def compiled(self) -> list[str]:
+        return self.bench("compiled")
+
+
+def ops(backend: str) -> list[str]:
+    """Those that the backend can run here."""
+    kernels = importlib.import_module("autohdr.kernels")
+    return [op for op in kernels.OPS if kernels.backends(op)[backend] == "available"]
+
+
+def missing(backend: str) -> list[tuple[str, str]]:
+    kernels = importlib.import_module("autohdr.kernels")
+    return [(op, reason) for op in kernels.OPS if (reason := kernels.backends(op)[backend]) != "available"]
+
+
+def sanitizer_faults(output: str, name: str) -> list[str]:
+    """Unless the sanitizer says that it watched, and found nothing, all the calls that were to be made."""
+    clean = re.search(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)", output)
+    return [] if clean and "all calls made" in output else [f"{name}: no clean summary\n{output[-6000:]}"]
+
+
+def calls(backend: str, device: str = "cuda") -> None:
+    """Every op forward and backward on small and awkward sizes; what compute-sanitizer watches."""
+    problems = importlib.import_module("problems")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        small = [problems.mdta(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
+        small += [problems.gdfn(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
+        small += [problems.selective_scan(*shape, dtype, device) for shape in ((2, 33, 300), (1, 5, 1), (1, 192, 1030))]
+        for problem in small:
+            if problem.op in ops(backend):
+                for mode in ("forward", "training"):
+                    for tensor in problem.runner(mode, backend)():
+                        if not tensor.isfinite().all():
+                            raise SystemExit(f"{problem.op}, {dtype}, {mode}: not finite")
+    print("all calls made")
+
+
+def merge(before: dict, now: dict) -> dict:
+    """now, and what before has beside it; nothing of before where it is of another machine, version or commit."""
+    if any(before.get(key) != now[key] for key in ("machine", "versions", "commit")):
+        return now
+
+    def key(row: dict) -> tuple:
+        return tuple(row[k] for k in ("op", "shape", "mode", "dtype", "backend"))
+
+    rows = {key(r): r for r in before["rows"]} | {key(r): r for r in now["rows"]}
+    return now | {"rows": list(rows.values()), "checks": before["checks"] | now["checks"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = [name for stage in STAGES for name in stage]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts[:-1], metavar="PART")
+    parser.add_argument("--minutes", type=float, default=10, help="of the whole call (default 10)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/NAME.json, after the GPU")
+    parser.add_argument("--commit", help="where the tree is no git checkout")
+    parser.add_argument("--calls", metavar="BACKEND", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        built = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        print(f"gpu-check: there is no GPU that torch can use (torch {torch.__version__}, built {built})", file=sys.stderr)
+        return 1
+    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(f"gpu-check: these Python packages are missing: {', '.join(absent)}", file=sys.stderr)
+        return 1
+    sys.path[:0] = [str(ROOT)]
+    if options.calls:
+        calls(options.calls)
+        return 0
+    check, checks = Check(options.minutes), {}
+
+    def run_part(name: str) -> None:
+        print(f"== {name}", flush=True)
+        begin = time.monotonic()
+        try:
+            faults = getattr(check, name)() if begin < check.end else ["no time left"]
+        except Exception as error:
+            faults = [f"{type(error).__name__}: {error}"]
+        checks[name] = {"passed": not faults, "seconds": round(time.monotonic() - begin, 1), "faults": faults}
+        print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
+
+    for stage in STAGES:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run_part, [name for name in stage if name in options.only]))
+
+    run, floors, tables = (importlib.import_module(module) for module in ("run", "floors", "tables"))
+    gpu = floors.gpu_properties()
+    results = run.describe(options.commit or run.commit(), check.rows, gpu)
+    results["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton"), "driver": driver()}
+    results["checks"] = checks
+    path = options.out or run.RESULTS / (re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()) + ".json")
+    run.write(merge(json.loads(path.read_text()), results) if path.exists() else results, path)
+    print(tables.gpu(json.loads(path.read_text())))
+    for name, part in checks.items():
+        print(f"{name:<10} {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s")
+    print(f"results: {path}")
+    return int(not all(part["passed"] for part in checks.values()))
+
+
+def version(module: str) -> str | None:
+    try:
+        return importlib.import_module(module).__version__
+    except ImportError:
+        return None
+
+
+def driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", file.read_text()) if file.exists() else None
+    return found[1] if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Tables in Markdown from results: ratios for a CPU, times for GPUs."""
+
+import floors
+
+MALLOCS = ("tuned", "default")
+MISSING = "not measured"
+MODES = {"forward": "forward", "training": "training step"}
+SCANS = {"reference": "the loop", "parallel": "sweeps", "associative_scan": "associative_scan"}
+
+
+def find(rows: list[dict], **facts) -> dict | None:
+    """The row with these facts."""
+    return next((r for r in rows if all(r.get(k) == v for k, v in facts.items())), None)
+
+
+def ratio(ours: dict | None, theirs: dict | None, key: str = "seconds") -> str:
+    return f"{theirs[key] / ours[key]:.2f}×" if ours and theirs and key in ours and key in theirs else MISSING
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    written = ["| " + " | ".join(line) + " |" for line in (header, *lines)]
+    return "\n".join([written[0], "|---" * len(header) + "|", *written[1:]])
+
+
+def cpu(results: dict) -> str:
+    """Ratios of the compiled kernels against PyTorch, under two mallocs."""
+    rows, base = results["rows"], "restormer_base"
+
+    def speed(malloc, other="reference", against=None, **facts):
+        return ratio(
+            find(rows, backend="cpu", malloc=malloc, **facts), find(rows, backend=other, malloc=malloc, **facts | (against or {}))
+        )
+
+    lines = []
+    for label, mode, dtype in (
+        ("forward, float32", "forward", "float32"),
+        ("forward, bfloat16, against eager float32", "forward", "bfloat16"),
+        ("training step, float32", "training", "float32"),
+    ):
+        cells = [speed(m, against={"dtype": "float32"}, op=base, mode=mode, dtype=dtype) for m in MALLOCS]
+        lines.append([f"{label}: speed", *cells])
+    # Only the default malloc gives memory back, so that one call's growth is all it took.
+    step = {"op": base, "mode": "training", "dtype": "float32", "malloc": "default"}
+    ours, theirs = find(rows, **step, backend="cpu"), find(rows, **step, backend="reference")
+    known = ours and theirs and ours["memory_source"] == "VmHWM" and ours["growth_bytes"] > 0
+    memory = ratio(ours, theirs, "growth_bytes") if known else MISSING
+    lines.append(["training step, float32: peak memory, eager's over ours", "", memory])
+    title = f"{base}, 384×384, against eager PyTorch in channels-last"
+    parts = [table([title, "tuned malloc", "default malloc"], lines)]
+
+    lines = []
+    for op in ("mdta", "gdfn"):
+        for shape in dict.fromkeys(r["shape"] for r in rows if r["op"] == op):
+            lines.append([f"{op} {shape}", *(speed("tuned", op=op, shape=shape, mode=m, dtype="float32") for m in MODES)])
+    parts.append(table(["one op, float32, against eager with tuned malloc", *MODES.values()], lines))
+
+    lines = []
+    for shape in ("1×192×4096", "2×96×9216"):
+        facts = {"op": "selective_scan", "shape": shape, "dtype": "float32"}
+        cells = [speed("tuned", other, **facts, mode=mode) for other in SCANS for mode in MODES]
+        lines.append([shape, *cells])
+    against = [f"{name}, {mode}" for name in SCANS.values() for mode in MODES.values()]
+    parts.append(table(["selective_scan, float32, tuned malloc, against", *against], lines))
+
+    m, v = results["machine"], results["versions"]
+    parts.append(
+        f"Ratios of median times in one run on {m['processor']}, {m['threads']} threads, {m['cpu_isa']} kernels,"
+        f" torch {v['torch']}, commit {results['commit']}. Higher is better."
+    )
+    return "\n\n".join(parts)
+
+
+def cell(row: dict | None, limits: floors.Ceilings | None, memory: str = "growth_bytes") -> str:
+    """Milliseconds, in brackets how many times the floor; GB/s for a scan; memory."""
+    if row is None:
+        return MISSING
+    if "failed" in row:
+        return row["failed"]
+    floor = floors.floor_seconds(row, limits) if limits else None
+    parts = [f"{row['seconds'] * 1e3:.3g} ms" + (f" ({row['seconds'] / floor:.2f}×)" if floor else "")]
+    if row["op"] == "selective_scan":
+        parts.append(f"{floors.moved_bytes(row) / row['seconds'] / 1e9:.0f} GB/s")
+    parts.append(f"{row[memory] / 1e9:.2f} GB")
+    return ", ".join(parts)
+
+
+def _error(row: dict | None) -> str:
+    return f"{row['error']:.0e}" if row and "error" in row else MISSING
+
+
+IMAGES = {"reference": "eager", "compiled": "torch.compile", "checkpointed": "checkpointed", "triton": "triton", "cuda": "cuda"}
+SCAN_COLUMNS = SCANS | {name: name for name in ("mamba.py", "mamba-ssm", "triton", "cuda")}
+SIDES = ((384, 384), (896, 896), (2192, 3296))
+CHANNELS = (48, 96, 192, 384)
+
+
+def gpus(files: list[dict]) -> str:
+    """A GPU after the other; where there is none, the tables that there will be."""
+    return "\n\n".join(gpu(results) for results in files or [{"rows": []}])
+
+
+def gpu(results: dict) -> str:
+    rows = results["rows"]
+    limits = floors.ceilings(results["machine"]["gpu"]) if rows else None
+
+    def lines(op: str, shapes: list[str], names: dict[str, str], memory: str, modes=tuple(MODES)) -> list[list[str]]:
+        made = []
+        for shape in shapes:
+            for mode in modes:
+                found = {n: find(rows, op=op, shape=shape, mode=mode, dtype="bfloat16", backend=n) for n in names}
+                cells = [cell(row, limits, memory) for row in found.values()]
+                made.append([f"{op} {shape}, {MODES[mode]}", *cells, _error(found["cuda"])])
+        return made
+
+    images = lines("restormer_base", [f"3×{h}×{w}" for h, w in SIDES], IMAGES, "peak_bytes")
+    for op in ("mdta", "gdfn"):
+        images += lines(op, [f"{c}×{896 >> i}×{896 >> i}" for i, c in enumerate(CHANNELS)], IMAGES, "growth_bytes")
+    scans = lines("selective_scan", ["8×1536×4096", "1×192×147456", "2×96×9216", "1×192×4096"], SCAN_COLUMNS, "growth_bytes")
+    models = lines("mamba_diffusion_large", ["3×384×384"], {n: n for n in ("triton", "cuda")}, "peak_bytes", ("training",))
+    ending = ["cuda's error"]
+    if rows:
+        m, v = results["machine"]["gpu"], results["versions"]
+        source = f"{m['name']}, torch {v['torch']}, commit {results['commit']}"
+    else:
+        source = f"GPU: {MISSING}"
+    parts = [
+        table(["bfloat16", *IMAGES.values(), *ending], images),
+        table(["N = 16, bfloat16", *SCAN_COLUMNS.values(), *ending], scans),
+        table(["bfloat16", "triton", "cuda", *ending], models),
+        f"{source}. Median times (in brackets: as a multiple of the floor that the GPU's clocks and the op's least work give);"
+        " memory: a model's peak with its weights, an op's beside its inputs; error: ‖actual − gold‖ / ‖gold‖ against float64.",
+    ]
+    return "\n\n".join(parts)

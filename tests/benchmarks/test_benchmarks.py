@@ -1,0 +1,297 @@
+"""The benchmarks' own parts: floors, tables, plots, what is refused, and gpu_check on a machine without a GPU."""
+
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bench_restormer
+import floors
+import gpu_check
+import plot
+import problems
+import run
+import tables
+
+from autohdr import create_model
+from autohdr.kernels.gdfn.schema import _multiplications
+
+HERE = Path(run.__file__).parent
+H200 = {"name": "NVIDIA H200", "capability": [9, 0], "multiprocessors": 132, "clock_khz": 1980000}
+H200 |= {"memory_clock_khz": 3201000, "memory_bus_bits": 6144, "l2_bytes": 60 << 20}
+A100 = {"capability": [8, 0], "multiprocessors": 108, "clock_khz": 1410000, "memory_clock_khz": 1593000, "memory_bus_bits": 5120}
+
+
+def row(op="selective_scan", shape="8×1536×4096", mode="forward", backend="cuda", dtype="bfloat16", **more):
+    facts = {"op": op, "shape": shape, "mode": mode, "backend": backend, "dtype": dtype, "dstate": 16}
+    facts |= {"seconds": 4e-4, "fastest": 4e-4, "growth_bytes": 2 << 28, "peak_bytes": 3 << 30, "error": 1.6e-3}
+    return facts | more
+
+
+def gpu_results(*rows):
+    machine = {"processor": "a processor", "threads": 16, "cpu_isa": "avx512", "gpu": H200}
+    return {"machine": machine, "versions": {"torch": "2.11.0"}, "commit": "1234567", "rows": list(rows), "checks": {}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shape", "exponentials", "backward"),  # microseconds, by hand from the chips' data sheets
+    [
+        (H200, (8, 1536, 4096), 217, 373),
+        (H200, (1, 192, 147456), 122, 210),
+        (A100, (8, 1536, 4096), 372, 1281),
+        (A100, (1, 192, 147456), 209, 720),
+    ],
+)
+def test_scan_floor(gpu, shape, exponentials, backward):
+    limits = floors.ceilings(gpu)
+    assert floors.scan_forward(*shape, 16, 2, gated=False).special / limits.special * 1e6 == pytest.approx(
+        exponentials, rel=0.005
+    )
+    assert floors.scan_backward(*shape, 16, 2).fma / limits.fma * 1e6 == pytest.approx(backward, rel=0.005)
+
+
+def test_ceilings():
+    h200, a100 = floors.ceilings(H200), floors.ceilings(A100)
+    assert h200.bytes == pytest.approx(4.9e12, rel=0.01) and a100.bytes == pytest.approx(2.04e12, rel=0.01)
+    assert 2 * a100.products["bfloat16"] == pytest.approx(312e12, rel=0.01)
+    assert 2 * h200.products["float32"] == h200.products["bfloat16"]
+    assert floors.ceilings(H200 | {"capability": [7, 5]}) is None
+
+
+def test_work_of_the_image_ops():
+    for mode, tensors in (("forward", (3, 2)), ("training", (8, 5))):
+        rows = [row(op, "96×20×30", mode) for op in ("mdta", "gdfn")]
+        assert tuple(floors.moved_bytes(r) / (2 * 96 * 20 * 30) for r in rows) == tensors
+    multiplications = _multiplications((1, 96, 20, 30), (96, 255, 1, 1))
+    assert floors.flops(row("gdfn", "96×20×30")) == 2 * multiplications
+    assert floors.flops(row("gdfn", "96×20×30", "training")) == 6 * multiplications
+
+
+def test_restormer_floor_is_its_blocks():
+    whole = row("restormer_base", "3×384×384")
+    assert 0.85 < floors.flops(whole) / 2 / (102.6e9 * 2.25) < 1  # 102.6 GMAC at 256×256, a tenth of it in resampling
+    limits = floors.ceilings(H200)
+    parts = 0
+    for level, blocks in enumerate((12, 12, 12, 8)):
+        shape = f"{48 << level}×{384 >> level}×{384 >> level}"
+        parts += blocks * sum(floors.floor_seconds(row(op, shape), limits) for op in ("mdta", "gdfn"))
+    assert floors.floor_seconds(whole, limits) == pytest.approx(parts)
+    assert floors.floor_seconds(row("mamba_diffusion_large", "3×384×384", "training"), limits) is None
+
+
+def test_gpu_tables():
+    results = gpu_results(
+        row(),
+        row(mode="training", backend="mamba.py", failed="out of memory"),
+        row("restormer_base", "3×896×896"),
+        row("mamba_diffusion_large", "3×384×384", "training", seconds=0.5),
+    )
+    text = tables.gpu(results)
+    floor = floors.floor_seconds(results["rows"][0], floors.ceilings(H200))
+    gigabytes = floors.moved_bytes(results["rows"][0]) / 4e-4 / 1e9
+    assert f"| 0.4 ms ({4e-4 / floor:.2f}×), {gigabytes:.0f} GB/s, 0.54 GB | 2e-03 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| selective_scan 8×1536×4096, training step"))
+    assert line.count("out of memory") == 1 and line.count(tables.MISSING) == 7
+    assert "| mamba_diffusion_large 3×384×384, training step | not measured | 500 ms, 3.22 GB | 2e-03 |" in text
+    assert "NVIDIA H200, torch 2.11.0, commit 1234567" in text
+
+
+def test_tables_without_a_gpu():
+    text = tables.gpus([])
+    assert "GPU: not measured" in text and " ms" not in text
+    assert text.count("| selective_scan ") == 8 and text.count("| restormer_base ") == 6
+
+
+def test_cpu_tables():
+    results = json.loads((HERE / "results" / "cpu.json").read_text())
+    results["rows"] = [
+        row(shape="1×192×4096", backend=backend, dtype="float32", malloc="tuned", seconds=seconds)
+        for backend, seconds in (("cpu", 0.01), ("reference", 0.34), ("parallel", 0.1))
+    ]
+    text = tables.cpu(results)
+    assert "| 1×192×4096 | 34.00× | not measured | 10.00× | not measured | not measured | not measured |" in text
+    assert "| forward, float32: speed | not measured | not measured |" in text
+
+
+def test_plot(tmp_path):
+    copied = row("copy", str(1 << 32), dtype="float32", seconds=2e-3), row("matmul", "8192×8192×8192", seconds=1.4e-3)
+    results = gpu_results(
+        row(), row(backend="reference", seconds=1e-2), row("gdfn", "48×896×896", failed="out of memory"), *copied
+    )
+    for name, found in (("gpu", results), ("cpu", json.loads((HERE / "results" / "cpu.json").read_text()))):
+        plot.plot(found, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+BENCH = """
+import os, measuring, pytest, torch
+@pytest.mark.parametrize("case", ["right", "wrong", "nan", "large", "killed"])
+def test_case(timed, case):
+    def function():
+        if case == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if case == "killed":
+            os.kill(os.getpid(), 9)
+        return [torch.tensor([{"right": 1.0, "wrong": 1.1, "nan": float("nan")}[case]])]
+    timed(function, lambda actual: measuring.relative_error(actual, [torch.ones(1)]), 1e-2, op=case)
+"""
+# A GPU's part in the measurement, acted by the processor: every call takes 2 ms of the device's time.
+ACTOR = """
+import types, torch
+class Event:
+    now = 0
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): self.time = Event.now = Event.now + 2
+    def synchronize(self): pass
+    def elapsed_time(self, later): return later.time - self.time
+empty = torch.empty
+torch.empty = lambda *size, device="cpu", **more: empty(*size, **more)
+torch.cuda.Event, torch.cuda._sleep, torch.cuda.empty_cache = Event, lambda cycles: None, lambda: None
+torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda device=None: None
+torch.cuda.memory_allocated, torch.cuda.max_memory_allocated = lambda device=None: 100, lambda device=None: 350
+torch.cuda.get_device_properties = lambda: types.SimpleNamespace(L2_cache_size=4096)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A benchmark of a right result, a wrong one, and none; of one that memory does not suffice for, and of one that crashes."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(tmp_path), str(HERE.parent))))
+    (tmp_path / "actor.py").write_text(ACTOR)
+    (tmp_path / "bench_case.py").write_text(BENCH)
+    return tmp_path / "bench_case.py"
+
+
+def test_what_is_reported_of_a_cpu(bench):
+    """What is right, although what came later was wrong, or ended the process."""
+    rows, fault = run.measure_file(bench, {"AUTOHDR_BENCH_ROUNDS": "2"}, "-p", "conftest", "-k", "not large")
+    assert fault == "bench_case.py: pytest ended with code -9"
+    assert [(r["op"], r["error"], r["rounds"]) for r in rows] == [("right", 0, 2)] and rows[0]["seconds"] > 0
+
+
+def test_what_is_reported_of_a_gpu(bench, capfd):
+    variables = {"AUTOHDR_BENCH_DEVICE": "cuda"}
+    rows, fault = run.measure_file(bench, variables, "-p", "actor", "-p", "conftest", "-k", "not killed", timeout=120)
+    assert fault == "bench_case.py: pytest ended with code 1" and [r["op"] for r in rows] == ["right", "large"]
+    assert rows[0]["seconds"] == rows[0]["fastest"] == 2e-3 and rows[0]["rounds"] == 50
+    assert (rows[0]["growth_bytes"], rows[0]["peak_bytes"], rows[0]["memory_source"]) == (250, 350, "cuda")
+    assert rows[1] == {"op": "large", "failed": "out of memory"}
+    output = capfd.readouterr().out
+    assert "relative error 1.0e-01, allowed 1e-02: nothing is reported" in output and "relative error nan" in output
+
+
+def test_no_case_begins_after_the_end(monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", HERE / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.pytest_runtest_setup()
+    monkeypatch.setenv("AUTOHDR_BENCH_END", "1")
+    with pytest.raises(pytest.exit.Exception, match="no time left"):
+        module.pytest_runtest_setup()
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_scans_that_a_scan_is_compared_with(mode):
+    problem = problems.selective_scan(2, 6, 45, torch.float32, "cpu")
+    expected = problem.to(torch.float64).runner(mode, "reference")()
+    torch.testing.assert_close(problems.scan_gold(problem, mode, states=3000), expected)
+    for column in problems.scan_columns():
+        for a, e in zip(problem.runner(mode, column)(), expected, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_restormer():
+    model = create_model("restormer_nano")
+    x = torch.rand(1, 3, 16, 24)
+    (expected,) = bench_restormer.runner(model, x, "training", "float32", "reference")()
+    (actual,) = bench_restormer.runner(copy.deepcopy(model), x, "training", "float32", "checkpointed")()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_cases_of_a_gpu():
+    """Every file is read and its cases are made as on a GPU."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *sorted(HERE.glob("bench_*.py"))]
+    env = os.environ | {"AUTOHDR_BENCH_DEVICE": "cuda"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case in (
+        "[2192-3296-training-bfloat16-checkpointed]",
+        "[896-896-forward-bfloat16-compiled]",
+        "[8x1536x4096-float16-training-",
+    ):
+        assert case in done.stdout
+    assert "[1x192x147456-float32-forward-reference]" not in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu():
+    done = subprocess.run([sys.executable, HERE / "gpu_check.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "gpu-check: there is no GPU that torch can use" in done.stderr
+
+
+def test_gpu_check_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    def fail(check):
+        raise OSError("no such compiler")
+
+    def bench(check):
+        check.rows.append(row())
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(floors, "gpu_properties", lambda: H200)
+    for part, function in {"build": fail, "tests": lambda check: ["2 failed"], "bench": bench}.items():
+        monkeypatch.setattr(gpu_check.Check, part, function)
+    arguments = ["gpu_check.py", "--out", str(tmp_path / "h200.json"), "--commit", "1234567", "--only"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "bench", "tests", "build"])
+    assert gpu_check.main() == 1
+    results = json.loads((tmp_path / "h200.json").read_text())
+    assert list(results["checks"]) == ["build", "tests", "bench"] and results["commit"] == "1234567"
+    assert results["checks"]["build"]["faults"] == ["OSError: no such compiler"]
+    assert [part["passed"] for part in results["checks"].values()] == [False, False, True] and results["rows"] == [row()]
+
+    monkeypatch.setattr(gpu_check.Check, "tests", lambda check: [])
+    monkeypatch.setattr(sys, "argv", [*arguments, "tests"])
+    assert gpu_check.main() == 0
+    results = json.loads((tmp_path / "h200.json").read_text())
+    assert [part["passed"] for part in results["checks"].values()] == [False, True, True] and results["rows"] == [row()]
+
+    monkeypatch.setattr(sys, "argv", [*arguments, "tests", "bench", "--minutes", "0"])
+    assert gpu_check.main() == 1
+    assert json.loads((tmp_path / "h200.json").read_text())["checks"]["bench"]["faults"] == ["no time left"]
+    assert "tests      FAILED" in capsys.readouterr().out
+
+
+def test_results_of_another_commit_are_left_out():
+    before, now = gpu_results(row(), row(backend="triton")), gpu_results(row(seconds=1.0))
+    assert [r["seconds"] for r in gpu_check.merge(before, now)["rows"]] == [1.0, 4e-4]
+    assert gpu_check.merge(before | {"commit": "7654321"}, now) == now
+
+
+def test_a_part_that_hangs_is_stopped():
+    check = gpu_check.Check(1 / 60)
+    output, faults = check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], "hang")
+    assert output == "begun\n" and faults == ["hang: no time left\nbegun\n"]
+    assert gpu_check.Check(1).run([sys.executable, "-c", "raise SystemExit(3)"], "end")[1] == ["end: exit code 3\n"]
+
+
+def test_the_sanitizer_must_have_watched():
+    clean = "all calls made\n========= ERROR SUMMARY: 0 errors\n"
+    assert gpu_check.sanitizer_faults(clean, "memcheck") == []
+    assert (
+        gpu_check.sanitizer_faults("all calls made\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)", "racecheck")
+        == []
+    )
+    for output in ("all calls made\n", "========= ERROR SUMMARY: 0 errors\n", clean.replace("0 errors", "3 errors")):
+        assert gpu_check.sanitizer_faults(output, "memcheck")[0].startswith("memcheck: no clean summary")
+
+
+def test_the_sanitizer_s_calls(capsys):
+    gpu_check.calls("reference", "cpu")
+    assert capsys.readouterr().out == "all calls made\n"
