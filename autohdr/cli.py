@@ -22,7 +22,8 @@ and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it skipped,
-    2 wrong input, 130 stopped by Ctrl-C. Like every argument parser it raises SystemExit for -h and for bad options.
+    2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM. Like every argument parser it raises SystemExit for -h and for bad
+    options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
@@ -205,8 +206,9 @@ def _train_verb(argv: list[str]) -> Any:
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
-        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C finishes the step and
-        saves; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there.
+        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C and SIGTERM finish the step
+        and save; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there. On several GPUs:
+        `torchrun --nproc-per-node 8 -m autohdr train CONFIG`.
 
         Args:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
@@ -225,7 +227,7 @@ def _train_verb(argv: list[str]) -> Any:
             return 1
         if summary.interrupted:
             print(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
-            return 130
+            return 128 + summary.interrupted
         weights = summary.out / "checkpoint_best.safetensors"
         print(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
         return 0
@@ -274,7 +276,3 @@ def _app(argv: list[str]) -> SubcommandApp:
     app.command(enhance)
     app.command(demo)
     return app
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -141,12 +142,13 @@ def test_train_eval_enhance(photos, capsys):
     assert Image.open(photos / "enhanced" / "0_src.png").size == (40, 32)
 
 
-def test_train_interrupted(photos, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_interrupted(photos, capsys, monkeypatch, number, status):
     from autohdr.train import loop
 
-    summary = loop.RunSummary(photos / "run", 3, {}, interrupted=True)
+    summary = loop.RunSummary(photos / "run", 3, {}, interrupted=number)
     monkeypatch.setattr(loop, "train", lambda config, resume: summary)
-    assert run("train", "demo") == 130
+    assert run("train", "demo") == status
     assert f"autohdr train {photos / 'run' / 'config.toml'} --resume" in capsys.readouterr().out
 
 

@@ -16,6 +16,13 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
+    """A log entry's numbers, as KIND/NAME, in a torch.utils.tensorboard.SummaryWriter."""
+    for name, value in entry.items():
+        if isinstance(value, int | float) and name != "step":
+            writer.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+
+
 def rewind(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a line cut short: a resumed run writes them again."""
     kept = []
