@@ -18,7 +18,7 @@ import torch
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history")
+PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_losses", "epoch_seconds", "history")
 """The plain values of a state: the trainer's attributes of these names."""
 _KEYS = {*PROGRESS, "step", "rng", "model", "optimizer", "scaler"}
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW on L1, linear warm-up then cosine, validation after each epoch, resumable at any step."""
+"""The training loop: AdamW, linear warm-up then cosine, validation after each epoch, resumable at any step."""
 
 import math
 import platform
@@ -23,9 +23,10 @@ from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
-from autohdr.train import losses, record
+from autohdr.train import record
 from autohdr.train.checkpoint import PROGRESS, load_newest, restore_rng, rng_state, save_state
-from autohdr.train.config import TrainConfig, check_config, dump_config
+from autohdr.train.config import LOSSES, TrainConfig, check_config, dump_config
+from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on.
@@ -98,6 +99,7 @@ class _Trainer:
         self.model = create_model(config.model, **config.model_args)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.objective = Objective(config, self.model)
+        self.criterion = Criterion(config, self.device)
         self.precision = _precision(config.precision, self.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
@@ -108,7 +110,7 @@ class _Trainer:
         self.run_id = uuid.uuid4().hex
         self.epoch = 0  # epochs behind us
         self.epoch_steps = 0  # optimiser steps behind us in the current one
-        self.epoch_loss = 0.0  # the sum of its samples' losses
+        self.epoch_losses: dict[str, float] = {}  # the sums of its samples' losses: the whole, and each component
         self.epoch_seconds = 0.0
         self.history: list[dict[str, Any]] = []  # one row for each epoch behind us
 
@@ -168,13 +170,14 @@ class _Trainer:
             lr = config.lr * lr_factor(
                 self.step, config.epochs * self.steps_per_epoch, round(config.warmup_epochs * self.steps_per_epoch)
             )
-            loss, norm = self._train_step(group, loader, lr)
-            self.epoch_loss += loss * sum(map(len, group))
+            losses, norm = self._train_step(group, loader, lr)
+            for name, value in losses.items():
+                self.epoch_losses[name] = self.epoch_losses.get(name, 0.0) + value * sum(map(len, group))
             self.epoch_steps += 1
             bar.update()
-            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
+            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {losses['loss']:.4f}, lr {lr:.1e}", refresh=False)
             if self.step % config.log_every == 0:
-                entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1, "loss": loss, "lr": lr}
+                entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1} | losses | {"lr": lr}
                 entry["grad_norm"] = norm if math.isfinite(norm) else None  # None: float16 overflowed, the step was skipped
                 record.append_line(self.out / "log.jsonl", entry)
             if interrupted():
@@ -182,10 +185,10 @@ class _Trainer:
         self.epoch_seconds += time.perf_counter() - started
         return self.epoch_steps == len(groups)
 
-    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[float, float]:
-        """One optimiser step over the batches of `group`; mean loss of its samples and norm of its gradient."""
+    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[dict[str, float], float]:
+        """One optimiser step over the batches of `group`; its samples' mean losses, the whole first, and its gradient's norm."""
         samples = sum(map(len, group))
-        total = 0.0
+        means = 0.0
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.zero_grad()
@@ -194,12 +197,13 @@ class _Trainer:
             share = len(indices) / samples  # so that batches of unequal size weigh as one big batch would
             with self._autocast():
                 said, wanted = self.objective.predict(self.model, source, target, self.epoch, indices)
-            loss = losses.l1(said, wanted) * share
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            loss, components = self.criterion(said, wanted)
+            self.scaler.scale(loss * share).backward()
+            means = means + share * torch.stack((loss.detach(), *components.values()))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf).item()
-        total = total.item()
+        losses = dict(zip(("loss", *components), means.tolist(), strict=True))
+        total = losses["loss"]
         # In float16 a gradient that overflows says that the scale is too large; at scale 1 it says what it says elsewhere.
         overflow = math.isfinite(total) and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if not overflow and not (math.isfinite(total) and math.isfinite(norm)):
@@ -212,7 +216,7 @@ class _Trainer:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return total, norm
+        return losses, norm
 
     def _finish_epoch(self, bar: tqdm) -> None:
         """Validate, log, draw, and keep the weights where they are the best so far."""
@@ -220,13 +224,13 @@ class _Trainer:
         scores, triptychs = self._validate()
         self.epoch_seconds += time.perf_counter() - started
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {"train_l1": self.epoch_loss / len(self.train_pairs)} | scores
+        row |= {f"train_{name}": total / len(self.train_pairs) for name, total in self.epoch_losses.items()} | scores
         row["seconds"] = round(self.epoch_seconds, 3)
         if any(math.isnan(value) for value in scores.values()):
             raise TrainingError(f"epoch {self.epoch + 1}: the model's output on the validation pairs is not a number")
         is_best = all(row["val_psnr"] > earlier["val_psnr"] for earlier in self.history)
         self.history.append(row)
-        self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.epoch, self.epoch_steps, self.epoch_losses, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
 
         record.append_line(self.out / "log.jsonl", {"kind": "epoch"} | row)
         record.write_csv(self.out / "log.csv", self.history)
@@ -308,16 +312,22 @@ def _checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
             f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
             "`autohdr data split` keeps them apart"
         )
-    check_pairs(train_pairs)
-    val_set = PairDataset(val_pairs, config.size, config.resize)
-    for pair, size in zip(val_pairs, check_pairs(val_pairs), strict=True):
-        height, width = val_set.resized(*size)
-        if min(height, width) < metrics.SSIM_WINDOW:
+    needy = max(config.losses, key=LOSSES.get)
+    _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
+    _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
+    return train_pairs, val_pairs
+
+
+def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
+    """All photos can be read, and no side is shorter than `least` once they are resized."""
+    dataset = PairDataset(pairs, config.size, config.resize)
+    for pair, size in zip(pairs, check_pairs(pairs), strict=True):
+        height, width = dataset.resized(*size)
+        if min(height, width) < least:
             raise UserError(
-                f"{pair.where}: expected validation pairs with sides of at least {metrics.SSIM_WINDOW} pixels, as SSIM needs; "
+                f"{pair.where}: expected {use} pairs with sides of at least {least} pixels, as {reason} needs; "
                 f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
             )
-    return train_pairs, val_pairs
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from autohdr.errors import UserError
-from autohdr.train.checkpoint import load_newest, load_state, previous, restore_rng, rng_state, save_state
+from autohdr.train.checkpoint import PROGRESS, load_newest, load_state, previous, restore_rng, rng_state, save_state
 
-KEYS = ("run_id", "step", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "model", "optimizer", "scaler")
+KEYS = (*PROGRESS, "step", "rng", "model", "optimizer", "scaler")
 
 
 def make_state(**values):
@@ -93,9 +93,9 @@ SAVER = """
 import resource, sys
 from pathlib import Path
 import torch
-from autohdr.train.checkpoint import save_state
+from autohdr.train.checkpoint import PROGRESS, save_state
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
-keys = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history", "rng", "optimizer", "scaler")
+keys = (*PROGRESS, "rng", "optimizer", "scaler")
 step = 0
 while True:
     step += 1
