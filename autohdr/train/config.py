@@ -38,8 +38,9 @@ class TrainConfig:
     sample_steps: int = 4
     """Calls of a bridge's network that make one photo, in validation and, unless told otherwise, ever after."""
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
-    """What is minimised, as {component: weight}: l1, charbonnier, edge (of Sobel gradients), ssim (1 - SSIM), vgg (perceptual).
-    Weight 0: logged alone. A bridge that predicts v or the noise takes l1 and charbonnier only: the others compare photos."""
+    """What is minimised, {component: weight} of l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and vgg (perceptual).
+    The logs hold each, unweighted; weight 0: in the logs alone. A bridge that predicts v or noise takes l1 and charbonnier
+    only: the others compare photos."""
     vgg_weights: Path | None = None
     """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 
