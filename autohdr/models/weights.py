@@ -119,6 +119,11 @@ def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
     return sampler
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a file that load_weights can read, on the CPU, by our names. Raises UserError where it can't be read."""
+    return _read(Path(path)).tensors
+
+
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     """Copies every tensor of a file that fits into the model, prints a summary and returns the report.
 

@@ -20,7 +20,7 @@ import torch
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_samples", "epoch_seconds", "epoch_wait", "history")
+PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_losses", "epoch_samples", "epoch_seconds", "epoch_wait", "history")
 """The plain values of a state: the trainer's attributes of these names."""
 _KEYS = {*PROGRESS, "step", "step_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 

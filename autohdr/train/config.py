@@ -12,6 +12,9 @@ from autohdr.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "configs"
 
+LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
+"""The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -35,6 +38,12 @@ class TrainConfig:
     """Standard deviation of a bridge's noise at the source's end."""
     sample_steps: int = 4
     """Calls of a bridge's network that make one photo, in validation and, unless told otherwise, ever after."""
+    losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
+    """What is minimised, {component: weight} of l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and vgg (perceptual).
+    The logs hold each, unweighted; weight 0: in the logs alone. A bridge that predicts v or noise takes l1 and charbonnier
+    only: the others compare photos."""
+    vgg_weights: Path | None = None
+    """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 
     train_pairs: Path | None = None
     """JSONL file of the pairs to train on. Required."""
@@ -152,6 +161,7 @@ def check_config(config: TrainConfig) -> None:
             raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
+    _check_losses(config)
     if config.warmup_epochs >= config.epochs:
         raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     if config.resize == "fit" and config.batch_size > 1:
@@ -165,6 +175,22 @@ def check_config(config: TrainConfig) -> None:
         file = getattr(config, name)
         if file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+
+
+def _check_losses(config: TrainConfig) -> None:
+    for name, weight in config.losses.items():
+        if name not in LOSSES:
+            raise UserError(f"losses: unknown component {name!r}; expected one of {', '.join(LOSSES)}")
+        if not _is_a(weight, float) or not 0 <= weight < float("inf"):
+            raise UserError(f"losses: {name}: expected a number, at least 0, got {weight!r}")
+    if not any(config.losses.values()):
+        raise UserError(f"losses: expected at least one weight above 0, got {config.losses}")
+    of_photos = [name for name in config.losses if LOSSES[name] > 1]
+    if of_photos and config.objective == "bridge" and config.prediction != "x0":
+        raise UserError(
+            f"losses: {', '.join(of_photos)}: expected l1 and charbonnier alone, as a bridge with prediction = "
+            f"{config.prediction} makes no photos in training; prediction = x0 takes every component"
+        )
 
 
 def dump_config(config: TrainConfig, header: str = "") -> str:

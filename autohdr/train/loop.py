@@ -1,4 +1,4 @@
-"""The training loop: AdamW on L1, linear warm-up then cosine, validation after each epoch, resumable at any step."""
+"""The training loop: AdamW, linear warm-up then cosine, validation after each epoch, resumable at any step."""
 
 import math
 import platform
@@ -30,12 +30,13 @@ from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
-from autohdr.train import losses, record
+from autohdr.train import record
 from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_rng, rng_state, save_state, to_cpu
-from autohdr.train.config import TrainConfig, check_config, dump_config
+from autohdr.train.config import LOSSES, TrainConfig, check_config, dump_config
 from autohdr.train.distributed import Ranks, join, local
 from autohdr.train.ema import Average
 from autohdr.train.guards import Guard, TrainingError, deferred_signals, not_finite, survive_signals
+from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on beyond rounding. How many pairs a
@@ -112,6 +113,7 @@ class _Trainer:
         sharded = config.parallel == "fsdp" and self.ranks.count > 1  # FSDP2 takes contiguous weights alone
         self.model.to(self.device, memory_format=torch.preserve_format if sharded else torch.channels_last)
         self.objective = Objective(config, self.model)
+        self.criterion = Criterion(config, self.device)
         self.precision = _precision(config.precision, self.device)
         if config.compile:
             self.model.compile()
@@ -135,7 +137,9 @@ class _Trainer:
         self.run_id = uuid.uuid4().hex
         self.epoch = 0  # epochs behind us
         self.epoch_steps = 0  # optimiser steps behind us in the current one
-        self.epoch_loss = 0.0  # the sum of its samples' losses, those of skipped steps apart
+        self.epoch_losses: dict[
+            str, float
+        ] = {}  # the sums of its samples' losses, skipped steps apart: the whole, each component
         self.epoch_samples = 0
         self.epoch_seconds = 0.0
         self.epoch_wait = 0.0  # of them, spent waiting for a batch
@@ -230,17 +234,18 @@ class _Trainer:
             lr = config.lr * lr_factor(
                 self.step, config.epochs * self.steps_per_epoch, round(config.warmup_epochs * self.steps_per_epoch)
             )
-            loss, norm = self._train_step(group, loader, lr)
+            losses, norm = self._train_step(group, loader, lr)
+            counted = sum(map(len, group)) if self.guard.in_a_row == 0 else 0
+            for name, value in losses.items():
+                self.epoch_losses[name] = self.epoch_losses.get(name, 0.0) + (value * counted if counted else 0.0)
+            self.epoch_samples += counted
             self.epoch_steps += 1
             bar.update()
-            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
-            if self.guard.in_a_row == 0:
-                self.epoch_loss += loss * sum(map(len, group))
-                self.epoch_samples += sum(map(len, group))
-                if self.step % config.log_every == 0:
-                    entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1, "loss": loss, "lr": lr}
-                    entry["grad_norm"] = norm if math.isfinite(norm) else None  # None: float16 overflowed, the step was skipped
-                    self._log(entry)
+            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {losses['loss']:.4f}, lr {lr:.1e}", refresh=False)
+            if counted and self.step % config.log_every == 0:
+                entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1} | losses | {"lr": lr}
+                entry["grad_norm"] = norm if math.isfinite(norm) else None  # None: float16 overflowed, the step was skipped
+                self._log(entry)
             self.epoch_seconds += time.perf_counter() - mark
             mark = time.perf_counter()
             self.stopped = int(max(self.ranks.gather_floats(self.signalled()))[0])
@@ -250,13 +255,14 @@ class _Trainer:
                 self._save_last()
         return self.epoch_steps == len(groups)
 
-    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[float, float]:
-        """One optimiser step over the batches of `group`; mean loss of its samples and norm of its gradient, on all processes.
+    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[dict[str, float], float]:
+        """One optimiser step over the batches of `group`; its samples' mean losses, the whole first, and its gradient's norm.
 
-        A step whose loss or gradient will not do changes nothing, or takes the run back: guard.in_a_row is then above 0.
+        Both are those of all processes. A step whose loss or gradient will not do changes nothing, or takes the run back:
+        guard.in_a_row is then above 0.
         """
         samples = sum(map(len, group))
-        total = 0.0
+        means = 0.0
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.zero_grad()
@@ -269,28 +275,29 @@ class _Trainer:
             with self.ranks.exchanging(self.network, last=number == len(group)):
                 with self._autocast():
                     said, wanted = self.objective.predict(self.network, source, target, self.epoch, indices)
-                loss = losses.l1(said, wanted) * share
-                self.scaler.scale(loss * self.ranks.count).backward()  # gradients are averaged over the processes
-            total += loss.detach()
+                loss, components = self.criterion(said, wanted)
+                self.scaler.scale(loss * (share * self.ranks.count)).backward()  # gradients are averaged over the processes
+            means = means + share * torch.stack((loss.detach(), *components.values()))
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.model.parameters())
         length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         length = length.full_tensor() if isinstance(length, DTensor) else length
-        rows = self.ranks.gather_floats(total.item(), length.item())
-        total, norm = math.fsum(row[0] for row in rows), rows[0][1]
+        (norm, *_), *_ = rows = self.ranks.gather_floats(length.item(), *means.tolist())
+        losses = dict(zip(("loss", *components), map(sum, list(zip(*rows, strict=True))[1:]), strict=True))
+        total = losses["loss"]
         # In float16 a gradient that overflows says that the scale is too large; at scale 1 it says what it says elsewhere.
         overflow = math.isfinite(total) and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if not overflow:
             if fault := self._fault(total, norm):
                 self._skip(fault, group)
-                return total, norm
+                return losses, norm
             self.guard.passed(self.step, total)
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip or math.inf, length)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if not overflow:
             self.average.update()
-        return total, norm
+        return losses, norm
 
     def _fault(self, loss: float, norm: float) -> dict[str, Any] | None:
         """What is wrong with a step, as the log says it; None where nothing is. The same on all processes."""
@@ -334,14 +341,17 @@ class _Trainer:
         started, trained, wait = time.perf_counter(), self.epoch_seconds, self.epoch_wait
         scores, triptychs = self._validate()
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {"train_l1": self.epoch_loss / self.epoch_samples if self.epoch_samples else math.nan} | scores
+        row |= {
+            f"train_{name}": total / self.epoch_samples if self.epoch_samples else math.nan
+            for name, total in self.epoch_losses.items()
+        } | scores
         row["seconds"] = round(trained + time.perf_counter() - started, 3)
         row["data_wait"] = round(wait / trained, 4)
         if any(math.isnan(value) for value in scores.values()):
             raise TrainingError(f"epoch {self.epoch + 1}: the model's output on the validation pairs is not a number")
         is_best = all(self._merit(row) > self._merit(earlier) for earlier in self.history)
         self.history.append(row)
-        self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_samples = self.epoch + 1, 0, 0.0, 0
+        self.epoch, self.epoch_steps, self.epoch_losses, self.epoch_samples = self.epoch + 1, 0, {}, 0
         self.epoch_seconds = self.epoch_wait = 0.0
         self.run_seconds, self.run_wait = self.run_seconds + trained, self.run_wait + wait
 
@@ -506,13 +516,19 @@ def _checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
             f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
             "`autohdr data split` keeps them apart"
         )
-    check_pairs(train_pairs)
-    val_set = PairDataset(val_pairs, config.size, config.resize)
-    for pair, size in zip(val_pairs, check_pairs(val_pairs), strict=True):
-        height, width = val_set.resized(*size)
-        if min(height, width) < metrics.SSIM_WINDOW:
+    needy = max(config.losses, key=LOSSES.get)
+    _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
+    _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
+    return train_pairs, val_pairs
+
+
+def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
+    """All photos can be read, and no side is shorter than `least` once they are resized."""
+    dataset = PairDataset(pairs, config.size, config.resize)
+    for pair, size in zip(pairs, check_pairs(pairs), strict=True):
+        height, width = dataset.resized(*size)
+        if min(height, width) < least:
             raise UserError(
-                f"{pair.where}: expected validation pairs with sides of at least {metrics.SSIM_WINDOW} pixels, as SSIM needs; "
+                f"{pair.where}: expected {use} pairs with sides of at least {least} pixels, as {reason} needs; "
                 f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
             )
-    return train_pairs, val_pairs
