@@ -4,11 +4,11 @@ torchrun starts them and says, in their environment, how many there are and whic
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -106,16 +106,14 @@ def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-@contextmanager
-def join(device: torch.device, timeout: float) -> Iterator[Ranks]:
+def join(device: torch.device, timeout: float) -> Ranks:
     """Meet the other processes that torchrun started. timeout: seconds that a gradient or a weight is waited for.
 
     On GPUs each process of a node takes the one of its local rank. Raises UserError where `device` names one of them, or
     a node has fewer.
     """
     if not dist.is_torchelastic_launched():
-        yield Ranks(device=device)
-        return
+        return Ranks(device=device)
     if device.type == "cuda":
         index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:
@@ -124,10 +122,15 @@ def join(device: torch.device, timeout: float) -> Iterator[Ranks]:
             raise UserError(f"torchrun: expected at most {there} processes on this node, one a GPU; got one more")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo")
-    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device, group)
-    dist.destroy_process_group()  # not after a failure: it could wait for a process that is gone
+    group = _group("nccl" if device.type == "cuda" else "gloo", timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, group)
+
+
+@cache  # for the process's next run too: torchrun's store and DTensor's caches would mix up two groups
+def _group(backend: str, timeout: float) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -69,10 +69,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
     anything is written, and TrainingError after `max_bad_steps` steps in a row whose loss or gradient will not do.
     """
     check_config(config)
-    with join(pick_device(config.device), config.rank_timeout) as ranks:
-        trainer = _Trainer(config, *ranks.first(_checked_run, config, resume), ranks, fresh=not resume)
-        trainer.resume() if resume else trainer.start()
-        return trainer.run()
+    ranks = join(pick_device(config.device), config.rank_timeout)
+    trainer = _Trainer(config, *ranks.first(_checked_run, config, resume), ranks, fresh=not resume)
+    trainer.resume() if resume else trainer.start()
+    return trainer.run()
 
 
 def lr_factor(step: int, total: int, warmup: int) -> float:
@@ -341,10 +341,8 @@ class _Trainer:
         started, trained, wait = time.perf_counter(), self.epoch_seconds, self.epoch_wait
         scores, triptychs = self._validate()
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {
-            f"train_{name}": total / self.epoch_samples if self.epoch_samples else math.nan
-            for name, total in self.epoch_losses.items()
-        } | scores
+        samples = self.epoch_samples or math.nan  # nan: every step was bad
+        row |= {f"train_{name}": total / samples for name, total in self.epoch_losses.items()} | scores
         row["seconds"] = round(trained + time.perf_counter() - started, 3)
         row["data_wait"] = round(wait / trained, 4)
         if any(math.isnan(value) for value in scores.values()):
