@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from tyro.extras import SubcommandApp
 
 from autohdr import __version__
 from autohdr.errors import UserError
-from autohdr.train.config import TrainConfig, load_config, recipes
+from autohdr.train.config import TrainConfig, dump_config, load_config, recipes
 
 DESCRIPTION = """Turn unedited real-estate photos into edited, HDR-looking ones: train a model on pairs, evaluate it,
 and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohdr --version` prints the version."""
@@ -203,6 +204,8 @@ def _train_verb(argv: list[str]) -> Any:
         config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
         settings: TrainConfig = recipe,
         resume: Annotated[bool, FlagCreatePairsOff] = False,
+        dry_run: Annotated[bool, FlagCreatePairsOff] = False,
+        print_config: Annotated[bool, FlagCreatePairsOff] = False,
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
@@ -214,22 +217,32 @@ def _train_verb(argv: list[str]) -> Any:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder.
+            dry_run: Build everything, check the data, make two steps, and tell memory and time; write nothing.
+            print_config: Print the settings as TOML, and do nothing else.
         """
         if config != named:
             raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
-        from autohdr.train.loop import TrainingError
+        if print_config:
+            print(dump_config(settings), end="")
+            return 0
+        from autohdr.train.loop import TrainingError, rehearse
         from autohdr.train.loop import train as run
 
+        # Of torchrun's processes, one speaks.
+        say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
         try:
+            if dry_run:
+                say(rehearse(settings))
+                return 0
             summary = run(settings, resume=resume)
         except TrainingError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         if summary.interrupted:
-            print(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
+            say(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
             return 128 + summary.interrupted
         weights = summary.out / "checkpoint_best.safetensors"
-        print(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
+        say(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
         return 0
 
     train.__doc__ = train.__doc__.replace("RECIPES", ", ".join(recipes()))

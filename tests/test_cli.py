@@ -152,6 +152,34 @@ def test_train_interrupted(photos, capsys, monkeypatch, number, status):
     assert f"autohdr train {photos / 'run' / 'config.toml'} --resume" in capsys.readouterr().out
 
 
+def test_train_dry_run_writes_nothing(photos, capsys):
+    """What a real run would take, and a real run's refusals."""
+    pairs, out = photos / "pairs.jsonl", photos / "run"
+    (photos / "val").mkdir()
+    for name in ("src", "tar"):
+        Image.new("RGB", (40, 32)).save(photos / "val" / f"{name}.png")
+    (photos / "val" / "pairs.jsonl").write_text('{"src": "src.png", "tar": "tar.png"}\n')
+    before = sorted(photos.rglob("*"))
+    given = ["train", "demo", "--train-pairs", pairs, "--val-pairs", photos / "val" / "pairs.jsonl", "--out", out, "--size", 32]
+    assert run(*given, "--model-args", json.dumps(TINY), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"memory +\d+ MB at most in a process \(\w+\), [\d.]+ [GM]B still free\n", said)
+    assert re.search(r"an epoch +[\d.]+ (s|min): 4 steps, 1 validations of", said) and said.endswith("nothing was written\n")
+    assert sorted(photos.rglob("*")) == before
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "already holds files" in refusal(capsys, *given, "--dry-run")
+
+
+def test_train_print_config_can_be_read_back(photos, capsys):
+    from autohdr.train.config import load_config
+
+    assert run("train", "restormer_384", "--lr", 3, "--out", photos / "run", "--print-config") == 0
+    (photos / "printed.toml").write_text(capsys.readouterr().out)
+    assert load_config(photos / "printed.toml") == load_config("restormer_384", {"lr": 3.0, "out": photos / "run"})
+    assert not (photos / "run").exists()
+
+
 def test_train_stopped_by_an_error(capsys, monkeypatch):
     from autohdr.train import loop
 

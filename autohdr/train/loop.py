@@ -7,7 +7,7 @@ import time
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import autohdr
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
+from autohdr.measure import format_bytes, free_bytes, measure
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.train import record
 from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_rng, rng_state, save_state, to_cpu
@@ -73,6 +74,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
     trainer = _Trainer(config, *ranks.first(_checked_run, config, resume), ranks, fresh=not resume)
     trainer.resume() if resume else trainer.start()
     return trainer.run()
+
+
+def rehearse(config: TrainConfig) -> str:
+    """What train(config) would take, measured: everything is built and checked, two steps are made and one pair is validated.
+
+    Nothing is written. Raises what train does, TrainingError at once where a step's loss or gradient is not finite.
+    """
+    check_config(config)
+    ranks = join(pick_device(config.device), config.rank_timeout)
+    trainer = _Trainer(replace(config, max_bad_steps=1), *ranks.first(_checked_run, config, False), ranks)
+    return trainer.rehearse()
 
 
 def lr_factor(step: int, total: int, warmup: int) -> float:
@@ -185,14 +197,43 @@ class _Trainer:
             record.rewind(self.out / "log.jsonl", self.step)
         restore_rng(state["rng"])
 
-    def run(self) -> RunSummary:
-        total = self.config.epochs * self.steps_per_epoch
+    def __str__(self) -> str:
         processes = f" in {self.ranks.count} processes ({self.config.parallel})" if self.ranks.count > 1 else ""
-        self._say(
+        return (
             f"{self.config.model}, {sum(weight.numel() for weight in self.model.parameters()):,} parameters, {self.device}"
             f"{processes}; {len(self.train_set)} pairs to train on, {len(self.val_set)} to validate; step {self.step} of "
-            f"{total}; {self.out}"
+            f"{self.config.epochs * self.steps_per_epoch}; {self.out}"
         )
+
+    def rehearse(self) -> str:
+        groups = (self._groups() * 2)[:2]
+        self.batches[:] = [self.ranks.part(batch)[0] for group in groups for batch in group]
+        loader, waits, steps = iter(self.loader), [], []
+        for group in groups:
+            with measure(self.device) as step:
+                self._train_step(group, loader, 0.0)
+            waits.append(self.epoch_wait - sum(waits))
+            steps.append(step)
+        with measure(self.device) as validation:
+            self._validate(self.ranks.count)
+        peak = max(max(row) for row in self.ranks.gather_floats(*(m.peak_bytes for m in (*steps, validation))))
+        turns = math.ceil(len(self.val_set) / self.ranks.count)
+        epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
+        memory = f"{format_bytes(int(peak))} at most in a process ({step.memory_source})"
+        return "\n".join(
+            (
+                f"{self}",
+                f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
+                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it waiting for data; the first {steps[0].seconds:.3g} s",
+                f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
+                f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
+                "nothing was written",
+            )
+        )
+
+    def run(self) -> RunSummary:
+        self._say(str(self))
+        total = self.config.epochs * self.steps_per_epoch
         if self.config.tensorboard and self.ranks.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -221,13 +262,9 @@ class _Trainer:
 
     def _train_epoch(self, bar: tqdm) -> bool:
         """Train from where this epoch stands to its end; False where a signal came first."""
-        config, mark = self.config, time.perf_counter()
+        config, mark, groups = self.config, time.perf_counter(), self._groups()
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        order = np.random.default_rng([config.seed, self.epoch]).permutation(len(self.train_pairs)).tolist()
-        together = config.batch_size * self.ranks.count
-        batches = [order[i : i + together] for i in range(0, len(order), together)]
-        groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
         self.batches[:] = [self.ranks.part(batch)[0] for group in groups[self.epoch_steps :] for batch in group]
         loader = iter(self.loader)
         for group in groups[self.epoch_steps :]:
@@ -254,6 +291,13 @@ class _Trainer:
             if config.save_every and self.step % config.save_every == 0 and self.epoch_steps < len(groups):
                 self._save_last()
         return self.epoch_steps == len(groups)
+
+    def _groups(self) -> list[list[list[int]]]:
+        """The pairs of this epoch: for each step the batches, for all processes together."""
+        order = np.random.default_rng([self.config.seed, self.epoch]).permutation(len(self.train_pairs)).tolist()
+        size, count = self.config.batch_size * self.ranks.count, self.config.accumulate
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return [batches[i : i + count] for i in range(0, len(batches), count)]
 
     def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[dict[str, float], float]:
         """One optimiser step over the batches of `group`; its samples' mean losses, the whole first, and its gradient's norm.
@@ -367,24 +411,25 @@ class _Trainer:
         )
 
     @torch.no_grad()  # not inference_mode: FSDP2 would gather weights that no later step can differentiate
-    def _validate(self) -> tuple[dict[str, float], list[tuple[torch.Tensor, ...]]]:
-        """Means over the validation pairs, one at a time so that each weighs the same; and the first triptychs.
+    def _validate(self, pairs: int | None = None) -> tuple[dict[str, float], list[tuple[torch.Tensor, ...]]]:
+        """Means over the validation pairs, or so many of them, one at a time so that each weighs the same; the first triptychs.
 
         The processes take turns, and each pair counts once; who has none in the last round works on the last pair again.
         """
         model = self.objective.photographer(self.model).eval()
         names = ("val_l1", "val_psnr", "val_ssim")
-        turns = range(self.ranks.rank, self.ranks.rank + len(self.val_set), self.ranks.count)
+        pairs = min(pairs or len(self.val_set), len(self.val_set))
+        turns = range(self.ranks.rank, self.ranks.rank + pairs, self.ranks.count)
         scores, triptychs = {}, {}
-        loader = self._loader(self.val_set, [[min(turn, len(self.val_set) - 1)] for turn in turns])
+        loader = self._loader(self.val_set, [[min(turn, pairs - 1)] for turn in turns])
         with self.average.applied():
             for index, batch in zip(turns, loader, strict=True):
                 source, target = self._to_device(batch)
                 with self._autocast():
                     output = model(source).float().clamp(0, 1)
-                if index < len(self.val_set):
+                if index < pairs:
                     scores[index] = [getattr(metrics, name.removeprefix("val_"))(output, target).item() for name in names]
-                if index < min(self.config.samples, len(self.val_set)):
+                if index < min(self.config.samples, pairs):
                     triptychs[index] = (source[0].cpu(), output[0].cpu(), target[0].cpu())
         for others, shown in self.ranks.gather((scores, triptychs)):
             scores, triptychs = scores | others, triptychs | shown
@@ -419,7 +464,7 @@ class _Trainer:
         )
 
     def _log(self, entry: dict[str, Any]) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and self.out.is_dir():  # a rehearsal has no folder
             record.append_line(self.out / "log.jsonl", entry)
             if self.tensorboard:
                 record.write_scalars(self.tensorboard, entry)
@@ -472,6 +517,11 @@ class _Trainer:
         save_state(self.out / "checkpoint_last.state.pt", state, self.config.keep)
         weights = (state["ema"] or state)["model"]
         save_weights(self.out / "checkpoint_last.safetensors", self.model, metadata, weights)
+
+
+def _duration(seconds: float) -> str:
+    unit, size = next((unit, size) for unit, size in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= 2 * size)
+    return f"{seconds / (size or 1):.3g} {unit}"
 
 
 def _commit() -> str:

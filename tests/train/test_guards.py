@@ -154,3 +154,11 @@ def test_the_limit_is_robust():
     for step in range(20):
         guard.passed(step, 1.0 + step % 2)
     assert guard.limit() == pytest.approx(1.5 + 10 * 1.4826 * 0.5)  # wide by nature: the deviations decide
+
+
+def test_a_rehearsal_says_what_is_not_finite(make_config, monkeypatch):
+    fill_gradient(monkeypatch, "output.weight", {1}, math.nan)
+    config = make_config()
+    with pytest.raises(TrainingError, match="step 1 .*first output.weight"):
+        loop.rehearse(config)
+    assert not config.out.exists()
