@@ -81,7 +81,9 @@ class TrainConfig:
     """A step whose loss is above so many times the median of the last good ones, and 10 robust standard deviations above it, is
     a spike: the run goes back to the last good state, and the batches since then are left out; 0: nothing is a spike."""
     spike_window: int = 50
-    """Good losses that the median is taken over, and steps after which the state to go back to is a newer one."""
+    """Good losses that the median is taken over; there is no verdict before half of them."""
+    snapshot_every: int = 10
+    """Steps after which the state to go back to, in memory, is a newer one."""
     max_bad_steps: int = 5
     """Steps in a row that are spikes or whose loss or gradient is not finite, at which the run stops."""
 
@@ -149,7 +151,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
 
 def check_config(config: TrainConfig) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
-    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep", "max_bad_steps"), 1)
+    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
+    at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
     at_least |= dict.fromkeys(("workers", "seed", "save_every", "samples"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}

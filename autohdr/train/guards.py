@@ -31,12 +31,12 @@ class Guard:
 
     A spike is a loss above `factor` times the median of the last `window` good losses and more than DEVIATIONS robust
     standard deviations above it; there is no verdict before half a window. The state kept is one whose loss was good: it
-    is taken after the loss is known and before the step that follows from it, every `window` steps.
+    is taken after the loss is known and before the step that follows from it, every `interval` steps.
     """
 
-    def __init__(self, factor: float, window: int, tensors: Callable[[], list[Tensor]]):
+    def __init__(self, factor: float, window: int, interval: int, tensors: Callable[[], list[Tensor]]):
         """tensors: all that a step changes, in place, in a fixed order. factor 0: nothing is a spike and no state is kept."""
-        self.factor, self.window, self.tensors = factor, window, tensors
+        self.factor, self.window, self.interval, self.tensors = factor, window, interval, tensors
         self.losses: deque[float] = deque(maxlen=window)
         self.in_a_row = 0  # bad steps
         self.kept: list[Tensor] = []
@@ -54,7 +54,7 @@ class Guard:
         """A step from good weights is about to change them."""
         self.losses.append(loss)
         self.in_a_row = 0
-        if not self.kept or step - self.kept_at >= self.window:
+        if not self.kept or step - self.kept_at >= self.interval:
             self.keep(step)
 
     def keep(self, step: int) -> None:

@@ -133,7 +133,7 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
-        self.guard = Guard(config.spike_factor, config.spike_window, self._changing)
+        self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self._changing)
         self.train_set = PairDataset(train_pairs, config.size, config.resize, config.augment, config.seed)
         self.val_set = PairDataset(val_pairs, config.size, config.resize)
         self.batches: list[list[int]] = []  # what the loader is to read in this epoch
@@ -195,6 +195,8 @@ class _Trainer:
         self.guard.keep(self.step)
         if self.ranks.rank == 0:
             record.rewind(self.out / "log.jsonl", self.step)
+            for part in self.out.glob(".*.part"):  # what a killed run was writing
+                part.unlink()
         restore_rng(state["rng"])
 
     def __str__(self) -> str:
@@ -224,7 +226,7 @@ class _Trainer:
             (
                 f"{self}",
                 f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
-                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it waiting for data; the first {steps[0].seconds:.3g} s",
+                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
                 f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
                 f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
                 "nothing was written",

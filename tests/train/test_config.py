@@ -110,6 +110,7 @@ def test_rejects_missing_config():
         ({"ema": 1.0}, "ema: expected less than 1, got 1.0"),
         ({"keep": 0}, "keep: expected at least 1, got 0"),
         ({"max_bad_steps": 0}, "max_bad_steps: expected at least 1, got 0"),
+        ({"snapshot_every": 0}, "snapshot_every: expected at least 1, got 0"),
         ({"spike_window": 3}, "spike_window: expected at least 4, got 3"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
         ({"losses": {"l2": 1.0}}, "losses: unknown component 'l2'; expected one of l1, charbonnier, edge, ssim, vgg"),

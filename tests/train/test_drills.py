@@ -1,6 +1,5 @@
 """Faults at full length: `make drills`. docs/reliability.md has the figures."""
 
-import json
 import multiprocessing
 import signal
 import time
@@ -12,7 +11,6 @@ from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blan
 from test_guards import entries, scale_sources
 from test_loop import outcome
 
-from autohdr.errors import UserError
 from autohdr.train.checkpoint import load_newest, load_state
 from autohdr.train.loop import train
 
@@ -42,7 +40,7 @@ def test_twenty_steps_are_ten_and_ten(make_config, monkeypatch, precision):
 
 def test_a_batch_100_times_as_bright_costs_nothing(make_config, monkeypatch, capsys):
     """The last epoch's training and validation losses are within 1 % of those of a run that never saw it."""
-    settings = {"epochs": 80, "spike_window": 10, "warmup_epochs": 2}
+    settings = {"epochs": 80, "snapshot_every": 2, "warmup_epochs": 2}
     clean = train(make_config("clean", **settings)).out
     scale_sources(monkeypatch, {100}, 100)
     spiked = train(make_config("spiked", **settings)).out
@@ -67,14 +65,11 @@ def run_or_resume(config):
 def test_fifty_kills_cost_nothing(make_config, capsys):
     """SIGKILL to a run that saves after every step, 50 times, at random moments: the newest state loads each time, and the
     run that goes on from it 50 times ends bitwise where one that nobody killed does."""
-    settings = {"epochs": 40, "save_every": 1, "ema": 0.9, "log_every": 1, "samples": 0}
+    settings = {"epochs": 150, "save_every": 1, "ema": 0.9, "log_every": 1, "samples": 0}
     train(make_config("whole", **settings))
     config, context = make_config("parts", **settings), multiprocessing.get_context("fork")
     path, loaded, steps, torn = config.out / STATE, 0, [], 0
-    delays = np.random.default_rng(0).uniform(0, 1, 50)
-    for delay in delays:
-        if not path.exists() and config.out.exists():
-            break
+    for delay in np.random.default_rng(0).uniform(0, 0.5, 50):
         before = load_newest(path)["step"] if path.exists() else 0
         run = context.Process(target=run_or_resume, args=(config,))
         run.start()
@@ -91,6 +86,6 @@ def test_fifty_kills_cost_nothing(make_config, capsys):
         torn += any(file.name.endswith(".part") for file in config.out.iterdir())
     run_or_resume(config)
     with capsys.disabled():
-        print(f"\n{loaded} of {len(delays)} loaded, {torn} times with a file half written beside it; killed after steps {steps}")
+        print(f"\n{loaded} of 50 loaded, {torn} times with a file half written beside it; killed after steps {steps}")
     assert loaded == 50
     assert same(outcome(make_config("whole").out), outcome(config.out))

@@ -112,7 +112,7 @@ def test_a_spike_rolls_back(make_config, monkeypatch, capsys):
         return original(self, *args)
 
     monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
-    summary = train(make_config(epochs=4, ema=0.9, spike_window=4))
+    summary = train(make_config(epochs=4, ema=0.9, spike_window=4, snapshot_every=4))
     (entry,) = entries(summary.out, "rolled back")
     assert (entry["step"], entry["to"], entry["in_a_row"]) == (9, 5, 1)
     assert same(states[9], states[5]) and not same(states[8], states[5])
@@ -128,11 +128,11 @@ def test_no_spike_where_none_is_looked_for(make_config, monkeypatch):
 
 
 def test_a_resumed_run_can_roll_back_at_once(make_config, monkeypatch):
-    config = make_config(epochs=4, spike_window=4)
+    config = make_config(epochs=4, spike_window=4, snapshot_every=4)
     with monkeypatch.context() as patch:
         fill_gradient(patch, "output.weight", {7, 8}, math.nan)
         with pytest.raises(TrainingError):
-            train(make_config(epochs=4, spike_window=4, max_bad_steps=2))
+            train(make_config(epochs=4, spike_window=4, snapshot_every=4, max_bad_steps=2))
     scale_sources(monkeypatch, {7}, 100)
     (config.out / "config.toml").write_text((config.out / "config.toml").read_text().replace("bad_steps = 2", "bad_steps = 5"))
     train(config, resume=True)
@@ -141,7 +141,7 @@ def test_a_resumed_run_can_roll_back_at_once(make_config, monkeypatch):
 
 
 def test_the_limit_is_robust():
-    guard = Guard(5.0, 20, lambda: [])
+    guard = Guard(5.0, 20, 1, lambda: [])
     for step, loss in enumerate((0.9, 1.0, 1.1) * 3):
         guard.passed(step, loss)
         assert guard.limit() == math.inf  # too few to judge by
@@ -150,7 +150,7 @@ def test_the_limit_is_robust():
     for step in range(10, 14):
         guard.passed(step, 1000.0)
     assert guard.limit() == pytest.approx(5, rel=0.1)  # outliers do not move it
-    guard = Guard(1.5, 20, lambda: [])
+    guard = Guard(1.5, 20, 1, lambda: [])
     for step in range(20):
         guard.passed(step, 1.0 + step % 2)
     assert guard.limit() == pytest.approx(1.5 + 10 * 1.4826 * 0.5)  # wide by nature: the deviations decide

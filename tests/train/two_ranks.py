@@ -85,7 +85,7 @@ def main(config, out):
         with in_step(3, 1, spoil("output.weight", float("nan"))):
             run(f"{parallel} not finite", parallel=parallel)
         with in_step(7, 1, brighten):
-            run(f"{parallel} spike", parallel=parallel, spike_window=4, epochs=4)
+            run(f"{parallel} spike", parallel=parallel, spike_window=4, snapshot_every=4, epochs=4)
 
     changed = seen["changed in float16"] = []
     # After unscale_, where each process looks at its own part of the gradient: the verdict has to be one.
