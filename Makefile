@@ -7,13 +7,17 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo test lint bench gpu-check install
+.PHONY: demo test drills lint bench gpu-check install
 
 demo: install
 	$(BIN)/autohdr demo
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
+drills: install
+	$(BIN)/python -m pytest -m drill
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from tyro.extras import SubcommandApp
 
 from autohdr import __version__
 from autohdr.errors import UserError
-from autohdr.train.config import TrainConfig, load_config, recipes
+from autohdr.train.config import TrainConfig, dump_config, load_config, recipes
 
 DESCRIPTION = """Turn unedited real-estate photos into edited, HDR-looking ones: train a model on pairs, evaluate it,
 and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohdr --version` prints the version."""
@@ -22,7 +23,8 @@ and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it skipped,
-    2 wrong input, 130 stopped by Ctrl-C. Like every argument parser it raises SystemExit for -h and for bad options.
+    2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM. Like every argument parser it raises SystemExit for -h and for bad
+    options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
@@ -230,18 +232,23 @@ def _train_verb(argv: list[str]) -> Any:
         config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
         settings: TrainConfig = recipe,
         resume: Annotated[bool, FlagCreatePairsOff] = False,
+        dry_run: Annotated[bool, FlagCreatePairsOff] = False,
+        print_config: Annotated[bool, FlagCreatePairsOff] = False,
         folds: int | None = None,
         baseline: Path | None = None,
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
-        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C finishes the step and
-        saves; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there.
+        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C and SIGTERM finish the step
+        and save; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there. On several GPUs:
+        `torchrun --nproc-per-node 8 -m autohdr train CONFIG`.
 
         Args:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder.
+            dry_run: Build everything, check the data, make two steps, and tell memory and time; write nothing.
+            print_config: Print the settings as TOML, and do nothing else.
             folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
                 (OUT/fold_0, ...), and measure every pair by the model that has not seen it: OUT/cross_validation.json.
             baseline: With --folds, the folder of another cross-validation of the same pairs, to compare with pair by pair.
@@ -250,26 +257,37 @@ def _train_verb(argv: list[str]) -> Any:
             raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
         if baseline and folds is None:
             raise UserError("--baseline: compares cross-validations: give --folds as well")
+        if dry_run and folds is not None:
+            raise UserError("--dry-run: rehearses one run: leave out --folds")
+        if print_config:
+            print(dump_config(settings), end="")
+            return 0
         from autohdr.train.folds import cross_validate
-        from autohdr.train.loop import TrainingError
+        from autohdr.train.loop import TrainingError, rehearse
         from autohdr.train.loop import train as run
 
+        # Of torchrun's processes, one speaks.
+        say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
         try:
+            if dry_run:
+                say(rehearse(settings))
+                return 0
             if folds is not None:
-                if cross_validate(settings, folds, resume=resume, baseline=baseline) is None:
+                found = cross_validate(settings, folds, resume=resume, baseline=baseline)
+                if isinstance(found, int):
                     against = f" --baseline {baseline}" if baseline else ""
                     print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume{against}")
-                    return 130
+                    return 128 + found
                 return 0
             summary = run(settings, resume=resume)
         except TrainingError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         if summary.interrupted:
-            print(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
-            return 130
+            say(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
+            return 128 + summary.interrupted
         weights = summary.out / "checkpoint_best.safetensors"
-        print(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
+        say(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
         return 0
 
     train.__doc__ = train.__doc__.replace("RECIPES", ", ".join(recipes()))
@@ -317,7 +335,3 @@ def _app(argv: list[str]) -> SubcommandApp:
     app.command(enhance)
     app.command(demo)
     return app
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,5 +25,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(folder)  # the name too: else a power cut could bring the old file back
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not say where it was
+        raise
     finally:
         part.unlink(missing_ok=True)

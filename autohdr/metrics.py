@@ -20,7 +20,7 @@ _D65_WHITE = (0.95047, 1.0, 1.08883)
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error. Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32."""
+    """Mean absolute error. Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32, float64 for float64 images."""
     prediction, target = _checked("l1", prediction, target)
     return (prediction - target).abs().mean(dim=(1, 2, 3))
 
@@ -28,7 +28,7 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, peak 1: -10 log10(MSE), inf for equal images.
 
-    Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32.
+    Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32, float64 for float64 images.
     """
     prediction, target = _checked("psnr", prediction, target)
     return -10 * (prediction - target).square().mean(dim=(1, 2, 3)).log10()
@@ -38,14 +38,15 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity: 11×11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over the three channels.
 
     Only windows that lie wholly inside the image count, so there is no padding to bias the mean.
-    Two float tensors (B, 3, H, W) in [0, 1] with H, W >= 11 -> (B,) float32. Raises UserError for a smaller image.
+    Two float tensors (B, 3, H, W) in [0, 1] with H, W >= 11 -> (B,) float32, float64 for float64 images.
+    Raises UserError for a smaller image.
     Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """
     prediction, target = _checked("ssim", prediction, target)
     batch, _, height, width = target.shape
     if min(height, width) < SSIM_WINDOW:
         raise UserError(f"ssim: both sides must be at least {SSIM_WINDOW} pixels, got {height}x{width}")
-    offset = torch.arange(SSIM_WINDOW, device=target.device, dtype=torch.float32) - SSIM_WINDOW // 2
+    offset = torch.arange(SSIM_WINDOW, device=target.device, dtype=target.dtype) - SSIM_WINDOW // 2
     window = torch.exp(-offset.square() / (2 * _SSIM_SIGMA**2))
     window /= window.sum()
 
@@ -61,20 +62,20 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
         variances = xx - mean_x.square() + yy - mean_y.square()
         similarity = luminance * (2 * (xy - mean_x * mean_y) + 0.03**2) / (variances + 0.03**2)
         total += similarity.sum(dim=(1, 2, 3))
-    return (total / (3 * (height - SSIM_WINDOW + 1) * (width - SSIM_WINDOW + 1))).float()
+    return (total / (3 * (height - SSIM_WINDOW + 1) * (width - SSIM_WINDOW + 1))).to(target.dtype)
 
 
 def delta_e2000(prediction: Tensor, target: Tensor) -> Tensor:
     """CIEDE2000 colour difference, sRGB under D65, averaged over the pixels: about 1 is just visible, 0 is equal.
 
-    Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32.
+    Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images.
     """
     prediction, target = _checked("delta_e2000", prediction, target)
     height, width = target.shape[-2:]
     total = target.new_zeros(target.shape[0], dtype=torch.float64)
     for rows in _bands(height, width):
         total += ciede2000(srgb_to_lab(prediction[:, :, rows]), srgb_to_lab(target[:, :, rows])).sum(dim=(1, 2))
-    return (total / (height * width)).float()
+    return (total / (height * width)).to(target.dtype)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -149,7 +150,8 @@ def _checked(name: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Ten
         raise UserError(f"{name}: prediction and target must both be [B, 3, H, W], got {shapes}")
     if not (prediction.is_floating_point() and target.is_floating_point()):
         raise UserError(f"{name}: expected floating-point images in [0, 1], got {prediction.dtype} and {target.dtype}")
-    return prediction.float(), target.float()
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return prediction.to(dtype), target.to(dtype)
 
 
 def _bands(height: int, width: int, overlap: int = 0) -> Iterator[slice]:

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -141,13 +142,42 @@ def test_train_eval_enhance(photos, capsys):
     assert Image.open(photos / "enhanced" / "0_src.png").size == (40, 32)
 
 
-def test_train_interrupted(photos, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_interrupted(photos, capsys, monkeypatch, number, status):
     from autohdr.train import loop
 
-    summary = loop.RunSummary(photos / "run", 3, {}, interrupted=True)
+    summary = loop.RunSummary(photos / "run", 3, {}, interrupted=number)
     monkeypatch.setattr(loop, "train", lambda config, resume: summary)
-    assert run("train", "demo") == 130
+    assert run("train", "demo") == status
     assert f"autohdr train {photos / 'run' / 'config.toml'} --resume" in capsys.readouterr().out
+
+
+def test_train_dry_run_writes_nothing(photos, capsys):
+    """What a real run would take, and a real run's refusals."""
+    pairs, out = photos / "pairs.jsonl", photos / "run"
+    (photos / "val").mkdir()
+    for name in ("src", "tar"):
+        Image.new("RGB", (40, 32)).save(photos / "val" / f"{name}.png")
+    (photos / "val" / "pairs.jsonl").write_text('{"src": "src.png", "tar": "tar.png"}\n')
+    before = sorted(photos.rglob("*"))
+    given = ["train", "demo", "--train-pairs", pairs, "--val-pairs", photos / "val" / "pairs.jsonl", "--out", out, "--size", 32]
+    assert run(*given, "--model-args", json.dumps(TINY), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"memory +\d+ MB at most in a process \(\w+\), [\d.]+ [GM]B still free\n", said)
+    assert re.search(r"an epoch +[\d.]+ (s|min): 4 steps, 1 validations of", said) and said.endswith("nothing was written\n")
+    assert sorted(photos.rglob("*")) == before
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "already holds files" in refusal(capsys, *given, "--dry-run")
+
+
+def test_train_print_config_can_be_read_back(photos, capsys):
+    from autohdr.train.config import load_config
+
+    assert run("train", "restormer_384", "--lr", 3, "--out", photos / "run", "--print-config") == 0
+    (photos / "printed.toml").write_text(capsys.readouterr().out)
+    assert load_config(photos / "printed.toml") == load_config("restormer_384", {"lr": 3.0, "out": photos / "run"})
+    assert not (photos / "run").exists()
 
 
 def test_train_stopped_by_an_error(capsys, monkeypatch):

@@ -74,13 +74,16 @@ class _Checkpoint:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+def save_weights(
+    path: str | Path, model: nn.Module, metadata: dict[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the model, its configuration and `metadata` (anything JSON can hold) as safetensors.
 
+    weights: a state dict to write in the place of the model's own.
     The file appears complete or not at all: a reader never sees half of it, and a crash leaves an older one whole.
     """
     header = {"model": model.config.name, "overrides": model.config.overrides, "metadata": metadata}
-    tensors = {WRAPPERS.sub("", k): v.detach().contiguous() for k, v in model.state_dict().items()}
+    tensors = {WRAPPERS.sub("", k): v.detach().contiguous() for k, v in (weights or model.state_dict()).items()}
     with replacing(path) as part:
         part.write_bytes(safetensors.torch.save(tensors, {HEADER: json.dumps(header)}))
 
@@ -121,6 +124,11 @@ def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What a file that load_weights reads says beside its tensors, such as `trained_on`. Raises UserError as that does."""
     return _read(Path(path)).metadata
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a file that load_weights can read, on the CPU, by our names. Raises UserError where it can't be read."""
+    return _read(Path(path)).tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:

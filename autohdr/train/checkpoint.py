@@ -1,7 +1,7 @@
 """The training state on disk: everything a run needs to go on as if it had never stopped.
 
 It holds the weights too, so that one atomic rename is the whole checkpoint: no crash can leave half of one. After the
-archive that torch.save writes come the 32 bytes of its SHA-256. The state before the newest is kept beside it.
+archive that torch.save writes come the 32 bytes of its SHA-256. The states before the newest are kept beside it.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ import pickle
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,34 @@ import torch
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_loss", "epoch_seconds", "history")
+PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_losses", "epoch_samples", "epoch_seconds", "epoch_wait", "history")
 """The plain values of a state: the trainer's attributes of these names."""
-_KEYS = {*PROGRESS, "step", "rng", "model", "optimizer", "scaler"}
+_KEYS = {*PROGRESS, "step", "step_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 
 
-def previous(path: Path) -> Path:
-    """Where save_state keeps the state that stood at `path` before."""
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+def previous(path: Path, age: int = 1) -> Path:
+    """Where save_state keeps the state that stood at `path` so many saves ago."""
+    return path.with_name(f"{path.stem}.previous{age if age > 1 else ''}{path.suffix}")
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a run's state: tensors and plain values; the one before it goes to previous(path).
+def save_state(path: Path, state: dict[str, Any], keep: int = 2) -> None:
+    """Write a run's state: tensors and plain values; the keep - 1 before it go to previous(path, 1) and so on.
 
-    The file appears whole or not at all; a failure leaves the old one at `path`.
+    The file appears whole or not at all; a failure leaves the old one at `path`, and raises OSError where the disk is full.
     """
     with replacing(path) as part:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's word for a write that failed says nothing of why
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         digest = _digest(part, part.stat().st_size)
         with open(part, "ab") as file:
             file.write(digest)
-        if path.exists():
+        for age in range(keep - 1, 1, -1):
+            if previous(path, age - 1).exists():
+                os.replace(previous(path, age - 1), previous(path, age))
+        if path.exists() and keep > 1:
             with replacing(previous(path)) as older:
                 try:
                     os.link(path, older)  # a second name, and `path` is never absent
@@ -48,22 +56,24 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_newest(path: Path) -> dict[str, Any]:
-    """load_state(path), or of previous(path) where that fails, after a warning that names the damaged file.
+    """load_state(path), or of the newest state before it that is whole, after a warning that names each damaged file.
 
-    The damaged file is renamed to NAME.damaged, so that the next save cannot put it in the place of the good one.
-    Raises UserError where neither is a training state.
+    A damaged file is renamed to NAME.damaged, so that the next save cannot put it in the place of a good one. Raises
+    UserError, and renames nothing, where none is a training state.
     """
-    older = previous(path)
-    if not older.is_file():
-        return load_state(path)
-    try:
-        return load_state(path)
-    except UserError as error:
-        state = load_state(older)
-        warnings.warn(f"{error}; going on from {older}, step {state['step']}", stacklevel=2)
-        if path.is_file():
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
+    older = sorted(path.parent.glob(f"{path.stem}.previous*{path.suffix}"), key=lambda file: (len(file.name), file.name))
+    damaged = []
+    for file in [file for file in (path, *older) if file.is_file()] or [path]:
+        try:
+            state = load_state(file)
+        except UserError as error:
+            damaged.append((file, error))
+            continue
+        for bad, error in damaged:
+            warnings.warn(f"{error}; going on from {file}, step {state['step']}", stacklevel=2)
+            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
         return state
+    raise damaged[0][1]
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -93,6 +103,33 @@ def _digest(path: Path, size: int) -> bytes:
             digest.update(block)
             size -= len(block)
     return digest.digest()
+
+
+def to_cpu(tree: Any) -> Any:
+    """A copy on the CPU of a tree of tensors and plain values, which a step no longer changes; page-locked if from a GPU."""
+    if isinstance(tree, torch.Tensor):
+        return torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda).copy_(tree)
+    if isinstance(tree, dict):
+        return {key: to_cpu(value) for key, value in tree.items()}
+    return [to_cpu(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+class Background:
+    """Calls of functions that write, one after the other in a thread, while training goes on.
+
+    A call waits for the one before it, and raises what that one raised; so does wait().
+    """
+
+    def __init__(self):
+        self._pool, self._pending = ThreadPoolExecutor(1), Future()
+        self._pending.set_result(None)
+
+    def __call__(self, function: Callable[..., None], *args: Any) -> None:
+        self.wait()
+        self._pending = self._pool.submit(function, *args)
+
+    def wait(self) -> None:
+        self._pending.result()
 
 
 def rng_state() -> dict[str, Any]:

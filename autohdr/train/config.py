@@ -1,5 +1,6 @@
 """What a training run is made of: one flat dataclass, read from TOML strictly and written back to it."""
 
+import importlib.util
 import json
 import tomllib
 import types
@@ -10,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from autohdr.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "configs"
+
+LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
+"""The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class TrainConfig:
     """Standard deviation of a bridge's noise at the source's end."""
     sample_steps: int = 4
     """Calls of a bridge's network that make one photo, in validation and, unless told otherwise, ever after."""
+    losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
+    """What is minimised, {component: weight} of l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and vgg (perceptual).
+    The logs hold each, unweighted; weight 0: in the logs alone. A bridge that predicts v or noise takes l1 and charbonnier
+    only: the others compare photos."""
+    vgg_weights: Path | None = None
+    """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 
     train_pairs: Path | None = None
     """JSONL file of the pairs to train on. Required."""
@@ -52,9 +62,9 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the training pairs."""
     batch_size: int = 2
-    """Pairs in one forward pass."""
+    """Pairs in one forward pass of one process."""
     accumulate: int = 1
-    """Forward passes in one optimiser step: the effective batch is batch_size x accumulate."""
+    """Forward passes in one optimiser step: the effective batch is batch_size x accumulate x processes."""
     lr: float = 1e-4
     """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
     warmup_epochs: float = 0
@@ -63,10 +73,25 @@ class TrainConfig:
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of a running average of the weights, which then is what validation measures and checkpoints' weights are; 0: none.
+    Step n, from 1, averages with min(ema, n / (n + 9)): a short run's average is not its random start."""
+
+    spike_factor: float = 5.0
+    """A step whose loss is above so many times the median of the last good ones, and 10 robust standard deviations above it, is
+    a spike: the run goes back to the last good state, and the batches since then are left out; 0: nothing is a spike."""
+    spike_window: int = 50
+    """Good losses that the median is taken over; there is no verdict before half of them."""
+    snapshot_every: int = 10
+    """Steps after which the state to go back to, in memory, is a newer one."""
+    max_bad_steps: int = 5
+    """Steps in a row that are spikes or whose loss or gradient is not finite, at which the run stops."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU. bfloat16 and float16: autocast, weights and optimiser stay in float32;
     float16 scales the loss, and a step whose gradient overflows is skipped and halves the scale."""
+    compile: bool = False
+    """torch.compile the network."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 2
@@ -74,12 +99,24 @@ class TrainConfig:
     cache_gb: float = 8
     """Gigabytes on disk, OUT/cache, that decoded and resized photos may take while the run lasts, so that only the first
     epoch decodes; 0: every epoch does."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What torchrun's processes share out, beside the batches: ddp nothing, fsdp (FSDP2) weights, gradients and optimiser too."""
+    rank_timeout: float = 60
+    """Seconds that a step waits for another process of the run before all of them end."""
     seed: int = 0
     """Seed of the weights, the order of samples and their augmentation."""
     log_every: int = 10
     """Optimiser steps between two step lines in log.jsonl."""
+    save_every: int = 0
+    """Optimiser steps between two saves within an epoch; 0: a save after each epoch alone."""
+    keep: int = 2
+    """Training states kept: the newest and those before it, to go back to where the newest is damaged."""
+    best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"
+    """What checkpoint_best is best by: the highest PSNR or SSIM, or the lowest L1."""
     samples: int = 4
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
+    tensorboard: bool = False
+    """Log to the run folder's tensorboard/ too; needs the package tensorboard."""
 
 
 def recipes() -> list[str]:
@@ -117,19 +154,26 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
 
 def check_config(config: TrainConfig) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
-    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps"), 1)
-    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "workers", "cache_gb", "seed", "samples"), 0)
-    at_least["size"] = 16
+    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
+    at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
+    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "samples"), 0)
+    at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
     for name in ("lr", "noise_scale"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
+    if config.ema >= 1:
+        raise UserError(f"ema: expected less than 1, got {config.ema}")
+    _check_losses(config)
     if config.warmup_epochs >= config.epochs:
         raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard: expected the package tensorboard, and it is not installed: pip install tensorboard")
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
@@ -137,6 +181,22 @@ def check_config(config: TrainConfig) -> None:
         file = getattr(config, name)
         if file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+
+
+def _check_losses(config: TrainConfig) -> None:
+    for name, weight in config.losses.items():
+        if name not in LOSSES:
+            raise UserError(f"losses: unknown component {name!r}; expected one of {', '.join(LOSSES)}")
+        if not _is_a(weight, float) or not 0 <= weight < float("inf"):
+            raise UserError(f"losses: {name}: expected a number, at least 0, got {weight!r}")
+    if not any(config.losses.values()):
+        raise UserError(f"losses: expected at least one weight above 0, got {config.losses}")
+    of_photos = [name for name in config.losses if LOSSES[name] > 1]
+    if of_photos and config.objective == "bridge" and config.prediction != "x0":
+        raise UserError(
+            f"losses: {', '.join(of_photos)}: expected l1 and charbonnier alone, as a bridge with prediction = "
+            f"{config.prediction} makes no photos in training; prediction = x0 takes every component"
+        )
 
 
 def dump_config(config: TrainConfig, header: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ REPORT = "cross_validation.json"
 
 def cross_validate(
     config: TrainConfig, folds: int, *, resume: bool = False, baseline: Path | None = None
-) -> dict[str, Any] | None:
+) -> dict[str, Any] | int:
     """Trains on `folds` - 1 parts of config.train_pairs and measures on the part left out, each part in turn.
 
     Pairs that share a picture (data.audit) are in one part. Every fold is a run of its own, out/fold_I, from the same seed;
@@ -34,11 +35,13 @@ def cross_validate(
     auto-tone. resume: go on with the folds in config.out; the other arguments must be those of the start.
 
     Writes cross_validation.json, results.json's figures with each image's fold, and the table as cross_validation.txt, prints
-    that and returns the figures; None where Ctrl-C stopped a fold. Raises UserError as `train` does, for val_pairs, and for a
-    baseline of other pairs or another size; TrainingError as `train` does.
+    that and returns the figures; the signal's number where Ctrl-C or SIGTERM stopped a fold. Raises UserError as `train`
+    does, for val_pairs, under torchrun, and for a baseline of other pairs or another size; TrainingError as `train` does.
     """
     if config.val_pairs is not None:
         raise UserError(f"val_pairs: --folds validates on each fold: leave it out (--val-pairs None), got {config.val_pairs}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--folds: trains one fold after the other in one process; start it without torchrun")
     check_config(replace(config, val_pairs=config.train_pairs))
     parts, mark = config.out / "pairs", config.out / "config.toml"
     if resume and not mark.is_file():
@@ -60,8 +63,8 @@ def cross_validate(
         part, out = parts / f"fold_{fold}", config.out / f"fold_{fold}"
         print(f"fold {fold + 1} of {folds}")
         run = replace(config, train_pairs=part / "train.jsonl", val_pairs=part / "val.jsonl", out=out)
-        if train(run, resume=(out / "config.toml").is_file()).interrupted:
-            return None
+        if signal := train(run, resume=(out / "config.toml").is_file()).interrupted:
+            return signal
         held_out, model = read_pairs(run.val_pairs), load_checkpoint(out / "checkpoint_last.safetensors")
         place = {"size": config.size, "resize": config.resize, "device": pick_device(config.device)}
         results = evaluate(held_out, out / "report", model=model, **place)

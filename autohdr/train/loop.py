@@ -1,21 +1,28 @@
-"""The training loop: AdamW on L1, linear warm-up then cosine, validation after each epoch, resumable at any step."""
+"""The training loop: AdamW, linear warm-up then cosine, validation after each epoch, resumable at any step."""
 
 import math
 import platform
 import shutil
-import signal
-import threading
+import subprocess
 import time
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,47 +30,62 @@ import autohdr
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, read_pairs, shared_photos
 from autohdr.errors import UserError
+from autohdr.measure import format_bytes, free_bytes, measure
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
-from autohdr.train import losses, record
-from autohdr.train.checkpoint import PROGRESS, load_newest, restore_rng, rng_state, save_state
-from autohdr.train.config import TrainConfig, check_config, dump_config
+from autohdr.train import record
+from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_rng, rng_state, save_state, to_cpu
+from autohdr.train.config import LOSSES, TrainConfig, check_config, dump_config
+from autohdr.train.distributed import Ranks, join, local
+from autohdr.train.ema import Average
+from autohdr.train.guards import Guard, TrainingError, deferred_signals, not_finite, survive_signals
+from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective, parameter_groups
 
-# What may differ between a run and its continuation: nothing that the weights depend on.
-_FREE_TO_CHANGE = {"out", "device", "workers", "cache_gb", "log_every", "samples"}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on. The message names the step and the files of its batch; the last checkpoint is good."""
+# What may differ between a run and its continuation: nothing that the weights depend on beyond rounding. How many pairs a
+# step takes, batch_size x accumulate x processes, is checked apart.
+_FREE_TO_CHANGE = {"out", "device", "compile", "workers", "cache_gb", "log_every", "save_every", "keep", "samples", "tensorboard"}
+_FREE_TO_CHANGE |= {"batch_size", "accumulate", "parallel", "rank_timeout"}
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended: its folder, the epochs it has behind it, the best of them, and whether Ctrl-C stopped it."""
+    """How a run ended: its folder, the epochs it has behind it, the best of them, and what stopped it."""
 
     out: Path
     epochs: int
     best: dict[str, float]
-    """Log row of the epoch with the highest validation PSNR, the one in checkpoint_best; {} before the first."""
-    interrupted: bool
+    """Log row of the epoch that is best by `best_metric`, the one in checkpoint_best; {} before the first."""
+    interrupted: int
+    """The signal that stopped it before its last epoch's end: SIGINT (Ctrl-C) or SIGTERM; 0: none did."""
+    data_wait: float = field(default=0.0, compare=False)
+    """Share of this call's training time that was spent waiting for a batch."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
     """Train as `config` says, or take up the run in `config.out` again where its last checkpoint stands.
 
     The run folder then holds config.toml, log.jsonl, log.csv, curve.png, samples/, the weights checkpoint_best and
-    checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with the one before
-    it, checkpoint_last.state.previous.pt. Ctrl-C finishes the step, saves and returns. Raises UserError for bad settings
-    or data, before anything is written, and TrainingError when the loss or a gradient is no longer finite.
+    checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with those before it,
+    checkpoint_last.state.previous.pt and so on. Under torchrun every process calls this, and the first one alone writes.
+    SIGINT (Ctrl-C) and SIGTERM finish the step, save and return. Raises UserError for bad settings or data, before
+    anything is written, and TrainingError after `max_bad_steps` steps in a row whose loss or gradient will not do.
     """
     check_config(config)
-    if resume:
-        _check_same_run(config)
-    elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"out: {config.out} already holds files: give another --out, or --resume to continue its run")
-    trainer = _Trainer(config, *_checked_pairs(config))
+    ranks = join(pick_device(config.device), config.rank_timeout)
+    trainer = _Trainer(config, *ranks.first(_checked_run, config, resume), ranks, fresh=not resume)
     trainer.resume() if resume else trainer.start()
     return trainer.run()
+
+
+def rehearse(config: TrainConfig) -> str:
+    """What train(config) would take, measured: everything is built and checked, two steps are made and one pair is validated.
+
+    Nothing is written. Raises what train does, TrainingError at once where a step's loss or gradient is not finite.
+    """
+    check_config(config)
+    ranks = join(pick_device(config.device), config.rank_timeout)
+    trainer = _Trainer(replace(config, max_bad_steps=1, cache_gb=0), *ranks.first(_checked_run, config, False), ranks)
+    return trainer.rehearse()
 
 
 def lr_factor(step: int, total: int, warmup: int) -> float:
@@ -92,192 +114,360 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, train_pairs: list[Pair], val_pairs: list[Pair]):
-        self.config, self.train_pairs, self.out = config, train_pairs, config.out
-        self.device = pick_device(config.device)
+    def __init__(
+        self, config: TrainConfig, train_pairs: list[Pair], val_pairs: list[Pair], ranks: Ranks | None = None, fresh: bool = True
+    ):
+        self.ranks = ranks or Ranks(device=pick_device(config.device))
+        self.config, self.train_pairs, self.out, self.device = config, train_pairs, config.out, self.ranks.device
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.trained_on = sorted(set(photo_digests(train_pairs).values()))  # these and what the weights have seen before
+        if config.init_weights and fresh:
+            earlier = load_weights(self.model, config.init_weights).metadata.get("trained_on", [])
+            self.trained_on = sorted({*self.trained_on, *earlier})
+        sharded = config.parallel == "fsdp" and self.ranks.count > 1  # FSDP2 takes contiguous weights alone
+        self.model.to(self.device, memory_format=torch.preserve_format if sharded else torch.channels_last)
         self.objective = Objective(config, self.model)
+        self.criterion = Criterion(config, self.device)
         self.precision = _precision(config.precision, self.device)
+        if config.compile:
+            self.model.compile()
+        self.network = self.ranks.wrap(self.model, config.parallel, self.precision)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        self.average = Average(self.model, config.ema)
+        self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self._changing)
         self.train_set = PairDataset(train_pairs, config.size, config.resize, config.augment, config.seed)
         self.val_set = PairDataset(val_pairs, config.size, config.resize)
         room = config.cache_gb * 1e9
         for dataset in (self.train_set, self.val_set):
             room -= dataset.keep_decoded(self.out / "cache", room)
-        self.steps_per_epoch = math.ceil(len(train_pairs) / (config.batch_size * config.accumulate))
+        self.batches: list[list[int]] = []  # what the loader is to read in this epoch
+        self.loader = self._loader(self.train_set, self.batches, persistent=True)
+        self.step_pairs = config.batch_size * config.accumulate * self.ranks.count
+        self.steps_per_epoch = math.ceil(len(train_pairs) / self.step_pairs)
+        self.background = Background()
+        self.tensorboard = None
+        self.signalled: Callable[[], int] = lambda: 0
+        self.stopped = 0  # the signal that some process has got
+        self.run_seconds = self.run_wait = 0.0
 
         self.run_id = uuid.uuid4().hex
         self.epoch = 0  # epochs behind us
         self.epoch_steps = 0  # optimiser steps behind us in the current one
-        self.epoch_loss = 0.0  # the sum of its samples' losses
+        self.epoch_losses: dict[
+            str, float
+        ] = {}  # the sums of its samples' losses, skipped steps apart: the whole, each component
+        self.epoch_samples = 0
         self.epoch_seconds = 0.0
+        self.epoch_wait = 0.0  # of them, spent waiting for a batch
         self.history: list[dict[str, Any]] = []  # one row for each epoch behind us
-        self.trained_on = sorted(set(photo_digests(train_pairs).values()))  # these and what the weights have seen before
 
     @property
     def step(self) -> int:
         return self.epoch * self.steps_per_epoch + self.epoch_steps
 
     def start(self) -> None:
-        if self.config.init_weights:
-            earlier = load_weights(self.model, self.config.init_weights).metadata.get("trained_on", [])
-            self.trained_on = sorted({*self.trained_on, *earlier})
-        (self.out / "samples").mkdir(parents=True)
-        versions = f"autohdr {autohdr.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        versions += f"{platform.platform()}, {self.device}"
-        (self.out / "config.toml").write_text(dump_config(self.config, versions), encoding="utf-8")
+        if self.ranks.rank == 0:
+            (self.out / "samples").mkdir(parents=True)
+            header = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python "
+            header += f"{platform.python_version()}, {platform.platform()}, {self.device}, processes: {self.ranks.count}"
+            (self.out / "config.toml").write_text(dump_config(self.config, header), encoding="utf-8")
         self._save_last()
 
     def resume(self) -> None:
-        state = load_newest(self.out / "checkpoint_last.state.pt")
+        path, loaded = self.out / "checkpoint_last.state.pt", []
+        self.ranks.first(lambda: loaded.append(load_newest(path)))  # names and renames a damaged one, once
+        state = loaded[0] if loaded else load_newest(path)
         weights = self.out / "checkpoint_last.safetensors"
         if weights.exists():  # behind the state after a crash between the two, ahead of it where the newest is damaged
             metadata = load_checkpoint(weights).metadata
             if metadata.get("run") != state["run_id"]:
                 raise UserError(f"--resume: {weights} and checkpoint_last.state.pt are not of one run")
             self.trained_on = sorted({*self.trained_on, *metadata.get("trained_on", [])})  # a photo may have been replaced since
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["step_pairs"] != self.step_pairs:
+            raise UserError(
+                f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
+                f"got {self.config.batch_size} x {self.config.accumulate} x {self.ranks.count}"
+            )
+        if state["ema"]:
+            set_model_state_dict(self.model, state["ema"]["model"], options=self._whole)
+            self.average.take(state["ema"]["updates"])
+        set_model_state_dict(self.model, state["model"], options=self._whole)
+        if state["optimizer"]:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=self._whole)
         self.scaler.load_state_dict(state["scaler"])
         for name in PROGRESS:
             setattr(self, name, state[name])
-        record.rewind(self.out / "log.jsonl", self.step)
+        self.guard.load_state_dict(state["guard"])
+        self.guard.keep(self.step)
+        if self.ranks.rank == 0:
+            record.rewind(self.out / "log.jsonl", self.step)
+            for part in self.out.glob(".*.part"):  # what a killed run was writing
+                part.unlink()
         restore_rng(state["rng"])
 
-    def run(self) -> RunSummary:
-        total = self.config.epochs * self.steps_per_epoch
-        print(
-            f"{self.config.model}, {sum(weight.numel() for weight in self.model.parameters()):,} parameters, {self.device}; "
-            f"{len(self.train_set)} pairs to train on, {len(self.val_set)} to validate; step {self.step} of {total}; {self.out}"
+    def __str__(self) -> str:
+        processes = f" in {self.ranks.count} processes ({self.config.parallel})" if self.ranks.count > 1 else ""
+        return (
+            f"{self.config.model}, {sum(weight.numel() for weight in self.model.parameters()):,} parameters, {self.device}"
+            f"{processes}; {len(self.train_set)} pairs to train on, {len(self.val_set)} to validate; step {self.step} of "
+            f"{self.config.epochs * self.steps_per_epoch}; {self.out}"
         )
-        bar = tqdm(total=total, initial=self.step, unit="step", desc="train", disable=None, dynamic_ncols=True)
-        with bar, _deferred_interrupt() as interrupted:
-            while self.epoch < self.config.epochs and not interrupted():
-                finished = self._train_epoch(bar, interrupted)
-                if finished:
-                    self._finish_epoch(bar)
-                self._save_last()
-        if self.epoch == self.config.epochs:
-            shutil.rmtree(self.out / "cache", ignore_errors=True)
-        best = max(self.history, key=lambda row: row["val_psnr"], default={})
-        return RunSummary(self.out, self.epoch, best, interrupted=self.epoch < self.config.epochs)
 
-    def _train_epoch(self, bar: tqdm, interrupted: Callable[[], bool]) -> bool:
-        """Train from where this epoch stands to its end; False where an interrupt came first."""
-        config, started = self.config, time.perf_counter()
+    def rehearse(self) -> str:
+        groups = (self._groups() * 2)[:2]
+        self.batches[:] = [self.ranks.part(batch)[0] for group in groups for batch in group]
+        loader, waits, steps = iter(self.loader), [], []
+        for group in groups:
+            with measure(self.device) as step:
+                self._train_step(group, loader, 0.0)
+            waits.append(self.epoch_wait - sum(waits))
+            steps.append(step)
+        with measure(self.device) as validation:
+            self._validate(self.ranks.count)
+        peak = max(max(row) for row in self.ranks.gather_floats(*(m.peak_bytes for m in (*steps, validation))))
+        turns = math.ceil(len(self.val_set) / self.ranks.count)
+        epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
+        memory = f"{format_bytes(int(peak))} at most in a process ({step.memory_source})"
+        return "\n".join(
+            (
+                f"{self}",
+                f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
+                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
+                f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
+                f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
+                "nothing was written",
+            )
+        )
+
+    def run(self) -> RunSummary:
+        self._say(str(self))
+        total = self.config.epochs * self.steps_per_epoch
+        if self.config.tensorboard and self.ranks.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+        hidden = None if self.ranks.rank == 0 else True  # None: where there is no terminal
+        bar = tqdm(total=total, initial=self.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
+        with bar, deferred_signals() as self.signalled:
+            try:
+                while self.epoch < self.config.epochs and not self.stopped:
+                    if self._train_epoch(bar):
+                        if self.stopped:  # whoever sent the signal may not wait until validation is over
+                            self._save_last()
+                        self._finish_epoch(bar)
+                    self._save_last()
+            finally:
+                del self.loader  # and with it its workers
+                self.background.wait()
+                if self.tensorboard:
+                    self.tensorboard.close()
+        if self.epoch == self.config.epochs and self.ranks.rank == 0:
+            shutil.rmtree(self.out / "cache", ignore_errors=True)
+        wait = self.run_wait / self.run_seconds if self.run_seconds else 0.0
+        if self.run_seconds:
+            self._say(f"{wait:.1%} of the time of training was spent waiting for data")
+        best = max(self.history, key=self._merit, default={})
+        stopped = self.stopped if self.epoch < self.config.epochs else 0
+        return RunSummary(self.out, self.epoch, best, stopped, wait)
+
+    def _train_epoch(self, bar: tqdm) -> bool:
+        """Train from where this epoch stands to its end; False where a signal came first."""
+        config, mark, groups = self.config, time.perf_counter(), self._groups()
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        order = np.random.default_rng([config.seed, self.epoch]).permutation(len(self.train_pairs)).tolist()
-        batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-        groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
-        loader = iter(self._loader(self.train_set, [batch for group in groups[self.epoch_steps :] for batch in group]))
+        self.batches[:] = [self.ranks.part(batch)[0] for group in groups[self.epoch_steps :] for batch in group]
+        loader = iter(self.loader)
         for group in groups[self.epoch_steps :]:
             lr = config.lr * lr_factor(
                 self.step, config.epochs * self.steps_per_epoch, round(config.warmup_epochs * self.steps_per_epoch)
             )
-            loss, norm = self._train_step(group, loader, lr)
-            self.epoch_loss += loss * sum(map(len, group))
+            losses, norm = self._train_step(group, loader, lr)
+            counted = sum(map(len, group)) if self.guard.in_a_row == 0 else 0
+            for name, value in losses.items():
+                self.epoch_losses[name] = self.epoch_losses.get(name, 0.0) + (value * counted if counted else 0.0)
+            self.epoch_samples += counted
             self.epoch_steps += 1
             bar.update()
-            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
-            if self.step % config.log_every == 0:
-                entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1, "loss": loss, "lr": lr}
+            bar.set_postfix_str(f"epoch {self.epoch + 1}/{config.epochs}, loss {losses['loss']:.4f}, lr {lr:.1e}", refresh=False)
+            if counted and self.step % config.log_every == 0:
+                entry = {"kind": "step", "step": self.step, "epoch": self.epoch + 1} | losses | {"lr": lr}
                 entry["grad_norm"] = norm if math.isfinite(norm) else None  # None: float16 overflowed, the step was skipped
-                record.append_line(self.out / "log.jsonl", entry)
-            if interrupted():
+                self._log(entry)
+            self.epoch_seconds += time.perf_counter() - mark
+            mark = time.perf_counter()
+            self.stopped = int(max(self.ranks.gather_floats(self.signalled()))[0])
+            if self.stopped:
                 break
-        self.epoch_seconds += time.perf_counter() - started
+            if config.save_every and self.step % config.save_every == 0 and self.epoch_steps < len(groups):
+                self._save_last()
         return self.epoch_steps == len(groups)
 
-    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[float, float]:
-        """One optimiser step over the batches of `group`; mean loss of its samples and norm of its gradient."""
+    def _groups(self) -> list[list[list[int]]]:
+        """The pairs of this epoch: for each step the batches, for all processes together."""
+        order = np.random.default_rng([self.config.seed, self.epoch]).permutation(len(self.train_pairs)).tolist()
+        size, count = self.config.batch_size * self.ranks.count, self.config.accumulate
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return [batches[i : i + count] for i in range(0, len(batches), count)]
+
+    def _train_step(self, group: list[list[int]], loader: Iterator[dict], lr: float) -> tuple[dict[str, float], float]:
+        """One optimiser step over the batches of `group`; its samples' mean losses, the whole first, and its gradient's norm.
+
+        Both are those of all processes. A step whose loss or gradient will not do changes nothing, or takes the run back:
+        guard.in_a_row is then above 0.
+        """
         samples = sum(map(len, group))
-        total = 0.0
+        means = 0.0
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.zero_grad()
-        for indices in group:
+        for number, batch in enumerate(group, 1):
+            indices, counted = self.ranks.part(batch)
+            started = time.perf_counter()
             source, target = self._to_device(next(loader))
-            share = len(indices) / samples  # so that batches of unequal size weigh as one big batch would
-            with self._autocast():
-                said, wanted = self.objective.predict(self.model, source, target, self.epoch, indices)
-            loss = losses.l1(said, wanted) * share
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            self.epoch_wait += time.perf_counter() - started
+            share = counted / samples  # so that batches of unequal size weigh as one big batch would
+            with self.ranks.exchanging(self.network, last=number == len(group)):
+                with self._autocast():
+                    said, wanted = self.objective.predict(self.network, source, target, self.epoch, indices)
+                loss, components = self.criterion(said, wanted)
+                self.scaler.scale(loss * (share * self.ranks.count)).backward()  # gradients are averaged over the processes
+            means = means + share * torch.stack((loss.detach(), *components.values()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf).item()
-        total = total.item()
+        parameters = list(self.model.parameters())
+        length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        length = length.full_tensor() if isinstance(length, DTensor) else length
+        (norm, *_), *_ = rows = self.ranks.gather_floats(length.item(), *means.tolist())
+        losses = dict(zip(("loss", *components), map(sum, list(zip(*rows, strict=True))[1:]), strict=True))
+        total = losses["loss"]
         # In float16 a gradient that overflows says that the scale is too large; at scale 1 it says what it says elsewhere.
         overflow = math.isfinite(total) and not math.isfinite(norm) and self.scaler.get_scale() > 1
-        if not overflow and not (math.isfinite(total) and math.isfinite(norm)):
-            what = "gradient" if math.isfinite(total) else "loss"
-            files = ", ".join(str(self.train_pairs[index].src) for batch in group for index in batch)
-            raise TrainingError(
-                f"step {self.step + 1} (epoch {self.epoch + 1}): the {what} is not finite (loss {total}, gradient norm "
-                f"{norm}). Its sources: {files}. The checkpoints in {self.out} are from before it; start another run "
-                "from one of them (--init-weights) with a lower lr, a smaller clip or precision float32"
-            )
+        if not overflow:
+            if fault := self._fault(total, norm):
+                self._skip(fault, group)
+                return losses, norm
+            self.guard.passed(self.step, total)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip or math.inf, length)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return total, norm
+        if not overflow:
+            self.average.update()
+        return losses, norm
+
+    def _fault(self, loss: float, norm: float) -> dict[str, Any] | None:
+        """What is wrong with a step, as the log says it; None where nothing is. The same on all processes."""
+        limit, numbers = self.guard.limit(), f"(loss {loss}, gradient norm {norm})"
+        if not math.isfinite(loss):
+            return {"kind": "skipped", "cause": f"the loss is not finite {numbers}", "tensors": ["loss"]}
+        if not math.isfinite(norm):
+            found = {name for names in self.ranks.gather(not_finite(self.model)) for name in names}
+            names = [name for name, _ in self.model.named_parameters() if name in found]
+            where = f"in {len(names)} parameters, first {names[0]}" if names else "in its norm alone, which is too large"
+            return {"kind": "skipped", "cause": f"the gradient is not finite {where} {numbers}", "tensors": names}
+        if loss > limit:
+            return {
+                "kind": "rolled back",
+                "cause": f"the loss {loss:.4g} is a spike, above {limit:.4g}",
+                "to": self.guard.kept_at,
+            }
+        return None
+
+    def _skip(self, fault: dict[str, Any], group: list[list[int]]) -> None:
+        """Leave the step out, and after a spike those since the last good state too. Raises TrainingError after too many."""
+        self.scaler.update(self.scaler.get_scale())  # ready for the next step, its scale as it was
+        if "to" in fault:
+            self.guard.roll_back()
+        self.guard.in_a_row += 1
+        files = [str(self.train_pairs[index].src) for batch in group for index in batch]
+        where = {"step": self.step + 1, "epoch": self.epoch + 1, "in_a_row": self.guard.in_a_row}
+        self._log(fault | where | {"sources": files})
+        done = f"back to the state after step {fault['to']}" if "to" in fault else "step skipped"
+        said = f"step {self.step + 1} (epoch {self.epoch + 1}): {fault['cause']}"
+        if self.guard.in_a_row >= self.config.max_bad_steps:
+            raise TrainingError(
+                f"{said}. Its sources: {', '.join(files)}. It is bad step {self.guard.in_a_row} in a row (max_bad_steps). The "
+                f"checkpoints in {self.out} are from before it; start another run from one of them (--init-weights) with a lower "
+                "lr, a smaller clip or precision float32"
+            )
+        self._say(f"{said}: {done} ({self.guard.in_a_row} of {self.config.max_bad_steps} in a row); sources: {', '.join(files)}")
 
     def _finish_epoch(self, bar: tqdm) -> None:
         """Validate, log, draw, and keep the weights where they are the best so far."""
-        started = time.perf_counter()
+        started, trained, wait = time.perf_counter(), self.epoch_seconds, self.epoch_wait
         scores, triptychs = self._validate()
-        self.epoch_seconds += time.perf_counter() - started
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {"train_l1": self.epoch_loss / len(self.train_pairs)} | scores
-        row["seconds"] = round(self.epoch_seconds, 3)
+        samples = self.epoch_samples or math.nan  # nan: every step was bad
+        row |= {f"train_{name}": total / samples for name, total in self.epoch_losses.items()} | scores
+        row["seconds"] = round(trained + time.perf_counter() - started, 3)
+        row["data_wait"] = round(wait / trained, 4)
         if any(math.isnan(value) for value in scores.values()):
             raise TrainingError(f"epoch {self.epoch + 1}: the model's output on the validation pairs is not a number")
-        is_best = all(row["val_psnr"] > earlier["val_psnr"] for earlier in self.history)
+        is_best = all(self._merit(row) > self._merit(earlier) for earlier in self.history)
         self.history.append(row)
-        self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.epoch, self.epoch_steps, self.epoch_losses, self.epoch_samples = self.epoch + 1, 0, {}, 0
+        self.epoch_seconds = self.epoch_wait = 0.0
+        self.run_seconds, self.run_wait = self.run_seconds + trained, self.run_wait + wait
 
-        record.append_line(self.out / "log.jsonl", {"kind": "epoch"} | row)
-        record.write_csv(self.out / "log.csv", self.history)
-        record.draw_curve(self.out / "curve.png", self.history)
-        if triptychs:
-            record.write_triptychs(self.out / "samples" / f"epoch_{self.epoch:03d}.jpg", triptychs)
+        self._log({"kind": "epoch"} | row)
+        if self.ranks.rank == 0:
+            record.write_csv(self.out / "log.csv", self.history)
+            record.draw_curve(self.out / "curve.png", self.history)
+            if triptychs:
+                record.write_triptychs(self.out / "samples" / f"epoch_{self.epoch:03d}.jpg", triptychs)
         if is_best:
             self._save_weights("best")
-        bar.write(
+        self._say(
             f"epoch {self.epoch:>3}/{self.config.epochs}  train L1 {row['train_l1']:.4f}  val L1 {row['val_l1']:.4f}  "
             f"PSNR {row['val_psnr']:.2f} dB  SSIM {row['val_ssim']:.3f}  {row['seconds']:.1f} s{'  best' * is_best}"
         )
 
-    @torch.inference_mode()
-    def _validate(self) -> tuple[dict[str, float], list[tuple[torch.Tensor, ...]]]:
-        """Means over the validation pairs, one at a time so that each weighs the same; and the first triptychs."""
+    @torch.no_grad()  # not inference_mode: FSDP2 would gather weights that no later step can differentiate
+    def _validate(self, pairs: int | None = None) -> tuple[dict[str, float], list[tuple[torch.Tensor, ...]]]:
+        """Means over the validation pairs, or so many of them, one at a time so that each weighs the same; the first triptychs.
+
+        The processes take turns, and each pair counts once; who has none in the last round works on the last pair again.
+        """
         model = self.objective.photographer(self.model).eval()
-        scores: dict[str, list[float]] = {"val_l1": [], "val_psnr": [], "val_ssim": []}
-        triptychs = []
-        for batch in self._loader(self.val_set, [[index] for index in range(len(self.val_set))]):
-            source, target = self._to_device(batch)
-            with self._autocast():
-                output = model(source).float().clamp(0, 1)
-            for name, values in scores.items():
-                values.append(getattr(metrics, name.removeprefix("val_"))(output, target).item())
-            if len(triptychs) < self.config.samples:
-                triptychs.append((source[0], output[0], target[0]))
-        return {name: math.fsum(values) / len(values) for name, values in scores.items()}, triptychs
+        names = ("val_l1", "val_psnr", "val_ssim")
+        pairs = min(pairs or len(self.val_set), len(self.val_set))
+        turns = range(self.ranks.rank, self.ranks.rank + pairs, self.ranks.count)
+        scores, triptychs = {}, {}
+        loader = self._loader(self.val_set, [[min(turn, pairs - 1)] for turn in turns])
+        with self.average.applied():
+            for index, batch in zip(turns, loader, strict=True):
+                source, target = self._to_device(batch)
+                with self._autocast():
+                    output = model(source).float().clamp(0, 1)
+                if index < pairs:
+                    scores[index] = [getattr(metrics, name.removeprefix("val_"))(output, target).item() for name in names]
+                if index < min(self.config.samples, pairs):
+                    triptychs[index] = (source[0].cpu(), output[0].cpu(), target[0].cpu())
+        for others, shown in self.ranks.gather((scores, triptychs)):
+            scores, triptychs = scores | others, triptychs | shown
+        columns = zip(*(scores[index] for index in sorted(scores)), strict=True)
+        means = {name: math.fsum(column) / len(scores) for name, column in zip(names, columns, strict=True)}
+        return means, [triptychs[index] for index in sorted(triptychs)]
+
+    def _merit(self, row: dict[str, Any]) -> float:
+        """What the best epoch has most of."""
+        value = row[self.config.best_metric]
+        return -value if self.config.best_metric == "val_l1" else value
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
 
-    def _loader(self, dataset: PairDataset, batches: list[list[int]]) -> DataLoader:
+    def _loader(self, dataset: PairDataset, batches: list[list[int]], persistent: bool = False) -> DataLoader:
+        workers = {"prefetch_factor": 4, "persistent_workers": persistent} if self.config.workers else {}
         # A generator of its own, so that drawing the workers' seeds leaves the global one alone.
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=survive_signals,
             generator=torch.Generator(),
+            **workers,
         )
 
     def _to_device(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,16 +475,84 @@ class _Trainer:
             batch[key].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for key in ("src", "tar")
         )
 
-    def _save_weights(self, which: str) -> None:
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.ranks.rank == 0 and self.out.is_dir():  # a rehearsal has no folder
+            record.append_line(self.out / "log.jsonl", entry)
+            if self.tensorboard:
+                record.write_scalars(self.tensorboard, entry)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            tqdm.write(text)
+
+    def _changing(self) -> list[torch.Tensor]:
+        """All tensors of this process that a step changes; none before the first."""
+        if not self.optimizer.state:
+            return []
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
+        return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
+
+    @property
+    def _whole(self) -> StateDictOptions:
+        """State dicts of whole tensors by the model's own names, whatever shards them; on the first process alone."""
+        return StateDictOptions(full_state_dict=True, cpu_offload=self.ranks.count > 1)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the weights, on the CPU."""
+        return to_cpu(get_model_state_dict(self.model, options=self._whole))
+
+    def _metadata(self) -> dict[str, Any]:
         metadata = {"run": self.run_id, "step": self.step, "epoch": self.epoch, "metrics": (self.history or [{}])[-1]}
-        metadata |= self.objective.metadata() | {"trained_on": self.trained_on}
-        save_weights(self.out / f"checkpoint_{which}.safetensors", self.model, metadata)
+        return metadata | self.objective.metadata() | {"trained_on": self.trained_on}
+
+    def _save_weights(self, which: str) -> None:
+        """Those that validation measures."""
+        with self.average.applied():
+            weights = self._weights()
+        if self.ranks.rank == 0:
+            self.background(save_weights, self.out / f"checkpoint_{which}.safetensors", self.model, self._metadata(), weights)
 
     def _save_last(self) -> None:
-        state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "rng": rng_state()}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        save_state(self.out / "checkpoint_last.state.pt", state)
-        self._save_weights("last")
+        state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "step_pairs": self.step_pairs}
+        state |= {"rng": rng_state(), "model": self._weights(), "ema": {}, "optimizer": {}}
+        if self.config.ema:
+            with self.average.applied():
+                state["ema"] = {"updates": self.average.updates, "model": self._weights()}
+        if self.optimizer.state:  # without one, torch would make a step to have it
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._whole)
+        state |= {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict()}
+        if self.ranks.rank == 0:
+            self.background(self._write_last, to_cpu(state), self._metadata())
+
+    def _write_last(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        save_state(self.out / "checkpoint_last.state.pt", state, self.config.keep)
+        weights = (state["ema"] or state)["model"]
+        save_weights(self.out / "checkpoint_last.safetensors", self.model, metadata, weights)
+
+
+def _duration(seconds: float) -> str:
+    unit, size = next((unit, size) for unit, size in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= 2 * size)
+    return f"{seconds / (size or 1):.3g} {unit}"
+
+
+def _commit() -> str:
+    """The commit of this package's sources, where they are a checkout's."""
+    git = partial(subprocess.run, cwd=Path(autohdr.__file__).parent, check=True, capture_output=True, text=True)
+    try:
+        git(["git", "ls-files", "--error-unmatch", "__init__.py"])  # not a checkout that only surrounds an installed package
+        return "commit " + git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "commit unknown"
+
+
+def _checked_run(config: TrainConfig, resume: bool) -> tuple[list[Pair], list[Pair]]:
+    """_checked_pairs, once the run folder is as it should be."""
+    if resume:
+        _check_same_run(config)
+    elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UserError(f"out: {config.out} already holds files: give another --out, or --resume to continue its run")
+    return _checked_pairs(config)
 
 
 def _check_same_run(config: TrainConfig) -> None:
@@ -318,37 +576,19 @@ def _checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
             f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
             "`autohdr data split` keeps them apart"
         )
-    check_pairs(train_pairs)
-    val_set = PairDataset(val_pairs, config.size, config.resize)
-    for pair, size in zip(val_pairs, check_pairs(val_pairs), strict=True):
-        height, width = val_set.resized(*size)
-        if min(height, width) < metrics.SSIM_WINDOW:
-            raise UserError(
-                f"{pair.where}: expected validation pairs with sides of at least {metrics.SSIM_WINDOW} pixels, as SSIM needs; "
-                f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
-            )
+    needy = max(config.losses, key=LOSSES.get)
+    _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
+    _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
     return train_pairs, val_pairs
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too, and the step under way needs them
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C raises no exception but makes the function it gives true; a second Ctrl-C is the usual one."""
-    seen = []
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield lambda: False
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGINT, previous)
-        tqdm.write("stopping after this step ...")
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
+    """All photos can be read, and no side is shorter than `least` once they are resized."""
+    dataset = PairDataset(pairs, config.size, config.resize)
+    for pair, size in zip(pairs, check_pairs(pairs), strict=True):
+        height, width = dataset.resized(*size)
+        if min(height, width) < least:
+            raise UserError(
+                f"{pair.where}: expected {use} pairs with sides of at least {least} pixels, as {reason} needs; "
+                f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
+            )

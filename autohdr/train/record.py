@@ -16,6 +16,13 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
+    """A log entry's numbers, as KIND/NAME, in a torch.utils.tensorboard.SummaryWriter."""
+    for name, value in entry.items():
+        if isinstance(value, int | float) and name != "step":
+            writer.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+
+
 def rewind(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a line cut short: a resumed run writes them again."""
     kept = []
@@ -37,7 +44,7 @@ def write_csv(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
-    """PNG of the loss, PSNR and SSIM over the epochs."""
+    """PNG of L1, PSNR and SSIM over the epochs, and of the loss and its components where L1 is not all of it."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state; and slow to import
 
     epochs = [row["epoch"] for row in history]
@@ -48,14 +55,20 @@ def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
         "PSNR (dB)": {"validation": "val_psnr"},
         "SSIM": {"validation": "val_ssim"},
     }
-    for axes, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    components = {key.removeprefix("train_"): key for key in history[0] if key.startswith("train_")}
+    if len(components) > 2:  # more than the loss and L1
+        panels["Training losses, unweighted"] = components
+        figure.set_figwidth(16)
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        colours = {"train": "tab:grey", "validation": "tab:blue", "loss": "black"}
         for label, key in lines.items():
-            colour = "tab:grey" if label == "train" else "tab:blue"
-            axes.plot(epochs, [row[key] for row in history], label=label, color=colour, marker="." * (len(epochs) < 40))
-        axes.set(title=title, xlabel="epoch")
+            values = [row[key] for row in history]
+            axes.plot(epochs, values, label=label, color=colours.get(label), marker="." * (len(epochs) < 40))
+        axes.set(title=title, xlabel="epoch", yscale="log" if lines is components else "linear")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend()
+    for axes in figure.axes[::3]:
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 

@@ -15,7 +15,7 @@ DECAY_AND_CLIP = {"restormer_384": (0.02, 1.0), "restormer_896": (0.02, 1.0), "r
 
 
 def test_every_recipe_is_known_here():
-    assert recipes() == sorted(["demo", "mamba_demo", "mamba_diffusion_384", *SETTINGS])
+    assert recipes() == sorted(["demo", "mamba_demo", "mamba_diffusion_384", "restormer_384_enhanced", *SETTINGS])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -25,6 +25,12 @@ def test_recipe(name):
     assert (config.weight_decay, config.clip) == DECAY_AND_CLIP[name]
     assert (config.model, config.resize, config.augment) == ("restormer_base", "squash", True)
     assert config.out == Path("runs") / name
+
+
+def test_enhanced_recipe_differs_in_its_losses_alone():
+    plain, enhanced = load_config("restormer_384"), load_config("restormer_384_enhanced")
+    assert plain.losses == {"l1": 1.0} and enhanced.losses == {"l1": 1.0, "vgg": 0.1, "edge": 0.05, "ssim": 0.1}
+    assert replace(enhanced, losses=plain.losses, out=plain.out) == plain
 
 
 def test_demo_recipe_is_for_a_cpu():
@@ -77,6 +83,7 @@ def test_dump_reads_back_to_the_same(tmp_path, make_config):
         ('resize = "stretch"', "resize: expected 'squash' or 'fit' or 'crop', got 'stretch'"),
         ("train_pairs = 3", "train_pairs: expected a path .*, got 3"),
         ("model_args = 3", "model_args: expected a table, got 3"),
+        ('losses = "l1"', "losses: expected a table, got 'l1'"),
         ("epochs = ", "not valid TOML"),
     ],
 )
@@ -100,7 +107,19 @@ def test_rejects_missing_config():
         ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
         ({"noise_scale": 0.0}, "noise_scale: expected a positive number, got 0.0"),
         ({"sample_steps": 0}, "sample_steps: expected at least 1, got 0"),
+        ({"ema": 1.0}, "ema: expected less than 1, got 1.0"),
+        ({"keep": 0}, "keep: expected at least 1, got 0"),
+        ({"max_bad_steps": 0}, "max_bad_steps: expected at least 1, got 0"),
+        ({"snapshot_every": 0}, "snapshot_every: expected at least 1, got 0"),
+        ({"spike_window": 3}, "spike_window: expected at least 4, got 3"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        ({"losses": {"l2": 1.0}}, "losses: unknown component 'l2'; expected one of l1, charbonnier, edge, ssim, vgg"),
+        ({"losses": {"l1": 1.0, "vgg": -0.1}}, "losses: vgg: expected a number, at least 0, got -0.1"),
+        ({"losses": {"l1": "much"}}, "losses: l1: expected a number, at least 0, got 'much'"),
+        ({"losses": {"l1": True}}, "losses: l1: expected a number, at least 0, got True"),
+        ({"losses": {"l1": float("nan")}}, "losses: l1: expected a number, at least 0, got nan"),
+        ({"losses": {"l1": 0.0, "ssim": 0}}, "losses: expected at least one weight above 0, got {'l1': 0.0, 'ssim': 0}"),
+        ({"losses": {}}, "losses: expected at least one weight above 0, got {}"),
         ({"warmup_epochs": 2}, r"warmup_epochs: expected fewer than epochs \(2\), got 2"),
         ({"resize": "fit"}, "batch_size: expected 1.*got 2"),
         ({"val_pairs": None}, "val_pairs: required; give --val-pairs PATH"),
@@ -110,6 +129,18 @@ def test_rejects_missing_config():
 def test_rejects_settings(make_config, changes, message):
     with pytest.raises(UserError, match=message):
         check_config(make_config(**changes))
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
+def test_a_bridge_takes_losses_of_photos_where_it_makes_photos(make_config, prediction):
+    bridge = {"objective": "bridge", "prediction": prediction}
+    check_config(make_config(**bridge, losses={"l1": 1.0, "charbonnier": 1.0}))
+    config = make_config(**bridge, losses={"l1": 1.0, "vgg": 0.1, "edge": 0.05, "ssim": 0.1})
+    if prediction == "x0":
+        check_config(config)
+    else:
+        with pytest.raises(UserError, match=f"losses: vgg, edge, ssim: .* prediction = {prediction} makes no photos"):
+            check_config(config)
 
 
 def test_rejects_what_toml_cannot_hold():

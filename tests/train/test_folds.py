@@ -1,6 +1,7 @@
 """Cross-validation: every pair measured once, by a model that has not seen it; resumable; paired intervals."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,7 @@ def test_resumed_folds_end_as_uninterrupted_ones(config, monkeypatch, capsys):
     whole = cross_validate(replace(config, out=config.out.with_name("whole")), 2)
     with monkeypatch.context() as patch:
         interrupt_at_step(patch, 3)  # in each fold's second epoch
-        assert cross_validate(config, 2) is None
+        assert cross_validate(config, 2) == signal.SIGINT
     assert not (config.out / "fold_1").exists() and not (config.out / "cross_validation.json").exists()
     with pytest.raises(UserError, match="folds: .* has 2, got 3"):
         cross_validate(config, 3, resume=True)
@@ -94,7 +95,10 @@ def test_two_cross_validations_are_compared_pair_by_pair(config, tmp_path, capsy
     assert not third.out.exists()
 
 
-def test_refuses_before_anything_is_written(config, pair_files, tmp_path):
+def test_refuses_before_anything_is_written(config, pair_files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--folds: .* start it without torchrun"):
+        patch.setenv("WORLD_SIZE", "2")
+        cross_validate(config, 2)
     with pytest.raises(UserError, match="val_pairs: --folds validates"):
         cross_validate(replace(config, val_pairs=pair_files[1]), 2)
     with pytest.raises(UserError, match="from 2 folds to 6, .*got 7"):

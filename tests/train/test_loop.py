@@ -1,17 +1,24 @@
 import csv
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
 
+from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
 from autohdr.train import loop
 from autohdr.train.checkpoint import load_state, previous, save_state
-from autohdr.train.config import load_config
+from autohdr.train.config import dump_config, load_config
 from autohdr.train.loop import TrainingError, lr_factor, train
 
 
@@ -19,8 +26,8 @@ def outcome(out):
     """Everything in a run's last state but its name and its timings."""
     state = load_state(out / STATE)
     for row in state["history"]:
-        del row["seconds"]
-    return {key: value for key, value in state.items() if key not in ("run_id", "epoch_seconds")}
+        del row["seconds"], row["data_wait"]
+    return {key: value for key, value in state.items() if key not in ("run_id", "epoch_seconds", "epoch_wait")}
 
 
 def test_learns(make_config):
@@ -83,7 +90,7 @@ def test_validation_matches_the_saved_weights(make_config, pair_files):
 
 @pytest.mark.parametrize("step", [2, 6], ids=["in mid-epoch", "between epochs"])
 def test_resume_is_bitwise(make_config, monkeypatch, step):
-    config = {"epochs": 4, "warmup_epochs": 1, "batch_size": 1, "accumulate": 2, "resize": "crop", "size": 24}
+    config = {"epochs": 4, "warmup_epochs": 1, "batch_size": 1, "accumulate": 2, "resize": "crop", "size": 24, "ema": 0.9}
     train(make_config("whole", **config))
     with monkeypatch.context() as patch:
         interrupt_at_step(patch, step)
@@ -190,15 +197,16 @@ def test_bfloat16_keeps_float32_weights(make_config):
 
 def test_stops_at_a_loss_that_is_not_finite(make_config, monkeypatch):
     """In epoch 2, step 5: the message names step and files, and what is saved is from before."""
-    original = loop.losses.l1
+    original = loop.Criterion.__call__
     calls = []
 
-    def l1(output, target):
+    def criterion(self, output, target):
         calls.append(0)
-        return original(output, target) * (math.nan if len(calls) == 5 else 1)
+        loss, components = original(self, output, target)
+        return loss * (math.nan if len(calls) == 5 else 1), components
 
-    monkeypatch.setattr(loop.losses, "l1", l1)
-    config = make_config(epochs=3)
+    monkeypatch.setattr(loop.Criterion, "__call__", criterion)
+    config = make_config(epochs=3, max_bad_steps=1)
     with pytest.raises(TrainingError, match=r"step 5 \(epoch 2\): the loss is not finite .*_src.png.*_src.png"):
         train(config)
     state = load_state(config.out / STATE)
@@ -288,10 +296,107 @@ def test_refuses_to_resume_a_foreign_state(make_config):
     train(config)
     save_state(config.out / STATE, {"model": {}})
     previous(config.out / STATE).unlink()
-    with pytest.raises(UserError, match="expected a training state, got a file without epoch, .*"):
+    with pytest.raises(UserError, match="expected a training state, got a file without ema, epoch, .*"):
         train(config, resume=True)
 
 
 def test_refuses_an_absent_device(make_config):
     with pytest.raises(UserError, match="device: 'tpu' is not available here"):
         train(make_config(device="tpu"))
+
+
+def test_saves_within_an_epoch(make_config, monkeypatch):
+    """A crash in step 6 of 6 costs what came after step 4."""
+    original = loop._Trainer._train_step
+
+    def train_step(self, *args):
+        if self.step == 5:
+            raise MemoryError
+        return original(self, *args)
+
+    settings = {"batch_size": 1, "save_every": 2, "epochs": 1, "ema": 0.9}
+    train(make_config("whole", **settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_train_step", train_step)
+        with pytest.raises(MemoryError):
+            train(make_config("parts", **settings))
+    out = make_config("parts").out
+    assert [load_state(file)["step"] for file in (out / STATE, previous(out / STATE))] == [4, 2]
+    train(make_config("parts", **settings), resume=True)
+    assert same(outcome(make_config("whole").out), outcome(out))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("val_psnr", max), ("val_ssim", max), ("val_l1", min)])
+def test_best_by_a_metric(make_config, monkeypatch, metric, best):
+    values = (0.3, 20.0, 0.8), (0.1, 22.0, 0.7), (0.2, 21.0, 0.9)
+    scores = iter({"val_l1": a, "val_psnr": b, "val_ssim": c} for a, b, c in values)
+    monkeypatch.setattr(loop._Trainer, "_validate", lambda self: (next(scores), []))
+    summary = train(make_config(epochs=3, best_metric=metric))
+    assert summary.best[metric] == best({"val_l1": (0.1, 0.3), "val_psnr": (20, 22), "val_ssim": (0.7, 0.9)}[metric])
+    assert load_checkpoint(summary.out / "checkpoint_best.safetensors").metadata["metrics"] == summary.best
+
+
+def test_the_folder_says_what_made_the_run(make_config):
+    header = (train(make_config(epochs=1)).out / "config.toml").read_text().splitlines()[0]
+    commit = r"commit ([0-9a-f]{40}(-dirty)?|unknown)"
+    assert re.fullmatch(rf"# autohdr \S+, {commit}, torch \S+, Python \S+, .*, cpu, processes: 1", header)
+
+
+def test_says_how_long_it_waited_for_data(make_config, monkeypatch, capsys):
+    original = PairDataset.__getitem__
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: time.sleep(0.2) or original(self, index))
+    summary = train(make_config(epochs=1))
+    row = load_state(summary.out / STATE)["history"][0]
+    assert 0.5 < row["data_wait"] <= 1 and summary.data_wait == pytest.approx(row["data_wait"], abs=1e-4)
+    assert f"{summary.data_wait:.1%} of the time of training was spent waiting for data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, status):
+    """Sent to the run's whole process group, loader's workers and all, as a terminal and a batch system do."""
+    config = make_config(epochs=20, workers=1, log_every=1)
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "autohdr", "train", str(tmp_path / "run.toml")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while run.poll() is None and not (config.out / "log.jsonl").exists():
+        time.sleep(0.05)
+    os.killpg(run.pid, number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == status, err
+    assert f"go on: autohdr train {config.out / 'config.toml'} --resume" in out and "Traceback" not in err
+    step = load_state(config.out / STATE)["step"]
+    assert 0 < step < 60 and len((config.out / "log.jsonl").read_text().splitlines()) == step + step // 3
+
+
+def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):
+    """The disk takes 200 kB a file: the run stops with the reason, exit status 1 and nothing half written."""
+    config = make_config()
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    code = "import resource, sys; from autohdr.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2); "
+    command = [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "train", tmp_path / "run.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \[Errno 27\] File too large: '.*checkpoint_last.state.pt'\n", done.stderr)
+    assert not list(config.out.glob("*.pt")) and not list(config.out.glob(".*"))
+
+
+def test_writes_tensorboard(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    summary = train(make_config(tensorboard=True, log_every=1))
+    events = EventAccumulator(str(summary.out / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [scalar.value for scalar in events.Scalars("epoch/val_psnr")][-1] == pytest.approx(summary.best["val_psnr"], abs=9)
+
+
+def test_refuses_tensorboard_where_it_is_absent(make_config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tensorboard: expected the package tensorboard.*pip install tensorboard"):
+        train(make_config(tensorboard=True))
+
+
+def test_refuses_to_resume_with_another_number_of_pairs_in_a_step(make_config):
+    train(make_config(epochs=1))
+    with pytest.raises(UserError, match="batch_size x accumulate x processes: the run takes 2 pairs in a step, got 3 x 1 x 1"):
+        train(make_config(epochs=1, batch_size=3), resume=True)

@@ -15,6 +15,15 @@ def test_curve(tmp_path):
             assert curve.convert("L").getextrema()[0] < 100
 
 
+def test_curve_shows_components_where_l1_is_not_all(tmp_path):
+    sizes = []
+    for more in ({"train_loss": 0.3}, {"train_loss": 0.3, "train_edge": 0.1}):
+        record.draw_curve(tmp_path / "curve.png", [row | more for row in HISTORY])
+        with Image.open(tmp_path / "curve.png") as curve:
+            sizes.append(curve.size)
+    assert sizes == [(1320, 396), (1760, 396)]
+
+
 def test_csv(tmp_path):
     record.write_csv(tmp_path / "log.csv", HISTORY)
     lines = (tmp_path / "log.csv").read_text().splitlines()

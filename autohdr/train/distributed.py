@@ -1,0 +1,138 @@
+"""The processes of a run: which share of the work is whose, and how they stay in step.
+
+torchrun starts them and says, in their environment, how many there are and which one this is; without it there is one.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from autohdr.errors import UserError
+from autohdr.models import mamba_diffusion, restormer
+
+T = TypeVar("T")
+
+_UNITS = (restormer.Attention, restormer.FeedForward, mamba_diffusion.Block)
+"""What fully_shard gathers and frees as one; the rest of a network is one more."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Every method but `part` is called by all of them at the same point."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")
+    group: Any = None
+    """What gradients and weights travel through: gloo or NCCL, with the run's timeout. Plain values go through the default
+    group, gloo, which waits as long as an epoch's validation or a check of all photos may take."""
+
+    def part(self, batch: list[T]) -> tuple[list[T], int]:
+        """This process's share of a batch, and how many of it count: 0 where there are more processes than samples, and one
+        sample is worked on for the others' sake."""
+        start, end = (len(batch) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return batch[start:end] or batch[:1], end - start
+
+    def first(self, function: Callable[..., T], *args: Any) -> T:
+        """What `function` returns on the first process, where alone it runs; UserError everywhere if it raises that."""
+        if self.count == 1:
+            return function(*args)
+        answer, error = [None, False], None
+        if self.rank == 0:
+            try:
+                answer[0] = function(*args)
+            except UserError as raised:
+                answer[1], error = True, raised
+        dist.broadcast_object_list(answer)
+        if answer[1]:
+            raise error or UserError("process 0 has found wrong input, see there")
+        return answer[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, in the order of the ranks."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_floats(self, *values: float) -> list[list[float]]:
+        """gather of a few numbers, in float64, made for every step."""
+        if self.count == 1:
+            return [list(values)]
+        rows = torch.empty(self.count, len(values), dtype=torch.float64)
+        dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
+        return rows.tolist()
+
+    def wrap(self, network: nn.Module, parallel: str, precision: torch.dtype) -> nn.Module:
+        """The network as a training step calls it. FSDP2 shards `network` itself, in place."""
+        if self.count == 1:
+            return network
+        if parallel == "fsdp":
+            shard = partial(fully_shard, mesh=DeviceMesh.from_group(self.group, self.device.type), reshard_after_forward=True)
+            for module in network.modules():
+                if isinstance(module, _UNITS):
+                    # The matrices travel in half precision; a scan's A, D and Δ, and whatever is outside the units, do not.
+                    half = precision if precision is not torch.float32 and not isinstance(module, mamba_diffusion.Block) else None
+                    shard(module, mp_policy=_policy(half))
+            # The default would leave the root's weights gathered after validation, and the next step would not see its changes.
+            return shard(network, mp_policy=_policy(None))
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, devices, process_group=self.group, gradient_as_bucket_view=True)
+
+    def exchanging(self, network: nn.Module, last: bool) -> AbstractContextManager:
+        """What a forward and backward pass runs in: gradients are summed over the processes after the last of a step alone."""
+        if isinstance(network, DistributedDataParallel):
+            return nullcontext() if last else network.no_sync()
+        if hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Weights gathered in that dtype, gradients summed in float32, activations as autocast and the network make them."""
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def join(device: torch.device, timeout: float) -> Ranks:
+    """Meet the other processes that torchrun started. timeout: seconds that a gradient or a weight is waited for.
+
+    On GPUs each process of a node takes the one of its local rank. Raises UserError where `device` names one of them, or
+    a node has fewer.
+    """
+    if not dist.is_torchelastic_launched():
+        return Ranks(device=device)
+    if device.type == "cuda":
+        index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise UserError(f"device: expected auto or cuda, as torchrun's processes share out the GPUs; got {str(device)!r}")
+        if index >= there:
+            raise UserError(f"torchrun: expected at most {there} processes on this node, one a GPU; got one more")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    group = _group("nccl" if device.type == "cuda" else "gloo", timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, group)
+
+
+@cache  # for the process's next run too: torchrun's store and DTensor's caches would mix up two groups
+def _group(backend: str, timeout: float) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; any other tensor itself, without its gradient."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

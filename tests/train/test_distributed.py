@@ -1,0 +1,192 @@
+"""Two gloo processes of torchrun do as one process does; NCCL and GPUs are not tried here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, write_pairs
+from runs import STATE, blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
+
+from autohdr import metrics
+from autohdr.data.pairs import PairDataset, read_pairs
+from autohdr.models import load_checkpoint
+from autohdr.train.checkpoint import load_state
+from autohdr.train.config import TrainConfig, dump_config, load_config
+from autohdr.train.distributed import Ranks
+from autohdr.train.loop import train
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
+PARALLEL = ["ddp", "fsdp"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("samples", [1, 2, 5, 8, 13])
+def test_every_sample_counts_once(count, samples):
+    batch = list(range(samples))
+    parts = [Ranks(rank, count).part(batch) for rank in range(count)]
+    assert sorted(index for indices, counted in parts for index in indices[:counted]) == batch
+    assert all(len(indices) == max(counted, 1) for indices, counted in parts)
+    sizes = [counted for _, counted in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven pairs to train on and three to validate: every epoch's last step and last round of validation are uneven."""
+    folder = tmp_path_factory.mktemp("ranks")
+    settings = {"model": "restormer_nano", "model_args": TINY, "size": 32, "batch_size": 4, "epochs": 2, "lr": 2e-3, "ema": 0.9}
+    settings |= {"train_pairs": write_pairs(folder / "train", 7, 0), "val_pairs": write_pairs(folder / "val", 3, 1)}
+    settings |= {"workers": 0, "device": "cpu", "log_every": 1, "samples": 3}
+    (folder / "one.toml").write_text(dump_config(TrainConfig(out=folder / "one", **settings)))
+    (folder / "two.toml").write_text(dump_config(TrainConfig(**settings | {"batch_size": 2})))
+    (folder / "bad.jsonl").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """A run of one process with the same pairs in a step."""
+    return train(load_config(folder / "one.toml"))
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The runs of two_ranks.py: what each process saw."""
+    for parallel in PARALLEL:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at_step(patch, 3)
+            train(load_config(folder / "one.toml", {"out": folder / f"one to two {parallel}"}))
+    command = [*TORCHRUN, Path(__file__).with_name("two_ranks.py"), folder / "two.toml", folder]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def log(out, *kinds):
+    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["kind"] in kinds]
+
+
+def check_same_run(out, one):
+    """The run in `out` is that of one process, to the rounding of sums taken in another order."""
+    state, expected = load_state(out / STATE), load_state(one.out / STATE)
+    start = load_state(one.out / STATE.replace(".pt", ".previous.pt"))["model"]  # the epoch before
+    for weights, wanted in ((state["model"], expected["model"]), (state["ema"]["model"], expected["ema"]["model"])):
+        moved = sum((wanted[name] - start[name]).double().square().sum() for name in wanted).sqrt()
+        apart = sum((wanted[name] - weights[name]).double().square().sum() for name in wanted).sqrt()
+        assert apart < 2e-3 * moved
+    assert [row["step"] for row in state["history"]] == [row["step"] for row in expected["history"]]
+    for row, wanted in zip(state["history"], expected["history"], strict=True):
+        for name in ("train_l1", "val_l1", "val_psnr", "val_ssim"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["", " accumulating"])
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_train_as_one(folder, one, two, parallel, how):
+    check_same_run(folder / f"{parallel}{how}", one)
+    assert two[0][f"{parallel}{how}"] == two[1][f"{parallel}{how}"]
+    assert len(log(folder / f"{parallel}{how}", "step")) == 4  # one process writes
+    assert (folder / f"{parallel}{how}" / "samples" / "epoch_001.jpg").is_file()
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_validation_counts_each_pair_once(folder, two, parallel):
+    """The figures of three pairs in two processes are those of the saved weights, measured apart from the trainer."""
+    out = folder / parallel
+    model = load_checkpoint(out / "checkpoint_last.safetensors")
+    items = [PairDataset(read_pairs(folder / "val" / "pairs.jsonl"), 32)[index] for index in range(3)]
+    with torch.no_grad():
+        values = [metrics.psnr(model(item["src"][None]).clamp(0, 1), item["tar"][None]).item() for item in items]
+    assert load_state(out / STATE)["history"][-1]["val_psnr"] == pytest.approx(sum(values) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_run_goes_on_in_another_number_of_processes(folder, one, two, parallel):
+    check_same_run(folder / f"one to two {parallel}", one)
+    stopped = folder / f"{parallel} stopped"
+    assert load_state(stopped / STATE)["step"] == 3
+    train(load_config(folder / "one.toml", {"out": stopped}), resume=True)
+    check_same_run(stopped, one)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two, parallel):
+    assert [seen[f"{parallel} stopped"]["interrupted"] for seen in two] == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_processes_skip_the_same_step(folder, two, parallel):
+    """NaN in one process's part of one gradient."""
+    (entry,) = log(folder / f"{parallel} not finite", "skipped")
+    assert (entry["step"], entry["tensors"]) == (3, ["output.weight"])
+    assert two[0][f"{parallel} not finite"] == two[1][f"{parallel} not finite"]
+    weights = load_state(folder / f"{parallel} not finite" / STATE)["model"]
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_processes_roll_back_together(folder, two, parallel):
+    (entry,) = log(folder / f"{parallel} spike", "rolled back")
+    assert (entry["step"], entry["to"]) == (7, 5)
+    assert two[0][f"{parallel} spike"] == two[1][f"{parallel} spike"]
+
+
+def test_processes_overflow_together(folder, two):
+    assert [seen["changed in float16"] for seen in two] == [[True, False, True, True]] * 2
+    assert load_state(folder / "fsdp float16" / STATE)["scaler"]["scale"] == 2.0**15
+
+
+def test_gradients_are_summed_once_a_step(two):
+    """Two steps of two epochs: as many last buckets, though each step has two backward passes."""
+    for seen in two:
+        assert sum(seen["reductions"]) == 4
+
+
+def test_wrong_input_stops_all(two):
+    assert "expected at least one pair" in two[0]["refused"] and "process 0" in two[1]["refused"]
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from autohdr.cli import main
+from autohdr.train import loop
+
+train_step = loop._Trainer._train_step
+
+def slow(self, *args):
+    if self.step == 2:
+        (self.out / f"pid_{self.ranks.rank}").write_text(str(os.getpid()))
+        time.sleep(2)
+    return train_step(self, *args)
+
+loop._Trainer._train_step = slow
+sys.exit(main())
+"""
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(folder, one):
+    """SIGKILL to the second process in step 3 of 4; the state after step 2 goes on in one process to the same end."""
+    out = folder / "killed"
+    (folder / "slow.py").write_text(SLOW)
+    command = [*TORCHRUN, folder / "slow.py", "train", folder / "two.toml", "--out", out]
+    run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while run.poll() is None and not all((out / f"pid_{rank}").exists() and (out / f"pid_{rank}").read_text() for rank in (0, 1)):
+        time.sleep(0.05)
+    pids = [int((out / f"pid_{rank}").read_text()) for rank in (0, 1)]
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    said = run.communicate(timeout=60)[0].decode()  # raises where anyone is still there after a minute
+    assert run.returncode != 0 and f"exitcode  : -9 (pid: {pids[1]})" in said
+    assert not Path(f"/proc/{pids[0]}").exists()
+    print(f"the other process was gone {time.monotonic() - killed:.1f} s after the kill")
+    assert load_state(out / STATE)["step"] == 2
+    train(load_config(folder / "one.toml", {"out": out}), resume=True)
+    check_same_run(out, one)

@@ -1,0 +1,120 @@
+"""What test_distributed.py lets two processes do, one after the other: `torchrun --nproc-per-node 2 two_ranks.py CONFIG OUT`.
+
+Each process leaves OUT/rank_R.json with what it saw.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from autohdr.errors import UserError
+from autohdr.train import loop
+from autohdr.train.config import load_config
+from autohdr.train.distributed import local
+
+RANK = int(os.environ["RANK"])
+train_step = loop._Trainer._train_step
+
+
+def in_step(step, rank, action, changed=None):
+    """Before that optimiser step, counted from 1, that process does `action(trainer)`, and after it what this returns.
+
+    changed: gets, for each step, whether it changed this process's weights, moments or average.
+    """
+
+    def patched(self, *args):
+        undo = action(self) if self.step + 1 == step and RANK == rank else None
+        before = [tensor.clone() for tensor in self._changing()]
+        try:
+            return train_step(self, *args)
+        finally:
+            if undo:
+                undo()
+            if changed is not None:
+                after = self._changing()
+                changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
+
+    return mock.patch.object(loop._Trainer, "_train_step", patched)
+
+
+def spoil(name, value):
+    """That weight's gradient holds `value` in every place of this process's part: its batch's, or its shard's."""
+
+    def action(trainer):
+        weight = trainer.model.get_parameter(name)
+        if isinstance(weight, DTensor):
+            return weight.register_post_accumulate_grad_hook(lambda weight: local(weight.grad).fill_(value)).remove
+        return weight.register_hook(lambda gradient: torch.full_like(gradient, value)).remove
+
+    return action
+
+
+def brighten(trainer):
+    to_device = trainer._to_device
+    trainer._to_device = lambda batch: (to_device(batch)[0] * 100, to_device(batch)[1])
+    return lambda: delattr(trainer, "_to_device")
+
+
+def main(config, out):
+    base, seen, trainers = load_config(config), {}, []
+
+    def run(name, resume=False, **changes):
+        with mock.patch.object(loop._Trainer, "run", lambda self: trainers.append(self) or original_run(self)):
+            summary = loop.train(replace(base, out=Path(out) / name, **changes), resume=resume)
+        weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in trainers[-1].model.parameters()]
+        seen[name] = {"interrupted": summary.interrupted, "val_psnr": summary.best.get("val_psnr")}
+        seen[name]["weights"] = sum(weight.double().sum().item() for weight in weights)
+
+    original_run = loop._Trainer.run
+
+    for parallel in ("ddp", "fsdp"):
+        run(parallel, parallel=parallel)
+        run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
+        with in_step(3, 1, lambda trainer: signal.raise_signal(signal.SIGTERM)):
+            run(f"{parallel} stopped", parallel=parallel)
+        # What one process left in step 3 goes on in two.
+        run(f"one to two {parallel}", resume=True, parallel=parallel)
+        with in_step(3, 1, spoil("output.weight", float("nan"))):
+            run(f"{parallel} not finite", parallel=parallel)
+        with in_step(7, 1, brighten):
+            run(f"{parallel} spike", parallel=parallel, spike_window=4, snapshot_every=4, epochs=4)
+
+    changed = seen["changed in float16"] = []
+    # After unscale_, where each process looks at its own part of the gradient: the verdict has to be one.
+    with in_step(2, 1, spoil("output.weight", float("inf")), changed):
+        run("fsdp float16", parallel="fsdp", precision="float16")
+
+    reductions = seen["reductions"] = []
+
+    def wrap(ranks, network, *args):
+        wrapped = original(ranks, network, *args)
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.register_comm_hook(None, lambda state, bucket: reductions.append(bucket.is_last()) or sum_up(ranks, bucket))
+        return wrapped
+
+    def sum_up(ranks, bucket):
+        work = torch.distributed.all_reduce(bucket.buffer().div_(ranks.count), group=ranks.group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    original = loop.Ranks.wrap
+    with mock.patch.object(loop.Ranks, "wrap", wrap):
+        run("counted", batch_size=1, accumulate=2)
+
+    try:
+        run("refused", train_pairs=Path(out) / "bad.jsonl")
+    except UserError as error:
+        seen["refused"] = str(error)
+    (Path(out) / f"rank_{RANK}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
