@@ -90,6 +90,12 @@ def scan_backward(batch: int, dim: int, seqlen: int, dstate: int, size: int) -> 
     return Work(bytes=size * (7 * e + 4 * batch * dstate * seqlen), fma=(15 * dstate + 8) * e, special=(dstate + 4) * e)
 
 
+def causal_conv1d(batch: int, dim: int, seqlen: int, size: int) -> tuple[Work, Work]:
+    """Forward and backward: x in, y out; x and dy in, dx out. Four taps; an exponential and a reciprocal for SiLU."""
+    e = batch * dim * seqlen
+    return Work(2 * size * e, fma=4 * e, special=2 * e), Work(3 * size * e, fma=12 * e, special=2 * e)
+
+
 def mdta(channels: int, pixels: int, size: int) -> tuple[Work, Work]:
     """Forward and backward. x is read twice, since attention needs sums over the whole image; x and dy too on the way back.
     Attention and the output projection are one matrix an image."""
@@ -123,6 +129,8 @@ def work(row: dict) -> list[Work]:
     if row["op"] == "selective_scan":
         arguments = (*sizes, row["dstate"], size)
         return [scan_forward(*arguments), *([scan_backward(*arguments)] if training else [])]
+    if row["op"] == "causal_conv1d":
+        return list(causal_conv1d(*sizes, size)[: 1 + training])
     if row["op"] in ("mdta", "gdfn"):
         channels, height, width = sizes
         return list({"mdta": mdta, "gdfn": gdfn}[row["op"]](channels, height * width, size)[: 1 + training])

@@ -137,6 +137,7 @@ def calls(backend: str, device: str = "cuda") -> None:
         small = [problems.mdta(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
         small += [problems.gdfn(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
         small += [problems.selective_scan(*shape, dtype, device) for shape in ((2, 33, 300), (1, 5, 1), (1, 192, 1030))]
+        small += [problems.causal_conv1d(*shape, dtype, device) for shape in ((2, 33, 300), (1, 5, 1), (1, 192, 1030))]
         for problem in small:
             if problem.op in ops(backend):
                 for mode in ("forward", "training"):

@@ -105,6 +105,14 @@ def selective_scan(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device
     return Problem("selective_scan", scan, (u, delta, A, B, C, D, z, delta_bias), torch.randn_like(u))
 
 
+def causal_conv1d(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device: str) -> Problem:
+    """As in MambaDiffusion: channel-last, four taps."""
+    randn = _generator(device)
+    x = randn(batch, seqlen, dim).to(dtype)
+    call = functools.partial(kernels.causal_conv1d, layout="bld")
+    return Problem("causal_conv1d", call, (x, randn(dim, 4) / 2, randn(dim) * 0.1), torch.randn_like(x))
+
+
 def _generator(device: str) -> Callable[..., Tensor]:
     torch.manual_seed(0)
     return functools.partial(torch.randn, device=device)

@@ -104,9 +104,7 @@ def test_gpu_tables():
 
 
 def test_tables_without_a_gpu():
-    text = tables.gpus([])
-    assert "GPU: not measured" in text and " ms" not in text
-    assert text.count("| selective_scan ") == 8 and text.count("| restormer_base ") == 6
+    assert tables.gpus([]).startswith("GPU: not measured.") and "|" not in tables.gpus([])
 
 
 def test_cpu_tables():
