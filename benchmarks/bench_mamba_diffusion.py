@@ -48,7 +48,7 @@ def gold() -> list[torch.Tensor]:
 
 
 # The loop would take minutes at 384×384.
-@pytest.mark.parametrize("column", [n for n in columns("selective_scan") if DEVICE == "cpu" or n != "reference"])
+@pytest.mark.parametrize("column", [n for n in columns("selective_scan", "causal_conv1d") if DEVICE == "cpu" or n != "reference"])
 def test_mamba_diffusion(timed, column):
     expected = gold()
     model, source = fresh()

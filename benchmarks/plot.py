@@ -19,7 +19,19 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 MARKERS = {"forward": "o", "training": "^"}
-COLORS = {name: f"C{i}" for i, name in enumerate(["reference", "cpu", "cuda", "triton", "compiled", "checkpointed", "mamba-ssm"])}
+BACKENDS = (
+    "reference",
+    "cpu",
+    "cuda",
+    "triton",
+    "compiled",
+    "checkpointed",
+    "mamba-ssm",
+    "parallel",
+    "associative_scan",
+    "mamba.py",
+)
+COLORS = {name: f"C{i}" for i, name in enumerate(BACKENDS)}
 
 
 def plot(results: dict, path: Path) -> None:
@@ -38,7 +50,7 @@ def roofline(axes, rows: list[dict], limits: floors.Ceilings | None) -> None:
     points = [r for r in rows if r["op"] not in ("copy", "matmul") and floors.flops(r)]
     for row in points:
         work = floors.flops(row)
-        color = COLORS.get(row["backend"], "0.6")
+        color = COLORS[row["backend"]]
         place = work / floors.moved_bytes(row), work / row["seconds"]
         axes.loglog(*place, MARKERS[row["mode"]], color=color, markersize=4, alpha=0.7)
     span = [0.1, 1e5]
@@ -58,7 +70,7 @@ def roofline(axes, rows: list[dict], limits: floors.Ceilings | None) -> None:
     axes.set(xlabel="operations a byte (least work)", ylabel="operations a second (least work)")
     shown = {r["backend"] for r in points}
     marks = [plt.Line2D([], [], marker=m, linestyle="", color="k", label=mode) for mode, m in MARKERS.items()]
-    marks += [plt.Line2D([], [], marker="s", linestyle="", color=COLORS.get(b, "0.6"), label=b) for b in COLORS if b in shown]
+    marks += [plt.Line2D([], [], marker="s", linestyle="", color=COLORS[b], label=b) for b in COLORS if b in shown]
     axes.legend(handles=marks, fontsize=8)
 
 
@@ -79,7 +91,7 @@ def bars(axes, rows: list[dict], dtype: str) -> None:
             continue
         height = 0.8 / len(others)
         for i, row in enumerate(others):
-            color = COLORS.get(row["backend"], "0.6")
+            color = COLORS[row["backend"]]
             axes.barh(position + i * height, eager["seconds"] / row["seconds"], height, align="edge", color=color)
         labels.append((position + 0.4, " ".join(case[:3])))
         position += 1

@@ -222,7 +222,7 @@ def test_the_cases_of_a_gpu():
     for case in (
         "[2192-3296-training-bfloat16-checkpointed]",
         "[896-896-forward-bfloat16-compiled]",
-        "[8x1536x4096-float16-training-",
+        "[8x1536x4096-bfloat16-training-parallel]",
     ):
         assert case in done.stdout
     assert "[1x192x147456-float32-forward-reference]" not in done.stdout

@@ -1,6 +1,7 @@
 """What only a GPU can show: capture into CUDA graphs, the caller's stream, and the tensors' device."""
 
 import pytest
+import test_causal_conv1d
 import test_gdfn
 import test_mdta
 import test_selective_scan
@@ -17,19 +18,22 @@ def image_call(tests, shape):
     return (lambda *leaves: tests.op(*leaves, **keywords, backend=BACKEND)), tensors, dy
 
 
+def sequence_call(op, tensors, keywords, dy):
+    def call(*leaves):
+        return op(**dict(zip(tensors, leaves, strict=True)), **keywords, backend=BACKEND)
+
+    return call, list(tensors.values()), dy
+
+
 def scan_call(shape):
     tensors, keywords, (d_out, _) = test_selective_scan.arguments(shape)
-    keywords["return_last_state"] = False
-
-    def call(*leaves):
-        return kernels.selective_scan(**dict(zip(tensors, leaves, strict=True)), **keywords, backend=BACKEND)
-
-    return call, list(tensors.values()), d_out
+    return sequence_call(kernels.selective_scan, tensors, keywords | {"return_last_state": False}, d_out)
 
 
 CALLS = {
     "mdta": lambda: image_call(test_mdta.TestMdta, (2, 96, 2, 37, 29, True)),
     "gdfn": lambda: image_call(test_gdfn.TestGdfn, (2, 96, 255, 37, 29, True)),
+    "causal_conv1d": lambda: sequence_call(kernels.causal_conv1d, *test_causal_conv1d.arguments((2, 64, 700, 4, "bias"))),
     "selective_scan": lambda: scan_call((2, 64, 700, 16, 1, "D z bias softplus")),
 }
 
