@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.measure import resident_bytes
 from autohdr.models import tiling
 from autohdr.models.common import is_whole, pad_to_multiple, require
 
@@ -189,7 +190,7 @@ class Restormer(nn.Module):
         if max_memory is not None:
             if torch.is_grad_enabled():
                 raise UserError(f"{self.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
-            plan = tiling.make_plan(self, image, max_memory)
+            plan = tiling.make_plan(self, image, max_memory, resident_bytes(image.device))
             tiling.log.info("%d×%d: %s", *image.shape[:1:-1], plan)
             return tiling.run(self, image, plan)
         height, width = image.shape[-2:]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
-from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes
+from autohdr.measure import format_bytes, is_out_of_memory
 from autohdr.models.common import pad_to_multiple
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class Plan:
         return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}"
 
 
-def make_plan(model: "Restormer", image: Tensor, max_memory: int) -> Plan:
+def make_plan(model: "Restormer", image: Tensor, max_memory: int, resident: int) -> Plan:
     """The plan with the least file traffic, then the tallest strips, whose expected peak is within max_memory bytes.
 
-    Counted from what the process holds now. UserError: not even the smallest plan fits.
+    resident: what the process holds of them already, model and image included. UserError: not even the smallest plan fits.
     """
     config, dtype = model.config, _feature_dtype(image)
     height, width = (side + -side % 8 for side in image.shape[-2:])
@@ -82,7 +82,6 @@ def make_plan(model: "Restormer", image: Tensor, max_memory: int) -> Plan:
     compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=dtype)) == "cpu"
     pixels = image.numel() * image.element_size()
     most = min(MOST_ROWS, max(MOST_BYTES // row, GOOD_ROWS))
-    resident = resident_bytes(image.device)
 
     def plan(places: tuple[str, ...]) -> Plan:
         held = [0 if place == FILED else size for place, size in zip(places, maps, strict=True)]

@@ -14,6 +14,7 @@ from autohdr.models import create_model, tiling
 from autohdr.models.tiling import FILED, MEMORY, PARKED, Plan, make_plan
 
 GB = 10**9
+RESIDENT = GB // 2  # what a process holds before it starts on a photo
 MODELS = [("restormer_nano", {}), ("restormer_official", {}), ("restormer_nano", {"norm_bias": False, "num_heads": (2, 2, 1, 4)})]
 
 
@@ -96,21 +97,22 @@ def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch):
 def test_less_memory_takes_more_files():
     model = create_model("restormer_base", num_blocks=(1, 1, 1, 1)).eval()
     image = torch.empty(1, 3, 2201, 3297)
-    plans = [make_plan(model, image, int(cap * GB)) for cap in (8, 3, 1.5)]
+    plans = [make_plan(model, image, int(cap * GB), RESIDENT) for cap in (8, 3, 1.5)]
     assert plans[0].places == (MEMORY,) * 4 and plans[0].rows == plans[1].rows == 38 and plans[0].file_bytes == 0
     assert plans[1].places == (PARKED, MEMORY, MEMORY, MEMORY)
     assert plans[2].places[0] == FILED
     assert [p.peak_bytes <= cap * GB for p, cap in zip(plans, (8, 3, 1.5), strict=True)] == [True] * 3
     assert "level 1 parked (2.80 GB through " in str(plans[1])
+    assert make_plan(model, image, 4 * GB, RESIDENT + GB).places == plans[1].places  # what is held already is not there
     with pytest.raises(UserError, match=r"restormer_base: an image of 3297×2201 pixels in float32 takes \d+ MB .*, 1 MB are"):
-        make_plan(model, image, 10**6)
+        make_plan(model, image, 10**6, RESIDENT)
 
 
 def test_an_untaken_half_needs_half():
     model, image = create_model("restormer_base", num_blocks=(1, 1, 1, 1)), torch.empty(1, 3, 1600, 1600)
-    whole = make_plan(model, image, 100 * GB).peak_bytes
+    whole = make_plan(model, image, 100 * GB, RESIDENT).peak_bytes
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_plan(model, image, 100 * GB).peak_bytes < whole - 0.4 * GB
+        assert make_plan(model, image, 100 * GB, RESIDENT).peak_bytes < whole - 0.4 * GB
 
 
 class Starved:
@@ -181,7 +183,7 @@ with torch.inference_mode():
     model(torch.rand(1, 3, 64, 64), max_memory=10**10)  # what is there once: threads, scratch memory
     image = torch.rand(1, 3, 1203, 797)
     cap = resident_bytes() + int(sys.argv[1])
-    print(tiling.make_plan(model, image, cap).places[0])
+    print(tiling.make_plan(model, image, cap, resident_bytes()).places[0])
     with measure() as measured:
         model(image, max_memory=cap)
 print(cap, measured.peak_bytes)
