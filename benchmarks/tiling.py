@@ -36,7 +36,7 @@ def worker(options: argparse.Namespace) -> None:
         image = torch.from_numpy(read_photo(options.photo).pixels[:height, :width]).permute(2, 0, 1)[None]
     else:
         image = torch.rand(1, height, width, 3).permute(0, 3, 1, 2)
-    facts = {"size": f"{image.shape[3]}×{image.shape[2]}", "cap_bytes": options.cap and parse_bytes(options.cap)}
+    facts = {"size": f"{image.shape[3]}×{image.shape[2]}", "cap_bytes": parse_bytes(options.cap) if options.cap else None}
     if options.cap:
         plan = tiling.make_plan(model, image, facts["cap_bytes"], resident_bytes())
         facts |= {"plan": str(plan), "planned_bytes": plan.peak_bytes}
