@@ -37,7 +37,7 @@ MOST_BYTES = 24 << 20  # below 32 MiB, where glibc's malloc gives every block ba
 GOOD_ROWS = 16  # shorter strips cost more than another map in a file
 LEAST_ROWS = 4
 # Strips alive at once, in strips of the widest map: inputs, outputs, the one that waits to be written, and gaps between them.
-STRIPS_COMPILED, STRIPS_REFERENCE = 6, 15
+STRIPS_COMPILED, STRIPS_REFERENCE = 10, 15
 FIXED_BYTES = 64 << 20  # the kernels' scratch memory, reordered weights, what malloc does not give back
 
 
