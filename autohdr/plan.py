@@ -28,7 +28,7 @@ MODES = ("inference", "training")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARAMETERS, IMAGES, SAVED, GRADIENTS, WORKING = "parameters", "images", "saved for backward", "gradients", "working set"
 FEATURES, OPTIMIZER, AVERAGE, SCRATCH, STRIPS = "feature maps", "AdamW", "weight average", "kernel scratch", "maps and strips"
-RUNTIME_BYTES = 8 << 20  # on a CPU: code that oneDNN compiles, thread stacks
+RUNTIME_BYTES = 4 << 20  # on a CPU: code that oneDNN compiles, thread stacks
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,36 @@ class Plan:
     parts: dict[str, int]
     seconds: float | None = None
 
+    def made_of(self) -> str:
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size >= 5e5)
+
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size >= 5e5)
         seconds = "" if self.seconds is None else f", about {self.seconds:.3g} s"
-        return f"{format_bytes(self.peak_bytes)} ({parts}){seconds}"
+        return f"{format_bytes(self.peak_bytes)} ({self.made_of()}){seconds}"
+
+
+def table(model: str, size: tuple[int, int], batch: int, device: torch.device | str, max_memory: int | None = None) -> str:
+    """What `autohdr plan` prints: inference and training (with max_memory inference in strips) in float32 and bfloat16."""
+    modes = MODES if max_memory is None else MODES[:1]
+    lines = [f"{'mode':<10} {'precision':<9} {'time':>9} {'peak':>9}  made of"]
+    for mode in modes:
+        for precision in PRECISIONS[:2]:
+            p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, timed=True)
+            time = "-" if p.seconds is None else f"{p.seconds:.3g} s"
+            lines.append(f"{mode:<10} {precision:<9} {time:>9} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
+    here = torch.device(device).type == "cpu" or torch.cuda.is_available()
+    free = f"{format_bytes(free_bytes(device))} are free on {device}. " if here else f"There is no {device} here. "
+    return "\n".join(
+        (
+            f"{model}, {batch} × {size[1]}×{size[0]} pixels, {device}",
+            "",
+            *lines,
+            "",
+            f"{free}Memory: counted, without running anything, beyond what Python and PyTorch hold themselves; of tensors below",
+            "32 MiB glibc's malloc keeps some after use, so that small images on a CPU take up to a half more.",
+            "Time: of one pass or step, from two small ones on this machine as it is now.",
+        )
+    )
 
 
 def plan(
@@ -94,6 +120,8 @@ def plan(
         network = create_model(model) if isinstance(model, str) else CLASSES[type(model.config)](model.config)
     if max_memory is not None and (mode != "inference" or not isinstance(network, Restormer)):
         raise UserError(f"plan: max_memory is for a Restormer's inference, got {network.config.name}, {mode}")
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {str(device)!r}")
     device = here = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         here, timed = torch.device("cpu"), False
@@ -124,8 +152,9 @@ def _plan_strips(network: Restormer, shape: tuple[int, ...], precision: str, dev
     parts = {PARAMETERS: weights, IMAGES: pixels, STRIPS: peak - weights - pixels}
     seconds = None
     if timed:
+        real = Restormer(network.config).to(device)
         with torch.inference_mode(), _autocast(device, precision):
-            seconds = tiling.expected_seconds(network.to_empty(device=device), image, strips)
+            seconds = tiling.expected_seconds(real, image, strips)
     return Plan(peak, parts, seconds)
 
 
@@ -146,6 +175,8 @@ class _Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
+        if function is torch.ops.aten.convolution_backward.default and args[1].device.type == "cpu":
+            self.note(_inside_convolution_backward(args[1], args[2], groups=args[9]))
         return result
 
     def add(self, tensor: Tensor) -> None:
@@ -155,8 +186,12 @@ class _Ledger(TorchDispatchMode):
         self.stages[storage] = stage = [self.stage]
         self.alive[self.stage] += storage.nbytes()
         weakref.finalize(storage, self._free, stage, storage.nbytes())
-        if self.alive.total() > self.peak.total():
-            self.peak = self.alive.copy()
+        self.note()
+
+    def note(self, inside: int = 0) -> None:
+        """The peak, if it is now; inside: what an op takes beside its tensors."""
+        if self.alive.total() + inside > self.peak.total():
+            self.peak = self.alive + Counter({WORKING: inside})
 
     def _free(self, stage: list[str], size: int) -> None:
         self.alive[stage[0]] -= size
@@ -167,6 +202,13 @@ class _Ledger(TorchDispatchMode):
         self.alive[self.stages[storage][0]] -= storage.nbytes()
         self.alive[stage] += storage.nbytes()
         self.stages[storage][0] = stage
+
+
+def _inside_convolution_backward(image: Tensor, weight: Tensor, groups: int) -> int:
+    """What oneDNN takes: a copy of the image; for a 16-bit depthwise one along one axis, 16 float32 channels for each channel."""
+    if image.element_size() == 2 and groups > 1 and weight.shape[2] == 1:
+        return 64 * image.numel()
+    return image.numel() * image.element_size()
 
 
 def _trace(network, shape, precision, training, device, accumulates) -> Counter:
