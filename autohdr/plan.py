@@ -130,7 +130,8 @@ def plan(
     if max_memory is not None:
         return _plan_strips(network, shape, precision, here, max_memory, timed)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts = _trace(network.to_empty(device=here), shape, precision, mode == "training", here, accumulate > 1)
+        network.to_empty(device=here)
+        parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     if mode == "training":
         parts[OPTIMIZER] = 2 * weights
@@ -165,9 +166,9 @@ def _autocast(device: torch.device, precision: str):
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive, by the stage that allocated them, and keeps the highest total's."""
 
-    def __init__(self):
+    def __init__(self, on_cpu: bool):
         super().__init__()
-        self.stage, self.alive, self.peak = PARAMETERS, Counter(), Counter()
+        self.on_cpu, self.stage, self.alive, self.peak = on_cpu, PARAMETERS, Counter(), Counter()
         self.stages: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -175,7 +176,7 @@ class _Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        if function is torch.ops.aten.convolution_backward.default and args[1].device.type == "cpu":
+        if self.on_cpu and function is torch.ops.aten.convolution_backward.default:
             self.note(_inside_convolution_backward(args[1], args[2], groups=args[9]))
         return result
 
@@ -211,17 +212,17 @@ def _inside_convolution_backward(image: Tensor, weight: Tensor, groups: int) -> 
     return image.numel() * image.element_size()
 
 
-def _trace(network, shape, precision, training, device, accumulates) -> Counter:
+def _trace(network, shape, precision, training, here, accumulates, on_cpu) -> Counter:
     """The parts of the peak, in bytes, of a network of fake tensors."""
-    ledger = _Ledger()
+    ledger = _Ledger(on_cpu)
     for tensor in (*network.parameters(), *network.buffers()):
         ledger.add(tensor)
     with ledger:
         ledger.stage = IMAGES
-        source = torch.empty(shape, device=device).contiguous(memory_format=torch.channels_last)
+        source = torch.empty(shape, device=here).contiguous(memory_format=torch.channels_last)
         if not training:
             ledger.stage = FEATURES
-            with torch.inference_mode(), _autocast(device, precision):
+            with torch.inference_mode(), _autocast(here, precision):
                 network(source)
             return ledger.peak
         target = torch.empty_like(source)

@@ -15,7 +15,7 @@ from autohdr import measure as measuring
 from autohdr.errors import UserError
 from autohdr.models import create_model
 from autohdr.models.tiling import make_plan
-from autohdr.plan import AVERAGE, GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, plan
+from autohdr.plan import AVERAGE, GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, SCRATCH, plan
 
 # Freed memory goes back at once, as it does by itself from 32 MiB on: what is measured is what the pass needs.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -134,6 +134,11 @@ def test_a_gpu_is_planned_for_where_there_is_none():
         assert there.seconds is None
         half = plan("restormer_nano", 256, precision="bfloat16", mode="training")
         assert there.parts[SAVED] == half.parts[SAVED]  # the fused ops', of the same size
+
+
+def test_what_onednn_takes_inside_is_the_cpus():
+    here, there = (plan("mamba_diffusion_nano", 128, precision="bfloat16", mode="training", device=d) for d in ("cpu", "cuda"))
+    assert here.peak_bytes - here.parts[SCRATCH] > there.peak_bytes - there.parts[SCRATCH]
 
 
 def test_a_limit_is_planned_in_strips():
