@@ -199,6 +199,27 @@ def enhance(
     return 1 if result.skipped else 0
 
 
+def plan(model: Positional[str], size: str = "384", batch: int = 1, device: str = "auto", max_memory: str | None = None) -> None:
+    """Say what memory and time a model will take, for inference and training in float32 and bfloat16, before it takes them.
+
+    Args:
+        model: Its name: `autohdr.models.list_models()`.
+        size: Of the images in pixels: the side of a square, or WIDTHxHEIGHT.
+        batch: Images in one pass.
+        device: auto (CUDA where there is one), cpu, or cuda; memory is planned for a GPU without one, too.
+        max_memory: Inference of a Restormer in strips, within so much memory for the whole process, such as 3GB.
+    """
+    from autohdr.measure import parse_bytes
+    from autohdr.plan import table
+    from autohdr.train.loop import pick_device
+
+    sides = size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--size: expected a side or WIDTHxHEIGHT in pixels, such as 896 or 3297x2201, got {size!r}")
+    where = pick_device(device) if device == "auto" else device
+    print(table(model, (int(sides[-1]), int(sides[0])), batch, where, parse_bytes(max_memory) if max_memory else None))
+
+
 def _with_steps(model: Any, steps: int | None) -> Any:
     if steps is None:
         return model
@@ -333,5 +354,6 @@ def _app(argv: list[str]) -> SubcommandApp:
     app.command(_train_verb(argv))
     app.command(evaluate, name="eval")
     app.command(enhance)
+    app.command(plan)
     app.command(demo)
     return app

@@ -5,10 +5,11 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +66,26 @@ def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
             result.peak_bytes = _high_water_mark() if result.memory_source == "VmHWM" else _lifetime_peak()
 
 
+def seconds_by_pixels(run: Callable[[int], Any], side: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """(fixed, each): the seconds of run(side), which works on a square image, as fixed + each · pixels.
+
+    From the times at half the side and at the whole; each is the faster of two. An estimate: what grows otherwise than
+    with the pixels, and what else the machine is doing, is in it.
+    """
+
+    def fastest(side: int) -> float:
+        times = []
+        for _ in range(2):
+            with measure(device) as measured:
+                run(side)
+            times.append(measured.seconds)
+        return min(times)
+
+    small, large = fastest(side // 2), fastest(side)
+    each = max(large - small, 0.0) / (side**2 - (side // 2) ** 2)
+    return max(small - each * (side // 2) ** 2, 0.0), each
+
+
 def _reset_high_water_mark() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -92,10 +113,11 @@ def resident_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
-    """What this process can still take: on a GPU what is free there; else what the system and the process's control group leave,
-    or, where the system does not tell, half of all memory."""
+    """What this process can still take: on a GPU what is free there and what PyTorch keeps of freed tensors; else what the system
+    and the process's control group leave, or, where the system does not tell, half of all memory."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -127,4 +149,5 @@ def format_bytes(count: int) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that an allocation failed, on any device."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or re.search("can(no|')t allocate|bad_alloc", str(error)) is not None
+    # The last is what oneDNN's convolutions say when there is no memory for their code.
+    return known or re.search("can(no|')t allocate|bad_alloc|could not create a primitive", str(error)) is not None

@@ -21,7 +21,7 @@ from run import commit, processor
 
 from autohdr import create_model
 from autohdr.data.images import read_photo
-from autohdr.measure import format_bytes, parse_bytes
+from autohdr.measure import format_bytes, parse_bytes, resident_bytes
 from autohdr.models import tiling
 
 HERE = Path(__file__).parent
@@ -36,9 +36,9 @@ def worker(options: argparse.Namespace) -> None:
         image = torch.from_numpy(read_photo(options.photo).pixels[:height, :width]).permute(2, 0, 1)[None]
     else:
         image = torch.rand(1, height, width, 3).permute(0, 3, 1, 2)
-    facts = {"size": f"{image.shape[3]}×{image.shape[2]}", "cap_bytes": options.cap and parse_bytes(options.cap)}
+    facts = {"size": f"{image.shape[3]}×{image.shape[2]}", "cap_bytes": parse_bytes(options.cap) if options.cap else None}
     if options.cap:
-        plan = tiling.make_plan(model, image, facts["cap_bytes"])
+        plan = tiling.make_plan(model, image, facts["cap_bytes"], resident_bytes())
         facts |= {"plan": str(plan), "planned_bytes": plan.peak_bytes}
     begin = time.perf_counter()
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from autohdr.cli import main
 from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
-VERBS = ["doctor", "data", "data split", "data audit", "data synth", "train", "eval", "enhance", "demo"]
+VERBS = ["doctor", "data", "data split", "data audit", "data synth", "train", "eval", "enhance", "plan", "demo"]
 
 
 @pytest.fixture
@@ -321,3 +321,20 @@ def test_demo_refuses_a_folder_of_others(photos, capsys):
     before = sorted(os.listdir(photos))
     assert "was not made by a demo" in refusal(capsys, "demo", "--out", photos)
     assert sorted(os.listdir(photos)) == before
+
+
+def test_plan_prints_a_table(capsys):
+    assert run("plan", "restormer_nano", "--size", "70x50", "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    assert output.startswith("restormer_nano, 1 × 70×50 pixels, cpu\n")
+    for mode, part in (("inference", "feature maps"), ("training", "saved for backward .*, AdamW 4 MB")):
+        for precision in ("float32", "bfloat16"):
+            assert re.search(rf"^{mode} +{precision} +[\d.e-]+ s +\d+ MB  parameters 2 MB, {part}", output, re.M)
+    assert run("plan", "restormer_nano", "--size", "64", "--max-memory", "9GB", "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    assert "training" not in output and "maps and strips" in output
+
+
+@pytest.mark.parametrize("size", ["", "x", "1x2x3", "-5", "a", "10x"])
+def test_plan_refuses_sizes(capsys, size):
+    assert "expected a side or WIDTHxHEIGHT" in refusal(capsys, "plan", "restormer_nano", f"--size={size}")

@@ -5,7 +5,7 @@ import torch
 
 from autohdr import measure as module
 from autohdr.errors import UserError
-from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, measure, parse_bytes, resident_bytes
+from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, measure, parse_bytes, resident_bytes, seconds_by_pixels
 
 MIB = 1 << 20
 
@@ -51,6 +51,23 @@ def test_resident_and_free_bytes_follow_an_allocation():
     del block
 
 
+def test_free_bytes_of_a_gpu_has_what_freed_tensors_left(monkeypatch):
+    for name, value in (("mem_get_info", (500, 900)), ("memory_reserved", 300), ("memory_allocated", 100)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes("cuda") == 500 + 300 - 100
+
+
+def test_seconds_by_pixels_are_a_line_through_two_sizes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+
+    def run(side):
+        clock[0] += 2 + 0.01 * side**2
+
+    fixed, each = seconds_by_pixels(run, 64)
+    assert fixed == pytest.approx(2) and each == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [("600\n", 600 - (300 - 100)), ("max\n", 2000 * 1024), ("99999999\n", 2000 * 1024), (None, 2000 * 1024)],
@@ -90,9 +107,10 @@ def test_is_out_of_memory():
         MemoryError(),
         torch.OutOfMemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: 5"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("x"),
     ]
-    assert [is_out_of_memory(e) for e in errors] == [True, True, True, False]
+    assert [is_out_of_memory(e) for e in errors] == [True, True, True, True, False]
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)

@@ -3,8 +3,9 @@
 Zamir et al., "Restormer: Efficient Transformer for High-Resolution Image Restoration", CVPR 2022.
 """
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.measure import resident_bytes
 from autohdr.models import tiling
 from autohdr.models.common import is_whole, pad_to_multiple, require
 
@@ -189,8 +191,10 @@ class Restormer(nn.Module):
         if max_memory is not None:
             if torch.is_grad_enabled():
                 raise UserError(f"{self.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
-            plan = tiling.make_plan(self, image, max_memory)
-            tiling.log.info("%d×%d: %s", *image.shape[:1:-1], plan)
+            plan = tiling.make_plan(self, image, max_memory, resident_bytes(image.device))
+            if tiling.log.isEnabledFor(logging.INFO):
+                plan = replace(plan, seconds=tiling.expected_seconds(self, image, plan))
+                tiling.log.info("%d×%d: %s", *image.shape[:1:-1], plan)
             return tiling.run(self, image, plan)
         height, width = image.shape[-2:]
         x = self.patch_embed(pad_to_multiple(image, 8).contiguous(memory_format=torch.channels_last))

@@ -7,7 +7,9 @@ reads and writes: the pages of a mapped file would count as the process's memory
 """
 
 import logging
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
-from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes
+from autohdr.measure import format_bytes, is_out_of_memory, seconds_by_pixels
 from autohdr.models.common import pad_to_multiple
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ MOST_BYTES = 24 << 20  # below 32 MiB, where glibc's malloc gives every block ba
 GOOD_ROWS = 16  # shorter strips cost more than another map in a file
 LEAST_ROWS = 4
 # Strips alive at once, in strips of the widest map: inputs, outputs, the one that waits to be written, and gaps between them.
-STRIPS_COMPILED, STRIPS_REFERENCE = 6, 15
+STRIPS_COMPILED, STRIPS_REFERENCE = 10, 15
 FIXED_BYTES = 64 << 20  # the kernels' scratch memory, reordered weights, what malloc does not give back
 
 
@@ -48,23 +50,26 @@ class Plan:
         a file while deeper levels run; or "filed", always in a file.
     peak_bytes: expected resident memory of the process (CUDA: of tensors on the device) at its peak.
     file_bytes: expected to be written to and read from files.
+    seconds: what `expected_seconds` says, or None where nobody asked.
     """
 
     rows: int
     places: tuple[str, ...]
     peak_bytes: int
     file_bytes: int
+    seconds: float | None = None
 
     def __str__(self) -> str:
         apart = [f"level {i + 1} {place}" for i, place in enumerate(self.places) if place != MEMORY]
         files = f", {', '.join(apart)} ({format_bytes(self.file_bytes)} through {tempfile.gettempdir()})" if apart else ""
-        return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}"
+        seconds = "" if self.seconds is None else f", expected time {self.seconds:.0f} s"
+        return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}{seconds}"
 
 
-def make_plan(model: "Restormer", image: Tensor, max_memory: int) -> Plan:
+def make_plan(model: "Restormer", image: Tensor, max_memory: int, resident: int) -> Plan:
     """The plan with the least file traffic, then the tallest strips, whose expected peak is within max_memory bytes.
 
-    Counted from what the process holds now. UserError: not even the smallest plan fits.
+    resident: what the process holds of them already, model and image included. UserError: not even the smallest plan fits.
     """
     config, dtype = model.config, _feature_dtype(image)
     height, width = (side + -side % 8 for side in image.shape[-2:])
@@ -82,7 +87,6 @@ def make_plan(model: "Restormer", image: Tensor, max_memory: int) -> Plan:
     compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=dtype)) == "cpu"
     pixels = image.numel() * image.element_size()
     most = min(MOST_ROWS, max(MOST_BYTES // row, GOOD_ROWS))
-    resident = resident_bytes(image.device)
 
     def plan(places: tuple[str, ...]) -> Plan:
         held = [0 if place == FILED else size for place, size in zip(places, maps, strict=True)]
@@ -108,6 +112,21 @@ def make_plan(model: "Restormer", image: Tensor, max_memory: int) -> Plan:
         f"{config.name}: an image of {image.shape[-1]}×{image.shape[-2]} pixels in {str(dtype).removeprefix('torch.')} takes"
         f" {format_bytes(min(p.peak_bytes for p in plans))} of memory at least, {format_bytes(max_memory)} are allowed"
     )
+
+
+def expected_seconds(model: "Restormer", image: Tensor, plan: Plan) -> float:
+    """How long `run` would take here, from the time of two small images, a hundredth of the work, and of a small file."""
+    height, width = (side + -side % 8 for side in image.shape[-2:])
+    side = max(32, min(256, math.isqrt(height * width) // 8 // 16 * 16))
+    with torch.no_grad():
+        fixed, each = seconds_by_pixels(lambda side: model(image.new_zeros((1, 3, side, side))), side, image.device)
+    begin, block = time.perf_counter(), bytes(1 << 24)
+    with tempfile.TemporaryFile() as file:
+        file.write(block)
+        file.seek(0)
+        file.read()
+    moving = plan.file_bytes * (time.perf_counter() - begin) / (2 * len(block))
+    return len(image) * (fixed + each * height * width * (1 + 2 / plan.rows) + moving)
 
 
 def run(model: "Restormer", image: Tensor, plan: Plan) -> Tensor:
@@ -199,6 +218,7 @@ class _Run:
                 x.park(self.rows)
             skips.append(x)
             x = below
+            del below
         self.run_level(x, model.latent)
         for i, up, reduce, level in (
             (2, model.up4_3, model.reduce_chan_level3, model.decoder_level3),
@@ -279,13 +299,15 @@ class _Run:
             except (MemoryError, RuntimeError) as error:
                 if self.rows <= 2 or not is_out_of_memory(error):
                     raise
-                self.rows = self.rows // 4 * 2
-                log.info("out of memory: going on with strips of %d rows", self.rows)
-                if self.image.is_cuda:
-                    torch.cuda.empty_cache()
+            else:
+                yield y, result
+                y = end
                 continue
-            yield y, result
-            y = end
+            # Only here is the error gone, whose traceback kept the tensors of the failed step.
+            self.rows = self.rows // 4 * 2
+            log.info("out of memory: going on with strips of %d rows", self.rows)
+            if self.image.is_cuda:
+                torch.cuda.empty_cache()
 
 
 def _statistics(weights: tuple, heads: int, eps: float, x: Tensor, own: slice, y: int) -> tuple[Tensor, ...]:

@@ -60,7 +60,13 @@ template <class F>
 void run_with_memory(const Tensor& x, const F& queue) {
   const OnDevice device(x);
   const int64_t bytes = queue(nullptr, device.stream);
-  Tensor memory = torch::stable::new_empty(x, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);  // an address even for none
+  Tensor memory = [&] {
+    try {
+      return torch::stable::new_empty(x, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);  // an address even for none
+    } catch (const std::exception&) {  // its message is lost on the way, as new_like's is
+      STD_TORCH_CHECK(false, "cannot allocate ", bytes, " bytes of scratch memory");
+    }
+  }();
   queue(memory.mutable_data_ptr(), device.stream);
 }
 

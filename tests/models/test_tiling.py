@@ -1,9 +1,12 @@
 """Restormer in strips: the whole image's result from every plan, within the memory that was planned."""
 
 import copy
+import logging
+import re
 import subprocess
 import sys
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from autohdr.models import create_model, tiling
 from autohdr.models.tiling import FILED, MEMORY, PARKED, Plan, make_plan
 
 GB = 10**9
+RESIDENT = GB // 2  # what a process holds before it starts on a photo
 MODELS = [("restormer_nano", {}), ("restormer_official", {}), ("restormer_nano", {"norm_bias": False, "num_heads": (2, 2, 1, 4)})]
 
 
@@ -96,21 +100,45 @@ def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch):
 def test_less_memory_takes_more_files():
     model = create_model("restormer_base", num_blocks=(1, 1, 1, 1)).eval()
     image = torch.empty(1, 3, 2201, 3297)
-    plans = [make_plan(model, image, int(cap * GB)) for cap in (8, 3, 1.5)]
+    plans = [make_plan(model, image, int(cap * GB), RESIDENT) for cap in (8, 3, 1.5)]
     assert plans[0].places == (MEMORY,) * 4 and plans[0].rows == plans[1].rows == 38 and plans[0].file_bytes == 0
     assert plans[1].places == (PARKED, MEMORY, MEMORY, MEMORY)
     assert plans[2].places[0] == FILED
     assert [p.peak_bytes <= cap * GB for p, cap in zip(plans, (8, 3, 1.5), strict=True)] == [True] * 3
     assert "level 1 parked (2.80 GB through " in str(plans[1])
+    assert make_plan(model, image, 4 * GB, RESIDENT + GB).places == plans[1].places  # what is held already is not there
     with pytest.raises(UserError, match=r"restormer_base: an image of 3297×2201 pixels in float32 takes \d+ MB .*, 1 MB are"):
-        make_plan(model, image, 10**6)
+        make_plan(model, image, 10**6, RESIDENT)
 
 
 def test_an_untaken_half_needs_half():
     model, image = create_model("restormer_base", num_blocks=(1, 1, 1, 1)), torch.empty(1, 3, 1600, 1600)
-    whole = make_plan(model, image, 100 * GB).peak_bytes
+    whole = make_plan(model, image, 100 * GB, RESIDENT).peak_bytes
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_plan(model, image, 100 * GB).peak_bytes < whole - 0.4 * GB
+        assert make_plan(model, image, 100 * GB, RESIDENT).peak_bytes < whole - 0.4 * GB
+
+
+@pytest.mark.parametrize("places", [(MEMORY,) * 4, (PARKED,) * 3 + (MEMORY,), (FILED,) * 4], ids=str)
+def test_a_map_is_gone_once_it_is_not_needed(cases, monkeypatch, places):
+    """Those of the levels below a merge, and all but the last at the end."""
+    model, image, _ = cases[0]
+    alive, seen = weakref.WeakSet(), []
+    for name in ("merge", "output"):
+        step = getattr(tiling._Run, name)
+        monkeypatch.setattr(
+            tiling._Run, name, lambda *args, step=step: seen.append(sorted(m.height for m in alive)) or step(*args)
+        )
+    make = tiling._Map.__init__
+    monkeypatch.setattr(tiling._Map, "__init__", lambda self, *args: alive.add(self) or make(self, *args))
+    with torch.inference_mode():
+        tiling.run(model, image[:1], Plan(6, places, 0, 0))
+    target = [places[0] == PARKED] * 3  # a new map, beside the parked one
+    assert seen == [
+        [8] + [16] * (1 + target[2]) + [32, 64],
+        [16] + [32] * (1 + target[1]) + [64],
+        [32] + [64] * (1 + target[0]),
+        [64],
+    ]
 
 
 class Starved:
@@ -167,6 +195,56 @@ def test_a_full_disk_is_named(cases, monkeypatch):
         tiling.run(model, image, Plan(64, (PARKED, MEMORY, MEMORY, MEMORY), 0, 0))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("plan", PLANS[1:], ids=str)
+def test_equals_the_whole_on_a_gpu(cases, plan, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for model, image, whole in cases:
+        places = plan.places[: 4 if model.config.reduce_level1 else 5]
+        with torch.inference_mode():
+            strips = tiling.run(copy.deepcopy(model).cuda(), image.cuda(), Plan(plan.rows, places, 0, 0))
+        assert (strips.cpu() - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("above", "in_memory"), [(150, False), (300, True)])
+def test_stays_within_its_memory_on_a_gpu(above, in_memory):
+    model = create_model("restormer_nano", dim=16, num_blocks=(1, 1, 1, 1), num_refinement_blocks=0).cuda().eval()
+    image = torch.rand(1, 3, 1203, 797, device="cuda")
+    resident = measure.resident_bytes("cuda")
+    cap = resident + above * 10**6
+    assert (make_plan(model, image, cap, resident).places[0] == MEMORY) == in_memory
+    with torch.inference_mode(), measure.measure("cuda") as measured:
+        model(image, max_memory=cap)
+    assert measured.peak_bytes <= cap
+
+
+def test_the_plan_is_logged_with_the_time_it_expects(cases, caplog):
+    model, image, whole = cases[0]
+    caplog.set_level(logging.INFO)
+    with torch.inference_mode():
+        strips = model(image, max_memory=100 * GB)
+    assert (strips - whole).abs().max() <= 1e-5
+    expected = r"43×61: strips of 64 rows, expected peak \d+(\.\d+)? [MG]B, expected time \d+ s"
+    assert re.fullmatch(expected, caplog.messages[0])
+
+
+def test_expected_time_follows_pixels_rows_and_files(cases, monkeypatch):
+    model, image, _ = cases[0]
+    sides = []
+    monkeypatch.setattr(
+        tiling, "seconds_by_pixels", lambda run, side, device: sides.append(side) or run(side) is not None and (2, 1e-6)
+    )
+
+    def expected(plan, size):
+        return tiling.expected_seconds(model, torch.empty(1, 3, *size), plan)
+
+    assert expected(Plan(20, (MEMORY,) * 4, 0, 0), (1000, 1000)) == pytest.approx(2 + 1.1)
+    assert expected(Plan(20, (MEMORY,) * 4, 0, 0), (1999, 1995)) == pytest.approx(2 + 4 * 1.1)
+    assert expected(Plan(20, (FILED,) * 4, 0, 10**9), (1000, 1000)) > 2 + 1.1 + 0.01
+    assert sides == [112, 240, 112]  # a hundredth of the pixels
+
+
 def test_refused_where_gradients_are_recorded(small):
     with pytest.raises(UserError, match="max_memory is for inference"):
         small()(torch.rand(1, 3, 8, 8), max_memory=GB)
@@ -181,7 +259,7 @@ with torch.inference_mode():
     model(torch.rand(1, 3, 64, 64), max_memory=10**10)  # what is there once: threads, scratch memory
     image = torch.rand(1, 3, 1203, 797)
     cap = resident_bytes() + int(sys.argv[1])
-    print(tiling.make_plan(model, image, cap).places[0])
+    print(tiling.make_plan(model, image, cap, resident_bytes()).places[0])
     with measure() as measured:
         model(image, max_memory=cap)
 print(cap, measured.peak_bytes)

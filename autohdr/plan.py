@@ -1,0 +1,279 @@
+"""How much memory and time a model takes, before it takes them.
+
+Memory is counted, not guessed: the pass runs on tensors without data (PyTorch's FakeTensor), through the shapes and dtypes that
+each op and its backward pass declare, while every allocation and release is written down. That takes seconds and no memory,
+whatever the model and the image.
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autohdr.errors import UserError
+from autohdr.measure import format_bytes, free_bytes, measure, resident_bytes, seconds_by_pixels
+from autohdr.models import create_model, tiling
+from autohdr.models.registry import CLASSES
+from autohdr.models.restormer import FeedForward, Restormer
+
+MODES = ("inference", "training")
+PRECISIONS = ("float32", "bfloat16", "float16")
+PARAMETERS, IMAGES, SAVED, GRADIENTS, WORKING = "parameters", "images", "saved for backward", "gradients", "working set"
+FEATURES, OPTIMIZER, AVERAGE, SCRATCH, STRIPS = "feature maps", "AdamW", "weight average", "kernel scratch", "maps and strips"
+RUNTIME_BYTES = 4 << 20  # on a CPU: code that oneDNN compiles, thread stacks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass takes.
+
+    peak_bytes: at its highest point, beyond what the process holds without the model: on a CPU beyond the interpreter and
+        PyTorch, on a GPU all tensors.
+    parts: what the peak is made of, in bytes; they add up to it.
+    seconds: of one pass, or None where no time was asked for or the measurement it rests on does not fit in memory.
+    """
+
+    peak_bytes: int
+    parts: dict[str, int]
+    seconds: float | None = None
+
+    def made_of(self) -> str:
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size >= 5e5)
+
+    def __str__(self) -> str:
+        seconds = "" if self.seconds is None else f", about {self.seconds:.3g} s"
+        return f"{format_bytes(self.peak_bytes)} ({self.made_of()}){seconds}"
+
+
+def table(model: str, size: tuple[int, int], batch: int, device: torch.device | str, max_memory: int | None = None) -> str:
+    """What `autohdr plan` prints: inference and training (with max_memory inference in strips) in float32 and bfloat16."""
+    modes = MODES if max_memory is None else MODES[:1]
+    lines = [f"{'mode':<10} {'precision':<9} {'time':>9} {'peak':>9}  made of"]
+    for mode in modes:
+        for precision in PRECISIONS[:2]:
+            p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, timed=True)
+            time = "-" if p.seconds is None else f"{p.seconds:.3g} s"
+            lines.append(f"{mode:<10} {precision:<9} {time:>9} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
+    here = torch.device(device).type == "cpu" or torch.cuda.is_available()
+    free = f"{format_bytes(free_bytes(device))} are free on {device}. " if here else f"There is no {device} here. "
+    return "\n".join(
+        (
+            f"{model}, {batch} × {size[1]}×{size[0]} pixels, {device}",
+            "",
+            *lines,
+            "",
+            f"{free}Memory: counted, without running anything, beyond what Python and PyTorch hold themselves; of tensors below",
+            "32 MiB glibc's malloc keeps some after use, so that small images on a CPU take up to a half more.",
+            "Time: of one pass or step, from two small ones on this machine as it is now.",
+        )
+    )
+
+
+def plan(
+    model: nn.Module | str,
+    size: int | tuple[int, int],
+    batch: int = 1,
+    precision: str = "float32",
+    mode: str = "inference",
+    device: torch.device | str = "cpu",
+    *,
+    max_memory: int | None = None,
+    accumulate: int = 1,
+    averaged: bool = False,
+    timed: bool = False,
+) -> Plan:
+    """The memory, and where timed the time, of one forward pass (inference) or one training step.
+
+    A training step is the trainer's: forward pass under autocast, L1 loss, backward pass, AdamW. Tests hold the memory to 15 % of
+    what is measured on a CPU. On a GPU it is not measured: the same tensors, and the budget of the compiled kernels' scratch
+    memory; cuDNN's and what the allocator loses to fragments are not in it. Where there is no GPU, one is planned for with the
+    CPU's ops, which declare the same tensors; its time is then None.
+
+    Args:
+        model: a name that create_model takes, or a network of the registry's families, whose weights are left alone.
+        size: of the images, a side of a square or (height, width).
+        precision: float32, or bfloat16 or float16 under autocast.
+        mode: "inference" or "training".
+        max_memory: as for Restormer's forward, inference alone: bytes that the whole process may hold.
+        accumulate: backward passes in a step; with more than one the gradients are there from the beginning.
+        averaged: whether an average of the weights is kept beside them.
+        timed: whether to measure: small passes on this device, on real memory (see seconds_by_pixels).
+
+    Raises:
+        UserError: no such model, mode, precision or size; max_memory where it has no meaning, or too little of it.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if mode not in MODES or precision not in PRECISIONS or min(height, width, batch, accumulate) < 1:
+        raise UserError(
+            f"plan: expected a mode of {', '.join(MODES)}, a precision of {', '.join(PRECISIONS)} and numbers above 0, "
+            f"got {mode}, {precision}, {width}×{height}, batch {batch}, accumulate {accumulate}"
+        )
+    with torch.device("meta"):
+        network = create_model(model) if isinstance(model, str) else CLASSES[type(model.config)](model.config)
+    if max_memory is not None and (mode != "inference" or not isinstance(network, Restormer)):
+        raise UserError(f"plan: max_memory is for a Restormer's inference, got {network.config.name}, {mode}")
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {str(device)!r}")
+    device = here = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        here, timed = torch.device("cpu"), False
+        precision = "bfloat16" if precision == "float16" else precision  # of the same size, and the CPU's ops take it
+    shape = (batch, 3, height, width)
+    if max_memory is not None:
+        return _plan_strips(network, shape, precision, here, max_memory, timed)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device=here)
+        parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    if mode == "training":
+        parts[OPTIMIZER] = 2 * weights
+        parts[AVERAGE] = weights if averaged else 0
+    parts[SCRATCH] = _scratch(network, mode == "training", device)
+    # The measurement needs the weights four times, gradients and AdamW's two moments included, and next to nothing else.
+    fits = timed and 5 * weights < free_bytes(here)
+    seconds = _seconds(network.config, shape, precision, mode == "training", here) if fits else None
+    return Plan(sum(parts.values()), dict(parts), seconds)
+
+
+def _plan_strips(network: Restormer, shape: tuple[int, ...], precision: str, device, max_memory: int, timed: bool) -> Plan:
+    weights = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    image = torch.empty(shape, device=device)  # nobody touches it: it takes no memory on a CPU
+    process, pixels = resident_bytes(device), image.numel() * image.element_size()
+    with _autocast(device, precision):
+        strips = tiling.make_plan(network, image, max_memory, process + weights + (pixels if device.type == "cpu" else 0))
+    peak = strips.peak_bytes - process
+    parts = {PARAMETERS: weights, IMAGES: pixels, STRIPS: peak - weights - pixels}
+    seconds = None
+    if timed:
+        real = Restormer(network.config).to(device)
+        with torch.inference_mode(), _autocast(device, precision):
+            seconds = tiling.expected_seconds(real, image, strips)
+    return Plan(peak, parts, seconds)
+
+
+def _autocast(device: torch.device, precision: str):
+    return torch.autocast(device.type, getattr(torch, precision)) if precision != "float32" else nullcontext()
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, by the stage that allocated them, and keeps the highest total's."""
+
+    def __init__(self, on_cpu: bool):
+        super().__init__()
+        self.on_cpu, self.stage, self.alive, self.peak = on_cpu, PARAMETERS, Counter(), Counter()
+        self.stages: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        if self.on_cpu and function is torch.ops.aten.convolution_backward.default:
+            self.note(_inside_convolution_backward(args[1], args[2], groups=args[9]))
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.stages:
+            return
+        self.stages[storage] = stage = [self.stage]
+        self.alive[self.stage] += storage.nbytes()
+        weakref.finalize(storage, self._free, stage, storage.nbytes())
+        self.note()
+
+    def note(self, inside: int = 0) -> None:
+        """The peak, if it is now; inside: what an op takes beside its tensors."""
+        if self.alive.total() + inside > self.peak.total():
+            self.peak = self.alive + Counter({WORKING: inside})
+
+    def _free(self, stage: list[str], size: int) -> None:
+        self.alive[stage[0]] -= size
+
+    def move(self, tensor: Tensor, stage: str) -> None:
+        """What turned out to be of another kind."""
+        storage = tensor.untyped_storage()
+        self.alive[self.stages[storage][0]] -= storage.nbytes()
+        self.alive[stage] += storage.nbytes()
+        self.stages[storage][0] = stage
+
+
+def _inside_convolution_backward(image: Tensor, weight: Tensor, groups: int) -> int:
+    """What oneDNN takes: a copy of the image; for a 16-bit depthwise one along one axis, 16 float32 channels for each channel."""
+    if image.element_size() == 2 and groups > 1 and weight.shape[2] == 1:
+        return 64 * image.numel()
+    return image.numel() * image.element_size()
+
+
+def _trace(network, shape, precision, training, here, accumulates, on_cpu) -> Counter:
+    """The parts of the peak, in bytes, of a network of fake tensors."""
+    ledger = _Ledger(on_cpu)
+    for tensor in (*network.parameters(), *network.buffers()):
+        ledger.add(tensor)
+    with ledger:
+        ledger.stage = IMAGES
+        source = torch.empty(shape, device=here).contiguous(memory_format=torch.channels_last)
+        if not training:
+            ledger.stage = FEATURES
+            with torch.inference_mode(), _autocast(here, precision):
+                network(source)
+            return ledger.peak
+        target = torch.empty_like(source)
+        for parameter in network.parameters():
+            if accumulates:
+                ledger.stage, parameter.grad = GRADIENTS, torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
+        ledger.stage = SAVED
+        _step(network, source, target, precision, lambda: setattr(ledger, "stage", WORKING))
+    return ledger.peak
+
+
+def _step(network, source, target, precision, between: Callable[[], None] = lambda: None) -> None:
+    with _autocast(source.device, precision):
+        output = network(source)
+    between()
+    (output.float() - target).abs().mean().backward()
+
+
+def _scratch(network: nn.Module, training: bool, device: torch.device) -> int:
+    """What the ops take inside, the fused kernels' scratch memory above all, and what code is compiled for them."""
+    if device.type == "cuda":
+        return (96 if training else 32) << 20  # the budgets in csrc/common/cuda_image.cuh
+    hidden = [m.project_in for m in network.modules() if isinstance(m, FeedForward)]
+    # A worker's rows of hidden channels and its sums of weight gradients (csrc/common/cpu_tile.h), at the widest level.
+    worker = max((c.out_channels * (1800 + 3 * c.in_channels // 2) * 4 for c in hidden), default=0)
+    return RUNTIME_BYTES + torch.get_num_threads() * worker // (1 if training else 2)
+
+
+def _seconds(config, shape, precision, training, device) -> float | None:
+    """From small images of growing size, the last one above a third of a second, on a network of its own."""
+    network = CLASSES[type(config)](config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters()) if training else None
+
+    def run(side: int) -> None:
+        source = torch.rand(1, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        if training:
+            optimizer.zero_grad()
+            _step(network, source, source, precision)
+            optimizer.step()
+        else:
+            with torch.inference_mode(), _autocast(device, precision):
+                network(source)
+
+    batch, _, height, width = shape
+    run(32)  # what happens once
+    side, seconds = 32, 0.0
+    while 2 * side <= min(512, math.isqrt(height * width)) and seconds < 1 / 3:
+        side *= 2
+        with measure(device) as measured:
+            run(side)
+        seconds = measured.seconds
+    fixed, each = seconds_by_pixels(run, side, device)
+    return fixed + each * batch * height * width
