@@ -177,7 +177,7 @@ class _Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         if self.on_cpu and function is torch.ops.aten.convolution_backward.default:
-            self.note(_inside_convolution_backward(args[1], args[2], groups=args[9]))
+            self.note(args[1].numel() * args[1].element_size())  # oneDNN's copy of the image
         return result
 
     def add(self, tensor: Tensor) -> None:
@@ -203,13 +203,6 @@ class _Ledger(TorchDispatchMode):
         self.alive[self.stages[storage][0]] -= storage.nbytes()
         self.alive[stage] += storage.nbytes()
         self.stages[storage][0] = stage
-
-
-def _inside_convolution_backward(image: Tensor, weight: Tensor, groups: int) -> int:
-    """What oneDNN takes: a copy of the image; for a 16-bit depthwise one along one axis, 16 float32 channels for each channel."""
-    if image.element_size() == 2 and groups > 1 and weight.shape[2] == 1:
-        return 64 * image.numel()
-    return image.numel() * image.element_size()
 
 
 def _trace(network, shape, precision, training, here, accumulates, on_cpu) -> Counter:
