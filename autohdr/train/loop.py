@@ -32,6 +32,7 @@ from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, re
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, free_bytes, measure
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
+from autohdr.plan import plan
 from autohdr.train import record
 from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_rng, rng_state, save_state, to_cpu
 from autohdr.train.config import LOSSES, TrainConfig, check_config, dump_config
@@ -230,10 +231,14 @@ class _Trainer:
         turns = math.ceil(len(self.val_set) / self.ranks.count)
         epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
         memory = f"{format_bytes(int(peak))} at most in a process ({step.memory_source})"
+        config, precision = self.config, str(self.precision).removeprefix("torch.")
+        settings = {"accumulate": config.accumulate, "averaged": config.ema > 0}
+        planned = plan(self.model, config.size, config.batch_size, precision, "training", self.device, **settings)
         return "\n".join(
             (
                 f"{self}",
                 f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
+                f"planned    {planned}; Python, PyTorch and losses other than L1 come on top",
                 f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
                 f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
                 f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
