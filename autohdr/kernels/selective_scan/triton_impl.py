@@ -459,7 +459,7 @@ class _Scan:
     def options(self, tokens: int, delta_softplus: bool, reverse: bool) -> dict:
         return {
             "DSTATE": self.dstate, "STATES": self.states, "TILE": self.tile, "T": tokens,
-            "SOFTPLUS": delta_softplus, "REVERSE": reverse, "num_warps": 1,
+            "SOFTPLUS": delta_softplus, "REVERSE": reverse, "num_warps": 1, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def carry_over(self, first: Tensor | None, A, of, delta, by, z, delta_bias, delta_weight, options, adjoint: bool) -> Tensor:
@@ -475,7 +475,16 @@ class _Scan:
                 delta_bias, delta_weight, ends, steps, *self.shape(), ADJOINT=adjoint, **options,
             )  # fmt: skip
             _carry_over[(triton.cdiv(self.dstate * self.dim, 128), self.batch)](
-                A, ends, steps, entry, self.dim, self.segments, DSTATE=self.dstate, BLOCK=128, ADJOINT=adjoint
+                A,
+                ends,
+                steps,
+                entry,
+                self.dim,
+                self.segments,
+                DSTATE=self.dstate,
+                BLOCK=128,
+                ADJOINT=adjoint,
+                enable_fp_fusion=True,
             )
         return entry
 
@@ -529,7 +538,7 @@ def backward(
                 )  # fmt: skip
                 _sum_parts[(entries * s.segments * s.groups * round_chunks * (CHUNK // tokens),)](
                     parts, dB, s.strides(dB), dC, s.strides(dC), *launch, s.seqlen, s.groups, s.tiles_of_group, s.segments,
-                    s.segment_chunks, DSTATE=s.dstate, STATES=s.states, TOKENS=tokens, REVERSE=reverse,
+                    s.segment_chunks, DSTATE=s.dstate, STATES=s.states, TOKENS=tokens, REVERSE=reverse, enable_fp_fusion=True,
                 )  # fmt: skip
         if s.rank_one:
             d_delta.copy_(weighted.sum(1, keepdim=True) if not channel_last else weighted.sum(1).unsqueeze(2))
