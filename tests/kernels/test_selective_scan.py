@@ -24,7 +24,7 @@ SHAPES = [  # batch, dim, seqlen, dstate, groups, what else
     (1, 5, 1, 16, 1, "D z bias softplus initial"),
     (2, 3, 2, 1, 1, "bld reverse z initial"),
     (1, 33, tokens(63), 7, 3, "bld D bias softplus"),
-    (1, 17, tokens(1000), 5, 1, "reverse D z bias softplus initial"),
+    (1, 39, tokens(1000), 5, 1, "reverse D z bias softplus initial"),
     (2, 40, tokens(300), 8, 2, "bld reverse rank1 D z bias softplus initial"),
     (1, 20, tokens(257), 16, 1, "rank1 D bias softplus"),
     (1, 2, 10, 256, 1, "bias"),

@@ -33,7 +33,6 @@ _LN2 = tl.constexpr(0.693147180559945309)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _CHUNK = tl.constexpr(CHUNK)
 _MORE_SUMS = tl.constexpr(3)  # D, delta_bias and delta_weight, behind the sums of A
-_PART_FLOATS = 12 << 20  # of partial sums at a time, if one chunk of every segment does not take more
 
 
 @triton.jit
@@ -79,7 +78,12 @@ def _parameter(pointer, channel, exists):
 @triton.jit
 def _pointers(sequence, strides, batch, channel, unit, T: tl.constexpr):
     """[T, channels] of tokens 0 to T - 1."""
-    return sequence + batch * strides[0] + channel[None, :] * (strides[1] * unit) + tl.arange(0, T)[:, None] * strides[2]
+    return (
+        sequence
+        + batch * strides[0]
+        + channel[None, :] * (strides[1] * unit)
+        + tl.arange(0, T).to(tl.int64)[:, None] * strides[2]
+    )
 
 
 @triton.jit
@@ -160,7 +164,7 @@ def _ends(
     delta = _pointers(delta, delta_strides, batch, channel, unit, T)
     if z is not None:
         z = _pointers(z, z_strides, batch, channel, unit, T)
-    by += batch * by_strides[0] + group * by_strides[1] + n * by_strides[2]
+    by += batch * by_strides[0] + group * by_strides[1] + n.to(tl.int64) * by_strides[2]
 
     h = tl.zeros([STATES, TILE], tl.float32)
     total = tl.zeros([T, TILE], tl.float32)
@@ -230,8 +234,8 @@ def _forward(
     out = _pointers(out, out_strides, batch, channel, unit, T)
     if z is not None:
         z = _pointers(z, z_strides, batch, channel, unit, T)
-    B += batch * B_strides[0] + group * B_strides[1] + n * B_strides[2]
-    C += batch * C_strides[0] + group * C_strides[1] + n * C_strides[2]
+    B += batch * B_strides[0] + group * B_strides[1] + n.to(tl.int64) * B_strides[2]
+    C += batch * C_strides[0] + group * C_strides[1] + n.to(tl.int64) * C_strides[2]
     chunks = (seqlen + _CHUNK - 1) // _CHUNK
     state = n[:, None].to(tl.int64) * dim + channel[None, :] * unit
     h = tl.load(entry + (batch * segments + segment) * DSTATE * dim + state, mask=both, other=0.0)
@@ -291,8 +295,8 @@ def _backward(
     if z is not None:
         z = _pointers(z, z_strides, batch, channel, unit, T)
         dz = _pointers(dz, dz_strides, batch, channel, unit, T)
-    B += batch * B_strides[0] + group * B_strides[1] + n * B_strides[2]
-    C += batch * C_strides[0] + group * C_strides[1] + n * C_strides[2]
+    B += batch * B_strides[0] + group * B_strides[1] + n.to(tl.int64) * B_strides[2]
+    C += batch * C_strides[0] + group * C_strides[1] + n.to(tl.int64) * C_strides[2]
     chunks = (seqlen + _CHUNK - 1) // _CHUNK
     state = n[:, None].to(tl.int64) * dim + channel[None, :] * unit
     program = tl.program_id(0).to(tl.int64)
@@ -398,7 +402,7 @@ def _sum_parts(
     chunk = first_chunk + in_round // _CHUNK
     t = (segment * segment_chunks + first_chunk) * _CHUNK + in_round
     real = (t < seqlen) & (chunk < segment_chunks)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     parts += (index * groups + group) * tiles_of_group * round_chunks * (_CHUNK * 2 * STATES)
     offsets = in_round[:, None] * (2 * STATES) + n[None, :]
     sum_B, sum_C = tl.zeros([TOKENS, STATES], tl.float32), tl.zeros([TOKENS, STATES], tl.float32)
@@ -406,7 +410,7 @@ def _sum_parts(
         sum_B += tl.load(parts + offsets, mask=real[:, None], other=0.0)
         sum_C += tl.load(parts + STATES + offsets, mask=real[:, None], other=0.0)
         parts += round_chunks.to(tl.int64) * (_CHUNK * 2 * STATES)
-    token = seqlen - 1 - t if REVERSE else t
+    token = (seqlen - 1 - t if REVERSE else t).to(tl.int64)
     mask = real[:, None] & (n < DSTATE)[None, :]
     to = dB + batch * dB_strides[0] + group * dB_strides[1] + token[:, None] * dB_strides[3] + n[None, :] * dB_strides[2]
     tl.store(to, sum_B.to(dB.dtype.element_ty), mask=mask)
@@ -414,10 +418,11 @@ def _sum_parts(
     tl.store(to, sum_C.to(dC.dtype.element_ty), mask=mask)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # the interpreter: small tests are split in some shapes and not in others
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the most floats of partial sums at a time if one chunk of every segment does not take more."""
+    if device.type == "cpu":  # the interpreter: small tests are split, and take several rounds, in some shapes and not in others
+        return 2, 600
+    return torch.cuda.get_device_properties(device).multi_processor_count, 12 << 20
 
 
 class _Scan:
@@ -436,7 +441,8 @@ class _Scan:
         self.chunks = triton.cdiv(self.seqlen, CHUNK)
         # One segment costs one exponential for a state and token, more of them cost two. Two warps a multiprocessor do more than
         # half of what eight do; so more segments pay only below that.
-        multiprocessors, programs = _multiprocessors(u.device), max(1, self.batch * self.tiles)
+        multiprocessors, self.part_floats = _limits(u.device)
+        programs = max(1, self.batch * self.tiles)
         segments = 1 if programs >= 2 * multiprocessors else triton.cdiv(8 * multiprocessors, programs)
         self.segment_chunks = triton.cdiv(self.chunks, segments)
         self.segments = triton.cdiv(self.chunks, self.segment_chunks)
@@ -521,8 +527,8 @@ def backward(
         carry = s.carry_over(d_last_state, A, d_out, delta, C, z, delta_bias, delta_weight, options, adjoint=True)
         part = s.segments * s.tiles * CHUNK * 2 * s.states  # of a batch entry and one chunk of every segment
         tokens = min(32, CHUNK, 2048 // s.states)
-        batches = min(s.batch, max(1, _PART_FLOATS // part))
-        round_chunks = min(s.segment_chunks, max(1, _PART_FLOATS // (part * batches)))
+        batches = min(s.batch, max(1, s.part_floats // part))
+        round_chunks = min(s.segment_chunks, max(1, s.part_floats // (part * batches)))
         parts = A.new_empty(batches * part * round_chunks)
         before = A.new_empty(batches * s.segments * s.tiles * (CHUNK // window) * s.states * s.tile)
         weighted = A.new_empty((s.batch, s.tiles, s.seqlen)) if s.rank_one else None
