@@ -196,8 +196,9 @@ def _ends(
 def _carry_over(A, ends, steps, entry, dim, segments, DSTATE: tl.constexpr, BLOCK: tl.constexpr, ADJOINT: tl.constexpr):
     """What comes into each segment, entry [batch, segments, dstate, dim], from what comes into the first (with ADJOINT the last).
     A program has BLOCK of the states of a batch entry."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.program_id(1).to(tl.int64)
+    blocks = (DSTATE * dim + BLOCK - 1) // BLOCK
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     exists, d, n = i < DSTATE * dim, i % dim, i // dim
     a2 = _decay_rate(tl.load(A + d * DSTATE + n, mask=exists, other=0.0))
     entry += batch * segments * DSTATE * dim + i
@@ -480,18 +481,10 @@ class _Scan:
                 of, self.strides(of), delta, self.delta_strides(delta), A, by, self.strides(by), z, self.strides(z),
                 delta_bias, delta_weight, ends, steps, *self.shape(), ADJOINT=adjoint, **options,
             )  # fmt: skip
-            _carry_over[(triton.cdiv(self.dstate * self.dim, 128), self.batch)](
-                A,
-                ends,
-                steps,
-                entry,
-                self.dim,
-                self.segments,
-                DSTATE=self.dstate,
-                BLOCK=128,
-                ADJOINT=adjoint,
-                enable_fp_fusion=True,
-            )
+            _carry_over[(self.batch * triton.cdiv(self.dstate * self.dim, 128),)](
+                A, ends, steps, entry, self.dim, self.segments,
+                DSTATE=self.dstate, BLOCK=128, ADJOINT=adjoint, enable_fp_fusion=True,
+            )  # fmt: skip
         return entry
 
 
@@ -520,7 +513,7 @@ def backward(
     s = _Scan(u, A, B, delta_weight, channel_last, per_thread=4)
     du, d_delta, dB, dC, dz = (t.new_empty(t.shape) if t is not None else A.new_empty(0) for t in (u, delta, B, C, z))
     sums = A.new_zeros((s.batch, s.segments, s.dstate + 3, s.dim))
-    carry = A.new_zeros((s.batch, s.segments, s.dstate, s.dim))
+    carry = A.new_empty((s.batch, s.segments, s.dstate, s.dim))
     if u.numel() > 0:
         window = min(4, 512 // s.states)  # tokens whose states fit into registers
         options = s.options(window, delta_softplus, reverse)
@@ -550,11 +543,8 @@ def backward(
             d_delta.copy_(weighted.sum(1, keepdim=True) if not channel_last else weighted.sum(1).unsqueeze(2))
     total = sums.sum((0, 1))
     dA, (dD, d_bias, d_weight) = total[: s.dstate].T.contiguous(), total[s.dstate :]
-    optional = (
-        (dD, D),
-        (d_bias, delta_bias),
-        (d_weight, delta_weight),
-        (carry[:, 0].transpose(1, 2).contiguous(), initial_state),
+    optional = (dD, D), (d_bias, delta_bias), (d_weight, delta_weight), (carry[:, 0].transpose(1, 2), initial_state)
+    dD, d_bias, d_weight, d_initial = (
+        A.new_empty(0) if t is None else g.clone(memory_format=torch.contiguous_format) for g, t in optional
     )
-    dD, d_bias, d_weight, d_initial = (A.new_empty(0) if t is None else g.clone() for g, t in optional)
     return du, d_delta, dA, dB, dC, dD, dz, d_bias, d_weight, d_initial
