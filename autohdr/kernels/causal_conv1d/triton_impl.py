@@ -134,7 +134,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, chann
     if slots:
         _forward[(slots * strips,)](
             x, weight, bias, y, *_sizes(x, channel_last), *_strides(x, channel_last), *_strides(y, channel_last),
-            weight.shape[1], reverse, TOKENS[channel_last], CHANNELS[channel_last],
+            weight.shape[1], reverse, TOKENS[channel_last], CHANNELS[channel_last], enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -149,7 +149,7 @@ def backward(
         _backward[(count * strips,)](
             dy, x, weight, bias, dx, slots, *_sizes(x, channel_last),
             *(s for t in (dy, x, dx) for s in _strides(t, channel_last)),
-            width, reverse, TOKENS[channel_last], CHANNELS[channel_last], num_warps=8,
+            width, reverse, TOKENS[channel_last], CHANNELS[channel_last], num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     sums = slots.sum(0, dtype=torch.float64).float()
     return dx, sums[:width].T.contiguous(), weight.new_empty((0,)) if bias is None else sums[width].clone()
