@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the inte
 
 
 def selective_scan_calls():
-    """Every number of states a lane may have, both layouts, with z or a rank-one Δ, and odd sizes, none of which the compiler may
-    know anything about."""
+    """The usual number of states and the most, in both layouts, with z or a rank-one Δ, in even sizes and in odd ones, of which
+    the compiler knows nothing."""
     for dim, seqlen, dstate, dtype, channel_last in ((64, 1024, 16, torch.bfloat16, False), (7, 517, 200, torch.float32, True)):
         rank_one = channel_last
         shapes = [(1, dim, seqlen), (1, 1 if rank_one else dim, seqlen), (1, 1, dstate, seqlen), (1, dim, seqlen)]
