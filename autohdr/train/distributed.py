@@ -24,7 +24,7 @@ from autohdr.models import mamba_diffusion, restormer
 
 T = TypeVar("T")
 
-_UNITS = (restormer.Attention, restormer.FeedForward, mamba_diffusion.Block)
+_UNITS = (restormer.Attention, restormer.FeedForward, mamba_diffusion.Group)
 """What fully_shard gathers and frees as one; the rest of a network is one more."""
 
 
@@ -85,7 +85,7 @@ class Ranks:
             for module in network.modules():
                 if isinstance(module, _UNITS):
                     # The matrices travel in half precision; a scan's A, D and Δ, and whatever is outside the units, do not.
-                    half = precision if precision is not torch.float32 and not isinstance(module, mamba_diffusion.Block) else None
+                    half = precision if precision is not torch.float32 and not isinstance(module, mamba_diffusion.Group) else None
                     shard(module, mp_policy=_policy(half))
             # The default would leave the root's weights gathered after validation, and the next step would not see its changes.
             return shard(network, mp_policy=_policy(None))

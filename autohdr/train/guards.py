@@ -81,7 +81,7 @@ class Guard:
 def _copy(tensors: list[Tensor], others: list[Tensor]) -> None:
     for tensor, other in zip(tensors, others, strict=True):
         other.copy_(tensor, non_blocking=True)
-    if torch.cuda.is_available():
+    if any(tensor.is_cuda for tensor in (*tensors, *others)):
         torch.cuda.synchronize()
 
 

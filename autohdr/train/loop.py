@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 import tomllib
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -156,9 +157,8 @@ class _Trainer:
         self.run_id = uuid.uuid4().hex
         self.epoch = 0  # epochs behind us
         self.epoch_steps = 0  # optimiser steps behind us in the current one
-        self.epoch_losses: dict[
-            str, float
-        ] = {}  # the sums of its samples' losses, skipped steps apart: the whole, each component
+        # The sums of its samples' losses, the whole and each component, and how many they are: those of bad steps left out.
+        self.epoch_losses: dict[str, float] = {}
         self.epoch_samples = 0
         self.epoch_seconds = 0.0
         self.epoch_wait = 0.0  # of them, spent waiting for a batch
@@ -263,8 +263,11 @@ class _Trainer:
                             self._save_last()
                         self._finish_epoch(bar)
                     self._save_last()
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the loader's iterator, and this its workers
+                raise
             finally:
-                del self.loader  # and with it its workers
+                del self.loader
                 self.background.wait()
                 if self.tensorboard:
                     self.tensorboard.close()
@@ -520,15 +523,15 @@ class _Trainer:
 
     def _save_last(self) -> None:
         state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "step_pairs": self.step_pairs}
-        state |= {"rng": rng_state(), "model": self._weights(), "ema": {}, "optimizer": {}}
+        state |= {"rng": rng_state(), "scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
+        if self.optimizer.state:  # without one, torch would make a step to have it
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._whole)
+        state = to_cpu(state) | {"model": self._weights(), "ema": {}}
         if self.config.ema:
             with self.average.applied():
                 state["ema"] = {"updates": self.average.updates, "model": self._weights()}
-        if self.optimizer.state:  # without one, torch would make a step to have it
-            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._whole)
-        state |= {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict()}
         if self.ranks.rank == 0:
-            self.background(self._write_last, to_cpu(state), self._metadata())
+            self.background(self._write_last, state, self._metadata())
 
     def _write_last(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         save_state(self.out / "checkpoint_last.state.pt", state, self.config.keep)

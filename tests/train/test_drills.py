@@ -89,3 +89,11 @@ def test_fifty_kills_cost_nothing(make_config, capsys):
         print(f"\n{loaded} of 50 loaded, {torn} times with a file half written beside it; killed after steps {steps}")
     assert loaded == 50
     assert same(outcome(make_config("whole").out), outcome(config.out))
+
+
+def test_a_compiled_network_trains_as_an_eager_one(make_config, capsys):
+    """torch.compile with its own backend: three epochs end where they end without it, but for rounding."""
+    rows = [load_state(train(make_config(str(on), compile=on, epochs=3)).out / STATE)["history"][-1] for on in (False, True)]
+    with capsys.disabled():
+        print(f"\nval_l1: eager {rows[0]['val_l1']:.6f}, compiled {rows[1]['val_l1']:.6f}")
+    assert rows[1]["val_l1"] == pytest.approx(rows[0]["val_l1"], rel=1e-3)

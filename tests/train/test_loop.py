@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -366,6 +367,24 @@ def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, sta
     assert f"go on: autohdr train {config.out / 'config.toml'} --resume" in out and "Traceback" not in err
     step = load_state(config.out / STATE)["step"]
     assert 0 < step < 60 and len((config.out / "log.jsonl").read_text().splitlines()) == step + step // 3
+
+
+def test_a_failure_ends_the_workers(make_config, monkeypatch):
+    """They outlive a SIGTERM for a while: the process that failed must not wait for them as it exits."""
+
+    def crash(self, bar):
+        assert multiprocessing.active_children()
+        raise MemoryError
+
+    def crash_in_step(self, group, loader, lr):
+        next(loader)
+        crash(self, None)
+
+    for name, patched in (("_train_step", crash_in_step), ("_finish_epoch", crash)):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(loop._Trainer, name, patched)
+            train(make_config(name, workers=1, epochs=1))
+        assert multiprocessing.active_children() == []
 
 
 def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):
