@@ -663,7 +663,7 @@ def outer(
         B=kinds[1],
         BIASED=norm is not None and norm.bias is not None,
         SQUARES=squares is not None,
-        BP=32,
+        BP=32 if conv else 64,
         BM=bm,
         BN=bn,
         num_warps=8 if bm * bn > 8192 else 4,
@@ -723,8 +723,12 @@ class HeadBackward:
             return torch.zeros(shape, dtype=torch.float32, device=steps.x.data.device)
 
         self.d_weight = zeros(slots_of(head.channels, channels, 1, pixels), 1, head.channels, channels)
-        self.d_taps = zeros(min(max(triton.cdiv(131072, head.channels), 32), 512, triton.cdiv(pixels, 16)), 9, head.channels)
-        self.d_norm = zeros(min(512, triton.cdiv(pixels, 4)), 2, channels)
+        self.tap_tile = _tile(head.channels, 64)
+        self.tap_pixels = 1024 // self.tap_tile
+        slots = min(max(131072 // head.channels, 32), 512, triton.cdiv(pixels, self.tap_pixels))
+        self.d_taps = zeros(slots, 9, head.channels)
+        self.norm_pixels = max(1024 // triton.next_power_of_2(channels), 1)
+        self.d_norm = zeros(min(512, triton.cdiv(pixels, self.norm_pixels)), 2, channels)
 
     def step(self, x: View, dy: View, dx: View, hidden: View, d: View, norm: Norm, images: slice) -> None:
         """dx of its rows, and the sums. hidden reaches two rows further, d one; norm is of hidden's rows."""
@@ -733,8 +737,7 @@ class HeadBackward:
         hidden, d = hidden.at(rows), d.at(rows)
         d_hidden, d_normal = self.d_hidden.view(images, rows), self.d_normal.view(images, rows)
         count, _, width, channels = x.data.shape
-        bc = _tile(head.channels, 64)
-        convolve_backward[triton.cdiv(head.channels, bc), self.d_taps.shape[0]](
+        convolve_backward[triton.cdiv(head.channels, self.tap_tile), self.d_taps.shape[0]](
             hidden.data,
             d.data,
             head.taps,
@@ -749,12 +752,11 @@ class HeadBackward:
             hidden.strides[0],
             d.strides[0],
             d_hidden.strides[0],
-            BP=16,
-            BC=bc,
+            BP=self.tap_pixels,
+            BC=self.tap_tile,
         )
         outer(d_hidden, x, self.d_weight, kinds=("plain", "norm"), norm=norm)
         product(d_hidden, self.transposed, d_normal)
-        bc = triton.next_power_of_2(channels)
         norm_backward[(self.d_norm.shape[0],)](
             x.data,
             d_normal.data,
@@ -771,8 +773,8 @@ class HeadBackward:
             dx.strides[0],
             head.eps,
             BIASED=norm.bias is not None,
-            BM=max(1024 // bc, 1),
-            BC=bc,
+            BM=self.norm_pixels,
+            BC=triton.next_power_of_2(channels),
         )
 
     def finish(self, weight: Tensor, dwconv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

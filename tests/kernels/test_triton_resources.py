@@ -25,8 +25,8 @@ def gdfn_calls():
     for dtype in (torch.bfloat16, torch.float32):
         for channels, hidden in ((48, 127), (192, 510)):
             x = torch.zeros(1, channels, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            weights = torch.zeros(2 * hidden, channels, 1, 1), torch.zeros(2 * hidden, 1, 3, 3), torch.zeros(channels, hidden, 1, 1)
-            arguments = x, torch.zeros(channels), torch.zeros(channels), *weights, 1e-6
+            sizes = (channels,), (channels,), (2 * hidden, channels, 1, 1), (2 * hidden, 1, 3, 3), (channels, hidden, 1, 1)
+            arguments = x, *map(torch.zeros, sizes), 1e-6
             yield "forward", arguments
             if channels == 48:
                 yield "backward", (x, *arguments)
