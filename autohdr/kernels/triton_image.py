@@ -43,10 +43,19 @@ def dot(a, b, sums):
 
 
 @triton.jit
-def load_tap(image, offset, there, y, x, i, j, height, width, channels):
-    """The neighbours (i, j) of the pixels whose elements lie at image + offset; zeros outside the image, or where not there."""
-    there = there & ((y + i >= 0) & (y + i < height) & (x + j >= 0) & (x + j < width))[:, None]
-    return tl.load(image + (i * width.to(tl.int64) + j) * channels + offset, mask=there, other=0.0).to(tl.float32)
+def row_at(image, there, y, i, height, width, channels):
+    """The pixels i rows further down: where their elements are, and which of those that are `there` are in the image."""
+    return image + i * width.to(tl.int64) * channels, there & ((y + i >= 0) & (y + i < height))[:, None]
+
+
+@triton.jit
+def load_tap(row, offset, there, x, J: tl.constexpr, width, channels):
+    """The elements at row + offset of the pixels J further right, float32; zeros where not there and outside the image."""
+    if J == -1:
+        there &= (x > 0)[:, None]
+    elif J == 1:
+        there &= (x < width - 1)[:, None]
+    return tl.load(row + J * channels + offset, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -58,9 +67,10 @@ def convolve(image, taps, begin, pixels, channel, has, first, height, width, cha
     offset = tl.arange(0, SIZE)[:, None] * channels + channel[None, :]
     total = tl.zeros(there.shape, tl.float32)
     for i in range(3):  # not unrolled: the loads of nine taps at once would not fit the registers
+        row, in_row = row_at(image, there, y, i - 1, height, width, channels)
         for j in tl.static_range(3):
             tap = tl.load(taps + (i * 3 + j) * channels + channel, mask=has, other=0.0)
-            total += load_tap(image, offset, there, y, x, i - 1, j - 1, height, width, channels) * tap[None, :]
+            total += load_tap(row, offset, in_row, x, j - 1, width, channels) * tap[None, :]
     return total
 
 
@@ -148,7 +158,7 @@ def multiply(
     w,  # [images or 1][heads][n][w_row]
     added,  # [images][pixels][added_pixel]
     added_taps,  # [9][added_pixel], of ADDED "conv" and "gate"
-    scale,  # [images][heads][n], of ADDED "conv"
+    scale,  # [images][heads][2][n], of ADDED "conv"
     out,  # [images][pixels][out_pixel]
     gated,  # [images][pixels][n], of ADDED "gate"
     pixels,
@@ -176,8 +186,8 @@ def multiply(
 ):
     """out[p][n] = Σ_k operand(a)[p][k] w[n][k], and what is ADDED, for every image and head. A program owns BM pixels × BN.
 
-    ADDED: "none", "plain", "conv" (scale times added's convolution), or "gate": the sum is the gradient of the gate of added's
-    convolution; out gets the gradient of the convolution, gated the gate's value.
+    ADDED: "none", "plain", "conv" (the sum and added's convolution, each times a scale), or "gate": the sum is the gradient of
+    the gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
     """
     dtype: tl.constexpr = w.dtype.element_ty
     image, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
@@ -225,9 +235,10 @@ def multiply(
     if ADDED == "plain":
         sums += tl.load(added + row * added_pixel + column[None, :], mask=there, other=0.0).to(tl.float32)
     elif ADDED == "conv":
-        factors = tl.load(scale + (image * heads + head) * n + column, mask=wanted, other=0.0)
+        scale += (image * heads + head) * 2 * n + column
+        own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
-        sums += factors[None, :] * value
+        sums = sums * own[None, :] + value * of_added[None, :]
     elif ADDED == "gate":
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
         gate = convolve(added + part, added_taps + part, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
@@ -349,16 +360,18 @@ def multiply_outer(
     there = has_row[:, None] & has_column[None, :]
     tl.store(at, total + tl.load(at, mask=there, other=0.0), mask=there)
     if SQUARES:
-        of_a, of_b = a_squares + slot * squares_slot + matrix * m + row, b_squares + slot * squares_slot + matrix * n + column
-        own_a, own_b = has_row & (tl.program_id(0) % tiles == 0), has_column & (tl.program_id(0) < tiles)
-        tl.store(of_a, a_total + tl.load(of_a, mask=own_a, other=0.0), mask=own_a)
-        tl.store(of_b, b_total + tl.load(of_b, mask=own_b, other=0.0), mask=own_b)
+        if tl.program_id(0) % tiles == 0:
+            at = a_squares + slot * squares_slot + matrix * m + row
+            tl.store(at, a_total + tl.load(at, mask=has_row, other=0.0), mask=has_row)
+        if tl.program_id(0) < tiles:
+            at = b_squares + slot * squares_slot + matrix * n + column
+            tl.store(at, b_total + tl.load(at, mask=has_column, other=0.0), mask=has_column)
 
 
 @triton.jit
-def _tap(T: tl.constexpr, d, taps, value, result, sums, offset, y, x, there, channel, has, height, width, channels):
-    """The share of d that tap T leads back to a pixel: added to the pixel's gradient, and to the tap's."""
-    g = load_tap(d, offset, there, y, x, 1 - T // 3, 1 - T % 3, height, width, channels)
+def _tap(T: tl.constexpr, row, taps, value, result, sums, offset, x, there, channel, has, width, channels):
+    """What tap T leads back to a pixel from a row of the convolution's gradient: added to the pixel's gradient, and the tap's."""
+    g = load_tap(row, offset, there, x, 1 - T % 3, width, channels)
     return result + g * tl.load(taps + T * channels + channel, mask=has, other=0.0)[None, :], sums + g * value
 
 
@@ -394,15 +407,18 @@ def convolve_backward(
         y, x, there = first + pixel // width, pixel % width, (pixel < pixels)[:, None] & has[None, :]
         v = tl.load(hidden + image * hidden_image + base + at, mask=there, other=0.0).to(tl.float32)
         g, r = d + image * d_image + base, tl.zeros([BP, BC], tl.float32)
-        r, s0 = _tap(0, g, taps, v, r, s0, at, y, x, there, channel, has, height, width, channels)
-        r, s1 = _tap(1, g, taps, v, r, s1, at, y, x, there, channel, has, height, width, channels)
-        r, s2 = _tap(2, g, taps, v, r, s2, at, y, x, there, channel, has, height, width, channels)
-        r, s3 = _tap(3, g, taps, v, r, s3, at, y, x, there, channel, has, height, width, channels)
-        r, s4 = _tap(4, g, taps, v, r, s4, at, y, x, there, channel, has, height, width, channels)
-        r, s5 = _tap(5, g, taps, v, r, s5, at, y, x, there, channel, has, height, width, channels)
-        r, s6 = _tap(6, g, taps, v, r, s6, at, y, x, there, channel, has, height, width, channels)
-        r, s7 = _tap(7, g, taps, v, r, s7, at, y, x, there, channel, has, height, width, channels)
-        r, s8 = _tap(8, g, taps, v, r, s8, at, y, x, there, channel, has, height, width, channels)
+        row, ok = row_at(g, there, y, 1, height, width, channels)
+        r, s0 = _tap(0, row, taps, v, r, s0, at, x, ok, channel, has, width, channels)
+        r, s1 = _tap(1, row, taps, v, r, s1, at, x, ok, channel, has, width, channels)
+        r, s2 = _tap(2, row, taps, v, r, s2, at, x, ok, channel, has, width, channels)
+        row, ok = row_at(g, there, y, 0, height, width, channels)
+        r, s3 = _tap(3, row, taps, v, r, s3, at, x, ok, channel, has, width, channels)
+        r, s4 = _tap(4, row, taps, v, r, s4, at, x, ok, channel, has, width, channels)
+        r, s5 = _tap(5, row, taps, v, r, s5, at, x, ok, channel, has, width, channels)
+        row, ok = row_at(g, there, y, -1, height, width, channels)
+        r, s6 = _tap(6, row, taps, v, r, s6, at, x, ok, channel, has, width, channels)
+        r, s7 = _tap(7, row, taps, v, r, s7, at, x, ok, channel, has, width, channels)
+        r, s8 = _tap(8, row, taps, v, r, s8, at, x, ok, channel, has, width, channels)
         tl.store(d_hidden + image * d_hidden_image + base + at, narrow(r, d_hidden.dtype.element_ty), mask=there)
     at = sums + tl.program_id(1).to(tl.int64) * 9 * channels + channel
     _add(at, s0, has)
@@ -689,8 +705,8 @@ class Head:
         self.taps = F.pad(dwconv.view(groups, self.size, 9), (0, 0, 0, pad)).view(self.channels, 9).T.contiguous()
 
     def unpad(self, values: Tensor) -> Tensor:
-        """Of [channels, ...] those that are not padding."""
-        return values.unflatten(0, (self.groups, self.padded))[:, : self.size].flatten(0, 1)
+        """Of [channels, ...] those that are not padding, contiguous."""
+        return values.unflatten(0, (self.groups, self.padded))[:, : self.size].flatten(0, 1).contiguous()
 
     def expand(self, x: View, hidden: View, stats: View) -> Norm:
         """hidden of x, and what the norm of x needs; stats has two channels."""
@@ -781,8 +797,8 @@ class HeadBackward:
         """The gradients of norm_weight, norm_bias, weight and dwconv."""
         d_norm = add_up(self.d_norm)
         d_norm_bias = d_norm[1] if self.head.norm.bias is not None else d_norm.new_empty(0)
-        d_weight = self.head.unpad(add_up(self.d_weight)[0]).reshape(weight.shape)
-        return d_norm[0].clone(), d_norm_bias.clone(), d_weight, self.head.unpad(add_up(self.d_taps).T).reshape(dwconv.shape)
+        d_weight = self.head.unpad(add_up(self.d_weight)[0]).view_as(weight)
+        return d_norm[0].clone(), d_norm_bias.clone(), d_weight, self.head.unpad(add_up(self.d_taps).T).view_as(dwconv)
 
 
 def add_up(slots: Tensor) -> Tensor:
