@@ -155,7 +155,7 @@ def multiply(
     factor,
     norm_weight,
     norm_bias,
-    w,  # [images or 1][heads][n][w_row]
+    w,  # [images or 1][heads][n][w_row]; SPLIT: what its rounding left follows in every row
     added,  # [images][pixels][added_pixel]
     added_taps,  # [9][added_pixel], of ADDED "conv" and "gate"
     scale,  # [images][heads][2][n], of ADDED "conv"
@@ -180,6 +180,7 @@ def multiply(
     KIND: tl.constexpr,
     ADDED: tl.constexpr,
     BIASED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -222,8 +223,10 @@ def multiply(
             BIASED,
             BM,
         )
-        right = tl.load(w + column[None, :] * w_row + channel[:, None], mask=has[:, None] & wanted[None, :], other=0.0)
-        sums = dot(left, right, sums)
+        at, there = w + column[None, :] * w_row + channel[:, None], has[:, None] & wanted[None, :]
+        sums = dot(left, tl.load(at, mask=there, other=0.0), sums)
+        if SPLIT:
+            sums = dot(left, tl.load(at + k, mask=there, other=0.0), sums)
 
     pixel = begin + tl.arange(0, BM)
     there, row = (pixel < pixels)[:, None] & wanted[None, :], pixel.to(tl.int64)[:, None]
@@ -238,6 +241,7 @@ def multiply(
         scale += (image * heads + head) * 2 * n + column
         own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
+        value = narrow(value, dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
         sums = sums * own[None, :] + value * of_added[None, :]
     elif ADDED == "gate":
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
@@ -578,6 +582,7 @@ def product(
     add: str = "none",
     added_taps: Tensor | None = None,
     scale: Tensor | None = None,
+    split: bool = False,
     gated: View | None = None,
 ) -> None:
     """Launches multiply. a, added, out and gated begin at the same row; w [images or 1, heads, n, at least k]."""
@@ -616,6 +621,7 @@ def product(
         KIND=kind,
         ADDED=add,
         BIASED=norm is not None and norm.bias is not None,
+        SPLIT=split,
         BM=bm,
         BN=bn,
         BK=_tile(k, 32),

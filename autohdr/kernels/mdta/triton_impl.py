@@ -143,7 +143,7 @@ def backward(
         norm = head.expand(from_.at(far, images), hidden, stats_memory.view(images, far))
         q, k = hidden.at(near).channels(0, part), hidden.at(near).channels(part, 2 * part)
         dq, dk, dv = (d.channels(i * part, (i + 1) * part) for i in range(3))
-        conv = {"kind": "conv", "add": "conv"}
+        conv = {"kind": "conv", "add": "conv", "split": True}
         product(k, to_q[images], dq, **conv, taps=k_taps, added=q, added_taps=q_taps, scale=q_scale[images])
         product(q, to_k[images], dk, **conv, taps=q_taps, added=k, added_taps=k_taps, scale=k_scale[images])
         product(back.at(near, images), to_v[images], dv)
@@ -177,10 +177,12 @@ def _combined_grad(x: View, dy: View, *parameters) -> Tensor:
 
 
 def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """matrix [..., n, k] in dtype, its rows' largest elements made 1, for float16's sake, and [..., 2, n]: what the rows'
-    products are to be multiplied by, and `scale`."""
+    """matrix [..., n, k] in dtype, its rows' largest elements made 1 for float16's sake, and what rounding left; and [..., 2, n]:
+    what the rows' products are to be multiplied by, and `scale`. The product and q or k times that nearly cancel."""
     top = matrix.abs().amax(-1).clamp_min(1e-30)
-    return (matrix / top[..., None]).to(dtype).contiguous(), torch.stack([top, scale], 2).float()
+    matrix = matrix / top[..., None]
+    rounded = matrix.to(dtype)
+    return torch.cat([rounded, (matrix - rounded).to(dtype)], -1), torch.stack([top, scale], 2).float()
 
 
 class _Attention:
