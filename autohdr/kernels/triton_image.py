@@ -20,7 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Bytes of a step's buffers: within the second-level cache of the larger GPUs forward, and in few steps backward. The interpreter
 # takes several steps of its small images.
-FORWARD_BUDGET, BACKWARD_BUDGET = (64 << 10, 256 << 10) if INTERPRETED else (32 << 20, 96 << 20)
+FORWARD_BUDGET, BACKWARD_BUDGET = (64 << 10, 448 << 10) if INTERPRETED else (32 << 20, 96 << 20)
 _VARYING = ["pixels", "images", "height", "width", "first"]  # not worth a compilation for every kind of number
 
 
@@ -364,12 +364,12 @@ def multiply_outer(
     there = has_row[:, None] & has_column[None, :]
     tl.store(at, total + tl.load(at, mask=there, other=0.0), mask=there)
     if SQUARES:
+        of_a = a_squares + slot * squares_slot + matrix * m + row
+        of_b = b_squares + slot * squares_slot + matrix * n + column
         if tl.program_id(0) % tiles == 0:
-            at = a_squares + slot * squares_slot + matrix * m + row
-            tl.store(at, a_total + tl.load(at, mask=has_row, other=0.0), mask=has_row)
+            tl.store(of_a, a_total + tl.load(of_a, mask=has_row, other=0.0), mask=has_row)
         if tl.program_id(0) < tiles:
-            at = b_squares + slot * squares_slot + matrix * n + column
-            tl.store(at, b_total + tl.load(at, mask=has_column, other=0.0), mask=has_column)
+            tl.store(of_b, b_total + tl.load(of_b, mask=has_column, other=0.0), mask=has_column)
 
 
 @triton.jit
@@ -589,8 +589,9 @@ def product(
     (images, _, width, _), (_, heads, n, _), pixels = a.data.shape, w.shape, a.pixels
     k = a.data.shape[3] // (2 * heads if kind == "gate" else heads)
     conv, wide = kind in ("conv", "gate"), a.data.element_size() == 4
-    bm = 64 if conv or wide or add in ("conv", "gate") else 128
-    bn = _tile(n, 64 if add == "gate" else 256 if conv and not wide else 128)
+    bn, bk = _tile(n, 64 if add == "gate" else 256 if conv and not wide else 128), _tile(k, 32)
+    area = 4096 if conv or wide or add in ("conv", "gate") else 16384
+    bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
     shift, factor = (None, None) if norm is None else norm.stats
     multiply[triton.cdiv(pixels, bm), triton.cdiv(n, bn), images * heads](
         a.data,
@@ -624,8 +625,8 @@ def product(
         SPLIT=split,
         BM=bm,
         BN=bn,
-        BK=_tile(k, 32),
-        num_warps=8 if bm * bn > (4096 if wide else 8192) or add == "gate" else 4,
+        BK=bk,
+        num_warps=8 if bm * bn > (4096 if wide else 8192) or add in ("conv", "gate") else 4,
         num_stages=1 if conv else 3,
     )
 
@@ -653,7 +654,9 @@ def outer(
     images, _, width, _ = a.data.shape
     slots, matrices, m, n = sums.shape
     conv = "conv" in kinds
-    bm, bn = (_tile(size, 128 if conv else 64) for size in (m, n))
+    # A convolution is computed again for every tile of the other operand.
+    bm, bn = _tile(m, 128 if kinds == ("plain", "conv") else 64), _tile(n, 64)
+    bp = min(max((2048 if conv or a.data.element_size() == 4 else 4096) // max(bm, bn), 32), 128)
     shift, factor = (None, None) if norm is None else norm.stats
     a_squares, b_squares = squares or (None, None)
     multiply_outer[triton.cdiv(m, bm) * triton.cdiv(n, bn), matrices, slots](
@@ -685,10 +688,10 @@ def outer(
         B=kinds[1],
         BIASED=norm is not None and norm.bias is not None,
         SQUARES=squares is not None,
-        BP=32 if conv else 64,
+        BP=bp,
         BM=bm,
         BN=bn,
-        num_warps=8 if bm * bn > 8192 else 4,
+        num_warps=8 if conv else 4,
         num_stages=1 if conv else 3,
     )
 
@@ -746,11 +749,11 @@ class HeadBackward:
 
         self.d_weight = zeros(slots_of(head.channels, channels, 1, pixels), 1, head.channels, channels)
         self.tap_tile = _tile(head.channels, 64)
-        self.tap_pixels = 1024 // self.tap_tile
-        slots = min(max(131072 // head.channels, 32), 512, triton.cdiv(pixels, self.tap_pixels))
+        self.tap_pixels = 2048 // self.tap_tile
+        slots = min(max(131072 // head.channels, 32), 512, triton.cdiv(pixels, 4 * self.tap_pixels))
         self.d_taps = zeros(slots, 9, head.channels)
         self.norm_pixels = max(1024 // triton.next_power_of_2(channels), 1)
-        self.d_norm = zeros(min(512, triton.cdiv(pixels, self.norm_pixels)), 2, channels)
+        self.d_norm = zeros(min(512, triton.cdiv(pixels, 4 * self.norm_pixels)), 2, channels)
 
     def step(self, x: View, dy: View, dx: View, hidden: View, d: View, norm: Norm, images: slice) -> None:
         """dx of its rows, and the sums. hidden reaches two rows further, d one; norm is of hidden's rows."""
@@ -776,6 +779,7 @@ class HeadBackward:
             d_hidden.strides[0],
             BP=self.tap_pixels,
             BC=self.tap_tile,
+            num_warps=8,
         )
         outer(d_hidden, x, self.d_weight, kinds=("plain", "norm"), norm=norm)
         product(d_hidden, self.transposed, d_normal)
