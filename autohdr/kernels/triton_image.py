@@ -25,16 +25,6 @@ _VARYING = ["pixels", "images", "height", "width", "first"]  # not worth a compi
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """float32 x in dtype, to the nearest; the interpreter's own cast to bfloat16 cuts."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
 def dot(a, b, sums):
     """sums + a·b. float32 goes through the tensor cores as three products, which reach its precision but for two bits."""
     if INTERPRETED:  # it would multiply bfloat16's bits as integers
@@ -130,7 +120,7 @@ def operand(
         if KIND == "gate":
             gate = convolve(a + part, taps + part, begin, pixels, channel, has, first, height, width, channels, SIZE)
             value *= normal_cdf(value) * gate
-        return narrow(value, dtype)
+        return value.to(dtype)
     else:
         pixel = begin + tl.arange(0, SIZE)
         inside = pixel < pixels
@@ -143,7 +133,7 @@ def operand(
             value = (value.to(tl.float32) - mean[:, None]) * scale[:, None] * weight[None, :]
             if BIASED:
                 value += tl.load(norm_bias + channel, mask=has, other=0.0)[None, :]
-            value = narrow(value, dtype)
+            value = value.to(dtype)
         return value
 
 
@@ -241,16 +231,16 @@ def multiply(
         scale += (image * heads + head) * 2 * n + column
         own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
-        value = narrow(value, dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
+        value = value.to(dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
         sums = sums * own[None, :] + value * of_added[None, :]
     elif ADDED == "gate":
         value = convolve(added, added_taps, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
         gate = convolve(added + part, added_taps + part, begin, pixels, column, wanted, first, height, width, added_pixel, BM)
         cdf = normal_cdf(value)
-        tl.store(gated + (image * pixels + row) * n + column[None, :], narrow(value * cdf * gate, dtype), mask=there)
-        tl.store(out + part, narrow(sums * value * cdf, dtype), mask=there)
+        tl.store(gated + (image * pixels + row) * n + column[None, :], value * cdf * gate, mask=there)
+        tl.store(out + part, sums * value * cdf, mask=there)
         sums *= gate * (cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327)
-    tl.store(out, narrow(sums, out.dtype.element_ty), mask=there)
+    tl.store(out, sums, mask=there)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -423,7 +413,7 @@ def convolve_backward(
         r, s6 = _tap(6, row, taps, v, r, s6, at, x, ok, channel, has, width, channels)
         r, s7 = _tap(7, row, taps, v, r, s7, at, x, ok, channel, has, width, channels)
         r, s8 = _tap(8, row, taps, v, r, s8, at, x, ok, channel, has, width, channels)
-        tl.store(d_hidden + image * d_hidden_image + base + at, narrow(r, d_hidden.dtype.element_ty), mask=there)
+        tl.store(d_hidden + image * d_hidden_image + base + at, r, mask=there)
     at = sums + tl.program_id(1).to(tl.int64) * 9 * channels + channel
     _add(at, s0, has)
     _add(at + channels, s1, has)
@@ -482,7 +472,7 @@ def norm_backward(
         if BIASED:
             result -= (tl.sum(g, 1) / channels)[:, None]
         result = tl.load(dy + image * dy_image + at, mask=there, other=0.0).to(tl.float32) + factor * result
-        tl.store(dx + image * dx_image + at, narrow(result, dx.dtype.element_ty), mask=there)
+        tl.store(dx + image * dx_image + at, result, mask=there)
         d_weight += d * normal
         d_bias += d
     at = sums + tl.program_id(0).to(tl.int64) * 2 * channels + channel
