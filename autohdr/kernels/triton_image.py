@@ -579,7 +579,8 @@ def product(
     (images, _, width, _), (_, heads, n, _), pixels = a.data.shape, w.shape, a.pixels
     k = a.data.shape[3] // (2 * heads if kind == "gate" else heads)
     conv, wide = kind in ("conv", "gate"), a.data.element_size() == 4
-    bn, bk = _tile(n, 64 if add == "gate" else 256 if conv and not wide else 128), _tile(k, 32)
+    narrow = add == "gate" or wide and add == "conv"  # more would not fit the registers
+    bn, bk = _tile(n, 64 if narrow else 256 if conv and not wide else 128), _tile(k, 32)
     area = 4096 if conv or wide or add in ("conv", "gate") else 16384
     bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
     shift, factor = (None, None) if norm is None else norm.stats
