@@ -349,7 +349,7 @@ def multiply_outer(
                 a_total += tl.sum(left * left, 0)
                 b_total += tl.sum(right * right, 0)
         total += part
-    matrix = tl.program_id(1).to(tl.int64)
+    matrix, slot = tl.program_id(1).to(tl.int64), slot.to(tl.int64)
     at = sums + slot * sums_slot + (matrix * m + row[:, None]) * n + column[None, :]
     there = has_row[:, None] & has_column[None, :]
     tl.store(at, total + tl.load(at, mask=there, other=0.0), mask=there)
@@ -695,8 +695,8 @@ class Head:
         self, x: View, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, dwconv: Tensor, groups: int, eps: float
     ):
         self.norm, self.groups, self.eps = Norm(norm_weight, norm_bias, None), groups, eps
-        self.rows, channels = weight.shape[:2]
-        self.size = self.rows // groups  # of a group
+        channels = weight.shape[1]
+        self.size = weight.shape[0] // groups  # of a group
         self.padded = round_up(self.size)
         self.channels = groups * self.padded
         pad = self.padded - self.size
@@ -725,8 +725,6 @@ class Head:
 
 class HeadBackward:
     """The backward pass of a head, step by step, given the gradient of its convolution."""
-
-    BYTES_A_CHANNEL = 4  # of d_normal
 
     def __init__(self, head: Head, steps: Steps):
         self.head, channels, dtype = head, steps.x.data.shape[3], steps.x.data.dtype
