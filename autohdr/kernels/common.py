@@ -1,6 +1,7 @@
 """What the ops share: their definition, autocast, and the image ops' argument checks and layer norm."""
 
 import importlib
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)  # of every op
+_passes: dict[str, list[str]] = defaultdict(list)
 
 
 def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -103,12 +105,21 @@ def define_op(
     register_triton(op, "cuda")
 
 
+def define_pass(op: str, name: str, schema: str, fake: Callable) -> None:
+    """Defines autohdr::<op>_<name> and autohdr::<op>_<name>_triton, a part of an op without gradients; before the op itself."""
+    _passes[op].append(name)
+    for full in (f"{op}_{name}", f"{op}_{name}_triton"):
+        torch.library.define(f"autohdr::{full}", schema, tags=TAGS)
+        torch.library.register_fake(f"autohdr::{full}", fake)
+
+
 def register_triton(op: str, device_type: str) -> None:
     """Makes the functions ``forward`` and ``backward`` of autohdr/kernels/<op>/triton_impl.py, which take the ops' arguments, the
-    kernels of autohdr::<op>_triton and its backward op. They run on their first argument's device. The module is imported by the
-    first call: Triton is optional."""
+    kernels of autohdr::<op>_triton and its backward op; those that have a pass's name are the pass's. They run on their first
+    argument's device. The module is imported by the first call: Triton is optional."""
+    passes = [(f"{op}_{name}_triton", name) for name in _passes[op]]
 
-    for name, function in ((f"{op}_triton", "forward"), (f"{op}_triton_backward", "backward")):
+    for name, function in ((f"{op}_triton", "forward"), (f"{op}_triton_backward", "backward"), *passes):
 
         def run(*args, function=function):
             with torch.cuda.device_of(args[0]):

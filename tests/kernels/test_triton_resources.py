@@ -30,9 +30,34 @@ def selective_scan_calls():
         yield "backward", (u, A[None], *inputs, states, True, channel_last, channel_last)
 
 
+def _image_arguments(channels, dtype, *sizes):
+    x = torch.zeros(1, channels, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x, *map(torch.zeros, ((channels,), (channels,), *sizes))
+
+
+def gdfn_calls():
+    """Products as wide as the widest tile and narrower ones."""
+    for channels, hidden, dtype in ((48, 127, torch.bfloat16), (192, 510, torch.bfloat16), (48, 127, torch.float32)):
+        sizes = (2 * hidden, channels, 1, 1), (2 * hidden, 1, 3, 3), (channels, hidden, 1, 1)
+        arguments = *_image_arguments(channels, dtype, *sizes), 1e-6
+        yield "forward", arguments
+        if channels == 48:
+            yield "backward", (arguments[0], *arguments)
+
+
+def mdta_calls():
+    """Heads of 48 and of 96 channels, and products of both widths."""
+    for channels, heads, dtype in ((48, 1, torch.bfloat16), (192, 2, torch.bfloat16), (192, 2, torch.float32)):
+        sizes = (3 * channels, channels, 1, 1), (3 * channels, 1, 3, 3), (heads, 1, 1), (channels, channels, 1, 1)
+        arguments = _image_arguments(channels, dtype, *sizes)
+        gram, norm = torch.ones(1, heads, channels // heads, channels // heads), torch.ones(1, channels)
+        yield "forward", (*arguments, heads, 1e-6)
+        yield "backward", (arguments[0], *arguments, gram, norm, norm, heads, 1e-6)
+
+
 # For each op, calls of its triton_impl as (function, arguments), which between them launch each of its kernels in each of its
 # configurations. Shapes may be small: nothing is computed.
-CALLS = {"selective_scan": selective_scan_calls}
+CALLS = {"selective_scan": selective_scan_calls, "gdfn": gdfn_calls, "mdta": mdta_calls}
 
 
 def causal_conv1d_calls():

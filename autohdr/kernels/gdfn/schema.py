@@ -1,4 +1,4 @@
-"""The op autohdr::gdfn: schema, fake kernels, autograd. C++ registers its kernels."""
+"""The op autohdr::gdfn: schema, fake kernels, autograd. C++ registers its kernels, triton_impl.py has Triton's."""
 
 import torch
 

@@ -1,28 +1,18 @@
-"""The op autohdr::mdta: schema, fake kernels, autograd. C++ registers its kernels."""
+"""The op autohdr::mdta: schema, fake kernels, autograd. C++ registers its kernels, triton_impl.py has Triton's."""
 
 import torch
 
-from autohdr.kernels.common import TAGS, define_op
+from autohdr.kernels.common import define_op, define_pass
 
 _PARAMETERS = (
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor dwconv_weight, Tensor temperature,"
     " Tensor project_out_weight"
 )
-# The op's two passes, for images that are worked on in strips of rows; without gradients.
-torch.library.define(
-    "autohdr::mdta_statistics",
-    f"({_PARAMETERS}, int num_heads, float eps, int first, int end) -> (Tensor gram, Tensor q_square, Tensor k_square)",
-    tags=TAGS,
-)
-torch.library.define(
-    "autohdr::mdta_apply",
-    f"({_PARAMETERS}, Tensor gram, Tensor q_norm, Tensor k_norm, int num_heads, float eps) -> Tensor",
-    tags=TAGS,
-)
 
 
-@torch.library.register_fake("autohdr::mdta_statistics")
-def _(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight, num_heads, eps, first, end):
+def _fake_statistics(
+    x, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight, num_heads, eps, first, end
+):
     batch, channels = x.shape[:2]
     size = channels // num_heads
     gram = x.new_empty((batch, num_heads, size, size), dtype=torch.float64)
@@ -30,8 +20,7 @@ def _(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project
     return gram, square, torch.empty_like(square)
 
 
-@torch.library.register_fake("autohdr::mdta_apply")
-def _(x, *rest):
+def _fake_apply(x, *rest):
     return torch.empty_like(x)
 
 
@@ -79,6 +68,19 @@ def _flops_backward(dy_shape, x_shape, *rest, out_shape=None, **kwargs) -> int:
     return 4 * _multiplications(x_shape, rest[9])
 
 
+# For images that are worked on in strips of rows.
+define_pass(
+    "mdta",
+    "statistics",
+    f"({_PARAMETERS}, int num_heads, float eps, int first, int end) -> (Tensor gram, Tensor q_square, Tensor k_square)",
+    _fake_statistics,
+)
+define_pass(
+    "mdta",
+    "apply",
+    f"({_PARAMETERS}, Tensor gram, Tensor q_norm, Tensor k_norm, int num_heads, float eps) -> Tensor",
+    _fake_apply,
+)
 define_op(
     "mdta",
     f"({_PARAMETERS}, int num_heads, float eps) -> (Tensor y, Tensor gram, Tensor q_norm, Tensor k_norm)",

@@ -1,0 +1,82 @@
+"""gdfn in Triton; what it shares with mdta is in autohdr/kernels/triton_image.py.
+
+Forward, a step: norm statistics, 1×1 (hidden), and 3×3, gate, 1×1 and residual in one. Backward, a step: hidden again, the 3×3
+and the gradients of the gate's operands in one (d, and the gated values for project_out's gradient), the head's backward pass.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autohdr.kernels.triton_image import (
+    BACKWARD_BUDGET,
+    FORWARD_BUDGET,
+    Buffer,
+    Head,
+    HeadBackward,
+    Steps,
+    View,
+    add_up,
+    outer,
+    product,
+    round_up,
+    slots_of,
+)
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+    eps: float,
+) -> Tensor:
+    y = torch.empty_like(x)
+    from_, to = View.of(x), View.of(y)
+    head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
+    weight = F.pad(project_out_weight[:, :, 0, 0], (0, head.padded - head.size)).to(x.dtype)[None, None]
+    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    for images, rows in steps:
+        near = steps.around(rows, 1)
+        hidden = hidden_memory.view(images, near)
+        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        here = from_.at(rows, images)
+        product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=head.taps, added=here, add="plain")
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x)
+    from_, back, to = View.of(x), View.of(dy), View.of(dx)
+    head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
+    channels, hidden_size = project_out_weight.shape[:2]
+    transposed = project_out_weight[:, :, 0, 0].T
+    transposed = F.pad(transposed, (0, round_up(channels) - channels, 0, head.padded - hidden_size)).to(x.dtype)[None, None]
+    steps = Steps(from_, (3 * head.channels + head.padded) * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET)
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 2, x.dtype), Buffer(steps, 2, 2, torch.float32)
+    d_memory, gated_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, head.padded, 1, x.dtype)
+    head_backward = HeadBackward(head, steps)
+    slots = slots_of(channels, hidden_size, 1, steps.images * steps.rows * x.shape[3])
+    d_project_out = torch.zeros((slots, 1, channels, hidden_size), dtype=torch.float32, device=x.device)
+    for images, rows in steps:
+        near, far = steps.around(rows, 1), steps.around(rows, 2)
+        hidden, d, gated = hidden_memory.view(images, far), d_memory.view(images, near), gated_memory.view(images, near)
+        norm = head.expand(from_.at(far, images), hidden, stats_memory.view(images, far))
+        product(back.at(near, images), transposed, d, add="gate", added=hidden.at(near), added_taps=head.taps, gated=gated)
+        here = back.at(rows, images)
+        outer(here, gated.at(rows), d_project_out)
+        head_backward.step(from_.at(rows, images), here, to.at(rows, images), hidden, d, norm, images)
+    gradients = head_backward.finish(project_in_weight, dwconv_weight)
+    return dx, *gradients, add_up(d_project_out)[0].view_as(project_out_weight)

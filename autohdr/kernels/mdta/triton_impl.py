@@ -1,0 +1,211 @@
+"""mdta in Triton; what it shares with gdfn is in autohdr/kernels/triton_image.py.
+
+Forward, two passes over the image, a step at a time: norm statistics, 1×1 to q and k, and 3×3 and Gram matrix in one; norm
+statistics, 1×1 to v, and 3×3, project_out · attention (one matrix an image) and residual in one. Backward: a pass for the
+gradient of that matrix, which needs v alone, some small matrices in double, and a pass for everything else, which needs q and k.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autohdr.kernels.triton_image import (
+    BACKWARD_BUDGET,
+    FORWARD_BUDGET,
+    Buffer,
+    Head,
+    HeadBackward,
+    Steps,
+    View,
+    outer,
+    product,
+    round_up,
+    slots_of,
+)
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight
+    gram, q_square, k_square = statistics(x, *parameters, num_heads, eps, 0, x.shape[2])
+    small = gram.float(), q_square.sqrt().float(), k_square.sqrt().float()
+    return apply(x, *parameters, *small, num_heads, eps), *small
+
+
+def statistics(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    num_heads: int,
+    eps: float,
+    first: int,
+    end: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, _, width = x.shape
+    from_ = View.of(x)
+    head = Head(from_, norm_weight, norm_bias, qkv_weight[: 2 * channels], dwconv_weight[: 2 * channels], 2 * num_heads, eps)
+    part = num_heads * head.padded
+    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET, num_heads, range(first, end))
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    slots = slots_of(head.padded, head.padded, steps.images * num_heads, steps.rows * width)
+    gram = torch.zeros((slots, batch * num_heads, head.padded, head.padded), dtype=torch.float32, device=x.device)
+    squares = torch.zeros((2, slots, batch * num_heads, head.padded), dtype=torch.float32, device=x.device)
+    for images, rows in steps:
+        near, own = steps.around(rows, 1), slice(images.start * num_heads, images.stop * num_heads)
+        hidden = hidden_memory.view(images, near)
+        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        q, k = hidden.at(rows).channels(0, part), hidden.at(rows).channels(part, 2 * part)
+        taps = head.taps, head.taps[:, part:]
+        outer(q, k, gram[:, own], kinds=("conv", "conv"), taps=taps, heads=num_heads, squares=tuple(squares[:, :, own]))
+    gram = gram.sum(0, dtype=torch.float64).view(batch, num_heads, head.padded, head.padded)[..., : head.size, : head.size]
+    squares = squares.sum(1, dtype=torch.float64)[..., : head.size].reshape(2, batch, channels)
+    return gram.contiguous(), squares[0], squares[1].clone()
+
+
+def apply(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    gram: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    y = torch.empty_like(x)
+    from_, to = View.of(x), View.of(y)
+    head = _value_head(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
+    small = _Attention(gram, q_norm, k_norm, temperature, project_out_weight)
+    combined = F.pad(small.combined, (0, head.padded - head.size)).flatten(2).to(x.dtype)[:, None]
+    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    for images, rows in steps:
+        near = steps.around(rows, 1)
+        hidden = hidden_memory.view(images, near)
+        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        here, there = from_.at(rows, images), to.at(rows, images)
+        product(hidden.at(rows), combined[images], there, kind="conv", taps=head.taps, added=here, add="plain")
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    gram: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x)
+    from_, back, to = View.of(x), View.of(dy), View.of(dx)
+    small = _Attention(gram, q_norm, k_norm, temperature, project_out_weight)
+    d_combined = _combined_grad(from_, back, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
+    d_gram, q_scale, k_scale, d_temperature, d_project_out = small.backward(d_combined)
+
+    head = Head(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, 3 * num_heads, eps)
+    pad, part, channels = head.padded - head.size, num_heads * head.padded, x.shape[1]
+    to_q, q_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)), F.pad(q_scale, (0, pad)), x.dtype)
+    to_k, k_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)).transpose(2, 3), F.pad(k_scale, (0, pad)), x.dtype)
+    to_v = F.pad(small.combined, (0, pad, 0, 0, 0, round_up(channels) - channels)).flatten(2).transpose(1, 2)
+    to_v = to_v.to(x.dtype).contiguous()[:, None]
+
+    steps = Steps(from_, 3 * head.channels * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET, num_heads)
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 2, x.dtype), Buffer(steps, 2, 2, torch.float32)
+    d_memory, head_backward = Buffer(steps, head.channels, 1, x.dtype), HeadBackward(head, steps)
+    q_taps, k_taps = head.taps, head.taps[:, part:]
+    for images, rows in steps:
+        near, far = steps.around(rows, 1), steps.around(rows, 2)
+        hidden, d = hidden_memory.view(images, far), d_memory.view(images, near)
+        norm = head.expand(from_.at(far, images), hidden, stats_memory.view(images, far))
+        q, k = hidden.at(near).channels(0, part), hidden.at(near).channels(part, 2 * part)
+        dq, dk, dv = (d.channels(i * part, (i + 1) * part) for i in range(3))
+        conv = {"kind": "conv", "add": "conv", "split": True}
+        product(k, to_q[images], dq, **conv, taps=k_taps, added=q, added_taps=q_taps, scale=q_scale[images])
+        product(q, to_k[images], dk, **conv, taps=q_taps, added=k, added_taps=k_taps, scale=k_scale[images])
+        product(back.at(near, images), to_v[images], dv)
+        head_backward.step(from_.at(rows, images), back.at(rows, images), to.at(rows, images), hidden, d, norm, images)
+    gradients = head_backward.finish(qkv_weight, dwconv_weight)
+    d_project_out = d_project_out.float().contiguous().view_as(project_out_weight)
+    return dx, *gradients, d_temperature.float().view_as(temperature), d_project_out
+
+
+def _value_head(
+    x: View, norm_weight: Tensor, norm_bias: Tensor | None, qkv_weight: Tensor, dwconv_weight: Tensor, num_heads: int, eps: float
+) -> Head:
+    """The head that makes v alone."""
+    two = 2 * x.data.shape[3]
+    return Head(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], num_heads, eps)
+
+
+def _combined_grad(x: View, dy: View, *parameters) -> Tensor:
+    """The gradient of every image's project_out · blockdiag(attention), Σ dy vᵀ: double [batch, channels, num_heads, size]."""
+    head, (batch, _, width, channels) = _value_head(x, *parameters), x.data.shape
+    steps = Steps(x, head.channels * x.data.element_size(), 1, FORWARD_BUDGET)
+    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.data.dtype), Buffer(steps, 2, 1, torch.float32)
+    slots = slots_of(channels, head.channels, steps.images, steps.rows * width)
+    sums = torch.zeros((slots, batch, channels, head.channels), dtype=torch.float32, device=x.data.device)
+    for images, rows in steps:
+        near = steps.around(rows, 1)
+        hidden = hidden_memory.view(images, near)
+        head.expand(x.at(near, images), hidden, stats_memory.view(images, near))
+        outer(dy.at(rows, images), hidden.at(rows), sums[:, images], kinds=("plain", "conv"), taps=(None, head.taps))
+    return sums.sum(0, dtype=torch.float64).unflatten(2, (head.groups, head.padded))[..., : head.size]
+
+
+def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """matrix [..., n, k] in dtype, its rows' largest elements made 1 for float16's sake, and what rounding left; and [..., 2, n]:
+    what the rows' products are to be multiplied by, and `scale`. The product and q or k times that nearly cancel."""
+    top = matrix.abs().amax(-1).clamp_min(1e-30)
+    matrix = matrix / top[..., None]
+    rounded = matrix.to(dtype)
+    return torch.cat([rounded, (matrix - rounded).to(dtype)], -1), torch.stack([top, scale], 2).float()
+
+
+class _Attention:
+    """The small matrices of every image, in double: they are few, and the gradient takes differences of nearly equal ones."""
+
+    def __init__(self, gram: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor, project_out_weight: Tensor):
+        heads = gram.shape[1]
+        self.q, self.k = (n.double().clamp_min(1e-12).unflatten(1, (heads, -1)) for n in (q_norm, k_norm))
+        self.temperature = temperature.double()
+        self.cosine = gram.double() / (self.q[..., :, None] * self.k[..., None, :])
+        self.attention = torch.softmax(self.cosine * self.temperature, -1)
+        self.project_out = project_out_weight[:, :, 0, 0].double().unflatten(1, (heads, -1))
+        self.combined = torch.einsum("ohi,bhij->bohj", self.project_out, self.attention)
+        """project_out · blockdiag(attention) [batch, channels, heads, size]"""
+
+    def backward(self, d_combined: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of gram, of q and k through their lengths as multiples of q and k [batch, heads, size], of temperature
+        and of project_out."""
+        d_project_out = torch.einsum("bohj,bhij->ohi", d_combined, self.attention)
+        d_attention = torch.einsum("bohj,ohi->bhij", d_combined, self.project_out)
+        d_score = self.attention * (d_attention - (d_attention * self.attention).sum(-1, keepdim=True))
+        d_cosine = d_score * self.temperature
+        through = d_cosine * self.cosine
+        d_gram = d_cosine / (self.q[..., :, None] * self.k[..., None, :])
+        q_scale, k_scale = -through.sum(3) / self.q.square(), -through.sum(2) / self.k.square()
+        return d_gram, q_scale, k_scale, (d_score * self.cosine).sum((0, 2, 3)), d_project_out
