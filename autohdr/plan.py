@@ -128,7 +128,8 @@ def plan(
         precision = "bfloat16" if precision == "float16" else precision  # of the same size, and the CPU's ops take it
     shape = (batch, 3, height, width)
     if max_memory is not None:
-        return _plan_strips(network, shape, precision, here, max_memory, timed)
+        held = resident_bytes(here) if here == device else 0
+        return _plan_strips(network, shape, precision, here, max_memory, held, timed)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device=here)
         parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
@@ -143,13 +144,14 @@ def plan(
     return Plan(sum(parts.values()), dict(parts), seconds)
 
 
-def _plan_strips(network: Restormer, shape: tuple[int, ...], precision: str, device, max_memory: int, timed: bool) -> Plan:
+def _plan_strips(network: Restormer, shape, precision: str, device, max_memory: int, held: int, timed: bool) -> Plan:
+    """held: what the process holds without the model."""
     weights = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     image = torch.empty(shape, device=device)  # nobody touches it: it takes no memory on a CPU
-    process, pixels = resident_bytes(device), image.numel() * image.element_size()
+    pixels = image.numel() * image.element_size()
     with _autocast(device, precision):
-        strips = tiling.make_plan(network, image, max_memory, process + weights + (pixels if device.type == "cpu" else 0))
-    peak = strips.peak_bytes - process
+        strips = tiling.make_plan(network, image, max_memory, held + weights + pixels)
+    peak = strips.peak_bytes - held
     parts = {PARAMETERS: weights, IMAGES: pixels, STRIPS: peak - weights - pixels}
     seconds = None
     if timed:

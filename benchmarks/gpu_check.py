@@ -73,7 +73,7 @@ class Check:
             command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "--durations=5"]
             output, faults = self.run(command, f"tests, {backend}", AUTOHDR_TEST_BACKEND=backend)
             print(f"   tests, {backend}: {(output.splitlines() or [''])[-1]}", flush=True)
-            return [f"{op}: {backend} cannot run: {reason}" for op, reason in missing(backend)] + faults
+            return faults
 
         with ThreadPoolExecutor() as pool:
             return sum(pool.map(run, BACKENDS), [])
@@ -119,9 +119,11 @@ def ops(backend: str) -> list[str]:
     return [op for op in kernels.OPS if kernels.backends(op)[backend] == "available"]
 
 
-def missing(backend: str) -> list[tuple[str, str]]:
+def missing() -> list[str]:
+    """What every part leaves out, which therefore counts as a failure of its own."""
     kernels = importlib.import_module("autohdr.kernels")
-    return [(op, reason) for op in kernels.OPS if (reason := kernels.backends(op)[backend]) != "available"]
+    reasons = {(op, backend): kernels.backends(op)[backend] for op in kernels.OPS for backend in BACKENDS}
+    return [f"{op}: {backend} cannot run: {why}" for (op, backend), why in reasons.items() if why != "available"]
 
 
 def sanitizer_faults(output: str, name: str) -> list[str]:
@@ -181,6 +183,10 @@ def main() -> int:
         return 0
     check, checks = Check(options.minutes), {}
 
+    def finish(name: str, begin: float, faults: list[str]) -> None:
+        checks[name] = {"passed": not faults, "seconds": round(time.monotonic() - begin, 1), "faults": faults}
+        print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
+
     def run_part(name: str) -> None:
         print(f"== {name}", flush=True)
         begin = time.monotonic()
@@ -188,13 +194,13 @@ def main() -> int:
             faults = getattr(check, name)() if begin < check.end else ["no time left"]
         except Exception as error:
             faults = [f"{type(error).__name__}: {error}"]
-        checks[name] = {"passed": not faults, "seconds": round(time.monotonic() - begin, 1), "faults": faults}
-        print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
+        finish(name, begin, faults)
 
     for stage in STAGES:
         with ThreadPoolExecutor() as pool:
             list(pool.map(run_part, [name for name in stage if name in options.only]))
 
+    finish("backends", time.monotonic(), missing())
     run, floors, tables = (importlib.import_module(module) for module in ("run", "floors", "tables"))
     gpu = floors.gpu_properties()
     results = run.describe(options.commit or run.commit(), check.rows, gpu)

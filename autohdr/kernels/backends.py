@@ -13,7 +13,7 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {  # of x, for each backend that an op has beside the reference
     "mdta": {"cpu": (torch.float32, torch.bfloat16)},
     "gdfn": {"cuda": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
-    "selective_scan": {"cuda": _HALVES, "cpu": _HALVES},
+    "selective_scan": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},
     "causal_conv1d": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},
 }
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # where a backend's tensors are

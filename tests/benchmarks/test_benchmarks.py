@@ -244,21 +244,25 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(floors, "gpu_properties", lambda: H200)
+    monkeypatch.setattr(gpu_check, "missing", lambda: [])
     for part, function in {"build": fail, "tests": lambda check: ["2 failed"], "bench": bench}.items():
         monkeypatch.setattr(gpu_check.Check, part, function)
     arguments = ["gpu_check.py", "--out", str(tmp_path / "h200.json"), "--commit", "1234567", "--only"]
     monkeypatch.setattr(sys, "argv", [*arguments, "bench", "tests", "build"])
     assert gpu_check.main() == 1
     results = json.loads((tmp_path / "h200.json").read_text())
-    assert list(results["checks"]) == ["build", "tests", "bench"] and results["commit"] == "1234567"
+    assert list(results["checks"]) == ["build", "tests", "bench", "backends"] and results["commit"] == "1234567"
     assert results["checks"]["build"]["faults"] == ["OSError: no such compiler"]
-    assert [part["passed"] for part in results["checks"].values()] == [False, False, True] and results["rows"] == [row()]
+    assert [part["passed"] for part in results["checks"].values()] == [False, False, True, True] and results["rows"] == [row()]
 
     monkeypatch.setattr(gpu_check.Check, "tests", lambda check: [])
     monkeypatch.setattr(sys, "argv", [*arguments, "tests"])
     assert gpu_check.main() == 0
     results = json.loads((tmp_path / "h200.json").read_text())
-    assert [part["passed"] for part in results["checks"].values()] == [False, True, True] and results["rows"] == [row()]
+    assert [part["passed"] for part in results["checks"].values()] == [False, True, True, True] and results["rows"] == [row()]
+
+    monkeypatch.setattr(gpu_check, "missing", lambda: ["mdta: cuda cannot run: no such kernel"])
+    assert gpu_check.main() == 1
 
     monkeypatch.setattr(sys, "argv", [*arguments, "tests", "bench", "--minutes", "0"])
     assert gpu_check.main() == 1

@@ -12,6 +12,7 @@ BACKEND = os.environ.get("AUTOHDR_TEST_BACKEND", "cpu")
 DEVICE = "cuda" if BACKEND != "cpu" and torch.cuda.is_available() else "cpu"
 PLACE = str(torch.empty(0, device=DEVICE).device)  # as error messages name it
 EMULATED = BACKEND == "cuda" and DEVICE == "cpu"
+INTERPRETED = BACKEND == "triton" and DEVICE == "cpu"
 SLOW = BACKEND != "cpu" and DEVICE == "cpu"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -5,9 +5,10 @@ import importlib
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
-from backend import BACKEND, EMULATED, SLOW
+from backend import BACKEND, EMULATED, INTERPRETED, SLOW
 
 from autohdr import _C
 from autohdr.kernels.common import register_triton
@@ -30,7 +31,26 @@ if EMULATED:
         yield
         assert ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches").value > 0
 
-elif SLOW:
+elif INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch, patched, convert_float = interpreter._patch_lang, set(), interpreter._convert_float
+
+    def call(self, *args, **kwargs):
+        """A function called by a kernel, without patching triton.language again each time, which takes longer than most do."""
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def convert(values, of, to, rounding_mode):
+        """float32 to bfloat16 by rounding to nearest as a GPU does; the interpreter cuts off."""
+        if to.name != "bf16" or of.name != "fp32":
+            return convert_float(values, of, to, rounding_mode)
+        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+
+    interpreter.InterpretedFunction.__call__, interpreter._convert_float = call, convert
+    importlib.import_module("autohdr.kernels.selective_scan.schema").CHUNK = 8  # for the same paths with fewer tokens
     for op in OPS:
         register_triton(op, "cpu")
 

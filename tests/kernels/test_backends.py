@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -19,6 +19,8 @@ def test_backends_name_the_reason():
         table = backends(op)
         assert list(table) == ["cuda", "triton", "cpu", "reference"]
         assert table["cpu"] == table["reference"] == "available"
+        if op == "selective_scan":
+            assert torch.cuda.is_available() or table["triton"] == "there is no GPU that torch can use"
         if op != "mdta":
             assert torch.cuda.is_available() or re.fullmatch(NO_CUDA, table["cuda"])
 
@@ -78,6 +80,12 @@ def test_a_broken_extension_is_named(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", broken)
     assert _extension._load() == (None, "the compiled module does not load: undefined symbol: somewhere")
+
+
+def test_an_absent_triton_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    module = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
+    assert module._reason("selective_scan", "triton") == "triton is not installed (pip install triton)"
 
 
 def test_build_info():

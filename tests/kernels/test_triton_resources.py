@@ -16,9 +16,23 @@ backends = importlib.import_module("autohdr.kernels.backends")  # the package ha
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 
+
+def selective_scan_calls():
+    """The usual number of states and the most, in both layouts, with z or a rank-one Δ, in even sizes and in odd ones, of which
+    the compiler knows nothing."""
+    for dim, seqlen, dstate, dtype, channel_last in ((64, 1024, 16, torch.bfloat16, False), (7, 517, 200, torch.float32, True)):
+        rank_one = channel_last
+        shapes = [(1, dim, seqlen), (1, 1 if rank_one else dim, seqlen), (1, 1, dstate, seqlen), (1, dim, seqlen)]
+        u, delta, B, z = (torch.zeros(s, dtype=dtype).movedim(-1, 1 if channel_last else -1).contiguous() for s in shapes)
+        A, D, states = torch.zeros(dim, dstate), torch.zeros(dim), torch.zeros(dstate * dim * -(-seqlen // 128))
+        inputs = u, delta, A, B, B, D, None if rank_one else z, D, D if rank_one else None, A[None]
+        yield "forward", (*inputs, True, channel_last, channel_last, False)
+        yield "backward", (u, A[None], *inputs, states, True, channel_last, channel_last)
+
+
 # For each op, calls of its triton_impl as (function, arguments), which between them launch each of its kernels in each of its
 # configurations. Shapes may be small: nothing is computed.
-CALLS = {}
+CALLS = {"selective_scan": selective_scan_calls}
 
 
 def causal_conv1d_calls():

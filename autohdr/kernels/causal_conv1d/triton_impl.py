@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, CHANNELS = {True: 32, False: 128}, {True: 64, False: 16}  # of a tile, by channel_last
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -20,14 +19,6 @@ def _load(data, batch, token_stride, channel_stride, token, channel, seqlen, dim
     inside = (token >= 0) & (token < seqlen) & (channel < dim)
     at = data + batch + token.to(tl.int64) * token_stride + channel.to(tl.int64) * channel_stride
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(at, v, mask):
-    if INTERPRETED and at.dtype.element_ty == tl.bfloat16:  # the interpreter cuts where a GPU rounds to the nearest
-        bits = v.to(tl.uint32, bitcast=True)
-        v = tl.where(v == v, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), v)
-    tl.store(at, v, mask=mask)
 
 
 @triton.jit
@@ -72,7 +63,7 @@ def _forward(
         x, entry * x_batch, x_token, x_channel, weight, bias, token, channel, seqlen, dim, WIDTH, REVERSE, (TOKENS, CHANNELS)
     )
     at = y + entry * y_batch + token.to(tl.int64) * y_token + channel.to(tl.int64) * y_channel
-    _store(at, v * tl.sigmoid(v), (token < seqlen) & (channel < dim))
+    tl.store(at, v * tl.sigmoid(v), mask=(token < seqlen) & (channel < dim))
 
 
 @triton.jit
@@ -107,7 +98,7 @@ def _backward(
         )  # fmt: skip
         total += _tap(weight, j, channel, dim, WIDTH, REVERSE) * d
     at = dx + dx_batch + token.to(tl.int64) * dx_token + channel.to(tl.int64) * dx_channel
-    _store(at, total, (token < seqlen) & (channel < dim))
+    tl.store(at, total, mask=(token < seqlen) & (channel < dim))
     own = _before_silu(
         dy, x, weight, bias, dy_batch, dy_token, dy_channel, x_batch, x_token, x_channel, token, channel, seqlen, dim,
         WIDTH, REVERSE, (TOKENS, CHANNELS),
@@ -143,7 +134,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, chann
     if slots:
         _forward[(slots * strips,)](
             x, weight, bias, y, *_sizes(x, channel_last), *_strides(x, channel_last), *_strides(y, channel_last),
-            weight.shape[1], reverse, TOKENS[channel_last], CHANNELS[channel_last],
+            weight.shape[1], reverse, TOKENS[channel_last], CHANNELS[channel_last], enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -158,7 +149,7 @@ def backward(
         _backward[(count * strips,)](
             dy, x, weight, bias, dx, slots, *_sizes(x, channel_last),
             *(s for t in (dy, x, dx) for s in _strides(t, channel_last)),
-            width, reverse, TOKENS[channel_last], CHANNELS[channel_last], num_warps=8,
+            width, reverse, TOKENS[channel_last], CHANNELS[channel_last], num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     sums = slots.sum(0, dtype=torch.float64).float()
     return dx, sums[:width].T.contiguous(), weight.new_empty((0,)) if bias is None else sums[width].clone()
