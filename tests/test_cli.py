@@ -163,7 +163,7 @@ def test_train_dry_run_writes_nothing(photos, capsys):
     given = ["train", "demo", "--train-pairs", pairs, "--val-pairs", photos / "val" / "pairs.jsonl", "--out", out, "--size", 32]
     assert run(*given, "--model-args", json.dumps(TINY), "--dry-run") == 0
     said = capsys.readouterr().out
-    assert re.search(r"memory +\d+ MB at most in a process \(\w+\), [\d.]+ [GM]B still free\n", said)
+    assert re.search(r"memory +[\d.]+ [GM]B at most in a process \(\w+\), [\d.]+ [GM]B still free\n", said)
     assert re.search(r"planned +\d+ MB \(.*AdamW", said)
     assert re.search(r"an epoch +[\d.]+ (s|min): 4 steps, 1 validations of", said) and said.endswith("nothing was written\n")
     assert sorted(photos.rglob("*")) == before

@@ -48,6 +48,9 @@ from autohdr.train.objective import Objective, parameter_groups
 _FREE_TO_CHANGE = {"out", "device", "compile", "workers", "cache_gb", "log_every", "save_every", "keep", "samples", "tensorboard"}
 _FREE_TO_CHANGE |= {"batch_size", "accumulate", "parallel", "rank_timeout"}
 
+# States hold whole tensors by the model's own names, whatever shards them.
+_WHOLE = StateDictOptions(full_state_dict=True)
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -60,7 +63,7 @@ class RunSummary:
     interrupted: int
     """The signal that stopped it before its last epoch's end: SIGINT (Ctrl-C) or SIGTERM; 0: none did."""
     data_wait: float = field(default=0.0, compare=False)
-    """Share of this call's training time that was spent waiting for a batch."""
+    """Share of the training time of the epochs that this call ended that was spent waiting for a batch."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
@@ -123,7 +126,8 @@ class _Trainer:
         self.config, self.train_pairs, self.out, self.device = config, train_pairs, config.out, self.ranks.device
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
-        self.trained_on = sorted(set(photo_digests(train_pairs).values()))  # these and what the weights have seen before
+        digests = self.ranks.first(photo_digests, train_pairs)
+        self.trained_on = sorted(set(digests.values()))  # these and what the weights have seen before
         if config.init_weights and fresh:
             earlier = load_weights(self.model, config.init_weights).metadata.get("trained_on", [])
             self.trained_on = sorted({*self.trained_on, *earlier})
@@ -148,6 +152,7 @@ class _Trainer:
         self.loader = self._loader(self.train_set, self.batches, persistent=True)
         self.step_pairs = config.batch_size * config.accumulate * self.ranks.count
         self.steps_per_epoch = math.ceil(len(train_pairs) / self.step_pairs)
+        self._gathered = replace(_WHOLE, cpu_offload=self.ranks.count > 1)  # one process's GPU has faster, page-locked copies
         self.background = Background()
         self.tensorboard = None
         self.signalled: Callable[[], int] = lambda: 0
@@ -192,11 +197,11 @@ class _Trainer:
                 f"got {self.config.batch_size} x {self.config.accumulate} x {self.ranks.count}"
             )
         if state["ema"]:
-            set_model_state_dict(self.model, state["ema"]["model"], options=self._whole)
+            set_model_state_dict(self.model, state["ema"]["model"], options=_WHOLE)
             self.average.take(state["ema"]["updates"])
-        set_model_state_dict(self.model, state["model"], options=self._whole)
+        set_model_state_dict(self.model, state["model"], options=_WHOLE)
         if state["optimizer"]:
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=self._whole)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
         self.scaler.load_state_dict(state["scaler"])
         for name in PROGRESS:
             setattr(self, name, state[name])
@@ -501,14 +506,9 @@ class _Trainer:
         moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
         return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
 
-    @property
-    def _whole(self) -> StateDictOptions:
-        """State dicts of whole tensors by the model's own names, whatever shards them; on the first process alone."""
-        return StateDictOptions(full_state_dict=True, cpu_offload=self.ranks.count > 1)
-
     def _weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the weights, on the CPU."""
-        return to_cpu(get_model_state_dict(self.model, options=self._whole))
+        """A copy of the weights, on the CPU; {} on all processes but the first."""
+        return to_cpu(get_model_state_dict(self.model, options=self._gathered))
 
     def _metadata(self) -> dict[str, Any]:
         metadata = {"run": self.run_id, "step": self.step, "epoch": self.epoch, "metrics": (self.history or [{}])[-1]}
@@ -525,7 +525,7 @@ class _Trainer:
         state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "step_pairs": self.step_pairs}
         state |= {"rng": rng_state(), "scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
         if self.optimizer.state:  # without one, torch would make a step to have it
-            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._whole)
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
         state = to_cpu(state) | {"model": self._weights(), "ema": {}}
         if self.config.ema:
             with self.average.applied():
