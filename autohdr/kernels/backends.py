@@ -9,7 +9,7 @@ OPS = ("mdta", "gdfn", "selective_scan")
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {  # of x, for each backend that an op has beside the reference
-    "mdta": {"cpu": (torch.float32, torch.bfloat16)},
+    "mdta": {"cuda": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
     "gdfn": {"cuda": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
     "selective_scan": {"cuda": _HALVES, "cpu": _HALVES},
 }

@@ -82,7 +82,7 @@ def mdta_statistics(
     Args:
         x: [batch, channels, rows, width], as for mdta.
         parameters: mdta's, in its order, from norm_weight to project_out_weight.
-        num_heads, eps, backend: as for mdta. The CUDA and Triton backends take the reference's road here.
+        num_heads, eps, backend: as for mdta. The Triton backend takes the reference's road here.
         first, end: rows of x, 0 <= first < end <= rows.
 
     Returns:
@@ -96,7 +96,7 @@ def mdta_statistics(
     if not 0 <= first < end <= x.shape[2]:
         raise ValueError(f"mdta_statistics: first and end must be rows of x, which has {x.shape[2]}, got {first} and {end}")
     x = autocast(x)
-    if resolve("mdta", backend, x) == "cpu":
+    if resolve("mdta", backend, x) in ("cuda", "cpu"):
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.autohdr.mdta_statistics(x, *float_parameters(*parameters), num_heads, eps, first, end)
     with torch.autocast(x.device.type, enabled=False):
@@ -123,7 +123,7 @@ def mdta_apply(
     gram, q_square, k_square = statistics
     wide = torch.promote_types(x.dtype, torch.float32)
     attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
-    if resolve("mdta", backend, x) == "cpu":
+    if resolve("mdta", backend, x) in ("cuda", "cpu"):
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.autohdr.mdta_apply(x, *float_parameters(*parameters), *attention, num_heads, eps)
     with torch.autocast(x.device.type, enabled=False):
