@@ -609,7 +609,7 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 // Bytes of a step's buffers: within the second-level cache of the larger GPUs forward, and in few steps backward. The emulation
 // takes several steps of its small images.
 #ifdef AUTOHDR_EMULATION
-constexpr int64_t kForwardBudget = 48 << 10, kBackwardBudget = 160 << 10;
+constexpr int64_t kForwardBudget = 48 << 10, kBackwardBudget = 320 << 10;
 #else
 constexpr int64_t kForwardBudget = 32 << 20, kBackwardBudget = 96 << 20;
 #endif
@@ -720,11 +720,11 @@ struct HeadBackward {
   int64_t splits;
 
   HeadBackward(Workspace& memory, const Head& h, int64_t images, int64_t rows) {
-    const int64_t pixels = images * rows * h.shape.width, size = h.size * h.shape.channels;
-    splits = splits_of(h.size, h.shape.channels, h.groups, pixels);
+    const int64_t pixels = images * rows * h.shape.width;
+    splits = splits_of(h.hidden(), h.shape.channels, 1, pixels);
     d_hidden = memory.take<T>(pixels * h.hidden());
     d_normal = memory.take<float>(pixels * round_up(h.shape.channels, 8));
-    d_weight = memory.take<float>(splits * h.groups * size);
+    d_weight = memory.take<float>(splits * h.hidden() * h.shape.channels);
     d_dwconv = memory.take<float>(kWeightSlots * 9 * h.hidden());
     d_norm = memory.take<float>(kNormSlots * 2 * h.shape.channels);
   }
@@ -744,8 +744,7 @@ struct HeadBackward {
     const int64_t stats_image = int64_t{hidden.rows} * width;
     const Rows<const T> normal_of{x.at(0, y, 0), x.of_image, x.channels, 0};
     const Normal normal{stats + int64_t{y - hidden.first} * width, stats_image, h.norm_weight, h.norm_bias};
-    outer<T>({dh.from(y, h.padded), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.size), channels, static_cast<int>(h.groups), !first},
-             h.groups, splits, stream);
+    outer<T>({dh.from(y), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.hidden()), channels, 1, !first}, 1, splits, stream);
     product<T, float>({dh.from(y), {w.transposed, 0, h.hidden(), 0}, {}, dn.from(y), {}, nullptr, pixels, static_cast<int>(h.hidden()), channels, 1}, images,
                stream);
     const View<const T> x_rows{x.at(0, y, 0), x.of_image, y, rows, width, channels}, dy_rows{dy.at(0, y, 0), dy.of_image, y, rows, width, channels};
@@ -757,7 +756,7 @@ struct HeadBackward {
   // any: whether there was a step; without one the gradients are 0.
   void finish(const Head& h, bool any, float* norm_weight, float* norm_bias, float* weight, float* dwconv, cudaStream_t stream) const {
     const int64_t c = h.shape.channels, real = h.groups * h.size;
-    add_up(d_weight, any ? splits : 0, real * c, weight, stream);
+    gather<float>({{h.size, h.padded, h.groups, c}, {c, c, 1, 1}, real * c, c, 0, h.hidden() * c, any ? static_cast<int>(splits) : 0}, d_weight, weight, stream);
     gather<float>({{h.size, h.padded, h.groups, 1}, {9, 9, 1, h.hidden()}, real * 9, 9, 0, 9 * h.hidden(), any ? kWeightSlots : 0}, d_dwconv, dwconv, stream);
     const Gather norm{{1, 1, 1, 0}, {c, c, 1, 1}, c, c, 0, 2 * c, any ? kNormSlots : 0};
     gather<float>(norm, d_norm, norm_weight, stream);

@@ -112,7 +112,8 @@ static __global__ void __launch_bounds__(kRowWarps * 32)
 }
 
 // dq = factor ∘ (matrix · k) + scale ∘ q, and dk alike with k and q exchanged; [head of an image][padded]. The factors keep what
-// float16 cannot hold out of the matrices: an image of a million pixels has gradients of the Gram matrix of 1e-6 of d_attention.
+// float16 cannot hold out of the matrices: over a million pixels the Gram matrix has gradients of 1e-6 of d_attention. The scales are
+// of the matrices as rounded, so that dq stays orthogonal to q where the two terms nearly cancel.
 template <class T>
 struct AttentionGrad {
   T *to_q, *to_k;  // [matrix][padded][padded], rows are q's and k's channels
@@ -136,15 +137,19 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   const auto make = [&](int64_t first, int64_t step, const float* norm, T* to, float* factor, float* scale) {
     const double* d = d_gram + matrix * h.size * h.size + first;
     const float* gram = h.from.gram + matrix * h.size * h.size + first;
-    double through = 0, largest = 0;
-    for (int j = lane; real && j < h.size; j += 32) through += d[j * step] * gram[j * step], largest = fmax(largest, fabs(d[j * step]));
-    through = warp_sum(through);
+    double largest = 0, through = 0;
+    for (int j = lane; real && j < h.size; j += 32) largest = fmax(largest, fabs(d[j * step]));
     for (int i = 16; i > 0; i /= 2) largest = fmax(largest, __shfl_xor_sync(~0u, largest, i));
     int exponent = 0;
     frexp(largest, &exponent);
     const double unit = ldexp(1.0, exponent), length = real ? AttentionRow::length(norm[matrix * h.size + row]) : 1.0;
-    for (int j = lane; j < h.padded; j += 32)
-      to[row_of_warp() * h.padded + j] = from_float<T>(real && j < h.size ? static_cast<float>(d[j * step] / unit) : 0.0f);
+    for (int j = lane; j < h.padded; j += 32) {
+      const bool inside = real && j < h.size;
+      const T rounded = from_float<T>(inside ? static_cast<float>(d[j * step] / unit) : 0.0f);
+      to[row_of_warp() * h.padded + j] = rounded;
+      if (inside) through += to_float(rounded) * unit * gram[j * step];
+    }
+    through = warp_sum(through);
     if (lane == 0) factor[row_of_warp()] = static_cast<float>(unit), scale[row_of_warp()] = static_cast<float>(-through / (length * length));
   };
   make(int64_t{row} * h.size, 1, h.from.q_norm, grad.to_q, grad.q_factor, grad.q_scale);
