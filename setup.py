@@ -79,10 +79,10 @@ def extension() -> tuple[list, dict]:
     cpu, cuda, message = choose(build, torch.version.cuda, cuda_sources)
     print("autohdr:", message)
     cuda_home, release = nvcc_release() if cuda else (None, "none")
-    if cuda:
-        os.environ["CUDA_HOME"] = str(cuda_home)  # read once, when cpp_extension is imported
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
 
+    if cuda:
+        cpp_extension.CUDA_HOME = str(cuda_home)  # None where torch was built without CUDA
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else "none"
 
     def find(pattern: str) -> list[str]:
@@ -103,16 +103,19 @@ def extension() -> tuple[list, dict]:
     # Error messages name source files: by their place in csrc, not on the machine that built.
     prefix = f"-fmacro-prefix-map={ROOT / 'csrc'}/="
     flags = [prefix, "-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    module = (CUDAExtension if cuda else CppExtension)(
+    # Not CUDAExtension, which links torch's CUDA libraries: the kernels need CUDA's runtime alone, and fit a torch without them.
+    module = cpp_extension.CppExtension(
         "autohdr._C",
         sources,
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *([str(cuda_home / "include")] if cuda else [])],
+        library_dirs=[str(cuda_home / "lib64")] if cuda else [],
+        libraries=["cudart_static", "dl", "rt", "pthread"] if cuda else [],
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17"]} if cuda else flags,
         # Without --no-as-needed the linker drops libtorch, whose stream functions are weak symbols of the stable ABI.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"] if os.uname().sysname == "Linux" else [],
     )
-    return [module], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    return [module], {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}
 
 
 modules, commands = extension()

@@ -11,7 +11,7 @@ OPS = ("mdta", "gdfn", "selective_scan", "causal_conv1d")
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {  # of x, for each backend that an op has beside the reference
-    "mdta": {"triton": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
+    "mdta": {"cuda": _HALVES, "triton": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
     "gdfn": {"cuda": _HALVES, "triton": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
     "selective_scan": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},
     "causal_conv1d": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},

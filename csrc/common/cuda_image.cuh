@@ -28,6 +28,13 @@ __device__ __forceinline__ T from_float(float v) {
   else return __float2bfloat16_rn(v);
 }
 
+// The sum over a warp, the same in every lane.
+template <class V>
+__device__ __forceinline__ V warp_sum(V v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+
 // Memory for the buffers of one call; without memory it only counts.
 class Workspace {
  public:
@@ -105,7 +112,8 @@ struct alignas(16) Piece {
   }
 };
 
-// out[p][n] = Σ_k a[p][k]·w[n][k] + scale[n]·residual[p][n], for every image and head. w's rows are aligned and zero beyond k.
+// out[p][n] = factor[n]·Σ_k a[p][k]·w[n][k] + scale[n]·residual[p][n], for every image and head. w's rows are aligned and zero
+// beyond k.
 template <class T, class Out = T>
 struct Product {
   Rows<const T> a, w, residual;  // residual.data may be null
@@ -114,7 +122,8 @@ struct Product {
   const float* scale;            // [image][head][n], or null: 1
   int64_t pixels;
   int k, n, heads;
-  bool a_vectors, out_vectors;
+  const float* factor = nullptr; // [image][head][n], or null: 1
+  bool a_vectors = false, out_vectors = false;
 };
 
 constexpr int kProductRows = 128, kTileRow = 80;  // bytes of a tile's row: 64, and 16 against bank conflicts
@@ -191,6 +200,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 2 ? 2 : 1) multiply(Product<
   Out* out = p.out.of(image, head);
   const T* residual = p.residual.data ? p.residual.of(image, head) : nullptr;
   const float* scale = p.scale ? p.scale + int64_t{blockIdx.z} * p.n : nullptr;
+  const float* factor = p.factor ? p.factor + int64_t{blockIdx.z} * p.n : nullptr;
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
@@ -199,7 +209,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 2 ? 2 : 1) multiply(Product<
       if (pixel >= p.pixels) continue;
       float v[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) v[c] = sums[i][c / 2][half * 2 + c % 2];
+      for (int c = 0; c < 8; ++c) v[c] = sums[i][c / 2][half * 2 + c % 2] * (factor && n + c < p.n ? factor[n + c] : 1.0f);
       if (residual)
 #pragma unroll
         for (int from = 0; from < 8; from += P::kSize) {
@@ -331,7 +341,7 @@ __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
 // the same on all.
 inline int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
   const int64_t blocks = ceil_div(m, kOuterTile) * ceil_div(n, kOuterTile) * matrices;
-  return std::clamp<int64_t>(ceil_div(512, blocks), 1, std::max<int64_t>(1, std::min<int64_t>(64, pixels / 256)));
+  return std::clamp<int64_t>(ceil_div(512, blocks), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
 }
 
 template <class T>
@@ -355,25 +365,42 @@ struct Gather {
   int slots = 1;         // copies that are added up
 };
 
+// A block owns blockDim.x elements at a time, a thread every blockDim.y-th slot of one.
+constexpr int kSlotThreads = 8;
 template <class T>
-__global__ void gather_elements(Gather g, const float* from, T* to) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < g.count; i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t row = i / g.width, column = i % g.width;
+__global__ void __launch_bounds__(256) gather_elements(Gather g, const float* from, T* to) {
+  __shared__ double sums[kSlotThreads][32];
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.x; first < g.count; first += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t i = first + threadIdx.x, row = i / g.width, column = i % g.width;
     double sum = 0;
-    if (g.rows.has(row) && g.columns.has(column))
-      for (int s = 0; s < g.slots; ++s) sum += from[g.offset + g.rows.place(row) + g.columns.place(column) + s * g.slot];
-    to[i] = from_float<T>(static_cast<float>(sum));
+    if (i < g.count && g.rows.has(row) && g.columns.has(column)) {
+      const float* at = from + g.offset + g.rows.place(row) + g.columns.place(column);
+#pragma unroll 4
+      for (int s = threadIdx.y; s < g.slots; s += blockDim.y) sum += at[s * g.slot];
+    }
+    if (blockDim.y > 1) {
+      sums[threadIdx.y][threadIdx.x] = sum;
+      __syncthreads();
+      if (threadIdx.y == 0)
+        for (int s = 1; s < kSlotThreads; ++s) sum += sums[s][threadIdx.x];
+      __syncthreads();
+    }
+    if (threadIdx.y > 0 || i >= g.count) continue;
+    if constexpr (std::is_same_v<T, double>) to[i] = sum;
+    else to[i] = from_float<T>(static_cast<float>(sum));
   }
 }
 
 template <class T>
 void gather(const Gather& g, const float* from, T* to, cudaStream_t stream) {
-  if (g.count) launch(gather_elements<T>, dim3(std::min<int64_t>(ceil_div(g.count, 256), 4096)), dim3(256), 0, stream, g, from, to);
+  const dim3 block = g.slots > kSlotThreads ? dim3(32, kSlotThreads) : dim3(256);
+  if (g.count) launch(gather_elements<T>, dim3(std::min<int64_t>(ceil_div(g.count, block.x), 8192)), block, 0, stream, g, from, to);
 }
 
 // to[i] = Σ_slot from[slot][i].
-inline void add_up(const float* from, int64_t slots, int64_t count, float* to, cudaStream_t stream) {
-  gather<float>({{1, 1, 1, 0}, {count, count, 1, 1}, count, count, 0, count, static_cast<int>(slots)}, from, to, stream);
+template <class T>
+void add_up(const float* from, int64_t slots, int64_t count, T* to, cudaStream_t stream) {
+  gather<T>({{1, 1, 1, 0}, {count, count, 1, 1}, count, count, 0, count, static_cast<int>(slots)}, from, to, stream);
 }
 
 // Rows first .. first + rows of each image of a step, in a buffer or in the image itself.
@@ -395,21 +422,17 @@ struct View {
 template <class T>
 __global__ void norm_stats(View<const T> x, int64_t pixels, int channels, bool with_mean, float eps, float2* stats) {
   const int lane = threadIdx.x % 32;
-  const auto sum_of = [](float v) {
-    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-    return v;
-  };
   const int64_t pixel = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   if (pixel >= pixels) return;
   const T* at = x.data + blockIdx.y * x.of_image + pixel * x.channels;
   float sum = 0, squares = 0;
   for (int c = lane; c < channels; c += 32) sum += to_float(at[c]);
-  const float mean = sum_of(sum) / channels;
+  const float mean = warp_sum(sum) / channels;
   for (int c = lane; c < channels; c += 32) {
     const float v = to_float(at[c]) - mean;
     squares += v * v;
   }
-  const float factor = 1.0f / sqrtf(sum_of(squares) / channels + eps);
+  const float factor = 1.0f / sqrtf(warp_sum(squares) / channels + eps);
   if (lane == 0) stats[blockIdx.y * pixels + pixel] = make_float2(with_mean ? mean : 0.0f, factor);
 }
 
@@ -483,9 +506,11 @@ __device__ __forceinline__ void convolve(const Walk& walk, const View<const T>& 
   }
 }
 
+inline int64_t walk_blocks(const Walk& walk) { return ceil_div(walk.units(), 8); }  // of 64 channels of an image
+
 template <class... Parameters, class... Arguments>
 void launch_walk(void (*kernel)(Walk, Parameters...), const Walk& walk, cudaStream_t stream, const Arguments&... arguments) {
-  const dim3 grid(ceil_div(walk.units(), 8), ceil_div(walk.channels, 64), walk.images);
+  const dim3 grid(walk_blocks(walk), ceil_div(walk.channels, 64), walk.images);
   launch(kernel, grid, dim3(32, 8), 0, stream, walk, arguments...);
 }
 
@@ -549,10 +574,6 @@ __global__ void __launch_bounds__(kNormWarps * 32)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float *d_weight = shared + warp * 2 * channels, *d_bias = d_weight + channels;
   for (int c = lane; c < 2 * channels; c += 32) d_weight[c] = 0;
-  const auto sum_of = [](float v) {
-    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-    return v;
-  };
   for (int64_t i = int64_t{blockIdx.x} * kNormWarps + warp; i < images * pixels; i += int64_t{gridDim.x} * kNormWarps) {
     const int64_t image = i / pixels, pixel = i % pixels;
     const T* px = x.data + image * x.of_image + pixel * x.channels;
@@ -561,14 +582,14 @@ __global__ void __launch_bounds__(kNormWarps * 32)
     T* out = dx.data + image * dx.of_image + pixel * dx.channels;
     float sum = 0, squares = 0, g_sum = 0, gx_sum = 0;
     for (int c = lane; c < channels; c += 32) sum += to_float(px[c]);
-    const float mean = sum_of(sum) / channels;
+    const float mean = warp_sum(sum) / channels;
     for (int c = lane; c < channels; c += 32) {
       const float centred = to_float(px[c]) - mean, g = pd[c] * weight[c];
       squares += centred * centred, g_sum += g, gx_sum += g * (biased ? centred : to_float(px[c]));
     }
-    const float factor = 1.0f / sqrtf(sum_of(squares) / channels + eps);
-    g_sum = biased ? sum_of(g_sum) / channels : 0.0f;
-    gx_sum = sum_of(gx_sum) / channels * factor * factor;
+    const float factor = 1.0f / sqrtf(warp_sum(squares) / channels + eps);
+    g_sum = biased ? warp_sum(g_sum) / channels : 0.0f;
+    gx_sum = warp_sum(gx_sum) / channels * factor * factor;
     for (int c = lane; c < channels; c += 32) {
       const float value = to_float(px[c]), centred = value - mean, d = pd[c];
       out[c] = from_float<T>(to_float(py[c]) + factor * (d * weight[c] - g_sum - centred * gx_sum));
@@ -588,7 +609,7 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 // Bytes of a step's buffers: within the second-level cache of the larger GPUs forward, and in few steps backward. The emulation
 // takes several steps of its small images.
 #ifdef AUTOHDR_EMULATION
-constexpr int64_t kForwardBudget = 48 << 10, kBackwardBudget = 160 << 10;
+constexpr int64_t kForwardBudget = 48 << 10, kBackwardBudget = 320 << 10;
 #else
 constexpr int64_t kForwardBudget = 32 << 20, kBackwardBudget = 96 << 20;
 #endif
@@ -600,21 +621,34 @@ struct Shape {
   int height, width, channels;
 };
 
-// A walk over the images in steps: f(first image, images, first row, rows).
+// A walk over rows first .. last of the images, in steps.
 struct Steps {
   int64_t batch, images;
-  int height, rows;
+  int height, first, last, rows;
 
   // So that rows of row_bytes each, and `halo` on each side, stay within `budget`; at most max_images at once.
-  Steps(const Shape& s, int64_t row_bytes, int halo, int64_t budget, int64_t max_images) : batch(s.batch), images(1), height(s.height) {
-    rows = static_cast<int>(std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, s.height));
-    if (rows == s.height) images = std::clamp<int64_t>(budget / (row_bytes * s.height), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
+  Steps(const Shape& s, int64_t row_bytes, int halo, int64_t budget, int64_t max_images) : Steps(s, 0, s.height, row_bytes, halo, budget, max_images) {}
+  Steps(const Shape& s, int first, int last, int64_t row_bytes, int halo, int64_t budget, int64_t max_images)
+      : batch(s.batch), images(1), height(s.height), first(first), last(last) {
+    rows = static_cast<int>(std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, last - first));
+    if (rows == last - first)
+      images = std::clamp<int64_t>(budget / (row_bytes * buffer_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
   }
   int buffer_rows(int halo) const { return std::min(rows + 2 * halo, height); }
+  // f(first image, images), all rows of them: one step or, image by image, several.
+  template <class F>
+  void each_group(const F& f) const {
+    for (int64_t b = 0; b < batch; b += images) f(b, std::min(images, batch - b));
+  }
+  // f(first row, rows).
+  template <class F>
+  void each_strip(const F& f) const {
+    for (int y = first; y < last; y += rows) f(y, std::min(rows, last - y));
+  }
+  // f(first image, images, first row, rows).
   template <class F>
   void each(const F& f) const {
-    for (int64_t b = 0; b < batch; b += images)
-      for (int y = 0; y < height; y += rows) f(b, std::min(images, batch - b), y, std::min(rows, height - y));
+    each_group([&](int64_t b, int64_t count) { each_strip([&](int y, int strip) { f(b, count, y, strip); }); });
   }
 };
 
@@ -667,14 +701,13 @@ struct HeadWeights {
   }
 };
 
-// hidden, rows of its view, parts `from` .. of the hidden channels; stats of the same rows.
+// hidden, rows of its view; stats of the same rows.
 template <class T>
-void expand(const Head& h, const HeadWeights<T>& w, View<const T> x, int64_t images, float2* stats, View<T> hidden, int64_t from,
-            cudaStream_t stream) {
+void expand(const Head& h, const HeadWeights<T>& w, View<const T> x, int64_t images, float2* stats, View<T> hidden, cudaStream_t stream) {
   const int64_t pixels = int64_t{hidden.rows} * hidden.width, columns = round_up(h.shape.channels, 8);
   const View<const T> rows{x.at(0, hidden.first, 0), x.of_image, hidden.first, hidden.rows, x.width, x.channels};
   launch(norm_stats<T>, dim3(ceil_div(pixels, 8), images), dim3(256), 0, stream, rows, pixels, h.shape.channels, h.norm_bias != nullptr, h.eps, stats);
-  product<T>({rows.from(hidden.first), {w.weight + from * columns, 0, columns, 0}, {}, hidden.from(hidden.first),
+  product<T>({rows.from(hidden.first), {w.weight, 0, columns, 0}, {}, hidden.from(hidden.first),
               {stats, pixels, h.norm_weight, h.norm_bias}, nullptr, pixels, h.shape.channels, hidden.channels, 1},
              images, stream);
 }
@@ -687,11 +720,11 @@ struct HeadBackward {
   int64_t splits;
 
   HeadBackward(Workspace& memory, const Head& h, int64_t images, int64_t rows) {
-    const int64_t pixels = images * rows * h.shape.width, size = h.size * h.shape.channels;
-    splits = splits_of(h.size, h.shape.channels, h.groups, pixels);
+    const int64_t pixels = images * rows * h.shape.width;
+    splits = splits_of(h.hidden(), h.shape.channels, 1, pixels);
     d_hidden = memory.take<T>(pixels * h.hidden());
     d_normal = memory.take<float>(pixels * round_up(h.shape.channels, 8));
-    d_weight = memory.take<float>(splits * h.groups * size);
+    d_weight = memory.take<float>(splits * h.hidden() * h.shape.channels);
     d_dwconv = memory.take<float>(kWeightSlots * 9 * h.hidden());
     d_norm = memory.take<float>(kNormSlots * 2 * h.shape.channels);
   }
@@ -711,8 +744,7 @@ struct HeadBackward {
     const int64_t stats_image = int64_t{hidden.rows} * width;
     const Rows<const T> normal_of{x.at(0, y, 0), x.of_image, x.channels, 0};
     const Normal normal{stats + int64_t{y - hidden.first} * width, stats_image, h.norm_weight, h.norm_bias};
-    outer<T>({dh.from(y, h.padded), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.size), channels, static_cast<int>(h.groups), !first},
-             h.groups, splits, stream);
+    outer<T>({dh.from(y), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.hidden()), channels, 1, !first}, 1, splits, stream);
     product<T, float>({dh.from(y), {w.transposed, 0, h.hidden(), 0}, {}, dn.from(y), {}, nullptr, pixels, static_cast<int>(h.hidden()), channels, 1}, images,
                stream);
     const View<const T> x_rows{x.at(0, y, 0), x.of_image, y, rows, width, channels}, dy_rows{dy.at(0, y, 0), dy.of_image, y, rows, width, channels};
@@ -724,7 +756,7 @@ struct HeadBackward {
   // any: whether there was a step; without one the gradients are 0.
   void finish(const Head& h, bool any, float* norm_weight, float* norm_bias, float* weight, float* dwconv, cudaStream_t stream) const {
     const int64_t c = h.shape.channels, real = h.groups * h.size;
-    add_up(d_weight, any ? splits : 0, real * c, weight, stream);
+    gather<float>({{h.size, h.padded, h.groups, c}, {c, c, 1, 1}, real * c, c, 0, h.hidden() * c, any ? static_cast<int>(splits) : 0}, d_weight, weight, stream);
     gather<float>({{h.size, h.padded, h.groups, 1}, {9, 9, 1, h.hidden()}, real * 9, 9, 0, 9 * h.hidden(), any ? kWeightSlots : 0}, d_dwconv, dwconv, stream);
     const Gather norm{{1, 1, 1, 0}, {c, c, 1, 1}, c, c, 0, 2 * c, any ? kNormSlots : 0};
     gather<float>(norm, d_norm, norm_weight, stream);

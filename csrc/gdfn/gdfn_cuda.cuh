@@ -63,7 +63,7 @@ int64_t gdfn_forward(const GdfnForward<T>& a, void* memory, cudaStream_t stream)
   steps.each([&](int64_t b, int64_t images, int y, int count) {
     const View<const T> x = view_of(a.x, s, b, 0);
     const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 1, hidden), gated = buffer_view(gated_data, s, y, count, 0, padded);
-    expand<T>(h, weights, x, images, stats, hidden_rows, 0, stream);
+    expand<T>(h, weights, x, images, stats, hidden_rows, stream);
     const Walk walk{y, y + count, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded), images};
     launch_walk(gate<T>, walk, stream, hidden_rows, weights.dwconv, gated);
     product<T>({gated.from(y), {project_out, 0, padded, 0}, x.from(y), view_of(a.y, s, b, 0).from(y), {}, nullptr, int64_t{count} * s.width,
@@ -99,7 +99,7 @@ int64_t gdfn_backward(const GdfnBackward<T>& a, void* memory, cudaStream_t strea
     const View<const T> x = view_of(a.x, s, b, 0), dy = view_of(a.dy, s, b, 0);
     const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 2, hidden), gated = buffer_view(gated_data, s, y, count, 1, padded),
                   d = buffer_view(d_data, s, y, count, 1, hidden);
-    expand<T>(h, weights, x, images, stats, hidden_rows, 0, stream);
+    expand<T>(h, weights, x, images, stats, hidden_rows, stream);
     product<T>({dy.from(gated.first), {project_out, 0, columns, 0}, {}, gated.from(gated.first), {}, nullptr, int64_t{gated.rows} * s.width,
                 static_cast<int>(channels), static_cast<int>(padded), 1},
                images, stream);

@@ -19,13 +19,28 @@ struct MdtaWeights {
   const float* project_out;    // [C, C]
 };
 
+// What the attention of every image is made of.
+struct MdtaAttention {
+  const float* gram;             // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
+  const float *q_norm, *k_norm;  // [B, C], lengths along the pixels
+};
+
+template <class T>
+struct MdtaForward {
+  MdtaShape shape;
+  MdtaWeights weights;
+  const T* x;                     // [B, H, W, C]
+  float *gram, *q_norm, *k_norm;  // as in MdtaAttention
+  T* y;                           // [B, H, W, C]
+};
+
 template <class T>
 struct MdtaStatistics {
   MdtaShape shape;
   MdtaWeights weights;
   const T* x;          // [B, H, W, C]
   int64_t first, end;  // rows that are summed; the others are neighbours of the first and the last
-  double* gram;        // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
+  double* gram;        // [B, heads, C/heads, C/heads]
   double* q_square;    // [B, C], sum of squares over the pixels
   double* k_square;    // [B, C]
 };
@@ -34,20 +49,19 @@ template <class T>
 struct MdtaApply {
   MdtaShape shape;
   MdtaWeights weights;
-  const T* x;          // [B, H, W, C]
-  const float* gram;   // [B, heads, C/heads, C/heads]
-  const float *q_norm, *k_norm;  // [B, C], roots of the squares
-  T* y;                // [B, H, W, C]
+  const T* x;  // [B, H, W, C]
+  MdtaAttention attention;
+  T* y;        // [B, H, W, C]
 };
 
 template <class T>
 struct MdtaBackward {
   MdtaShape shape;
   MdtaWeights weights;
-  const T *dy, *x;                           // [B, H, W, C]
-  const float *gram, *q_norm, *k_norm;       // as the forward pass left them
-  T* dx;                                     // [B, H, W, C]
-  float *d_norm_weight, *d_norm_bias;        // [C]; the bias's unused without one
+  const T *dy, *x;                     // [B, H, W, C]
+  MdtaAttention attention;             // as the forward pass left it
+  T* dx;                               // [B, H, W, C]
+  float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
   float *d_qkv, *d_dwconv, *d_temperature, *d_project_out;  // as the weights
 };
 

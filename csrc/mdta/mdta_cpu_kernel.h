@@ -22,9 +22,9 @@ struct Attention {
   double q_length(int64_t c) const { return std::max<double>(q_norm[c], 1e-12); }
   double k_length(int64_t c) const { return std::max<double>(k_norm[c], 1e-12); }
 
-  // Given this image's Gram matrix and norms.
-  void solve(const float* gram_, const float* q_norm_, const float* k_norm_, const MdtaWeights& weights) {
-    gram = gram_, q_norm = q_norm_, k_norm = k_norm_;
+  // Of image b.
+  void solve(const MdtaAttention& of, int64_t b, const MdtaWeights& weights) {
+    gram = of.gram + b * channels * size, q_norm = of.q_norm + b * channels, k_norm = of.k_norm + b * channels;
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t h = c / size, row = c * size;
       double top = -INFINITY, total = 0;
@@ -140,8 +140,8 @@ static void mdta_apply(const MdtaApply<T>& a) {
   const int64_t panel = steps * most * width, worker_size = hidden_size + panels * panel + steps * most * out_width;
   float* memory = scratch.take<float>(tiling.workers * worker_size);
   for (int64_t b = 0; b < s.batch; ++b) {
-    const int64_t image = b * s.height * s.width * s.channels, square = s.channels * s.head_size();
-    attention.solve(a.gram + b * square, a.q_norm + b * s.channels, a.k_norm + b * s.channels, a.weights);
+    const int64_t image = b * s.height * s.width * s.channels;
+    attention.solve(a.attention, b, a.weights);
     pack(combined, [&](int64_t k, int64_t n) {
       return op.rows[k] < 0 || n >= s.channels ? 0.0f : attention.combined[n * s.channels + op.rows[k]];
     });
@@ -239,7 +239,7 @@ static void mdta_backward(const MdtaBackward<T>& a) {
   float *d_attention = scratch.take<float>(3 * square), *d_gram = d_attention + square, *rounded = d_gram + square;
   AttentionGrad* grads = scratch.take<AttentionGrad>(s.batch);
   for (int64_t b = 0; b < s.batch; ++b) {
-    attention.solve(a.gram + b * square, a.q_norm + b * channels, a.k_norm + b * channels, a.weights);
+    attention.solve(a.attention, b, a.weights);
     AttentionGrad& g = grads[b];
     g.q_scale = scratch.zeros<double>(heads.channels());
     g.k_scale = scratch.zeros<double>(heads.channels());

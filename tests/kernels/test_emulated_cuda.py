@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["in order", "shuffled"])
-@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "gdfn"])
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "gdfn", "mdta"])
 def test_op(op, seed):
     command = [sys.executable, "-m", "pytest", HERE / f"test_{op}.py", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=build.environment(seed), capture_output=True, text=True)
