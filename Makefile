@@ -12,8 +12,9 @@ INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$
 demo: install
 	$(BIN)/autohdr demo
 
+# A process a core, of one thread each; tests of several threads ask for them.
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
 drills: install

@@ -162,6 +162,7 @@ torch.cuda.get_device_properties = lambda: types.SimpleNamespace(L2_cache_size=4
 def bench(tmp_path, monkeypatch):
     """A benchmark of a right result, a wrong one, and none; of one that memory does not suffice for, and of one that crashes."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(tmp_path), str(HERE.parent))))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other workers pytest-benchmark times nothing
     (tmp_path / "actor.py").write_text(ACTOR)
     (tmp_path / "bench_case.py").write_text(BENCH)
     return tmp_path / "bench_case.py"
