@@ -619,6 +619,7 @@ def product(
         BK=bk,
         num_warps=8 if bm * bn > (4096 if wide else 8192) or add in ("conv", "gate") else 4,
         num_stages=1 if conv else 3,
+        enable_fp_fusion=True,
     )
 
 
@@ -684,6 +685,7 @@ def outer(
         BN=bn,
         num_warps=8 if conv else 4,
         num_stages=1 if conv else 3,
+        enable_fp_fusion=True,
     )
 
 
@@ -716,7 +718,7 @@ class Head:
         bm = max(2048 // bc, 1)
         biased = self.norm.bias is not None
         norm_stats[triton.cdiv(x.pixels, bm), images](
-            x.data, shift, factor, x.pixels, channels, x.strides[0], self.eps, BIASED=biased, BM=bm, BC=bc
+            x.data, shift, factor, x.pixels, channels, x.strides[0], self.eps, BIASED=biased, BM=bm, BC=bc, enable_fp_fusion=True
         )
         norm = self.norm._replace(stats=stats.data.view(2, images, rows, width))
         product(x, self.weight, hidden, kind="norm", norm=norm)
@@ -769,6 +771,7 @@ class HeadBackward:
             BP=self.tap_pixels,
             BC=self.tap_tile,
             num_warps=8,
+            enable_fp_fusion=True,
         )
         outer(d_hidden, x, self.d_weight, kinds=("plain", "norm"), norm=norm)
         product(d_hidden, self.transposed, d_normal)
@@ -790,6 +793,7 @@ class HeadBackward:
             BIASED=norm.bias is not None,
             BM=self.norm_pixels,
             BC=triton.next_power_of_2(channels),
+            enable_fp_fusion=True,
         )
 
     def finish(self, weight: Tensor, dwconv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
