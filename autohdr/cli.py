@@ -199,7 +199,14 @@ def enhance(
     return 1 if result.skipped else 0
 
 
-def plan(model: Positional[str], size: str = "384", batch: int = 1, device: str = "auto", max_memory: str | None = None) -> None:
+def plan(
+    model: Positional[str],
+    size: str = "384",
+    batch: int = 1,
+    device: str = "auto",
+    max_memory: str | None = None,
+    recompute: Annotated[bool, FlagCreatePairsOff] = False,
+) -> None:
     """Say what memory and time a model will take, for inference and training in float32 and bfloat16, before it takes them.
 
     Args:
@@ -208,6 +215,7 @@ def plan(model: Positional[str], size: str = "384", batch: int = 1, device: str 
         batch: Images in one pass.
         device: auto (CUDA where there is one), cpu, or cuda; memory is planned for a GPU without one, too.
         max_memory: Inference of a Restormer in strips, within so much memory for the whole process, such as 3GB.
+        recompute: Training of a MambaDiffusion whose blocks keep their input alone, as `autohdr train --recompute` does.
     """
     from autohdr.measure import parse_bytes
     from autohdr.plan import table
@@ -217,7 +225,8 @@ def plan(model: Positional[str], size: str = "384", batch: int = 1, device: str 
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise UserError(f"--size: expected a side or WIDTHxHEIGHT in pixels, such as 896 or 3297x2201, got {size!r}")
     where = pick_device(device) if device == "auto" else device
-    print(table(model, (int(sides[-1]), int(sides[0])), batch, where, parse_bytes(max_memory) if max_memory else None))
+    limit = parse_bytes(max_memory) if max_memory else None
+    print(table(model, (int(sides[-1]), int(sides[0])), batch, where, limit, recompute))
 
 
 def _with_steps(model: Any, steps: int | None) -> Any:

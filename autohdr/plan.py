@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, free_bytes, measure, resident_bytes, seconds_by_pixels
 from autohdr.models import create_model, tiling
+from autohdr.models.mamba_diffusion import MambaDiffusion
 from autohdr.models.registry import CLASSES
 from autohdr.models.restormer import FeedForward, Restormer
 
@@ -53,13 +54,20 @@ class Plan:
         return f"{format_bytes(self.peak_bytes)} ({self.made_of()}){seconds}"
 
 
-def table(model: str, size: tuple[int, int], batch: int, device: torch.device | str, max_memory: int | None = None) -> str:
+def table(
+    model: str,
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device | str,
+    max_memory: int | None = None,
+    recompute: bool = False,
+) -> str:
     """What `autohdr plan` prints: inference and training (with max_memory inference in strips) in float32 and bfloat16."""
     modes = MODES if max_memory is None else MODES[:1]
     lines = [f"{'mode':<10} {'precision':<9} {'time':>9} {'peak':>9}  made of"]
     for mode in modes:
         for precision in PRECISIONS[:2]:
-            p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, timed=True)
+            p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, recompute=recompute, timed=True)
             time = "-" if p.seconds is None else f"{p.seconds:.3g} s"
             lines.append(f"{mode:<10} {precision:<9} {time:>9} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
     here = torch.device(device).type == "cpu" or torch.cuda.is_available()
@@ -88,6 +96,7 @@ def plan(
     max_memory: int | None = None,
     accumulate: int = 1,
     averaged: bool = False,
+    recompute: bool = False,
     timed: bool = False,
 ) -> Plan:
     """The memory, and where timed the time, of one forward pass (inference) or one training step.
@@ -105,10 +114,11 @@ def plan(
         max_memory: as for Restormer's forward, inference alone: bytes that the whole process may hold.
         accumulate: backward passes in a step; with more than one the gradients are there from the beginning.
         averaged: whether an average of the weights is kept beside them.
+        recompute: whether a MambaDiffusion's blocks keep their input alone for the backward pass.
         timed: whether to measure: small passes on this device, on real memory (see seconds_by_pixels).
 
     Raises:
-        UserError: no such model, mode, precision or size; max_memory where it has no meaning, or too little of it.
+        UserError: no such model, mode, precision or size; max_memory or recompute where it has no meaning, or too little memory.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if mode not in MODES or precision not in PRECISIONS or min(height, width, batch, accumulate) < 1:
@@ -120,6 +130,8 @@ def plan(
         network = create_model(model) if isinstance(model, str) else CLASSES[type(model.config)](model.config)
     if max_memory is not None and (mode != "inference" or not isinstance(network, Restormer)):
         raise UserError(f"plan: max_memory is for a Restormer's inference, got {network.config.name}, {mode}")
+    if recompute and not isinstance(network, MambaDiffusion):
+        raise UserError(f"plan: recompute is for MambaDiffusion, got {network.config.name}, whose ops do so by themselves")
     if str(device).split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"device: expected cpu or cuda, got {str(device)!r}")
     device = here = torch.device(device)
@@ -130,6 +142,8 @@ def plan(
     if max_memory is not None:
         held = resident_bytes(here) if here == device else 0
         return _plan_strips(network, shape, precision, here, max_memory, held, timed)
+    if recompute:
+        network.recompute = True
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device=here)
         parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
@@ -140,7 +154,7 @@ def plan(
     parts[SCRATCH] = _scratch(network, mode == "training", device)
     # The measurement needs the weights four times, gradients and AdamW's two moments included, and next to nothing else.
     fits = timed and 5 * weights < free_bytes(here)
-    seconds = _seconds(network.config, shape, precision, mode == "training", here) if fits else None
+    seconds = _seconds(network, shape, precision, mode == "training", here) if fits else None
     return Plan(sum(parts.values()), dict(parts), seconds)
 
 
@@ -247,9 +261,11 @@ def _scratch(network: nn.Module, training: bool, device: torch.device) -> int:
     return RUNTIME_BYTES + torch.get_num_threads() * worker // (1 if training else 2)
 
 
-def _seconds(config, shape, precision, training, device) -> float | None:
+def _seconds(planned: nn.Module, shape, precision, training, device) -> float | None:
     """From small images of growing size, the last one above a third of a second, on a network of its own."""
-    network = CLASSES[type(config)](config).to(device, memory_format=torch.channels_last)
+    network = CLASSES[type(planned.config)](planned.config).to(device, memory_format=torch.channels_last)
+    if isinstance(network, MambaDiffusion):
+        network.recompute = planned.recompute
     optimizer = torch.optim.AdamW(network.parameters()) if training else None
 
     def run(side: int) -> None:

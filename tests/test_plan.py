@@ -136,6 +136,11 @@ def test_a_gpu_is_planned_for_where_there_is_none():
         assert there.parts[SAVED] == half.parts[SAVED]  # the fused ops', of the same size
 
 
+def test_recomputing_keeps_a_block_of_many():
+    kept, recomputed = (plan("mamba_small", 64, mode="training", recompute=r) for r in (False, True))
+    assert recomputed.parts[SAVED] < 0.1 * kept.parts[SAVED] and recomputed.parts[PARAMETERS] == kept.parts[PARAMETERS]
+
+
 def test_what_onednn_takes_inside_is_the_cpus():
     here, there = (plan("mamba_diffusion_nano", 128, mode="training", device=d) for d in ("cpu", "cuda"))
     assert here.peak_bytes - here.parts[SCRATCH] > there.peak_bytes - there.parts[SCRATCH]
@@ -178,6 +183,7 @@ def test_time_is_not_measured_where_the_measurement_does_not_fit(monkeypatch):
             {"mode": "training", "max_memory": 10**9},
             "max_memory is for a Restormer's inference, got restorm",
         ),
+        (("restormer_nano", 64), {"recompute": True}, "recompute is for MambaDiffusion, got restormer_nano"),
         (("mamba_small", 64), {"max_memory": 10**9}, "max_memory is for a Restormer's inference, got mamba_small, inference"),
         (("restormer_nano", 64), {"max_memory": 10**6}, "restormer_nano: an image of 64×64 .* 1 MB are allowed"),
     ],

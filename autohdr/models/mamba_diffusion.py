@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autohdr import kernels
 from autohdr.errors import UserError
@@ -174,16 +175,20 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """A run of blocks at one resolution, then a convolution with a residual. forward(x): (B, C, H, W) to the same shape."""
+    """A run of blocks at one resolution, then a convolution with a residual. forward(x): (B, C, H, W) to the same shape.
+
+    recompute: whether a block keeps its input alone for the backward pass and computes the rest again then.
+    """
 
     def __init__(self, channels: int, config: MambaDiffusionConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, config) for _ in range(config.num_blocks))
         self.conv = _scaled(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            # Nothing in a block is random.
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
         return x + self.conv(x)
 
 
@@ -275,11 +280,13 @@ class MambaDiffusion(nn.Module):
     photo: one pass, no diffusion. (A network trained to predict v or noise gives no photo by itself: see diffusion.Sampler.)
     Returns the image's shape and, for parameters of its dtype or under autocast, its dtype, not clamped. Raises UserError for
     another shape, and for a t that the network has no place for.
+
+    recompute, False unless set: whether blocks compute what their backward pass needs again instead of keeping it.
     """
 
     def __init__(self, config: MambaDiffusionConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         channels = [config.dim << i for i in range(config.num_groups)]
         dim, bottom, upwards = channels[0], channels[-1], channels[::-1]
         self.conv_first = nn.Sequential(nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1))
@@ -309,13 +316,13 @@ class MambaDiffusion(nn.Module):
         x = self.conv_first(padded.contiguous(memory_format=torch.channels_last))
         if self.config.time_embedding:
             x = x + self._embed(t, image)[:, :, None, None]
-        skips = []
+        skips, recompute = [], self.recompute and torch.is_grad_enabled()
         for group, down in zip(self.encoder_groups, [*self.downsamplers, None], strict=True):
-            x = group(x)
+            x = group(x, recompute)
             if down is not None:
                 skips.append(x)
                 x = down(x)
-        x = self.middle[0](x)
+        x = self.middle[0](x, recompute)
         if self.middle_dat is not None:
             x = self.middle_dat(x)
         for i, group in enumerate(self.decoder_groups):
@@ -324,7 +331,7 @@ class MambaDiffusion(nn.Module):
                 # skip_convs[i](cat(x, skip)) without the concatenated image
                 for_x, for_skip = self.skip_convs[i].weight.chunk(2, dim=1)
                 x = F.conv2d(x, for_x, self.skip_convs[i].bias) + F.conv2d(skips.pop(), for_skip)
-            x = group(x)
+            x = group(x, recompute)
         return self.conv_last(x)[..., :height, :width] + image
 
     def _embed(self, t: Tensor | None, image: Tensor) -> Tensor:

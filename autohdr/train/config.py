@@ -92,6 +92,9 @@ class TrainConfig:
     float16 scales the loss, and a step whose gradient overflows is skipped and halves the scale."""
     compile: bool = False
     """torch.compile the network."""
+    recompute: bool = False
+    """A MambaDiffusion's blocks keep their input alone and compute the rest again in the backward pass: a fraction of the memory
+    for a third more time. Restormer's ops always do."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 2

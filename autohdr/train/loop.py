@@ -33,6 +33,7 @@ from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, re
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, free_bytes, measure
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
+from autohdr.models.mamba_diffusion import MambaDiffusion
 from autohdr.plan import plan
 from autohdr.train import record
 from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_rng, rng_state, save_state, to_cpu
@@ -45,8 +46,8 @@ from autohdr.train.objective import Objective, parameter_groups
 
 # What may differ between a run and its continuation: nothing that the weights depend on beyond rounding. How many pairs a
 # step takes, batch_size x accumulate x processes, is checked apart.
-_FREE_TO_CHANGE = {"out", "device", "compile", "workers", "cache_gb", "log_every", "save_every", "keep", "samples", "tensorboard"}
-_FREE_TO_CHANGE |= {"batch_size", "accumulate", "parallel", "rank_timeout"}
+_FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
+_FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
 
 # States hold whole tensors by the model's own names, whatever shards them.
 _WHOLE = StateDictOptions(full_state_dict=True)
@@ -136,6 +137,10 @@ class _Trainer:
         self.objective = Objective(config, self.model)
         self.criterion = Criterion(config, self.device)
         self.precision = _precision(config.precision, self.device)
+        if config.recompute:
+            if not isinstance(self.model, MambaDiffusion):
+                raise UserError(f"recompute: for MambaDiffusion, got {config.model}, whose ops do so by themselves")
+            self.model.recompute = True
         if config.compile:
             self.model.compile()
         self.network = self.ranks.wrap(self.model, config.parallel, self.precision)
@@ -237,7 +242,7 @@ class _Trainer:
         epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
         memory = f"{format_bytes(int(peak))} at most in a process ({step.memory_source})"
         config, precision = self.config, str(self.precision).removeprefix("torch.")
-        settings = {"accumulate": config.accumulate, "averaged": config.ema > 0}
+        settings = {"accumulate": config.accumulate, "averaged": config.ema > 0, "recompute": config.recompute}
         planned = plan(self.model, config.size, config.batch_size, precision, "training", self.device, **settings)
         return "\n".join(
             (

@@ -8,7 +8,15 @@ from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.models import create_model, list_models, load_checkpoint, load_weights, save_weights
 from autohdr.models.diffusion import cosine_schedule
-from autohdr.models.mamba_diffusion import SSM, Block, ChannelAttention, Group, MambaDiffusionConfig, WindowAttention
+from autohdr.models.mamba_diffusion import (
+    SSM,
+    Block,
+    ChannelAttention,
+    Group,
+    MambaDiffusion,
+    MambaDiffusionConfig,
+    WindowAttention,
+)
 
 COUNTS = {
     "mamba_small": 14_471_443,
@@ -411,6 +419,23 @@ def test_images_stay_channels_last(monkeypatch):
     block, x = Block(8, TINY), channels_last(2, 8, 6, 4, dtype=torch.float32)
     assert block(x).is_contiguous(memory_format=torch.channels_last)
     assert seen == [True, True]
+
+
+def test_recomputing_changes_the_memory_alone(monkeypatch):
+    torch.manual_seed(0)
+    model, image, calls = MambaDiffusion(TINY), channels_last(1, 3, 9, 12, dtype=torch.float32), []
+    monkeypatch.setattr(Block, "forward", lambda self, x, forward=Block.forward: calls.append(len(x)) or forward(self, x))
+    results = []
+    for model.recompute in (False, True):
+        calls.clear()
+        output = model(image)
+        results.append((output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))))
+        assert len(calls) == 5 * (1 + model.recompute)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    calls.clear()
+    with torch.no_grad():
+        model(image)
+    assert len(calls) == 5
 
 
 def test_bfloat16_model():

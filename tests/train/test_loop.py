@@ -420,3 +420,10 @@ def test_refuses_to_resume_with_another_number_of_pairs_in_a_step(make_config):
     train(make_config(epochs=1))
     with pytest.raises(UserError, match="batch_size x accumulate x processes: the run takes 2 pairs in a step, got 3 x 1 x 1"):
         train(make_config(epochs=1, batch_size=3), resume=True)
+
+
+def test_recomputing_is_a_mamba_diffusions(make_config):
+    config = make_config(recompute=True)
+    with pytest.raises(UserError, match="recompute: for MambaDiffusion, got restormer_nano"):
+        loop.train(config)
+    assert not config.out.exists()
