@@ -6,6 +6,7 @@ AUTOHDR_BENCH_ROWS     file that a line of JSON is added to for every case as so
 AUTOHDR_BENCH_END      time (Unix seconds) from which no further case is begun
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,6 +55,8 @@ def measured(benchmark, function: Callable, error: Callable, limit: float) -> di
     """What a row of results says of a function, unless its error is above limit."""
     if DEVICE == "cuda":
         function()  # compiles, tunes, loads its libraries' workspaces
+    else:
+        _give_back()
     # On a CPU the first call, which takes its scratch memory. Meaningful under the default malloc alone: the tuned one keeps
     # what earlier calls gave back.
     with measure(DEVICE) as used:
@@ -77,6 +80,12 @@ def measured(benchmark, function: Callable, error: Callable, limit: float) -> di
         "seconds": stats.median,
         "fastest": stats.min,
     }
+
+
+def _give_back() -> None:
+    """To the system, what glibc's malloc keeps of the memory that checks and earlier cases have freed."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _head_start() -> Callable[[], None]:

@@ -13,8 +13,8 @@ def find(rows: list[dict], **facts) -> dict | None:
     return next((r for r in rows if all(r.get(k) == v for k, v in facts.items())), None)
 
 
-def ratio(ours: dict | None, theirs: dict | None, key: str = "seconds") -> str:
-    return f"{theirs[key] / ours[key]:.2f}×" if ours and theirs and key in ours and key in theirs else MISSING
+def ratio(ours: dict | None, theirs: dict | None) -> str:
+    return f"{theirs['seconds'] / ours['seconds']:.2f}×" if ours and theirs else MISSING
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -39,12 +39,6 @@ def cpu(results: dict) -> str:
     ):
         cells = [speed(m, against={"dtype": "float32"}, op=base, mode=mode, dtype=dtype) for m in MALLOCS]
         lines.append([f"{label}: speed", *cells])
-    # Only the default malloc gives memory back, so that one call's growth is all it took.
-    step = {"op": base, "mode": "training", "dtype": "float32", "malloc": "default"}
-    ours, theirs = find(rows, **step, backend="cpu"), find(rows, **step, backend="reference")
-    known = ours and theirs and ours["memory_source"] == "VmHWM" and ours["growth_bytes"] > 0
-    memory = ratio(ours, theirs, "growth_bytes") if known else MISSING
-    lines.append(["training step, float32: peak memory, eager's over ours", "", memory])
     title = f"{base}, 384×384, against eager PyTorch in channels-last"
     parts = [table([title, "tuned malloc", "default malloc"], lines)]
 
