@@ -9,6 +9,7 @@ import tomllib
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ import autohdr
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, read_pairs, shared_photos
 from autohdr.errors import UserError
-from autohdr.measure import format_bytes, free_bytes, measure
+from autohdr.measure import Measurement, format_bytes, free_bytes, measure
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.models.mamba_diffusion import MambaDiffusion
 from autohdr.plan import plan
@@ -227,6 +228,31 @@ class _Trainer:
         )
 
     def rehearse(self) -> str:
+        with self._workers():
+            waits, steps = self._two_steps()
+            with measure(self.device) as validation:
+                self._validate(self.ranks.count)
+        peak = max(max(row) for row in self.ranks.gather_floats(*(m.peak_bytes for m in (*steps, validation))))
+        turns = math.ceil(len(self.val_set) / self.ranks.count)
+        epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
+        memory = f"{format_bytes(int(peak))} at most in a process ({steps[1].memory_source})"
+        config, precision = self.config, str(self.precision).removeprefix("torch.")
+        settings = {"accumulate": config.accumulate, "averaged": config.ema > 0, "recompute": config.recompute}
+        planned = plan(self.model, config.size, config.batch_size, precision, "training", self.device, **settings)
+        return "\n".join(
+            (
+                f"{self}",
+                f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
+                f"planned    {planned}; Python, PyTorch, other losses than L1 and the state to go back to come on top",
+                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
+                f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
+                f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
+                "nothing was written",
+            )
+        )
+
+    def _two_steps(self) -> tuple[list[float], list[Measurement]]:
+        """Seconds that each waited for data, and what it took."""
         groups = (self._groups() * 2)[:2]
         self.batches[:] = [self.ranks.part(batch)[0] for group in groups for batch in group]
         loader, waits, steps = iter(self.loader), [], []
@@ -235,26 +261,18 @@ class _Trainer:
                 self._train_step(group, loader, 0.0)
             waits.append(self.epoch_wait - sum(waits))
             steps.append(step)
-        with measure(self.device) as validation:
-            self._validate(self.ranks.count)
-        peak = max(max(row) for row in self.ranks.gather_floats(*(m.peak_bytes for m in (*steps, validation))))
-        turns = math.ceil(len(self.val_set) / self.ranks.count)
-        epoch = self.steps_per_epoch * steps[1].seconds + turns * validation.seconds
-        memory = f"{format_bytes(int(peak))} at most in a process ({step.memory_source})"
-        config, precision = self.config, str(self.precision).removeprefix("torch.")
-        settings = {"accumulate": config.accumulate, "averaged": config.ema > 0, "recompute": config.recompute}
-        planned = plan(self.model, config.size, config.batch_size, precision, "training", self.device, **settings)
-        return "\n".join(
-            (
-                f"{self}",
-                f"memory     {memory}, {format_bytes(free_bytes(self.device))} still free",
-                f"planned    {planned}; Python, PyTorch and losses other than L1 come on top",
-                f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
-                f"an epoch   {_duration(epoch)}: {self.steps_per_epoch} steps, {turns} validations of {validation.seconds:.2g} s",
-                f"the run    {_duration(self.config.epochs * epoch)}: {self.config.epochs} epochs",
-                "nothing was written",
-            )
-        )
+        return waits, steps
+
+    @contextmanager
+    def _workers(self) -> Iterator[None]:
+        """Of the loader: they end with the block, also where it fails."""
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the loader's iterator, and this its workers
+            raise
+        finally:
+            del self.loader
 
     def run(self) -> RunSummary:
         self._say(str(self))
@@ -267,17 +285,14 @@ class _Trainer:
         bar = tqdm(total=total, initial=self.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
         with bar, deferred_signals() as self.signalled:
             try:
-                while self.epoch < self.config.epochs and not self.stopped:
-                    if self._train_epoch(bar):
-                        if self.stopped:  # whoever sent the signal may not wait until validation is over
-                            self._save_last()
-                        self._finish_epoch(bar)
-                    self._save_last()
-            except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the loader's iterator, and this its workers
-                raise
+                with self._workers():
+                    while self.epoch < self.config.epochs and not self.stopped:
+                        if self._train_epoch(bar):
+                            if self.stopped:  # whoever sent the signal may not wait until validation is over
+                                self._save_last()
+                            self._finish_epoch(bar)
+                        self._save_last()
             finally:
-                del self.loader
                 self.background.wait()
                 if self.tensorboard:
                     self.tensorboard.close()
