@@ -134,8 +134,8 @@ def evaluate(
     """
     from autohdr.data.pairs import check_pairs, read_pairs
     from autohdr.evaluate import evaluate, format_table
+    from autohdr.measure import pick_device
     from autohdr.models import load_checkpoint
-    from autohdr.train.loop import pick_device
 
     device = pick_device(device)
     model = _with_steps(load_checkpoint(checkpoint), steps)
@@ -183,9 +183,8 @@ def enhance(
             "--val-pairs val.jsonl` a real one, runs/restormer_384/checkpoint_best.safetensors"
         )
     from autohdr.enhance import enhance
-    from autohdr.measure import parse_bytes
+    from autohdr.measure import parse_bytes, pick_device
     from autohdr.models import load_checkpoint
-    from autohdr.train.loop import pick_device
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -217,9 +216,8 @@ def plan(
         max_memory: Inference of a Restormer in strips, within so much memory for the whole process, such as 3GB.
         recompute: Training of a MambaDiffusion whose blocks keep their input alone, as `autohdr train --recompute` does.
     """
-    from autohdr.measure import parse_bytes
+    from autohdr.measure import parse_bytes, pick_device
     from autohdr.plan import table
-    from autohdr.train.loop import pick_device
 
     sides = size.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):

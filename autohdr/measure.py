@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a block of code, and the memory that there is."""
+"""The device to work on, seconds and peak memory of a block of code, and the memory that there is."""
 
 import os
 import re
@@ -14,6 +14,18 @@ from typing import Any
 import torch
 
 from autohdr.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": CUDA where there is one. Raises UserError where it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not available here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 @dataclass

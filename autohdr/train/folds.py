@@ -13,9 +13,10 @@ from autohdr.data.pairs import Pair, photo_digests, pictures, read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate, format_table, summarise, write_json
+from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.train.config import TrainConfig, check_config, dump_config
-from autohdr.train.loop import pick_device, train
+from autohdr.train.loop import train
 
 REPORT = "cross_validation.json"
 

@@ -32,7 +32,7 @@ import autohdr
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, photo_digests, read_pairs, shared_photos
 from autohdr.errors import UserError
-from autohdr.measure import Measurement, format_bytes, free_bytes, measure
+from autohdr.measure import Measurement, format_bytes, free_bytes, measure, pick_device
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights
 from autohdr.models.mamba_diffusion import MambaDiffusion
 from autohdr.plan import plan
@@ -100,18 +100,6 @@ def lr_factor(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": CUDA where there is one. Raises UserError where it is absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not available here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:
