@@ -725,6 +725,21 @@ class Head:
         return norm
 
 
+class Hidden:
+    """Memory for a head's hidden image, a step at a time and with a halo, and for what its norm needs."""
+
+    def __init__(self, head: Head, steps: Steps, halo: int):
+        self.head, self.steps, self.halo = head, steps, halo
+        self.values = Buffer(steps, head.channels, halo, steps.x.data.dtype)
+        self.stats = Buffer(steps, 2, halo, torch.float32)
+
+    def of(self, images: slice, rows: range) -> tuple[View, Norm]:
+        """hidden of those rows and the halo around them, and the norm of the same."""
+        near = self.steps.around(rows, self.halo)
+        hidden = self.values.view(images, near)
+        return hidden, self.head.expand(self.steps.x.at(near, images), hidden, self.stats.view(images, near))
+
+
 class HeadBackward:
     """The backward pass of a head, step by step, given the gradient of its convolution."""
 

@@ -14,6 +14,7 @@ from autohdr.kernels.triton_image import (
     Buffer,
     Head,
     HeadBackward,
+    Hidden,
     Steps,
     View,
     add_up,
@@ -38,11 +39,9 @@ def forward(
     head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
     weight = F.pad(project_out_weight[:, :, 0, 0], (0, head.padded - head.size)).to(x.dtype)[None, None]
     steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    memory = Hidden(head, steps, 1)
     for images, rows in steps:
-        near = steps.around(rows, 1)
-        hidden = hidden_memory.view(images, near)
-        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        hidden, _ = memory.of(images, rows)
         here = from_.at(rows, images)
         product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=head.taps, added=here, add="plain")
     return y
@@ -65,15 +64,14 @@ def backward(
     transposed = project_out_weight[:, :, 0, 0].T
     transposed = F.pad(transposed, (0, round_up(channels) - channels, 0, head.padded - hidden_size)).to(x.dtype)[None, None]
     steps = Steps(from_, (3 * head.channels + head.padded) * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET)
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 2, x.dtype), Buffer(steps, 2, 2, torch.float32)
+    memory = Hidden(head, steps, 2)
     d_memory, gated_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, head.padded, 1, x.dtype)
     head_backward = HeadBackward(head, steps)
     slots = slots_of(channels, hidden_size, 1, steps.images * steps.rows * x.shape[3])
     d_project_out = torch.zeros((slots, 1, channels, hidden_size), dtype=torch.float32, device=x.device)
     for images, rows in steps:
-        near, far = steps.around(rows, 1), steps.around(rows, 2)
-        hidden, d, gated = hidden_memory.view(images, far), d_memory.view(images, near), gated_memory.view(images, near)
-        norm = head.expand(from_.at(far, images), hidden, stats_memory.view(images, far))
+        near, (hidden, norm) = steps.around(rows, 1), memory.of(images, rows)
+        d, gated = d_memory.view(images, near), gated_memory.view(images, near)
         product(back.at(near, images), transposed, d, add="gate", added=hidden.at(near), added_taps=head.taps, gated=gated)
         here = back.at(rows, images)
         outer(here, gated.at(rows), d_project_out)

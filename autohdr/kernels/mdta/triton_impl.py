@@ -15,6 +15,7 @@ from autohdr.kernels.triton_image import (
     Buffer,
     Head,
     HeadBackward,
+    Hidden,
     Steps,
     View,
     outer,
@@ -59,14 +60,12 @@ def statistics(
     head = Head(from_, norm_weight, norm_bias, qkv_weight[: 2 * channels], dwconv_weight[: 2 * channels], 2 * num_heads, eps)
     part = num_heads * head.padded
     steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET, num_heads, range(first, end))
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    memory = Hidden(head, steps, 1)
     slots = slots_of(head.padded, head.padded, steps.images * num_heads, steps.rows * width)
     gram = torch.zeros((slots, batch * num_heads, head.padded, head.padded), dtype=torch.float32, device=x.device)
     squares = torch.zeros((2, slots, batch * num_heads, head.padded), dtype=torch.float32, device=x.device)
     for images, rows in steps:
-        near, own = steps.around(rows, 1), slice(images.start * num_heads, images.stop * num_heads)
-        hidden = hidden_memory.view(images, near)
-        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        own, (hidden, _) = slice(images.start * num_heads, images.stop * num_heads), memory.of(images, rows)
         q, k = hidden.at(rows).channels(0, part), hidden.at(rows).channels(part, 2 * part)
         taps = head.taps, head.taps[:, part:]
         outer(q, k, gram[:, own], kinds=("conv", "conv"), taps=taps, heads=num_heads, squares=tuple(squares[:, :, own]))
@@ -95,11 +94,9 @@ def apply(
     small = _Attention(gram, q_norm, k_norm, temperature, project_out_weight)
     combined = F.pad(small.combined, (0, head.padded - head.size)).flatten(2).to(x.dtype)[:, None]
     steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, 2, 1, torch.float32)
+    memory = Hidden(head, steps, 1)
     for images, rows in steps:
-        near = steps.around(rows, 1)
-        hidden = hidden_memory.view(images, near)
-        head.expand(from_.at(near, images), hidden, stats_memory.view(images, near))
+        hidden, _ = memory.of(images, rows)
         here, there = from_.at(rows, images), to.at(rows, images)
         product(hidden.at(rows), combined[images], there, kind="conv", taps=head.taps, added=here, add="plain")
     return y
@@ -134,13 +131,11 @@ def backward(
     to_v = to_v.to(x.dtype).contiguous()[:, None]
 
     steps = Steps(from_, 3 * head.channels * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET, num_heads)
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 2, x.dtype), Buffer(steps, 2, 2, torch.float32)
-    d_memory, head_backward = Buffer(steps, head.channels, 1, x.dtype), HeadBackward(head, steps)
+    memory, d_memory, head_backward = Hidden(head, steps, 2), Buffer(steps, head.channels, 1, x.dtype), HeadBackward(head, steps)
     q_taps, k_taps = head.taps, head.taps[:, part:]
     for images, rows in steps:
-        near, far = steps.around(rows, 1), steps.around(rows, 2)
-        hidden, d = hidden_memory.view(images, far), d_memory.view(images, near)
-        norm = head.expand(from_.at(far, images), hidden, stats_memory.view(images, far))
+        near, (hidden, norm) = steps.around(rows, 1), memory.of(images, rows)
+        d = d_memory.view(images, near)
         q, k = hidden.at(near).channels(0, part), hidden.at(near).channels(part, 2 * part)
         dq, dk, dv = (d.channels(i * part, (i + 1) * part) for i in range(3))
         conv = {"kind": "conv", "add": "conv", "split": True}
@@ -165,13 +160,11 @@ def _combined_grad(x: View, dy: View, *parameters) -> Tensor:
     """The gradient of every image's project_out · blockdiag(attention), Σ dy vᵀ: double [batch, channels, num_heads, size]."""
     head, (batch, _, width, channels) = _value_head(x, *parameters), x.data.shape
     steps = Steps(x, head.channels * x.data.element_size(), 1, FORWARD_BUDGET)
-    hidden_memory, stats_memory = Buffer(steps, head.channels, 1, x.data.dtype), Buffer(steps, 2, 1, torch.float32)
+    memory = Hidden(head, steps, 1)
     slots = slots_of(channels, head.channels, steps.images, steps.rows * width)
     sums = torch.zeros((slots, batch, channels, head.channels), dtype=torch.float32, device=x.data.device)
     for images, rows in steps:
-        near = steps.around(rows, 1)
-        hidden = hidden_memory.view(images, near)
-        head.expand(x.at(near, images), hidden, stats_memory.view(images, near))
+        hidden, _ = memory.of(images, rows)
         outer(dy.at(rows, images), hidden.at(rows), sums[:, images], kinds=("plain", "conv"), taps=(None, head.taps))
     return sums.sum(0, dtype=torch.float64).unflatten(2, (head.groups, head.padded))[..., : head.size]
 
