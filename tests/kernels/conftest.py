@@ -15,9 +15,8 @@ from autohdr.kernels.common import register_triton
 
 if SLOW:  # the backend takes CPU tensors
     backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
-    OPS = [op for op in backends.OPS if BACKEND in backends._DTYPES[op]]
     backends._DEVICES[BACKEND] = "cpu"
-    backends._REASONS |= {(op, BACKEND): "" for op in OPS}
+    backends._REASONS |= {(op, BACKEND): "" for op in backends.OPS}
 
 # A reference that rounds float32 to TF32, as PyTorch's convolutions do on a GPU, would let every error pass.
 torch.backends.cudnn.allow_tf32 = False
@@ -51,13 +50,13 @@ elif INTERPRETED:
 
     interpreter.InterpretedFunction.__call__, interpreter._convert_float = call, convert
     importlib.import_module("autohdr.kernels.selective_scan.schema").CHUNK = 8  # for the same paths with fewer tokens
-    for op in OPS:
+    for op in backends.OPS:
         register_triton(op, "cpu")
 
     @pytest.fixture(autouse=True, scope="session")
     def kernels_have_run():
         yield
-        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
+        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in backends.OPS)
 
 
 @pytest.fixture(params=_C.build_info()["cpu_isas_here"] if BACKEND == "cpu" else [BACKEND])

@@ -10,10 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
-OPS = [op for op in backends.OPS if "triton" in backends._DTYPES[op]]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_op(op):
     command = [sys.executable, "-m", "pytest", Path(__file__).parent / f"test_{op}.py", "-p", "no:cacheprovider"]
     # Without GPUs: the interpreter would have to copy everything to and fro.

@@ -112,7 +112,7 @@ def faults(architecture: int, call, monkeypatch, cache) -> list[str]:
 
 
 @pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize("op", [op for op in backends.OPS if "triton" in backends._DTYPES[op]])
+@pytest.mark.parametrize("op", backends.OPS)
 def test_no_kernel_spills(op, architecture, monkeypatch, tmp_path):
     implementation = importlib.import_module(f"autohdr.kernels.{op}.triton_impl")
 
