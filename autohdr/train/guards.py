@@ -18,6 +18,9 @@ from autohdr.train.distributed import local
 DEVIATIONS = 10
 """How far above the median a spike is, in standard deviations estimated as 1.4826 times the median absolute deviation."""
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Signals by which a terminal or a batch system ends a run."""
+
 GRACE = 30
 """Seconds that a loader's worker outlives a SIGTERM."""
 
@@ -105,7 +108,7 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, before[number])
         tqdm.write("stopping after this step ...")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in ENDING}
     try:
         yield lambda: seen[0] if seen else 0
     finally:
@@ -113,7 +116,19 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM wait: here for the block's end, in a loader's worker started within for `survive_signals`. Between
+    a worker's start and that call PyTorch gives it handlers that end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def survive_signals(worker: int) -> None:
     """Of a loader's worker: Ctrl-C and SIGTERM reach it too, and the step under way still needs it for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -41,7 +41,7 @@ from autohdr.train.checkpoint import PROGRESS, Background, load_newest, restore_
 from autohdr.train.config import LOSSES, TrainConfig, check_config, dump_config
 from autohdr.train.distributed import Ranks, join, local
 from autohdr.train.ema import Average
-from autohdr.train.guards import Guard, TrainingError, deferred_signals, not_finite, survive_signals
+from autohdr.train.guards import Guard, TrainingError, deferred_signals, held_signals, not_finite, survive_signals
 from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective, parameter_groups
 
@@ -243,7 +243,7 @@ class _Trainer:
         """Seconds that each waited for data, and what it took."""
         groups = (self._groups() * 2)[:2]
         self.batches[:] = [self.ranks.part(batch)[0] for group in groups for batch in group]
-        loader, waits, steps = iter(self.loader), [], []
+        loader, waits, steps = self._start(self.loader), [], []
         for group in groups:
             with measure(self.device) as step:
                 self._train_step(group, loader, 0.0)
@@ -299,7 +299,7 @@ class _Trainer:
         self.model.train()
         self.train_set.set_epoch(self.epoch)
         self.batches[:] = [self.ranks.part(batch)[0] for group in groups[self.epoch_steps :] for batch in group]
-        loader = iter(self.loader)
+        loader = self._start(self.loader)
         for group in groups[self.epoch_steps :]:
             lr = config.lr * lr_factor(
                 self.step, config.epochs * self.steps_per_epoch, round(config.warmup_epochs * self.steps_per_epoch)
@@ -454,7 +454,7 @@ class _Trainer:
         pairs = min(pairs or len(self.val_set), len(self.val_set))
         turns = range(self.ranks.rank, self.ranks.rank + pairs, self.ranks.count)
         scores, triptychs = {}, {}
-        loader = self._loader(self.val_set, [[min(turn, pairs - 1)] for turn in turns])
+        loader = self._start(self._loader(self.val_set, [[min(turn, pairs - 1)] for turn in turns]))
         with self.average.applied():
             for index, batch in zip(turns, loader, strict=True):
                 source, target = self._to_device(batch)
@@ -490,6 +490,10 @@ class _Trainer:
             generator=torch.Generator(),
             **workers,
         )
+
+    def _start(self, loader: DataLoader) -> Iterator[dict]:
+        with held_signals():
+            return iter(loader)
 
     def _to_device(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(

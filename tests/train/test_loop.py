@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
+from torch.utils.data._utils import signal_handling
 
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
@@ -367,6 +368,19 @@ def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, sta
     assert f"go on: autohdr train {config.out / 'config.toml'} --resume" in out and "Traceback" not in err
     step = load_state(config.out / STATE)["step"]
     assert 0 < step < 60 and len((config.out / "log.jsonl").read_text().splitlines()) == step + step // 3
+
+
+def test_a_worker_survives_a_signal_as_it_starts(make_config, monkeypatch):
+    """Signalled where PyTorch has set its handlers and survive_signals was not yet called."""
+    set_handlers = signal_handling._set_worker_signal_handlers
+
+    def set_handlers_and_signal():  # in the worker
+        set_handlers()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", set_handlers_and_signal)
+    assert train(make_config(workers=1, epochs=1)).epochs == 1
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 def test_a_failure_ends_the_workers(make_config, monkeypatch):
