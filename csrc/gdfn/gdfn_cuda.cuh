@@ -44,8 +44,11 @@ __global__ void __launch_bounds__(256) gate_backward(Walk walk, View<const T> hi
   });
 }
 
+}  // namespace image
+
 template <class T>
-int64_t gdfn_forward(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
+int64_t gdfn_forward_cuda(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights);
   const Shape& s = h.shape;
@@ -74,7 +77,8 @@ int64_t gdfn_forward(const GdfnForward<T>& a, void* memory, cudaStream_t stream)
 }
 
 template <class T>
-int64_t gdfn_backward(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
+int64_t gdfn_backward_cuda(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights);
   const Shape& s = h.shape;
@@ -114,17 +118,6 @@ int64_t gdfn_backward(const GdfnBackward<T>& a, void* memory, cudaStream_t strea
   add_up(d_project_out, first ? 0 : splits, channels * a.shape.hidden, a.d_project_out, stream);  // all zero for no image
   head.finish(h, !first, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv, stream);
   return workspace.used();
-}
-
-}  // namespace image
-
-template <class T>
-int64_t gdfn_forward_cuda(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
-  return image::gdfn_forward(a, memory, stream);
-}
-template <class T>
-int64_t gdfn_backward_cuda(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
-  return image::gdfn_backward(a, memory, stream);
 }
 
 }  // namespace autohdr

@@ -190,8 +190,11 @@ struct Attention {
   Rows<float> rows_of(float* matrices) const { return {matrices, int64_t{width} * padded, padded, int64_t{padded} * padded}; }
 };
 
+}  // namespace image
+
 template <class T>
-int64_t mdta_statistics(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
+int64_t mdta_statistics_cuda(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 0, 2);
   const Shape& s = h.shape;
@@ -226,7 +229,8 @@ int64_t mdta_statistics(const MdtaStatistics<T>& a, void* memory, cudaStream_t s
 }
 
 template <class T>
-int64_t mdta_apply(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
+int64_t mdta_apply_cuda(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 2, 1);
   const Shape& s = h.shape;
@@ -261,21 +265,23 @@ int64_t mdta_apply(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
 }
 
 template <class T>
-int64_t mdta_forward(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
+int64_t mdta_forward_cuda(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const MdtaShape& s = a.shape;
   const int64_t rows = s.batch * s.channels, count = rows * s.head_size();
   double *gram = workspace.take<double>(count), *q_square = workspace.take<double>(rows), *k_square = workspace.take<double>(rows);
   void* rest = workspace.take<double>(0);
-  const int64_t first = mdta_statistics<T>({s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
+  const int64_t first = mdta_statistics_cuda<T>({s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
   if (!workspace.counts_only() && count)
     launch(round_statistics, dim3(std::min<int64_t>(ceil_div(count, 256), 4096)), dim3(256), 0, stream, count, rows, gram, q_square, k_square, a.gram,
            a.q_norm, a.k_norm);
-  return workspace.used() + std::max(first, mdta_apply<T>({s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
+  return workspace.used() + std::max(first, mdta_apply_cuda<T>({s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
 }
 
 template <class T>
-int64_t mdta_backward(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
+int64_t mdta_backward_cuda(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 0, 3), value_head = head_of(a.shape, a.weights, 2, 1);
   const Shape& s = h.shape;
@@ -360,25 +366,6 @@ int64_t mdta_backward(const MdtaBackward<T>& a, void* memory, cudaStream_t strea
   add_up(temperature_sums, s.batch, heads, a.d_temperature, stream);
   head.finish(h, !first, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv, stream);
   return workspace.used();
-}
-
-}  // namespace image
-
-template <class T>
-int64_t mdta_forward_cuda(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
-  return image::mdta_forward(a, memory, stream);
-}
-template <class T>
-int64_t mdta_statistics_cuda(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
-  return image::mdta_statistics(a, memory, stream);
-}
-template <class T>
-int64_t mdta_apply_cuda(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
-  return image::mdta_apply(a, memory, stream);
-}
-template <class T>
-int64_t mdta_backward_cuda(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
-  return image::mdta_backward(a, memory, stream);
 }
 
 }  // namespace autohdr
