@@ -43,11 +43,10 @@ def test_cuda_counts_tensors():
     assert result.memory_source == "cuda" and 64 * MIB <= result.growth_bytes < 80 * MIB
 
 
-def test_resident_and_free_bytes_follow_an_allocation():
-    resident, free = resident_bytes(), free_bytes()
+def test_resident_bytes_follow_an_allocation():
+    resident = resident_bytes()
     block = torch.ones(256 * MIB, dtype=torch.uint8)
     assert 250 * MIB < resident_bytes() - resident < 270 * MIB
-    assert 0 < free_bytes() < free + 1024 * MIB  # other processes come and go
     del block
 
 

@@ -164,7 +164,7 @@ train_step = loop._Trainer._train_step
 def slow(self, *args):
     if self.step == 2:
         (self.out / f"pid_{self.ranks.rank}").write_text(str(os.getpid()))
-        time.sleep(2)
+        time.sleep(60 * self.ranks.rank)
     return train_step(self, *args)
 
 loop._Trainer._train_step = slow
