@@ -1,7 +1,7 @@
 """Build policy: which kernels to compile. Everything else is in pyproject.toml.
 
 AUTOHDR_BUILD=auto|cpu|cuda|none   auto (the default): the CPU kernels, and the CUDA kernels iff torch was built with CUDA and an
-                                   nvcc of the same major version is there. Never asks whether a GPU is present.
+                                   nvcc of the same major version, 12.8 or newer, is there. Never asks whether a GPU is present.
 TORCH_CUDA_ARCH_LIST               narrows the GPU architectures, as for any PyTorch extension.
 """
 
@@ -20,7 +20,7 @@ ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
 def nvcc_release() -> tuple[Path, str] | None:
     """CUDA's root folder and nvcc's release, such as 13.0."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
+    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if not nvcc or not Path(nvcc).exists():
         return None
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -52,6 +52,8 @@ def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple
         missing = "torch was built without CUDA"
     elif torch_cuda is not None and nvcc[1].split(".")[0] != torch_cuda.split(".")[0]:
         missing = f"nvcc is {nvcc[1]}, torch was built with CUDA {torch_cuda}"
+    elif tuple(map(int, nvcc[1].split("."))) < (12, 8):  # knows no 10.0
+        missing = f"nvcc is {nvcc[1]}, 12.8 or newer is needed"
     if missing and build == "cuda":
         raise SystemExit(f"AUTOHDR_BUILD=cuda: {missing}")
     if missing:

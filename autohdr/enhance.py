@@ -133,7 +133,8 @@ def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: 
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
     limit = {}
     if isinstance(model, Restormer):
-        limit["max_memory"] = max_memory or resident_bytes(device) + free_bytes(device) * 9 // 10
+        most = resident_bytes(device) + free_bytes(device) * 9 // 10
+        limit["max_memory"] = most if max_memory is None else max_memory
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         output = model(image, **limit)
     return output[0].permute(1, 2, 0).float().cpu().numpy()

@@ -158,8 +158,13 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
+_OUT_OF_MEMORY = re.compile(
+    "can(no|')t allocate|bad_alloc|could not create a primitive"  # the last: oneDNN's convolutions, without memory for their code
+    r"|CUDA error: out of memory|Triton Error \[CUDA\]: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    "|unable to find an engine to execute this computation"  # cuDNN's convolutions, without memory for their workspace
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that an allocation failed, on any device."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    # The last is what oneDNN's convolutions say when there is no memory for their code.
-    return known or re.search("can(no|')t allocate|bad_alloc|could not create a primitive", str(error)) is not None
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

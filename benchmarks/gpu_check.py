@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one run: make gpu-check, or python benchmarks/gpu_check.py [--only PART ...].
+"""Everything that needs a GPU: make gpu-check, or python benchmarks/gpu_check.py [--only PART ...] [--files NAME ...].
 
     build       the CUDA kernels, for this GPU's architecture unless TORCH_CUDA_ARCH_LIST names others; fetches nothing
     tests       tests/kernels on the GPU, with the cuda and with the triton backend
@@ -6,9 +6,14 @@
     bench       the benchmarks, among them a training step of mamba_diffusion_large at 384×384
     compiled    torch.compile's columns of the benchmarks; compilation takes minutes, so only where --only names it
 
-A part that fails is reported, and the rest still runs; the exit status is then 1. Results go to benchmarks/results/NAME.json; a
-later call with other parts adds to it, as long as GPU, versions and commit are the same. What --minutes cuts off counts as
-failed: run it in a call of its own.
+A part that fails is reported, and the rest still runs; the exit status is then 1. Results go to benchmarks/results/NAME.json as
+soon as a part or a file of benchmarks is done; a later call with others adds to it, as long as GPU, versions and commit are the
+same. What --minutes cuts off counts as failed: run it in a call of its own. The default, 8.5, keeps a call that may take ten
+minutes from being killed; three such calls do it all:
+
+    --only build tests sanitizer
+    --only bench --files causal_conv1d gdfn machine mdta
+    --only bench --files mamba_diffusion restormer selective_scan
 """
 
 import argparse
@@ -19,16 +24,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import torch
+BEGIN = time.monotonic()  # --minutes has what importing torch takes in it
+
+import torch  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-# The parts of a stage run beside each other.
-STAGES = (("build",), ("tests", "sanitizer"), ("bench",), ("compiled",))
+PARTS = ("build", "tests", "sanitizer", "bench", "compiled")
+FILES = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
 BACKENDS = ("cuda", "triton")
 NEEDED = ("einops", "ninja", "pybind11", "pytest", "pytest_benchmark", "safetensors", "setuptools")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -38,12 +48,16 @@ END = 15  # seconds at the end of a part, in which no further case of a benchmar
 
 
 class Check:
-    """The run: what there is left of its time, and what went wrong so far."""
+    """The run: what there is left of its time until end (of the monotonic clock), and what it found so far."""
 
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes
+    def __init__(self, end: float):
+        self.end = end
         self.rows: list[dict] = []
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+        self.checks: dict[str, dict] = {}
+        before = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}  # ninja lies beside python
+        self.environment = os.environ | {
+            name: os.pathsep.join(filter(None, (place, os.environ.get(name)))) for name, place in before.items()
+        }
 
     def left(self) -> float:
         return max(1.0, self.end - time.monotonic())
@@ -58,7 +72,11 @@ class Check:
                 fault = f"exit code {process.returncode}" if process.returncode else ""
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)  # its children as well: a compiler, a program under the sanitizer
-                output, fault = process.communicate()[0], "no time left"
+                fault = "no time left"
+                try:
+                    output = process.communicate(timeout=5)[0]
+                except subprocess.TimeoutExpired as held:  # a child in a session of its own lives on, with the pipe
+                    output = (held.stdout or b"").decode(errors="replace")
         return output, [f"{name}: {fault}\n{output[-6000:]}"] if fault else []
 
     def build(self) -> list[str]:
@@ -71,6 +89,7 @@ class Check:
         def run(backend: str) -> list[str]:
             files = [f"tests/kernels/test_{op}.py" for op in ops(backend)] + ["tests/kernels/test_gpu.py"]
             command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "--durations=5"]
+            command += ["-n", "4"] if importlib.util.find_spec("xdist") else []
             output, faults = self.run(command, f"tests, {backend}", AUTOHDR_TEST_BACKEND=backend)
             print(f"   tests, {backend}: {(output.splitlines() or [''])[-1]}", flush=True)
             return faults
@@ -97,20 +116,30 @@ class Check:
         with ThreadPoolExecutor(4) as pool:
             return sum(pool.map(run, [(tool, backend) for backend in BACKENDS if ops(backend) for tool in TOOLS]), [])
 
-    def bench(self, selection: str = "not compiled") -> list[str]:
+    def bench(self, name: str, selection: str) -> list[str]:
+        variables = {"AUTOHDR_BENCH_DEVICE": "cuda", "AUTOHDR_BENCH_END": str(time.time() + self.left() - END)}
+        variables["PYTHONPATH"] = self.environment["PYTHONPATH"]
         measure_file = importlib.import_module("run").measure_file
-        faults = []
-        for file in sorted(HERE.glob("bench_*.py")):
-            print(f"== {file.name}, {selection}", flush=True)
-            variables = {"AUTOHDR_BENCH_DEVICE": "cuda", "AUTOHDR_BENCH_END": str(time.time() + self.left() - END)}
-            variables["PYTHONPATH"] = self.environment["PYTHONPATH"]
-            rows, fault = measure_file(file, variables, "-k", selection, timeout=self.left())
-            self.rows += rows
-            faults += [fault] if fault else []
-        return faults
+        rows, fault = measure_file(HERE / f"bench_{name}.py", variables, "-k", selection, timeout=self.left())
+        self.rows += rows
+        return [fault] if fault else []
 
-    def compiled(self) -> list[str]:
-        return self.bench("compiled")
+    def stages(self, files: list[str]) -> list[dict[str, Callable[[], list[str]]]]:
+        """All that comes after the build, by name; what is in one stage runs beside each other."""
+        stages = [{"tests": self.tests, "sanitizer": self.sanitizer}]
+        stages += [{f"bench {name}": partial(self.bench, name, "not compiled")} for name in files]
+        return stages + [{f"compiled {name}": partial(self.bench, name, "compiled")} for name in files]
+
+    def part(self, name: str, function: Callable[[], list[str]]) -> None:
+        """Runs one of them and notes what became of it."""
+        print(f"== {name}", flush=True)
+        begin = time.monotonic()
+        try:
+            faults = function() if begin < self.end else ["no time left"]
+        except Exception as error:
+            faults = [f"{type(error).__name__}: {error}"]
+        self.checks[name] = {"passed": not faults, "seconds": round(time.monotonic() - begin, 1), "faults": faults}
+        print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
 
 
 def ops(backend: str) -> list[str]:
@@ -150,8 +179,15 @@ def calls(backend: str, device: str = "cuda") -> None:
 
 
 def merge(before: dict, now: dict) -> dict:
-    """now, and what before has beside it; nothing of before where it is of another machine, version or commit."""
-    if any(before.get(key) != now[key] for key in ("machine", "versions", "commit")):
+    """now, and what before has beside it; nothing of before where it is of another GPU, version or commit.
+
+    The processor may be another: it changes with every machine that is rented.
+    """
+
+    def origin(results: dict) -> tuple:
+        return results["machine"]["gpu"]["name"], results["versions"], results["commit"]
+
+    if origin(before) != origin(now):
         return now
 
     def key(row: dict) -> tuple:
@@ -163,9 +199,9 @@ def merge(before: dict, now: dict) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = [name for stage in STAGES for name in stage]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts[:-1], metavar="PART")
-    parser.add_argument("--minutes", type=float, default=10, help="of the whole call (default 10)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:-1], metavar="PART", help="default: all but compiled")
+    parser.add_argument("--files", nargs="+", choices=FILES, default=FILES, metavar="NAME", help=f"of {', '.join(FILES)}")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of the whole call (default 8.5)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/NAME.json, after the GPU")
     parser.add_argument("--commit", help="where the tree is no git checkout")
     parser.add_argument("--calls", metavar="BACKEND", help=argparse.SUPPRESS)
@@ -181,38 +217,33 @@ def main() -> int:
     if options.calls:
         calls(options.calls)
         return 0
-    check, checks = Check(options.minutes), {}
-
-    def finish(name: str, begin: float, faults: list[str]) -> None:
-        checks[name] = {"passed": not faults, "seconds": round(time.monotonic() - begin, 1), "faults": faults}
-        print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
-
-    def run_part(name: str) -> None:
-        print(f"== {name}", flush=True)
-        begin = time.monotonic()
-        try:
-            faults = getattr(check, name)() if begin < check.end else ["no time left"]
-        except Exception as error:
-            faults = [f"{type(error).__name__}: {error}"]
-        finish(name, begin, faults)
-
-    for stage in STAGES:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(run_part, [name for name in stage if name in options.only]))
-
-    finish("backends", time.monotonic(), missing())
+    check = Check(BEGIN + 60 * options.minutes)
+    if "build" in options.only:
+        check.part("build", check.build)
+    # Not before: these import autohdr, which loads what was built.
     run, floors, tables = (importlib.import_module(module) for module in ("run", "floors", "tables"))
     gpu = floors.gpu_properties()
     results = run.describe(options.commit or run.commit(), check.rows, gpu)
     results["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton"), "driver": driver()}
-    results["checks"] = checks
+    results["checks"] = check.checks
     path = options.out or run.RESULTS / (re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()) + ".json")
-    run.write(merge(json.loads(path.read_text()), results) if path.exists() else results, path)
+    one_at_a_time = threading.Lock()
+
+    def part(job: tuple[str, Callable[[], list[str]]]) -> None:
+        """Written at once, so that what ends this process takes nothing that was done."""
+        check.part(*job)
+        with one_at_a_time:
+            run.write(merge(json.loads(path.read_text()), results) if path.exists() else results, path)
+
+    part(("backends", missing))
+    for stage in check.stages(options.files):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(part, [job for job in stage.items() if job[0].split()[0] in options.only]))
     print(tables.gpu(json.loads(path.read_text())))
-    for name, part in checks.items():
-        print(f"{name:<10} {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s")
+    for name, outcome in check.checks.items():
+        print(f"{name:<25} {'passed' if outcome['passed'] else 'FAILED'} in {outcome['seconds']} s")
     print(f"results: {path}")
-    return int(not all(part["passed"] for part in checks.values()))
+    return int(not all(outcome["passed"] for outcome in check.checks.values()))
 
 
 def version(module: str) -> str | None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import torch
 
 import autohdr
 from autohdr import kernels
+from autohdr.files import replacing
 from autohdr.kernels import _extension
 
 HERE = Path(__file__).parent
@@ -48,6 +50,8 @@ def processor() -> str:
 
 def commit() -> str:
     """Marked dirty where any tracked file but the results themselves was changed."""
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
@@ -114,7 +118,8 @@ def run(files: list[Path]) -> tuple[dict, list[str]]:
 
 def write(results: dict, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    with replacing(path) as part:
+        part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> int:

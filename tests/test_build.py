@@ -1,7 +1,8 @@
-"""setup.py's choices, and an installation without kernels."""
+"""setup.py's choices, an installation without kernels, and the Makefile's PATH."""
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,34 @@ def test_the_choices(choose, monkeypatch):
     assert choose("auto", None, ["a.cu"]) == (True, False, "CPU kernels; no CUDA kernels: torch was built without CUDA")
     assert choose("cuda", None, ["a.cu"])[:2] == (True, True)  # compiles beside a CPU-only torch too
     assert "nvcc is 13.0, torch was built with CUDA 12.8" in choose("auto", "12.8", ["a.cu"])[2]
+    for release, compiled in (("12.0", False), ("12.8", True), ("12.10", True)):
+        monkeypatch.setitem(choose.__globals__, "nvcc_release", lambda release=release: (Path("/cuda"), release))
+        assert choose("auto", "12.6", ["a.cu"])[:2] == (True, compiled)
+    monkeypatch.setitem(choose.__globals__, "nvcc_release", lambda: (Path("/cuda"), "12.0"))
+    with pytest.raises(SystemExit, match="AUTOHDR_BUILD=cuda: nvcc is 12.0, 12.8 or newer is needed"):
+        choose("cuda", "12.6", ["a.cu"])
     with pytest.raises(SystemExit, match="AUTOHDR_BUILD: expected auto, cpu, cuda or none, got 'gpu'"):
         choose("gpu", None, [])
     monkeypatch.setitem(choose.__globals__, "nvcc_release", lambda: None)
     with pytest.raises(SystemExit, match="AUTOHDR_BUILD=cuda: no nvcc was found"):
         choose("cuda", "13.0", ["a.cu"])
+
+
+def test_nvcc_is_looked_for_where_cuda_is_installed(choose, tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.9, V12.9.86\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: str(nvcc) if path == "/usr/local/cuda/bin" else None)
+    assert choose.__globals__["nvcc_release"]() == (tmp_path, "12.9")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_gpu_check_runs_the_python_of_the_user():
+    done = subprocess.run(["make", "-s", "gpu-check", "PYTHON=printenv PATH;:"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == os.environ["PATH"]
 
 
 def test_an_installation_without_kernels(tmp_path):

@@ -107,9 +107,14 @@ def test_is_out_of_memory():
         torch.OutOfMemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: 5"),
         RuntimeError("could not create a primitive"),
-        RuntimeError("x"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ]
-    assert [is_out_of_memory(e) for e in errors] == [True, True, True, True, False]
+    assert [e for e in errors if not is_out_of_memory(e)] == []
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)

@@ -279,7 +279,9 @@ def _tiff_exif(image: Image.Image) -> bytes:
 def _write_jpeg(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
     exif = photo.exif and b"Exif\0\0" + photo.exif
     image = Image.fromarray(samples)
-    image.save(file, "JPEG", quality=95, subsampling=0, exif=exif, icc_profile=photo.icc_profile)
+    encoded = io.BytesIO()  # Pillow writes a JPEG into a real file by itself, and does not notice where a full disk takes a part
+    image.save(encoded, "JPEG", quality=95, subsampling=0, exif=exif, icc_profile=photo.icc_profile)
+    file.write(encoded.getbuffer())
 
 
 def _write_webp(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:

@@ -1,6 +1,7 @@
 """Which backends there are, which of them can run here, and which one a call takes."""
 
 import importlib.util
+import re
 
 import torch
 
@@ -37,6 +38,37 @@ def _reason(op: str, backend: str) -> str:
 _REASONS = {(op, name): _reason(op, name) for op in OPS for name in NAMES}
 
 
+def _runs_on(architectures: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The first and the last compute capability that each of these, such as "8.0 9.0a 10.0+PTX", runs on.
+
+    A GPU runs binaries of its own major version up to its minor one, PTX of any version up to its own, and with an "a" its own
+    version's alone. What torch knows by a name, such as Hopper, is trusted.
+    """
+    ranges = []
+    for word in architectures.split():
+        built = re.fullmatch(r"(\d+)\.(\d)(a?)f?(\+PTX)?", word)
+        major, minor, exact, ptx = built.groups() if built else (0, 0, "", "+PTX")
+        first = int(major), int(minor)
+        ranges.append((first, first if exact else (99 if ptx else first[0], 9)))
+    return ranges
+
+
+_BUILT_FOR = _extension.module.build_info()["cuda_architectures"] if _extension.module else ""
+_RUNS_ON = _runs_on(_BUILT_FOR)
+
+
+def _without_code(backend: str, device: torch.device) -> str:
+    """Empty if the backend has code for this GPU, else why not. At each call: at import, the question would start CUDA."""
+    if _DEVICES.get(backend) != "cuda":  # nor where an emulation takes its place
+        return ""
+    gpu = torch.cuda.get_device_properties(device)
+    if backend == "triton":
+        return "" if gpu.major >= 8 else f"Triton kernels need 8.0 or newer, this GPU is {gpu.major}.{gpu.minor}"
+    if any(first <= (gpu.major, gpu.minor) <= last for first, last in _RUNS_ON):
+        return ""
+    return f"it was built for {_BUILT_FOR}, this GPU is {gpu.major}.{gpu.minor}"
+
+
 def backends(op: str) -> dict[str, str]:
     """Each backend of an op with "available" or the reason why it cannot run here.
 
@@ -45,7 +77,7 @@ def backends(op: str) -> dict[str, str]:
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
-    return {name: _REASONS[op, name] or "available" for name in NAMES}
+    return {name: _REASONS[op, name] or _without_code(name, torch.device("cuda")) or "available" for name in NAMES}
 
 
 def set_backend(name: str) -> None:
@@ -75,7 +107,7 @@ def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
     if x.dtype not in _DTYPES[op][backend]:
         *others, last = (str(dtype).removeprefix("torch.") for dtype in _DTYPES[op][backend])
         return f"it takes {', '.join(others)} or {last}, x is {x.dtype}"
-    return ""
+    return _without_code(backend, x.device)
 
 
 def resolve(op: str, backend: str, x: torch.Tensor) -> str:

@@ -4,9 +4,13 @@ import copy
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +134,7 @@ def test_plot(tmp_path):
 
 BENCH = """
 import os, measuring, pytest, torch
-@pytest.mark.parametrize("case", ["right", "wrong", "nan", "large", "killed"])
+@pytest.mark.parametrize("case", ["right", "wrong", "nan", "alone", "large", "killed"])
 def test_case(timed, case):
     def function():
         if case == "large":
@@ -138,7 +142,8 @@ def test_case(timed, case):
         if case == "killed":
             os.kill(os.getpid(), 9)
         return [torch.tensor([{"right": 1.0, "wrong": 1.1, "nan": float("nan")}[case]])]
-    timed(function, lambda actual: measuring.relative_error(actual, [torch.ones(1)]), 1e-2, op=case)
+    more = {"gold": "none"} if case == "alone" else {}
+    timed(function, lambda actual: measuring.relative_error(actual, [torch.ones(1)]), 1e-2, op=case, **more)
 """
 # A GPU's part in the measurement, acted by the processor: every call takes 2 ms of the device's time.
 ACTOR = """
@@ -160,7 +165,8 @@ torch.cuda.get_device_properties = lambda: types.SimpleNamespace(L2_cache_size=4
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """A benchmark of a right result, a wrong one, and none; of one that memory does not suffice for, and of one that crashes."""
+    """A benchmark of a right result, a wrong one, and none; of one that there is nothing to compare with, of one that memory does
+    not suffice for, and of one that crashes."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(tmp_path), str(HERE.parent))))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other workers pytest-benchmark times nothing
     (tmp_path / "actor.py").write_text(ACTOR)
@@ -184,12 +190,24 @@ def test_what_is_reported_of_a_gpu(bench, capfd):
     assert rows[1] == {"op": "large", "failed": "out of memory"}
     output = capfd.readouterr().out
     assert "relative error 1.0e-01, allowed 1e-02: nothing is reported" in output and "relative error nan" in output
+    assert "Failed: memory suffices for nothing to compare with" in output
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.commit() == "unknown"
+
+
+def load(name):
+    """A module of the benchmarks whose name one of the tests has too."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_no_case_begins_after_the_end(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmarks_conftest", HERE / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("conftest")
     module.pytest_runtest_setup()
     monkeypatch.setenv("AUTOHDR_BENCH_END", "1")
     with pytest.raises(pytest.exit.Exception, match="no time left"):
@@ -214,6 +232,55 @@ def test_checkpointed_restormer():
     torch.testing.assert_close(actual, expected)
 
 
+def test_a_gold_that_memory_does_not_suffice_for_is_tried_once(monkeypatch):
+    tried = []
+
+    def runner(model, x, mode, dtype, column):
+        tried.append(x.dtype)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_restormer, "DEVICE", "cuda")
+    monkeypatch.setattr(bench_restormer, "subject", lambda height, width: (torch.nn.Linear(1, 1), torch.zeros(1)))
+    monkeypatch.setattr(bench_restormer, "runner", runner)
+    bench_restormer.gold.cache_clear()
+    assert [bench_restormer.gold(1, 1, "training") for column in range(3)] == [(None, "none")] * 3
+    assert tried == [torch.float64, torch.float32]
+    bench_restormer.gold.cache_clear()
+
+
+def test_restormer_s_gold_keeps_nothing_on_the_gpu(monkeypatch):
+    """Whatever the backward pass needs goes through the hooks of save_on_cpu, the checkpoints' inputs too."""
+    saved = []
+
+    class Hooks(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self):
+            super().__init__(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor)
+
+    model, x = create_model("restormer_nano"), torch.rand(1, 3, 16, 24)
+    blocks = sum(len(m.blocks) for m in model.modules() if isinstance(m, bench_restormer.Level))
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Hooks)
+    monkeypatch.setattr(bench_restormer, "subject", lambda height, width: (model, x))
+    bench_restormer.gold.cache_clear()
+    ((actual,), dtype) = bench_restormer.gold(16, 24, "training")
+    bench_restormer.gold.cache_clear()
+    (expected,) = bench_restormer.runner(model, x, "training", "float32", "reference")()
+    torch.testing.assert_close(actual, expected)
+    assert dtype == "float32" and len(saved) >= blocks
+
+
+def test_a_parameter_s_gradient_near_zero_is_checked_among_the_others():
+    dx, weights, temperature = torch.ones(100), torch.ones(1000), torch.full((1,), 1e-3)
+    problem = SimpleNamespace(op="mdta", to=lambda dtype: problem, runner=lambda mode, column: lambda: [dx, weights, temperature])
+    found = []
+
+    def timed(function, error, limit, **facts):
+        changed = ([dx, weights, 3 * temperature], [dx, 1.1 * weights, temperature], [1.1 * dx, weights, temperature])
+        found.extend(error(gradients) <= limit for gradients in changed)
+
+    load("image_op").bench(timed, lambda *arguments: problem, 48, 8, 8, "float32", "training", "reference")
+    assert found == [True, False, False]
+
+
 def test_the_cases_of_a_gpu():
     """Every file is read and its cases are made as on a GPU."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *sorted(HERE.glob("bench_*.py"))]
@@ -235,53 +302,143 @@ def test_gpu_check_without_a_gpu():
     assert done.returncode == 1 and "gpu-check: there is no GPU that torch can use" in done.stderr
 
 
-def test_gpu_check_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def check_gpu(tmp_path, monkeypatch):
+    """main() with these arguments, and what it wrote, where the build and the tests fail and each file measures one row."""
+
     def fail(check):
         raise OSError("no such compiler")
 
-    def bench(check):
-        check.rows.append(row())
+    def bench(check, name, selection):
+        check.rows.append(row(name))
         return []
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(floors, "gpu_properties", lambda: H200)
+    monkeypatch.setattr(gpu_check, "BEGIN", time.monotonic())
     monkeypatch.setattr(gpu_check, "missing", lambda: [])
     for part, function in {"build": fail, "tests": lambda check: ["2 failed"], "bench": bench}.items():
         monkeypatch.setattr(gpu_check.Check, part, function)
-    arguments = ["gpu_check.py", "--out", str(tmp_path / "h200.json"), "--commit", "1234567", "--only"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "bench", "tests", "build"])
-    assert gpu_check.main() == 1
-    results = json.loads((tmp_path / "h200.json").read_text())
-    assert list(results["checks"]) == ["build", "tests", "bench", "backends"] and results["commit"] == "1234567"
+    out = tmp_path / "h200.json"
+
+    def check(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), "--commit", "1234567", *arguments])
+        return gpu_check.main(), json.loads(out.read_text())
+
+    return check
+
+
+def outcomes(results):
+    return {name: part["passed"] for name, part in results["checks"].items()}
+
+
+def test_gpu_check_goes_on_after_a_failure(check_gpu, monkeypatch, capsys):
+    some = ("--files", "gdfn", "mdta", "--only")
+    code, results = check_gpu(*some, "bench", "tests", "build")
+    found = {"build": False, "backends": True, "tests": False, "bench gdfn": True, "bench mdta": True}
+    assert (code, outcomes(results), results["commit"]) == (1, found, "1234567")
     assert results["checks"]["build"]["faults"] == ["OSError: no such compiler"]
-    assert [part["passed"] for part in results["checks"].values()] == [False, False, True, True] and results["rows"] == [row()]
+    assert results["rows"] == [row("gdfn"), row("mdta")]
 
     monkeypatch.setattr(gpu_check.Check, "tests", lambda check: [])
-    monkeypatch.setattr(sys, "argv", [*arguments, "tests"])
-    assert gpu_check.main() == 0
-    results = json.loads((tmp_path / "h200.json").read_text())
-    assert [part["passed"] for part in results["checks"].values()] == [False, True, True, True] and results["rows"] == [row()]
+    code, results = check_gpu("--only", "tests")
+    assert (code, outcomes(results)) == (0, found | {"tests": True}) and results["rows"] == [row("gdfn"), row("mdta")]
+
+    code, results = check_gpu("--only", "bench", "--files", "machine")
+    assert (code, outcomes(results)) == (0, found | {"tests": True, "bench machine": True})
+    assert results["rows"] == [row("gdfn"), row("mdta"), row("machine")]
+
+    code, results = check_gpu(*some, "tests", "bench", "--minutes", "0")
+    assert code == 1 and results["checks"]["bench mdta"]["faults"] == ["no time left"]
+    assert re.search("^tests +FAILED", capsys.readouterr().out, re.MULTILINE)
 
     monkeypatch.setattr(gpu_check, "missing", lambda: ["mdta: cuda cannot run: no such kernel"])
-    assert gpu_check.main() == 1
+    assert check_gpu("--only", "tests")[0] == 1
 
-    monkeypatch.setattr(sys, "argv", [*arguments, "tests", "bench", "--minutes", "0"])
-    assert gpu_check.main() == 1
-    assert json.loads((tmp_path / "h200.json").read_text())["checks"]["bench"]["faults"] == ["no time left"]
-    assert "tests      FAILED" in capsys.readouterr().out
+
+def test_gpu_check_keeps_what_was_done_before_it_was_killed(check_gpu, tmp_path, monkeypatch):
+    def bench(check, name, selection):
+        if name == "mdta":
+            raise KeyboardInterrupt
+        check.rows.append(row(name))
+        return []
+
+    monkeypatch.setattr(gpu_check.Check, "bench", bench)
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu("--only", "bench")
+    results = json.loads((tmp_path / "h200.json").read_text())
+    done = ["causal_conv1d", "gdfn", "machine", "mamba_diffusion"]
+    assert list(results["checks"]) == ["backends", *(f"bench {name}" for name in done)]
+    assert results["rows"] == [row(name) for name in done]
 
 
 def test_results_of_another_commit_are_left_out():
     before, now = gpu_results(row(), row(backend="triton")), gpu_results(row(seconds=1.0))
     assert [r["seconds"] for r in gpu_check.merge(before, now)["rows"]] == [1.0, 4e-4]
-    assert gpu_check.merge(before | {"commit": "7654321"}, now) == now
+    before["machine"] |= {"processor": "another", "threads": 8}  # beside the same GPU
+    merged = gpu_check.merge(before, now)
+    assert len(merged["rows"]) == 2 and merged["machine"] == now["machine"]
+    for other in (
+        {"commit": "7654321"},
+        {"versions": {"torch": "2.12.0"}},
+        {"machine": now["machine"] | {"gpu": H200 | {"name": "NVIDIA H100"}}},
+    ):
+        assert gpu_check.merge(before | other, now) == now
+
+
+def soon(seconds):
+    return time.monotonic() + seconds
 
 
 def test_a_part_that_hangs_is_stopped():
-    check = gpu_check.Check(1 / 60)
-    output, faults = check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], "hang")
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    output, faults = gpu_check.Check(soon(1)).run([sys.executable, "-c", code], "hang")
     assert output == "begun\n" and faults == ["hang: no time left\nbegun\n"]
-    assert gpu_check.Check(1).run([sys.executable, "-c", "raise SystemExit(3)"], "end")[1] == ["end: exit code 3\n"]
+    assert gpu_check.Check(soon(60)).run([sys.executable, "-c", "raise SystemExit(3)"], "end")[1] == ["end: exit code 3\n"]
+
+
+CHILD = """
+import subprocess, sys
+from pathlib import Path
+child = subprocess.Popen(["sh", "-c", "sleep 50; touch ended"], cwd=sys.argv[1], start_new_session=True)
+print("begun", flush=True)
+part = Path(sys.argv[1], "part")
+part.write_text(str(child.pid))
+part.rename(part.with_name("begun"))
+child.wait()
+"""
+
+
+def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path):
+    """It is in a session of its own, so that the end of its parent's is not its own."""
+    check = gpu_check.Check(soon(60))
+
+    def left():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        return 0.1
+
+    check.left = left
+    assert check.run([sys.executable, "-c", CHILD, tmp_path], "hang") == ("begun\n", ["hang: no time left\nbegun\n"])
+    assert not (tmp_path / "ended").exists()
+    os.killpg(int((tmp_path / "begun").read_text()), signal.SIGKILL)
+
+
+def test_tests_run_beside_each_other(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu_check, "ops", lambda backend: ["mdta"])
+    check = gpu_check.Check(soon(60))
+    check.run = lambda command, name, **variables: commands.append(command) or ("", [])
+    assert check.tests() == [] and len(commands) == 2
+    for command in commands:
+        assert "tests/kernels/test_mdta.py" in command and command[-2:] == ["-n", "4"]
+
+
+def test_programs_beside_python_are_found():
+    """ninja, where the environment of python is not activated."""
+    command = [sys.executable, "-c", "import os; print(os.environ['PATH'])"]
+    first = gpu_check.Check(soon(60)).run(command, "path")[0].split(os.pathsep)[0]
+    assert first == str(Path(sys.executable).parent)
 
 
 def test_the_sanitizer_must_have_watched():

@@ -1,6 +1,7 @@
 """Photos through real files: every format, depth and orientation, metadata, and each refusal."""
 
 import io
+import resource
 import struct
 import zlib
 
@@ -357,3 +358,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError):  # WebP ends at 16383 pixels
         write_photo(tmp_path / "a.webp", Photo(np.zeros((1, 20_000, 3), np.float32), "WEBP"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.webp"] and (tmp_path / "a.webp").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_a_full_disk_keeps_the_old_file(tmp_path, format):
+    """The last hundred bytes have no place."""
+    path, photo = tmp_path / "a", Photo(to_float(noise(200, 300)), format)
+    write_photo(path, photo)
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_photo(path, photo)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == whole

@@ -2,6 +2,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,37 @@ def test_an_absent_triton_is_named(monkeypatch):
     assert module._reason("selective_scan", "triton") == "triton is not installed (pip install triton)"
 
 
+@pytest.mark.parametrize(
+    ("built_for", "capability", "fits"),
+    [
+        ("8.0 9.0", (8, 0), True),
+        ("8.0 9.0", (8, 9), True),  # binaries run on later minor versions
+        ("8.0 9.0", (7, 5), False),
+        ("8.6", (8, 0), False),
+        ("9.0", (10, 0), False),
+        ("8.0+PTX", (12, 1), True),  # PTX is compiled there
+        ("9.0+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),
+        ("Ampere Hopper+PTX", (7, 5), True),  # nobody knows
+    ],
+)
+def test_a_gpu_without_compiled_code_gets_another_backend(monkeypatch, built_for, capability, fits):
+    module = importlib.import_module("autohdr.kernels.backends")
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(module, "_BUILT_FOR", built_for)
+    monkeypatch.setattr(module, "_RUNS_ON", module._runs_on(built_for))
+    monkeypatch.setattr(module, "_REASONS", {(op, name): "" for op in kernels.OPS for name in module.NAMES})
+    x = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.bfloat16)
+    named = f"this GPU is {capability[0]}.{capability[1]}"
+    assert resolve("mdta", "auto", x) == ("cuda" if fits else "triton" if capability >= (8, 0) else "reference")
+    assert backends("mdta")["cuda"] == ("available" if fits else f"it was built for {built_for}, {named}")
+    if capability < (8, 0):
+        with pytest.raises(RuntimeError, match=f"'triton' cannot run: Triton kernels need 8.0 or newer, {named}"):
+            resolve("mdta", "triton", x)
+
+
 def test_build_info():
     info = _C.build_info()
     assert info["cpu_isa"] in info["cpu_isas_here"] and set(info["cpu_isas_here"]) <= set(info["cpu_isas"])
@@ -93,7 +125,10 @@ def test_build_info():
         _C.use_cpu_isa("sse9")
 
 
-def test_importing_is_silent_and_leaves_triton_kernels_alone():
-    code = "import sys, autohdr.kernels; assert 'autohdr.kernels.selective_scan.triton_impl' not in sys.modules"
+def test_importing_is_silent_and_leaves_triton_kernels_and_cuda_alone():
+    code = (
+        "import sys, torch, autohdr.kernels\n"
+        "assert 'autohdr.kernels.selective_scan.triton_impl' not in sys.modules and not torch.cuda.is_initialized()"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
