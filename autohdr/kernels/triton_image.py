@@ -466,7 +466,7 @@ def norm_backward(
         d = tl.load(d_normal + image * d_normal_image + at, mask=there, other=0.0)
         centred = tl.where(there, value - (tl.sum(value, 1) / channels)[:, None], 0.0)
         factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)[:, None]
-        normal = (centred if BIASED else value) * factor
+        normal = tl.where(there, (centred if BIASED else value) * factor, 0.0)  # where nothing is, factor may be infinite
         g = d * w
         result = g - centred * factor * (tl.sum(g * normal, 1) / channels)[:, None]
         if BIASED:

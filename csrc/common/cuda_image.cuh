@@ -574,6 +574,7 @@ __global__ void __launch_bounds__(kNormWarps * 32)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float *d_weight = shared + warp * 2 * channels, *d_bias = d_weight + channels;
   for (int c = lane; c < 2 * channels; c += 32) d_weight[c] = 0;
+  __syncwarp();
   for (int64_t i = int64_t{blockIdx.x} * kNormWarps + warp; i < images * pixels; i += int64_t{gridDim.x} * kNormWarps) {
     const int64_t image = i / pixels, pixel = i % pixels;
     const T* px = x.data + image * x.of_image + pixel * x.channels;

@@ -7,6 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+namespace autohdr {
+// Bytes of shared memory that a block can have on every GPU the kernels are built for: 8.6, 8.9 and 12.x have the least.
+constexpr size_t kMaxShared = 99 << 10;
+}  // namespace autohdr
+
 #ifdef AUTOHDR_EMULATION
 #include "cuda_emulation.h"
 
@@ -22,7 +27,9 @@ namespace autohdr {
 
 inline void cuda_check(cudaError_t error, const char* what) {
 #ifndef AUTOHDR_EMULATION
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would be told of it once more
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 #endif
 }
 

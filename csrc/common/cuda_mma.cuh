@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -64,24 +66,45 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 
 #ifdef AUTOHDR_EMULATION
-// d += A·B, where dot(a, b) multiplies the elements that two registers hold.
-template <class Dot>
-void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Dot& dot) {
+// 2^(exponent of v - bits); 0 for 0.
+inline double unit_below(double v, int bits) {
+  uint64_t word;
+  memcpy(&word, &v, sizeof v);
+  const uint64_t exponent = word >> 52 & 2047, unit = exponent > uint64_t(bits) ? exponent - bits << 52 : 0;
+  memcpy(&v, &unit, sizeof v);
+  return v;
+}
+
+// d += A·B, where products(a, b) are those of the elements that two registers hold. As A100's tensor cores are found to do it (Fasi,
+// Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021): half of the products at a time, they and d cut to one
+// bit below the largest one's last as a float, added exactly, the sum cut to a float.
+template <class Products>
+void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Products& products) {
   struct {
     uint32_t a[4], b[2];
   } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, left, right;
   unsigned mask = ~0u;
   const emulation::Slot* slots = emulation::exchange(mask, &mine, sizeof mine);
   const int lane = threadIdx.x % 32;
-  for (int j = 0; j < 2; ++j)
-    for (int k = 0; k < 4; ++k) {
-      memcpy(&left, slots + (lane & ~3) + k, sizeof left);
-      memcpy(&right, slots + (lane % 4 * 2 + j) * 4 + k, sizeof right);
-      for (int half = 0; half < 2; ++half)
-        for (int part = 0; part < 2; ++part) d[half * 2 + j] += dot(left.a[part * 2 + half], right.b[part]);
+  for (int e = 0; e < 4; ++e)
+    for (int part = 0; part < 2; ++part) {
+      double terms[9] = {d[e]}, largest = std::fabs(d[e]), sum = 0;
+      for (int k = 0; k < 4; ++k) {
+        memcpy(&left, slots + (lane & ~3) + k, sizeof left);
+        memcpy(&right, slots + (lane % 4 * 2 + e % 2) * 4 + k, sizeof right);
+        const auto two = products(left.a[part * 2 + e / 2], right.b[part]);
+        for (int i = 0; i < 2; ++i) terms[1 + 2 * k + i] = two[i], largest = std::fmax(largest, std::fabs(two[i]));
+      }
+      const auto cut = [](double v, double unit) { return unit > 0 ? static_cast<double>(static_cast<int64_t>(v / unit)) * unit : v; };
+      const double unit = unit_below(largest, 24);
+      bool finite = true;
+      for (const double term : terms) finite &= std::isfinite(term);
+      for (const double term : terms) sum += finite ? cut(term, unit) : term;
+      d[e] = static_cast<float>(finite ? cut(sum, unit_below(sum, 23)) : sum);
     }
 }
 #define AUTOHDR_MMA(instruction, ...) emulate_mma(d, a, b, __VA_ARGS__)
+using Products = std::array<double, 2>;
 #else
 #define AUTOHDR_MMA(instruction, ...)                                                                                    \
   asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
@@ -91,7 +114,8 @@ void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
   AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", [](uint32_t x, uint32_t y) {
-    return __uint_as_float(x << 16) * __uint_as_float(y << 16) + __uint_as_float(x & ~0xffffu) * __uint_as_float(y & ~0xffffu);
+    return Products{double{__uint_as_float(x << 16)} * __uint_as_float(y << 16),
+                    double{__uint_as_float(x & ~0xffffu)} * __uint_as_float(y & ~0xffffu)};
   });
 }
 
@@ -99,13 +123,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", [](uint32_t x, uint32_t y) {
     __half2 u, v;
     memcpy(&u, &x, sizeof u), memcpy(&v, &y, sizeof v);
-    return __low2float(u) * __low2float(v) + __high2float(u) * __high2float(v);
+    return Products{double{__low2float(u)} * __low2float(v), double{__high2float(u)} * __high2float(v)};
   });
 }
 
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   AUTOHDR_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-              [](uint32_t x, uint32_t y) { return __uint_as_float(x) * __uint_as_float(y); });
+              [](uint32_t x, uint32_t y) { return Products{double{__uint_as_float(x)} * __uint_as_float(y)}; });
 }
 #undef AUTOHDR_MMA
 
@@ -117,9 +141,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     b_high[i] = to_tf32(__uint_as_float(b[i])), b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
-  mma_tf32(d, a_low, b_high);
-  mma_tf32(d, a_high, b_low);
-  mma_tf32(d, a_high, b_high);
+  float sums[4] = {};  // of this step alone: tensor cores cut where an addition rounds, and over many steps that would add up
+  mma_tf32(sums, a_low, b_high);
+  mma_tf32(sums, a_high, b_low);
+  mma_tf32(sums, a_high, b_high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sums[i];
 }
 
 // 16 rows × one step of a tile whose rows run along k, `stride` bytes apart; as the left operand of mma(). As right operands it

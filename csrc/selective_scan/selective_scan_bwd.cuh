@@ -14,6 +14,7 @@ struct BackwardConfig {
   static constexpr int kOwn = Own, kStates = States, kLanes = Lanes, kTokens = Tokens, kThreads = 64;
   static constexpr int kWarps = kThreads / 32, kChannelLanes = 32 / Lanes, kPadded = States * Lanes;
   static constexpr int kChannels = kThreads / Lanes * Own;
+  static constexpr int kHelpers = kChannels * Tokens / 4 < kThreads ? kChannels * Tokens / 4 : kThreads;  // threads with tokens of a channel
   static constexpr int kSub = 8;                      // tokens whose gates and states are in registers
   static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;  // of the states in a thread; see sum_over_channels
   static constexpr int kRow = kChannels + 2;          // floats of a row of channels
@@ -265,7 +266,7 @@ struct BackwardShared {
   static constexpr int kGy = kC + C::kStateTile, kDecay = kGy + kTile, kU = kDecay + kTile, kSlope = kU + kBoth;
   static constexpr int kY = kSlope + kBoth, kGate = kY + (Gated ? kTile : 0), kRankOne = kGate + (Gated ? kBoth : 0);
   static constexpr int kOwn = kRankOne + C::kTokens;
-  static constexpr int kRawDelta = kOwn + kOwnValues * C::kThreads, kRawU = kRawDelta + kRaw, kRawOut = kRawU + kRaw, kRawZ = kRawOut + kRaw;
+  static constexpr int kRawDelta = kOwn + kOwnValues * C::kHelpers, kRawU = kRawDelta + kRaw, kRawOut = kRawU + kRaw, kRawZ = kRawOut + kRaw;
   static constexpr int kRawB = kRawZ + (Gated ? kRaw : 0), kRawC = kRawB + kRawStates, kPlaces = kRawC + kRawStates;
   static constexpr int kSequences = 9, kFloats = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4 + 8;
 };
@@ -318,10 +319,13 @@ __global__ void __launch_bounds__(C::kThreads)
   constexpr int kQuads = C::kThreads / C::kChannels, kUnits = (K / 4 + kQuads - 1) / kQuads;
   const int mine = threadIdx.x % C::kChannels, my_quad = threadIdx.x / C::kChannels;
   const auto parameter = [&](const float* of) { return of && mine < count ? of[row0 + mine] : 0.0f; };
-  float* const own_values = shared + M::kOwn + threadIdx.x;  // what registers have no room for
-  const auto value = [&](int i) -> float& { return own_values[i * C::kThreads]; };
-  value(kD) = parameter(in.D), value(kBias) = parameter(in.delta_bias), value(kWeight) = parameter(in.delta_weight);
-  value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
+  const bool helps = threadIdx.x < C::kHelpers;
+  float* const own_values = shared + M::kOwn + threadIdx.x % C::kHelpers;  // what registers have no room for
+  const auto value = [&](int i) -> float& { return own_values[i * C::kHelpers]; };
+  if (helps) {
+    value(kD) = parameter(in.D), value(kBias) = parameter(in.delta_bias), value(kWeight) = parameter(in.delta_weight);
+    value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
+  }
 
   // Where the block's sequences are; the first three are enough for the states.
   enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz };
@@ -582,7 +586,7 @@ __global__ void __launch_bounds__(C::kThreads)
           if (in.delta_weight) shared[M::kDecay + e] = v * weight, sum_weight += v * shared[M::kRankOne + row_of(token) + j * forward];
         }
       }
-      value(kSumD) += sum_D, value(kSumBias) += sum_bias, value(kSumWeight) += sum_weight;
+      if (helps) value(kSumD) += sum_D, value(kSumBias) += sum_bias, value(kSumWeight) += sum_weight;
       float* to = here->parts + part_at * C::kColumns;
 #pragma unroll
       for (int i = 0; i < (K * C::kColumns / 4 + C::kThreads - 1) / C::kThreads; ++i) {
@@ -637,14 +641,16 @@ __global__ void __launch_bounds__(C::kThreads)
   for (int v = 0; v < kMoreSums; ++v) {
     float* to = ws.sums + (part * (dstate + kMoreSums) + dstate + v) * dim + row0 + mine;
     float sum = round > 0 ? *to : 0.0f;
-    for (int k = 0; k < kQuads; ++k) sum += shared[M::kOwn + v * C::kThreads + k * C::kChannels + mine];
+    for (int k = mine; k < C::kHelpers; k += C::kChannels) sum += shared[M::kOwn + v * C::kHelpers + k];
     *to = sum;
   }
 }
 
 template <class C, bool Gated>
 constexpr size_t backward_shared() {
-  return BackwardShared<C, Gated>::kFloats * sizeof(float);
+  constexpr size_t bytes = BackwardShared<C, Gated>::kFloats * sizeof(float);
+  static_assert(bytes <= kMaxShared);
+  return bytes;
 }
 
 // dB and dC of a round: the sums over the tiles of a group, in order. A block takes 32 tokens and 32 of the columns.

@@ -375,8 +375,8 @@ inline int64_t multiprocessors() {
   return 2;  // so that small tests are split in some shapes and not in others
 #else
   int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  cuda_check(cudaGetDevice(&device), "the current GPU");
+  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of a GPU's multiprocessors");
   return count;
 #endif
 }

@@ -74,7 +74,6 @@ __attribute__((weak)) unsigned long autohdr_emulated_launches = 0;
 namespace emulation {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
-constexpr size_t kMaxShared = 227 << 10;
 constexpr int kWarp = 32;
 
 struct Fiber {
@@ -228,7 +227,7 @@ inline void check_limits(dim3 grid, dim3 size, size_t shared_bytes) {
   check(grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535, "a grid beyond 2147483647 x 65535 x 65535");
   check(size.x && size.y && size.z, "an empty block");
   check(size.z <= 64 && uint64_t{size.x} * size.y * size.z <= 1024, "more than 1024 threads a block, or 64 in z");
-  check(shared_bytes <= kMaxShared, "more than 227 KiB of shared memory");
+  check(shared_bytes <= autohdr::kMaxShared, "more than 99 KiB of shared memory");
 }
 
 inline void run_block() {

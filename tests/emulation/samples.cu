@@ -134,7 +134,7 @@ int main(int, char** argv) {
       {"threads", [] { return limits(dim3(1), dim3(1025), 0); }},
       {"grid", [] { return limits(dim3(1, 65536), dim3(1), 0); }},
       {"empty", [] { return limits(dim3(0), dim3(1), 0); }},
-      {"shared", [] { return limits(dim3(1), dim3(1), (227 << 10) + 1); }},
+      {"shared", [] { return limits(dim3(1), dim3(1), autohdr::kMaxShared + 1); }},
   };
   try {
     for (const auto& c : cases)

@@ -46,7 +46,7 @@ def test_right_kernels(run, case, seed):
         ("threads", "more than 1024 threads"),
         ("grid", "a grid beyond"),
         ("empty", "an empty grid"),
-        ("shared", "more than 227 KiB"),
+        ("shared", "more than 99 KiB"),
     ],
 )
 def test_planted_bugs(run, case, message):

@@ -22,6 +22,7 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
     "slow": [
         (1, 48, 127, 11, 9, True),
         (2, 27, 37, 5, 7, True),
+        (1, 16, 32, 19, 14, True),  # neither is padded
         (1, 32, 85, 1, 1, True),
         (1, 30, 21, 1, 250, False),
         (1, 23, 33, 63, 2, True),
@@ -32,6 +33,7 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
         (1, 192, 510, 40, 70, True),
         (1, 384, 1021, 29, 31, True),
         (2, 27, 37, 5, 7, True),
+        (1, 48, 96, 15, 17, True),  # neither is padded
         (1, 32, 85, 1, 1, True),
         (1, 30, 21, 1, 1250, False),
         (1, 23, 33, 630, 2, True),
@@ -78,7 +80,7 @@ class TestGdfn(ImageOpTests):
         weight, bias = weight.double(), bias.double()
         project_in, dw, project_out = project_in[:, :, 0, 0].double(), dw[:, 0].double(), project_out[:, :, 0, 0].double()
         norm = (x[0] - x[0].mean(0)) / (x[0].var(0, unbiased=False) + 1e-6).sqrt() * weight[:, None, None] + bias[:, None, None]
-        hidden = torch.zeros(10, 5, 8, dtype=torch.float64)
+        hidden = torch.zeros(10, 5, 8, dtype=torch.float64, device=DEVICE)
         hidden[:, 1:-1, 1:-1] = torch.einsum("oc,chw->ohw", project_in, norm)
         conv = sum(dw[:, i, j, None, None] * hidden[:, i : i + 3, j : j + 6] for i in range(3) for j in range(3))
         a, b = conv.split(5)

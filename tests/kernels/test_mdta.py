@@ -25,7 +25,7 @@ SHAPES = {  # batch, channels, heads, height, width, norm bias
         (1, 48, 1, 7, 8, True),
         (1, 96, 2, 4, 5, True),
         (1, 96, 1, 3, 8, False),
-        (3, 28, 7, 5, 4, True),
+        (3, 28, 7, 9, 6, True),
         (2, 27, 3, 6, 5, True),
         (1, 32, 1, 1, 1, True),
         (1, 30, 3, 1, 250, False),
@@ -80,7 +80,7 @@ class TestMdta(ImageOpTests):
         weight, temperature = weight.double(), temperature.double()
         qkv, dw, out = qkv[:, :, 0, 0].double(), dw[:, 0].double(), out[:, :, 0, 0].double()
         norm = x[0] / (x[0].var(0, unbiased=False) + 1e-6).sqrt() * weight[:, None, None]
-        hidden = torch.zeros(12, 5, 7, dtype=torch.float64)
+        hidden = torch.zeros(12, 5, 7, dtype=torch.float64, device=DEVICE)
         hidden[:, 1:-1, 1:-1] = torch.einsum("oc,chw->ohw", qkv, norm)
         conv = sum(dw[:, i, j, None, None] * hidden[:, i : i + 3, j : j + 5] for i in range(3) for j in range(3))
         q, k, v = conv.flatten(1).split(4)

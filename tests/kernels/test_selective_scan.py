@@ -203,6 +203,14 @@ def test_export_with_dynamic_seqlen(layout):
             assert torch.equal(a, e)
 
 
+def assert_same(actual, expected):
+    """The same bits, but for Triton on a GPU: its compiler lays a tile out, and so orders its sums, by the sequences' strides."""
+    if BACKEND == "triton" and DEVICE == "cuda":
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("features", ["", "bld"])
 @pytest.mark.parametrize("strides", ["sliced", "other order", "every second", "expanded"])
 def test_noncontiguous(strides, features):
@@ -229,7 +237,7 @@ def test_noncontiguous(strides, features):
     grads = [restride(grads[0]), grads[1]] if strides != "expanded" else grads
     actual = [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads)]
     for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+        assert_same(a, e)
 
 
 def test_reverse_is_the_flip():
@@ -251,7 +259,7 @@ def test_layouts_agree():
     expected = run(tensors, keywords, grads, backend=BACKEND)
     actual = run(moved, {**keywords, "layout": "bld"}, (grads[0].transpose(1, 2), grads[1]), backend=BACKEND)
     for k, a, e in zip(["u", "last_state", *tensors], actual, expected, strict=True):
-        assert torch.equal(a.movedim(1, -1) if k in SEQUENCES else a, e)
+        assert_same(a.movedim(1, -1) if k in SEQUENCES else a, e)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

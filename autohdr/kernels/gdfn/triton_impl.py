@@ -61,7 +61,7 @@ def backward(
     from_, back, to = View.of(x), View.of(dy), View.of(dx)
     head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
     channels, hidden_size = project_out_weight.shape[:2]
-    transposed = project_out_weight[:, :, 0, 0].T
+    transposed = project_out_weight[:, :, 0, 0].T.contiguous()  # padding by nothing would keep its strides
     transposed = F.pad(transposed, (0, round_up(channels) - channels, 0, head.padded - hidden_size)).to(x.dtype)[None, None]
     steps = Steps(from_, (3 * head.channels + head.padded) * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET)
     memory = Hidden(head, steps, 2)
