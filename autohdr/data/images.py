@@ -96,7 +96,7 @@ def check_photo(path: str | Path) -> tuple[int, int]:
         if image.format in ("JPEG", "MPO"):
             size = _upright(image)
             image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
-            image.load()
+            _decode(image)
             return size
         return _turned(*_decode(image)).shape[:2]
 

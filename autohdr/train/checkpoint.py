@@ -22,7 +22,7 @@ from autohdr.files import replacing
 
 PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_losses", "epoch_samples", "epoch_seconds", "epoch_wait", "history")
 """The plain values of a state: the trainer's attributes of these names."""
-_KEYS = {*PROGRESS, "step", "step_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
+_KEYS = {*PROGRESS, "step", "step_pairs", "train_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 
 
 def previous(path: Path, age: int = 1) -> Path:

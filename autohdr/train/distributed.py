@@ -129,7 +129,7 @@ def join(device: torch.device, timeout: float) -> Ranks:
 @cache  # for the process's next run too: torchrun's store and DTensor's caches would mix up two groups
 def _group(backend: str, timeout: float) -> dist.ProcessGroup:
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # its default is half an hour
     return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
 from autohdr.train.distributed import local
@@ -21,8 +22,8 @@ DEVIATIONS = 10
 ENDING = (signal.SIGINT, signal.SIGTERM)
 """Signals by which a terminal or a batch system ends a run."""
 
-GRACE = 30
-"""Seconds that a loader's worker outlives a SIGTERM."""
+GRACE = 3600
+"""Seconds that a loader's worker outlives a SIGTERM: the step or the validation under way may take them."""
 
 
 class TrainingError(RuntimeError):
@@ -97,7 +98,7 @@ def not_finite(network: nn.Module) -> list[str]:
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], int]]:
     """SIGINT (Ctrl-C) and SIGTERM end nothing but make the function it gives return their number; a second one does what
-    it always does."""
+    it always does, except under torchrun, which hands on the one that a batch system has sent to every process already."""
     seen = []
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield lambda: 0
@@ -105,7 +106,8 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
 
     def handle(number: int, frame: Any) -> None:
         seen.append(number)
-        signal.signal(number, before[number])
+        if not is_torchelastic_launched():
+            signal.signal(number, before[number])
         tqdm.write("stopping after this step ...")
 
     before = {number: signal.signal(number, handle) for number in ENDING}

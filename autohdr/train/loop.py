@@ -1,5 +1,6 @@
 """The training loop: AdamW, linear warm-up then cosine, validation after each epoch, resumable at any step."""
 
+import hashlib
 import math
 import platform
 import shutil
@@ -148,6 +149,7 @@ class _Trainer:
         self.steps_per_epoch = math.ceil(len(train_pairs) / self.step_pairs)
         self._gathered = replace(_WHOLE, cpu_offload=self.ranks.count > 1)  # one process's GPU has faster, page-locked copies
         self.background = Background()
+        self.saved_step = -1
         self.tensorboard = None
         self.signalled: Callable[[], int] = lambda: 0
         self.stopped = 0  # the signal that some process has got
@@ -190,6 +192,11 @@ class _Trainer:
                 f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
                 f"got {self.config.batch_size} x {self.config.accumulate} x {self.ranks.count}"
             )
+        if state["train_pairs"] != _order_of(self.train_pairs):
+            raise UserError(
+                f"--resume: train_pairs: expected the pairs that the run began with, in their order; {self.config.train_pairs} "
+                "names others now"
+            )
         if state["ema"]:
             set_model_state_dict(self.model, state["ema"]["model"], options=_WHOLE)
             self.average.take(state["ema"]["updates"])
@@ -206,6 +213,7 @@ class _Trainer:
             for part in self.out.glob(".*.part"):  # what a killed run was writing
                 part.unlink()
         restore_rng(state["rng"])
+        self.ranks.gather(None)  # reading takes its time too
 
     def __str__(self) -> str:
         processes = f" in {self.ranks.count} processes ({self.config.parallel})" if self.ranks.count > 1 else ""
@@ -276,10 +284,11 @@ class _Trainer:
                 with self._workers():
                     while self.epoch < self.config.epochs and not self.stopped:
                         if self._train_epoch(bar):
-                            if self.stopped:  # whoever sent the signal may not wait until validation is over
-                                self._save_last()
+                            self._save_last()  # whoever sends a signal may not wait until validation is over
                             self._finish_epoch(bar)
+                            self._heed_signals()
                         self._save_last()
+                self._wait_until_written()  # torchrun ends the first process once another has ended
             finally:
                 self.background.wait()
                 if self.tensorboard:
@@ -318,12 +327,21 @@ class _Trainer:
                 self._log(entry)
             self.epoch_seconds += time.perf_counter() - mark
             mark = time.perf_counter()
-            self.stopped = int(max(self.ranks.gather_floats(self.signalled()))[0])
+            self._heed_signals()
             if self.stopped:
                 break
             if config.save_every and self.step % config.save_every == 0 and self.epoch_steps < len(groups):
                 self._save_last()
         return self.epoch_steps == len(groups)
+
+    def _heed_signals(self) -> None:
+        self.stopped = int(max(self.ranks.gather_floats(self.signalled()))[0])
+
+    def _wait_until_written(self) -> None:
+        """No process goes on before: its next exchange with the first one would wait for the disk, and not for ever."""
+        if self.ranks.rank == 0:
+            self.background.wait()
+        self.ranks.gather(None)
 
     def _groups(self) -> list[list[list[int]]]:
         """The pairs of this epoch: for each step the batches, for all processes together."""
@@ -528,13 +546,16 @@ class _Trainer:
 
     def _save_weights(self, which: str) -> None:
         """Those that validation measures."""
+        self._wait_until_written()
         with self.average.applied():
             weights = self._weights()
         if self.ranks.rank == 0:
             self.background(save_weights, self.out / f"checkpoint_{which}.safetensors", self.model, self._metadata(), weights)
 
     def _save_last(self) -> None:
+        self._wait_until_written()
         state = {name: getattr(self, name) for name in PROGRESS} | {"step": self.step, "step_pairs": self.step_pairs}
+        state["train_pairs"] = _order_of(self.train_pairs)
         state |= {"rng": rng_state(), "scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
         if self.optimizer.state:  # without one, torch would make a step to have it
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
@@ -543,12 +564,20 @@ class _Trainer:
             with self.average.applied():
                 state["ema"] = {"updates": self.average.updates, "model": self._weights()}
         if self.ranks.rank == 0:
-            self.background(self._write_last, state, self._metadata())
+            # A state of the same step, from before validation, is replaced: those kept are to be of other steps.
+            keep = self.config.keep if self.saved_step != self.step else 1
+            self.background(self._write_last, state, self._metadata(), keep)
+        self.saved_step = self.step
 
-    def _write_last(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-        save_state(self.out / "checkpoint_last.state.pt", state, self.config.keep)
+    def _write_last(self, state: dict[str, Any], metadata: dict[str, Any], keep: int) -> None:
+        save_state(self.out / "checkpoint_last.state.pt", state, keep)
         weights = (state["ema"] or state)["model"]
         save_weights(self.out / "checkpoint_last.safetensors", self.model, metadata, weights)
+
+
+def _order_of(pairs: list[Pair]) -> str:
+    """SHA-256 of the photos' names in a list of pairs, wherever they lie."""
+    return hashlib.sha256("\n".join(f"{pair.src.name}\t{pair.tar.name}" for pair in pairs).encode()).hexdigest()
 
 
 def _duration(seconds: float) -> str:

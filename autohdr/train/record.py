@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from autohdr.files import replacing
+
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Add one JSON object to a JSONL log."""
@@ -32,7 +34,8 @@ def rewind(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    with replacing(path) as part:  # or a crash would cost the whole log
+        part.write_text("".join(kept), encoding="utf-8")
 
 
 def write_csv(path: Path, history: list[dict[str, Any]]) -> None:

@@ -374,3 +374,11 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, format):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == whole
+
+
+def test_a_damaged_profile_of_a_cmyk_photo_is_found_by_the_check(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("CMYK", (64, 48)).save(path, icc_profile=bytes(16) + b"CMYK" + bytes(100))
+    for read in (check_photo, read_photo):
+        with pytest.raises(UserError):
+            read(path)

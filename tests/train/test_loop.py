@@ -384,6 +384,34 @@ def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, sta
     assert 0 < step < 60 and len((config.out / "log.jsonl").read_text().splitlines()) == step + step // 3
 
 
+def test_refuses_to_go_on_with_other_pairs(make_config, pair_files, tmp_path):
+    config = make_config(epochs=1)
+    train(config)
+    lines = pair_files[0].read_text().splitlines(keepends=True)
+    pair_files[0].write_text("".join(lines[1:] + lines[:1]))
+    try:
+        with pytest.raises(UserError, match="--resume: train_pairs: expected the pairs that the run began with, in their order"):
+            train(config, resume=True)
+    finally:
+        pair_files[0].write_text("".join(lines))
+
+
+def test_the_state_before_validation_is_kept(make_config, monkeypatch):
+    """A crash while validating costs the validation alone."""
+
+    def crash(self):
+        self.background.wait()
+        raise MemoryError
+
+    train(make_config("whole", epochs=2))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(loop._Trainer, "_validate", crash)
+        train(make_config("parts", epochs=2))
+    assert load_state(make_config("parts").out / STATE)["step"] == 3
+    train(make_config("parts", epochs=2), resume=True)
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
 def test_a_worker_survives_a_signal_as_it_starts(make_config, monkeypatch):
     """Signalled where PyTorch has set its handlers and survive_signals was not yet called."""
     set_handlers = signal_handling._set_worker_signal_handlers
