@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,7 +81,7 @@ def define_op(
         forward, backward: schemas. The backward op is one of its own, and its derivative raises: without a formula PyTorch would
             hand out zeros as the gradient of a gradient.
         gradients: called as ``gradients(backward_op, ctx, *grads)``.
-        fake, fake_backward, setup_context, flops, flops_backward: as torch.library and register_flop_formula want them.
+        fake, fake_backward, setup_context, flops, flops_backward: as PyTorch's custom ops and register_flop_formula want them.
     """
 
     def refuse(ctx, *grads):
@@ -92,16 +92,16 @@ def define_op(
             ("", forward, fake, flops),
             ("_backward", backward, fake_backward, flops_backward),
         ):
-            torch.library.define(f"autohdr::{name}{suffix}", schema, tags=TAGS)
-            torch.library.register_fake(f"autohdr::{name}{suffix}", of_fakes)
+            library.define(f"autohdr::{name}{suffix}", schema, tags=TAGS)
+            library.register_fake(f"autohdr::{name}{suffix}", of_fakes)
             register_flop_formula(getattr(torch.ops.autohdr, name + suffix))(of_flops)
         backward_op = getattr(torch.ops.autohdr, f"{name}_backward")
-        torch.library.register_autograd(
+        library.register_autograd(
             f"autohdr::{name}",
             lambda ctx, *grads, backward_op=backward_op: gradients(backward_op, ctx, *grads),
             setup_context=setup_context,
         )
-        torch.library.register_autograd(f"autohdr::{name}_backward", refuse)
+        library.register_autograd(f"autohdr::{name}_backward", refuse)
     register_triton(op, "cuda")
 
 
@@ -109,8 +109,8 @@ def define_pass(op: str, name: str, schema: str, fake: Callable) -> None:
     """Defines autohdr::<op>_<name> and autohdr::<op>_<name>_triton, a part of an op without gradients; before the op itself."""
     _passes[op].append(name)
     for full in (f"{op}_{name}", f"{op}_{name}_triton"):
-        torch.library.define(f"autohdr::{full}", schema, tags=TAGS)
-        torch.library.register_fake(f"autohdr::{full}", fake)
+        library.define(f"autohdr::{full}", schema, tags=TAGS)
+        library.register_fake(f"autohdr::{full}", fake)
 
 
 def register_triton(op: str, device_type: str) -> None:
@@ -125,7 +125,7 @@ def register_triton(op: str, device_type: str) -> None:
             with torch.cuda.device_of(args[0]):
                 return getattr(importlib.import_module(f"autohdr.kernels.{op}.triton_impl"), function)(*args)
 
-        torch.library.impl(f"autohdr::{name}", device_type, run)
+        library.impl(f"autohdr::{name}", device_type, run)
 
 
 def compiled_op(op: str, backend: str) -> Callable:

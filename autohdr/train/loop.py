@@ -208,6 +208,7 @@ class _Trainer:
             setattr(self, name, state[name])
         self.guard.load_state_dict(state["guard"])
         self.guard.keep(self.step)
+        self.saved_step = self.step
         if self.ranks.rank == 0:
             record.rewind(self.out / "log.jsonl", self.step)
             for part in self.out.glob(".*.part"):  # what a killed run was writing

@@ -6,6 +6,7 @@ import pytest
 import torch
 from backend import BACKEND, DEVICE, DTYPES, PLACE, SLOW, raw_op
 from gold import assert_as_good_as_reference, run
+from torch import library
 
 IMAGE_DTYPES = {name: dtype for name, dtype in DTYPES.items() if BACKEND != "cpu" or dtype != torch.float16}
 
@@ -42,7 +43,7 @@ class ImageOpTests:
     def test_opcheck(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-        torch.library.opcheck(raw_op(self.name), (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
+        library.opcheck(raw_op(self.name), (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
 
     @pytest.mark.parametrize("backend", ["auto", BACKEND])
     def test_compile_fullgraph(self, backend):

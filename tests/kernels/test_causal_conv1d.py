@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from backend import BACKEND, DEVICE, DTYPES, PLACE, SLOW, raw_op
 from gold import assert_as_good_as_reference
+from torch import library
 
 from autohdr.kernels import causal_conv1d
 
@@ -114,7 +115,7 @@ def test_gradcheck():
 def test_opcheck(features):
     tensors, keywords, _ = arguments((2, 6, 20, 4, features))
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
-    torch.library.opcheck(raw_op("causal_conv1d"), raw_arguments(tensors, keywords))
+    library.opcheck(raw_op("causal_conv1d"), raw_arguments(tensors, keywords))
 
 
 @pytest.mark.parametrize("backend", ["auto", BACKEND])

@@ -1,6 +1,5 @@
 """The Triton kernels on the CPU: every test of an op again, with Triton's interpreter in place of a GPU."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -8,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from autohdr.kernels import OPS
+
 pytest.importorskip("triton")
-backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_op(op):
     command = [sys.executable, "-m", "pytest", Path(__file__).parent / f"test_{op}.py", "-p", "no:cacheprovider"]
     # Without GPUs: the interpreter would have to copy everything to and fro.

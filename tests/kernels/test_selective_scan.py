@@ -7,6 +7,7 @@ import pytest
 import torch
 from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, PLACE, raw_op
 from gold import assert_as_good_as_reference
+from torch import library
 
 from autohdr.kernels import selective_scan
 from autohdr.kernels.selective_scan.schema import CHUNK
@@ -163,7 +164,7 @@ def test_opcheck(features):
     t = {k: v.requires_grad_() for k, v in t.items()}
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state")
     flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False)
-    torch.library.opcheck(raw_op("selective_scan"), (*(t.get(n) for n in names), *flags))
+    library.opcheck(raw_op("selective_scan"), (*(t.get(n) for n in names), *flags))
 
 
 @pytest.mark.parametrize("shape", [SMALL, (2, 6, tokens(150), 4, 2, "bld reverse rank1 softplus")])
