@@ -66,7 +66,7 @@ def test_fifty_kills_cost_nothing(make_config, capsys):
     """SIGKILL to a run that saves after every step, 50 times, at random moments: the newest state loads each time, and the
     run that goes on from it 50 times ends bitwise where one that nobody killed does."""
     settings = {"epochs": 150, "save_every": 1, "ema": 0.9, "log_every": 1, "samples": 0}
-    train(make_config("whole", **settings))
+    run_or_resume(make_config("whole", **settings))  # on one thread too: two add up in another order
     config, context = make_config("parts", **settings), multiprocessing.get_context("fork")
     path, loaded, steps, torn = config.out / STATE, 0, [], 0
     for delay in np.random.default_rng(0).uniform(0, 0.5, 50):
