@@ -1,5 +1,6 @@
 """The command `autohdr`, with a verb for each job. What a verb needs is imported when it runs: help stays quick."""
 
+import io
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"autohdr {__version__}")
         return 0
@@ -82,13 +85,12 @@ def audit(pairs: Positional[list[Path]], out: Path | None = None) -> int:
         out: JSON file for the groups.
     """
     from autohdr.data.audit import audit
-    from autohdr.files import replacing
+    from autohdr.files import write_text
 
     found = audit(pairs)
     print(found)
     if out:
-        with replacing(out) as part:
-            part.write_text(found.json(), "utf-8")
+        write_text(out, found.json())
     return 1 if found.crossing else 0
 
 
@@ -133,9 +135,10 @@ def evaluate(
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
-    from autohdr.evaluate import evaluate, format_table
+    from autohdr.evaluate import evaluate
     from autohdr.measure import pick_device
     from autohdr.models import load_checkpoint
+    from autohdr.report import format_table
 
     device = pick_device(device)
     model = _with_steps(load_checkpoint(checkpoint), steps)

@@ -10,8 +10,9 @@ from autohdr.data.splits import write_splits
 from autohdr.data.synthetic import synthesize
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
-from autohdr.evaluate import evaluate, format_table
+from autohdr.evaluate import evaluate
 from autohdr.models import load_checkpoint
+from autohdr.report import format_table
 from autohdr.train.config import TrainConfig, load_config
 from autohdr.train.loop import train
 

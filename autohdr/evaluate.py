@@ -1,21 +1,15 @@
-"""A model's figures on held-out pairs beside two baselines: a table, results.json and report.html."""
+"""A model's figures on held-out pairs beside two baselines, as results.json and as a page to look at (autohdr.report)."""
 
-import base64
-import html
-import io
 import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -24,17 +18,13 @@ import autohdr
 from autohdr.autotone import auto_tone
 from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
-from autohdr.files import replacing
-from autohdr.measure import Measurement, measure
+from autohdr.files import write_text
+from autohdr.measure import measure
 from autohdr.metrics import METRICS, mean_interval
+from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
 PRECISIONS = ("float32", "bfloat16")
 MEGAPIXEL = 1_000_000
-SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
-_PICTURE_SIDE = 1280
-_COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
-_MINUS = "model_minus_"
-_DIFFERENCE = _MINUS + "auto_tone"
 
 
 def evaluate(
@@ -67,68 +57,47 @@ def evaluate(
     if precision not in PRECISIONS:
         raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     trained = _trained(pairs, model)
-    if trained and any(trained) and not allow_trained:
-        named = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
-        said = f"the model was trained on {len(named)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
-        raise UserError("\n  ".join([said, *named]))
+    if trained and not allow_trained:
+        _refuse_trained(pairs, trained)
     out_dir, device = Path(out_dir), torch.device(device)
     out_dir.mkdir(parents=True, exist_ok=True)
     dataset = PairDataset(pairs, size, resize)
-    model_facts = None
+    facts = None
     if model is not None:
         model = model.to(device).eval()
-        model_facts = _facts(model, device) | {"trained_pairs": trained and sum(map(bool, trained))}
+        facts = _facts(model, device) | {"trained_pairs": trained and sum(map(bool, trained))}
 
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
     images, pictures = [], []
     for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False, disable=None)):
         sample = dataset[index]
-        source, target = (sample[key][None].to(device) for key in ("src", "tar"))
-        toned = auto_tone(np.ascontiguousarray(sample["src"].permute(1, 2, 0).numpy()))
-        outputs = {"source": source, "auto_tone": torch.from_numpy(toned).permute(2, 0, 1)[None].to(device)}
-        entry = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
-        entry["height"], entry["width"] = target.shape[-2:]
+        source, target = sample["src"][None].to(device), sample["tar"][None].to(device)
+        image = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
+        image["height"], image["width"] = target.shape[-2:]
+        outputs = {"source": source, "auto_tone": _auto_tone(source)}
         if model is not None:
-            entry["trained_on"] = trained and bool(trained[index])
-            outputs["model"], cost = _predict(model, source, precision, pair)
-            entry["seconds"], entry["growth_bytes"] = cost.seconds, cost.growth_bytes
-            entry["peak_bytes"], entry["memory_source"] = cost.peak_bytes, cost.memory_source
-        entry["figures"] = {
-            method: {name: metric(output, target).item() for name, metric in METRICS.items()}
-            for method, output in outputs.items()
-        }
-        images.append(entry)
+            outputs["model"], cost = _predict(model, source, precision, pair.src)
+            image |= cost | {"trained_on": trained and bool(trained[index])}
+        image["figures"] = _figures(outputs, target)
+        images.append(image)
         if index < SHOWN_PAIRS:
-            pictures.append({method: _data_uri(image) for method, image in (outputs | {"target": target}).items()})
+            pictures.append(encode_pictures(outputs | {"target": target}))
 
-    if model_facts:
-        megapixels = [image["height"] * image["width"] / MEGAPIXEL for image in images]
-        memory_source = images[0]["memory_source"]
-        seconds = statistics.median(i["seconds"] / p for i, p in zip(images, megapixels, strict=True))
-        growth = max(i["growth_bytes"] / p for i, p in zip(images, megapixels, strict=True))
-        model_facts |= {
-            "seconds_per_megapixel": seconds,
-            "bytes_per_megapixel": math.nan if memory_source == "ru_maxrss" else growth,
-            "peak_bytes": max(image["peak_bytes"] for image in images),
-            "memory_source": memory_source,
-        }
     results = {
         "environment": _environment(device),
         "settings": {"size": size, "resize": resize if size else None, "device": str(device), "precision": precision},
-        "model": model_facts,
+        "model": facts and facts | summarise_costs(images),
         "summary": summarise([image["figures"] for image in images]),
         "images": images,
     }
     write_json(out_dir / "results.json", results)
-    with replacing(out_dir / "report.html") as part:
-        part.write_text(_page(results, pictures), "utf-8")
+    write_page(out_dir / "report.html", results, pictures)
     return results
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Writes results; a figure that is not finite becomes null."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    write_text(path, json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def summarise(
@@ -144,10 +113,25 @@ def summarise(
         for method in figures[0]
     }
     for other in against if "model" in summary else ():
-        summary[_MINUS + other] = {
+        summary["model_minus_" + other] = {
             metric: mean_interval([image["model"][metric] - image[other][metric] for image in figures]) for metric in METRICS
         }
     return summary
+
+
+def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time and memory of a model on all images: `images` is what `evaluate` returns of each."""
+    megapixels = [image["height"] * image["width"] / MEGAPIXEL for image in images]
+    seconds, growth = (
+        [image[key] / size for image, size in zip(images, megapixels, strict=True)] for key in ("seconds", "growth_bytes")
+    )
+    memory_source = images[0]["memory_source"]
+    return {
+        "seconds_per_megapixel": statistics.median(seconds),
+        "bytes_per_megapixel": math.nan if memory_source == "ru_maxrss" else max(growth),
+        "peak_bytes": max(image["peak_bytes"] for image in images),
+        "memory_source": memory_source,
+    }
 
 
 def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]] | None:
@@ -160,19 +144,18 @@ def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]]
     return [[photo for photo in (pair.src, pair.tar) if photo in known] for pair in pairs]
 
 
+def _refuse_trained(pairs: Sequence[Pair], trained: Sequence[Sequence[Path]]) -> None:
+    named = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
+    if named:
+        said = f"the model was trained on {len(named)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
+        raise UserError("\n  ".join([said, *named]))
+
+
 def count_macs(model: nn.Module, device: torch.device | str = "cpu", side: int = 64) -> float:
     """Multiply-accumulates per pixel of (1, 3, side, side), as half of what torch's FlopCounterMode counts."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side, device=device))
     return counter.get_total_flops() / 2 / side**2
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """What `evaluate` returned, as aligned text for a terminal."""
-    rows = [["", *(title for title, _ in _COLUMNS.values())], *_rows(results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_setting(results), "", *lines, "", *_caution(results), *_cost_lines(results)]).rstrip()
 
 
 def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -183,18 +166,32 @@ def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _predict(model: nn.Module, source: Tensor, precision: str, pair: Pair) -> tuple[Tensor, Measurement]:
+def _auto_tone(source: Tensor) -> Tensor:
+    pixels = source[0].permute(1, 2, 0).contiguous().cpu().numpy()
+    return torch.from_numpy(auto_tone(pixels)).permute(2, 0, 1)[None].to(source.device)
+
+
+def _predict(model: nn.Module, source: Tensor, precision: str, photo: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The prediction clamped to [0, 1], and what it took."""
     with (
         torch.inference_mode(),
         torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
-        measure(source.device) as cost,
+        measure(source.device) as measured,
     ):
         prediction = model(source)
     if prediction.shape != source.shape:
-        raise UserError(f"{pair.src}: expected a prediction {list(source.shape)}, got {list(prediction.shape)}")
+        raise UserError(f"{photo}: expected a prediction {list(source.shape)}, got {list(prediction.shape)}")
     if broken := prediction.numel() - int(prediction.isfinite().sum()):
-        raise UserError(f"{pair.src}: {broken} of the prediction's {prediction.numel()} values are not finite")
+        raise UserError(f"{photo}: {broken} of the prediction's {prediction.numel()} values are not finite")
+    cost = {name: getattr(measured, name) for name in ("seconds", "growth_bytes", "peak_bytes", "memory_source")}
     return prediction.float().clamp(0, 1), cost
+
+
+def _figures(outputs: Mapping[str, Tensor], target: Tensor) -> dict[str, dict[str, float]]:
+    """{method: {metric: value}} of one image."""
+    return {
+        method: {name: metric(output, target).item() for name, metric in METRICS.items()} for method, output in outputs.items()
+    }
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -220,246 +217,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _label(results: dict[str, Any], method: str) -> str:
-    if method.startswith(_MINUS):
-        return f"model − {_label(results, method.removeprefix(_MINUS))}"
-    model = results["model"]["name"] if results["model"] else ""
-    return {"source": "unedited", "auto_tone": "auto-tone", "model": model}.get(method, method)
-
-
-def _rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for method, figures in results["summary"].items():
-        sign = "+" if method.startswith(_MINUS) else ""
-        cells = []
-        for metric, (_, digits) in _COLUMNS.items():
-            mean, half = figures[metric]
-            cells.append(f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else ""))
-        rows.append([_label(results, method), *cells])
-    return rows
-
-
-def _setting(results: dict[str, Any]) -> str:
-    settings, environment, count = results["settings"], results["environment"], len(results["images"])
-    size = settings["size"]
-    if size:
-        height, width = (size, size) if isinstance(size, int) else size
-        resolution = f"{settings['resize']} to {width}×{height}"
-    else:
-        resolution = "own resolution"
-    hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} CPU thread(s)"
-    interval = "mean ± 95% confidence interval" if count > 1 else "a single pair has no confidence interval"
-    return f"{count} pair{'s' * (count > 1)}, {resolution}, {settings['precision']}, {hardware}; {interval}"
-
-
-def _caution(results: dict[str, Any]) -> list[str]:
-    """What keeps these from being figures of pairs that the model has not seen."""
-    if not (model := results["model"]) or model["trained_pairs"] == 0:
-        return []
-    if model["trained_pairs"] is None:
-        return ["the weights do not say which photos they were trained on"]
-    return [f"{model['trained_pairs']} of these pairs were TRAINED ON: this is not how the model does on other photos"]
-
-
-def _costs(results: dict[str, Any]) -> dict[str, str]:
-    if not (model := results["model"]):
-        return {}
-    growth = model["bytes_per_megapixel"]
-    whose = {"cuda": "GPU", "VmHWM": "process", "ru_maxrss": "process, at most"}[model["memory_source"]]
-    return {
-        "Parameters": f"{model['parameters']:,}",
-        "MACs per megapixel": f"{model['macs_per_megapixel'] / 1e9:.1f} G",
-        "Seconds per megapixel": f"{model['seconds_per_megapixel']:.3g}",
-        "Memory per megapixel": f"{growth / 1e9:.2f} GB" if math.isfinite(growth) else "not measurable here",
-        f"Peak memory ({whose})": f"{model['peak_bytes'] / 1e9:.2f} GB",
-    }
-
-
-def _cost_lines(results: dict[str, Any]) -> list[str]:
-    return [f"{name + ':':<23} {value}" for name, value in _costs(results).items()]
-
-
-def _data_uri(image: Tensor) -> str:
-    pixels = image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _page(results: dict[str, Any], pictures: list[dict[str, str]]) -> str:
-    model = results["model"]["name"] if results["model"] else None
-    sections = "\n".join(_section(results, *item) for item in zip(results["images"], pictures, strict=False))
-    shown, count = len(pictures), len(results["images"])
-    costs = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _costs(results).items())
-    return Template(_PAGE).substitute(
-        title=html.escape(f"{model} against auto-tone" if model else "Auto-tone against the unedited source"),
-        setting=html.escape(_setting(results)),
-        verdict=html.escape(" ".join([_verdict(results), *_caution(results)])),
-        table=_html_table(_rows(results)),
-        costs=f"<dl>{costs}</dl>" if costs else "",
-        shown="" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
-        sections=sections,
-        versions=html.escape(f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}"),
-    )
-
-
-def _verdict(results: dict[str, Any]) -> str:
-    if _DIFFERENCE not in results["summary"]:
-        return ""
-    mean, half = results["summary"][_DIFFERENCE]["psnr"]
-    if not abs(mean) > half:  # also where the interval is unknown
-        return f"PSNR against auto-tone: {mean:+.2f} dB. These pairs cannot tell it from no difference."
-    return f"{'Better' if mean > 0 else 'Worse'} than auto-tone by {abs(mean):.2f} ± {half:.2f} dB PSNR."
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    head = "".join(f"<th scope=col>{title}</th>" for title, _ in _COLUMNS.values())
-    body = "".join(
-        f"<tr><th scope=row>{html.escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for label, *cells in rows
-    )
-    return f"<div class=scroll><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _section(results: dict[str, Any], image: dict[str, Any], pictures: dict[str, str]) -> str:
-    """One pair: its pictures on top of one another, the buttons that choose two of them, and its figures."""
-    name = html.escape(image["name"])
-    labels = {method: "target" if method == "target" else _label(results, method) for method in pictures}
-    left, right = "source", "model" if "model" in pictures else "auto_tone"
-    layers = "".join(
-        f'<img class="{"left" * (method == left)}{"right" * (method == right)}" data-show={method} '
-        f'alt="{html.escape(labels[method])} of {name}" draggable=false src="{uri}">'
-        for method, uri in pictures.items()
-    )
-    groups = "".join(
-        f'<div role=group aria-label="{side} picture"><span>{side}</span>'
-        + "".join(
-            f"<button data-side={side} data-show={method} aria-pressed={'true' if method == chosen else 'false'}>"
-            f"{html.escape(label)}</button>"
-            for method, label in labels.items()
-        )
-        + "</div>"
-        for side, chosen in (("left", left), ("right", right))
-    )
-    rows = [
-        [_label(results, method), *(f"{figures[metric]:.{digits}f}" for metric, (_, digits) in _COLUMNS.items())]
-        for method, figures in image["figures"].items()
-    ]
-    seen = ", trained on" if image.get("trained_on") else ""
-    return (
-        f"<section><h2>{name}</h2><p>{image['width']} × {image['height']} pixels{seen}</p>"
-        f'<div class=compare style="--ratio:{image["width"] / image["height"]:.4f}">{layers}<i></i>'
-        f"<b class=left>{html.escape(labels[left])}</b><b class=right>{html.escape(labels[right])}</b>"
-        f'<input type=range min=0 max=100 value=50 aria-label="where the left picture of {name} ends">'
-        f"</div><div class=sides>{groups}</div>{_html_table(rows)}</section>"
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang=en>
-<head>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv=Content-Security-Policy
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<link rel=icon href="data:,">
-<title>$title</title>
-<style>
-:root { color-scheme: light; --ink: #1d2327; --soft: #66717a; --line: #e1e5e8; --accent: #0b6bcb }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: #fafbfc; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin: 0; font-size: 1.05rem; overflow-wrap: anywhere }
-p { margin: .3rem 0; color: var(--soft); font-size: .9rem }
-.verdict { color: var(--ink); font-size: 1.1rem }
-.scroll { overflow-x: auto; margin: 1rem 0 0; background: #fff; border: 1px solid var(--line); border-radius: .5rem }
-table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .45rem .8rem; text-align: right; white-space: nowrap }
-tbody tr { border-top: 1px solid var(--line) }
-th { font-weight: 600 }
-th[scope=row] { position: sticky; left: 0; background: #fff; text-align: left }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
-dl div { padding: .6rem .8rem; background: #fff; border: 1px solid var(--line); border-radius: .5rem }
-dt { color: var(--soft); font-size: .8rem }
-dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums }
-section { margin-top: 2.5rem }
-.compare { --split: 50%; position: relative; width: min(100%, 80vh * var(--ratio)); aspect-ratio: var(--ratio);
-  overflow: hidden; margin: .6rem auto 0; border-radius: .5rem; background: #ddd; cursor: ew-resize;
-  touch-action: pan-y; user-select: none }
-.compare:has(:focus-visible) { outline: 3px solid var(--accent); outline-offset: 2px }
-.compare > * { position: absolute; pointer-events: none }
-img { inset: 0; width: 100%; height: 100%; visibility: hidden }
-img.left, img.right { visibility: visible }
-img.right { z-index: 1; clip-path: inset(0 0 0 var(--split)) }
-img.left.right { clip-path: none }
-.compare i { z-index: 2; inset: 0 auto 0 calc(var(--split) - 1px); width: 2px;
-  background: #fff; box-shadow: 0 0 4px #0008 }
-.compare i::after { content: "\\2039\\2002\\203A"; position: absolute; top: 50%; left: 50%; translate: -50% -50%;
-  padding: .25rem .55rem; border-radius: 2rem; background: #fff; color: var(--ink); box-shadow: 0 1px 6px #0006;
-  font: 700 1.1rem/1.3 system-ui; white-space: nowrap }
-.compare b { z-index: 2; top: .6rem; max-width: 45%; padding: .1rem .55rem; border-radius: 1rem;
-  background: #000a; color: #fff; font-size: .8rem; font-weight: 500 }
-.compare b.left { left: .6rem }
-.compare b.right { right: .6rem }
-.compare input { inset: 0; width: 100%; opacity: 0 }
-.sides { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .5rem; margin-top: .6rem }
-.sides div { display: flex; overflow: hidden; border: 1px solid var(--line); border-radius: .5rem }
-.sides span { width: 3.2rem; padding: .4rem .6rem; color: var(--soft); font-size: .8rem }
-button { padding: .4rem .7rem; border: 0; border-right: 1px solid var(--line); background: #fff; color: var(--ink);
-  font: inherit; font-size: .85rem; cursor: pointer }
-button:last-child { border: 0 }
-button[aria-pressed=true] { background: var(--accent); color: #fff }
-button:focus-visible { outline: 3px solid var(--accent); outline-offset: -3px }
-@media (max-width: 40rem) {
-  .sides div { width: 100% }
-  button { flex: 1; padding: .5rem .2rem }
-  h1 { font-size: 1.35rem }
-  th, td { padding: .4rem .5rem; font-size: .82rem }
-}
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$setting</p>
-<p class=verdict>$verdict</p>
-$table
-$costs
-<p>Drag across a picture, or focus it and use the arrow keys; the buttons choose what is on its left and on its right.
-An arrow up means more is better. ΔE2000 is a colour difference: about 1 is just visible.</p>
-$shown
-$sections
-<p>$versions</p>
-<script>
-for (const box of document.querySelectorAll(".compare")) {
-  const input = box.querySelector("input");
-  const split = value => { input.value = value; box.style.setProperty("--split", value + "%"); };
-  const follow = event => {
-    const area = box.getBoundingClientRect();
-    split(Math.min(100, Math.max(0, 100 * (event.clientX - area.left) / area.width)));
-  };
-  input.addEventListener("input", () => split(input.value));
-  box.addEventListener("pointerdown", event => {
-    event.preventDefault();
-    box.setPointerCapture(event.pointerId);
-    input.focus({preventScroll: true});
-    follow(event);
-  });
-  box.addEventListener("pointermove", event => { if (box.hasPointerCapture(event.pointerId)) follow(event); });
-  for (const button of box.nextElementSibling.querySelectorAll("button"))
-    button.addEventListener("click", () => {
-      const {side, show} = button.dataset;
-      for (const image of box.querySelectorAll("img")) image.classList.toggle(side, image.dataset.show === show);
-      for (const other of button.parentElement.querySelectorAll("button"))
-        other.setAttribute("aria-pressed", other === button);
-      box.querySelector("b." + side).textContent = button.textContent;
-    });
-}
-</script>
-</body>
-</html>
-"""

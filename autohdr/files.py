@@ -31,3 +31,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text in UTF-8, as `replacing` does.
+
+    A name of a file that is not UTF-8 has lone surrogates in Python. They become \\udcXX: JSON reads that as the same name.
+    """
+    with replacing(path) as part:
+        part.write_text(text, "utf-8", errors="backslashreplace")

@@ -1,10 +1,11 @@
 """One file in the place of another: all of it or nothing."""
 
+import json
 import os
 
 import pytest
 
-from autohdr.files import replacing
+from autohdr.files import replacing, write_text
 
 
 @pytest.fixture
@@ -50,3 +51,10 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(old, monkeypatch):
     with replacing(old) as part:
         part.write_text("new")
     assert order == ["fsync", "replace", "fsync"]  # the content, then the name
+
+
+def test_a_name_that_is_not_utf8_can_be_written_and_read_as_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xff") + " é\u2028"
+    write_text(tmp_path / "a.json", json.dumps(name, ensure_ascii=False))
+    assert (tmp_path / "a.json").read_bytes() == b'"caf\\udce9 \\udcff \xc3\xa9\xe2\x80\xa8"'
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == name

@@ -12,9 +12,10 @@ from autohdr.data.audit import audit
 from autohdr.data.pairs import Pair, photo_digests, pictures, read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.errors import UserError
-from autohdr.evaluate import evaluate, format_table, summarise, write_json
+from autohdr.evaluate import evaluate, summarise, write_json
 from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
+from autohdr.report import format_table
 from autohdr.train.config import TrainConfig, check_config, dump_config
 from autohdr.train.loop import train
 

@@ -1,0 +1,116 @@
+"""The page for a browser. page.html and pair.html are its templates; its style, script and pictures are written into it, so that
+it is one file which needs no other.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from autohdr.files import write_text
+from autohdr.report import tables
+
+SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
+_PICTURE_SIDE = 1280
+
+
+def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[str, str]]) -> None:
+    """Writes the page of what `evaluate` returns. pictures: of the first images of results, as encode_pictures gives them."""
+    model = results["model"]["name"] if results["model"] else None
+    costs = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.model_costs(results).items())
+    shown, count = len(pictures), len(results["images"])
+    page = _filled(
+        "page.html",
+        text={
+            "title": f"{model} against auto-tone" if model else "Auto-tone against the unedited source",
+            "setting": tables.setting(results),
+            "verdict": tables.verdict(results),
+            "caution": tables.caution(results),
+            "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
+        },
+        markup={
+            "style": _read("page.css"),
+            "script": _read("page.js"),
+            "table": _table(tables.summary_rows(results)),
+            "costs": f"<dl>{costs}</dl>" if costs else "",
+            "shown": "" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
+            "pairs": "".join(_pair(results, *item) for item in zip(results["images"], pictures, strict=False)),
+        },
+    )
+    write_text(path, page)
+
+
+def encode_pictures(images: Mapping[str, Tensor]) -> dict[str, str]:
+    """{method: (1, 3, H, W) image in [0, 1]} -> {method: the image as the data URI of a JPEG of at most 1280 pixels a side}."""
+    return {method: _data_uri(image) for method, image in images.items()}
+
+
+def _data_uri(image: Tensor) -> str:
+    pixels = image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str, str]) -> str:
+    """One pair: its pictures on top of one another, the buttons that choose two of them, and its figures."""
+    labels = {method: "target" if method == "target" else tables.label(results, method) for method in pictures}
+    shown = {"left": "source", "right": "model" if "model" in pictures else "auto_tone"}
+    layers = [
+        f'<img class="{" ".join(side for side in shown if shown[side] == method)}" data-show={method} '
+        f'alt="{escape(labels[method])} of {escape(image["name"])}" draggable=false src="{uri}">'
+        for method, uri in pictures.items()
+    ]
+    return _filled(
+        "pair.html",
+        text={
+            "name": image["name"],
+            "size": f"{image['width']} × {image['height']}",
+            "trained_on": ", trained on" if image.get("trained_on") else "",
+            "ratio": f"{image['width'] / image['height']:.4f}",
+        }
+        | {side: labels[method] for side, method in shown.items()},
+        markup={
+            "layers": "\n".join(layers),
+            "choices": "".join(_choice(side, chosen, labels) for side, chosen in shown.items()),
+            "table": _table(tables.image_rows(results, image["figures"])),
+        },
+    )
+
+
+def _choice(side: str, chosen: str, labels: Mapping[str, str]) -> str:
+    """The buttons that choose the picture of one side."""
+    buttons = "".join(
+        f"<button data-side={side} data-show={method} aria-pressed={'true' if method == chosen else 'false'}>"
+        f"{escape(label)}</button>"
+        for method, label in labels.items()
+    )
+    return f'<div role=group aria-label="{side} picture"><span>{side}</span>{buttons}</div>'
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope=col>{title}</th>" for title, _ in tables.COLUMNS.values())
+    body = "".join(f"<tr><th scope=row>{escape(label)}</th>{''.join(map(_cell, cells))}</tr>" for label, *cells in rows)
+    return f"<div class=scroll><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(figure: str) -> str:
+    """A narrow screen breaks the line before ±, never behind it."""
+    return f"<td>{figure.replace('± ', '±&nbsp;')}</td>"
+
+
+def _filled(template: str, text: Mapping[str, str], markup: Mapping[str, str]) -> str:
+    """A template with its placeholders filled: `text` is escaped, as it may hold names of files; `markup` is put in as it is."""
+    return Template(_read(template)).substitute({name: escape(value) for name, value in text.items()} | markup)
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text("utf-8")

@@ -1,0 +1,99 @@
+"""The figures of an evaluation as rows of text, and the sentences that belong to them: the terminal and the page say the same.
+
+`results` is in each function what `evaluate.evaluate` returns.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
+"""Each metric's title and the digits that it is given after the point."""
+MINUS = "model_minus_"
+"""A summary's key that begins so holds the differences between the model and another method, image by image."""
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The summary, the costs of the model and what to know about them, as aligned text for a terminal."""
+    rows = [["", *(title for title, _ in COLUMNS.values())], *summary_rows(results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    costs = [f"{name + ':':<23} {value}" for name, value in model_costs(results).items()]
+    return "\n".join([setting(results), "", *lines, "", *filter(None, [caution(results)]), *costs]).rstrip()
+
+
+def summary_rows(results: dict[str, Any]) -> list[list[str]]:
+    """A row for each method: its label, then the mean of each metric and, where it is known, its confidence interval."""
+    rows = []
+    for method, figures in results["summary"].items():
+        sign = "+" if method.startswith(MINUS) else ""
+        cells = []
+        for metric, (_, digits) in COLUMNS.items():
+            mean, half = figures[metric]
+            cells.append(f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else ""))
+        rows.append([label(results, method), *cells])
+    return rows
+
+
+def image_rows(results: dict[str, Any], figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """A row for each method: its label, then the metrics of one image. figures: {method: {metric: value}}."""
+    return [
+        [label(results, method), *(f"{values[metric]:.{digits}f}" for metric, (_, digits) in COLUMNS.items())]
+        for method, values in figures.items()
+    ]
+
+
+def label(results: dict[str, Any], method: str) -> str:
+    """What the reader calls a method."""
+    if method.startswith(MINUS):
+        return f"model − {label(results, method.removeprefix(MINUS))}"
+    model = results["model"]["name"] if results["model"] else ""
+    return {"source": "unedited", "auto_tone": "auto-tone", "model": model}.get(method, method)
+
+
+def setting(results: dict[str, Any]) -> str:
+    """How many pairs were measured, at which size and precision, and where."""
+    settings, environment, count = results["settings"], results["environment"], len(results["images"])
+    size = settings["size"]
+    if size:
+        height, width = (size, size) if isinstance(size, int) else size
+        resolution = f"{settings['resize']} to {width}×{height}"
+    else:
+        resolution = "own resolution"
+    hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} CPU thread(s)"
+    interval = "mean ± 95% confidence interval" if count > 1 else "a single pair has no confidence interval"
+    return f"{count} pair{'s' * (count > 1)}, {resolution}, {settings['precision']}, {hardware}; {interval}"
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """Whether the model is better than auto-tone; nothing where there is no model."""
+    if MINUS + "auto_tone" not in results["summary"]:
+        return ""
+    mean, half = results["summary"][MINUS + "auto_tone"]["psnr"]
+    if not abs(mean) > half:  # also where the interval is unknown
+        return f"PSNR against auto-tone: {mean:+.2f} dB. These pairs cannot tell it from no difference."
+    return f"{'Better' if mean > 0 else 'Worse'} than auto-tone by {abs(mean):.2f} ± {half:.2f} dB PSNR."
+
+
+def caution(results: dict[str, Any]) -> str:
+    """Why the figures may flatter the model: it was trained on some of the pairs, or its weights do not tell; else nothing."""
+    if not (model := results["model"]) or model["trained_pairs"] == 0:
+        return ""
+    if model["trained_pairs"] is None:
+        return "The weights do not say which photos they were trained on."
+    return f"{model['trained_pairs']} of these pairs were TRAINED ON: this is not how the model does on other photos."
+
+
+def model_costs(results: dict[str, Any]) -> dict[str, str]:
+    """The model's size, time and memory by their names; nothing where there is no model."""
+    if not (model := results["model"]):
+        return {}
+    growth = model["bytes_per_megapixel"]
+    whose = {"cuda": "GPU", "VmHWM": "process", "ru_maxrss": "process, at most"}[model["memory_source"]]
+    return {
+        "Parameters": f"{model['parameters']:,}",
+        "MACs per megapixel": f"{model['macs_per_megapixel'] / 1e9:.1f} G",
+        "Seconds per megapixel": f"{model['seconds_per_megapixel']:.3g}",
+        "Memory per megapixel": f"{growth / 1e9:.2f} GB" if math.isfinite(growth) else "not measurable here",
+        f"Peak memory ({whose})": f"{model['peak_bytes'] / 1e9:.2f} GB",
+    }
