@@ -12,6 +12,7 @@ from PIL import Image
 
 import autohdr
 from autohdr.cli import main
+from autohdr.data.pairs import read_pairs
 from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
@@ -100,6 +101,30 @@ def test_data_split(photos, capsys):
 def test_data_split_into_folds(photos):
     assert run("data", "split", photos / "pairs.jsonl", "--out", photos / "parts", "--test", 1, "--folds", 3) == 0
     assert (photos / "parts" / "fold_2" / "val.jsonl").is_file()
+
+
+def test_names_that_are_not_utf8(photos, checkpoint, capsys):
+    """From the list of pairs to the report, and into what is printed: the terminal here takes UTF-8 alone."""
+    odd = os.fsdecode(b"caf\xe9 \xff")
+    for name in ("src", "tar"):
+        os.replace(photos / f"0_{name}.png", photos / f"{odd}_{name}.png")
+    (photos / "copy.png").write_bytes((photos / f"{odd}_src.png").read_bytes())
+    listed = [{"src": f"{odd}_src.png", "tar": f"{odd}_tar.png"}, {"src": "copy.png", "tar": "1_tar.png"}]
+    listed += [{"src": f"{index}_src.png", "tar": f"{index}_tar.png"} for index in range(2, 6)]
+    (photos / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in listed))
+    assert run("data", "audit", photos / "pairs.jsonl", "--out", photos / "groups.json") == 0
+    assert r"caf\udce9 \udcff_src.png ~ " in capsys.readouterr().out
+    (group,) = json.loads((photos / "groups.json").read_text("utf-8"))["groups"]
+    assert group["pairs"][0]["src"] == str(photos / f"{odd}_src.png")
+
+    assert run("data", "split", photos / "pairs.jsonl", "--out", photos / odd, "--test", 0) == 0
+    train, val = read_pairs(photos / odd / "train.jsonl"), read_pairs(photos / odd / "val.jsonl")
+    assert (photos / f"{odd}_src.png").resolve() in {pair.src.resolve() for pair in train + val}
+    given = ("--checkpoint", checkpoint, "--pairs", photos / odd / "train.jsonl", "--out", photos / odd / "report")
+    assert run("eval", *given, "--device", "cpu") == 0
+    assert r"caf\udce9 \udcff/report/report.html" in capsys.readouterr().out
+    assert run("enhance", photos / f"{odd}_src.png", "--auto-tone", "--out", photos / odd / "enhanced") == 0
+    assert (photos / odd / "enhanced" / f"{odd}_src.png").is_file()
 
 
 def test_data_synth(tmp_path, capsys):

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from autohdr.data.cache import DecodedCache
 from autohdr.data.images import check_photo, photo_layout, read_samples, to_float
 from autohdr.errors import UserError
+from autohdr.files import write_text
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
 THREADS = min(8, os.cpu_count() or 1)
@@ -69,7 +70,7 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     folder = Path(path).parent.resolve()
     relative = [[Path(os.path.relpath(photo, folder)).as_posix() for photo in pictures(pair)] for pair in pairs]
     rows = [json.dumps({"src": src, "tar": tar}, ensure_ascii=False) for src, tar in relative]
-    Path(path).write_text("".join(row + "\n" for row in rows), "utf-8")
+    write_text(path, "".join(row + "\n" for row in rows))
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
