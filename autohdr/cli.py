@@ -140,11 +140,11 @@ def evaluate(
     from autohdr.models import load_checkpoint
     from autohdr.report import format_table
 
-    device = pick_device(device)
+    where = pick_device(device)
     model = _with_steps(load_checkpoint(checkpoint), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
-    settings = {"size": size, "resize": resize, "device": device, "precision": precision, "allow_trained": allow_trained}
+    settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
     results = evaluate(listed, out, model=model, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
@@ -286,43 +286,47 @@ def _train_verb(argv: list[str]) -> Any:
         """
         if config != named:
             raise UserError("train: CONFIG comes first: autohdr train CONFIG [options]")
-        if baseline and folds is None:
-            raise UserError("--baseline: compares cross-validations: give --folds as well")
-        if dry_run and folds is not None:
-            raise UserError("--dry-run: rehearses one run: leave out --folds")
         if print_config:
             print(dump_config(settings), end="")
             return 0
-        from autohdr.train.folds import cross_validate
-        from autohdr.train.loop import TrainingError, rehearse
-        from autohdr.train.loop import train as run
+        return _train(settings, resume, dry_run, folds, baseline)
 
-        # Of torchrun's processes, one speaks.
-        say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
-        try:
-            if dry_run:
-                say(rehearse(settings))
-                return 0
-            if folds is not None:
-                found = cross_validate(settings, folds, resume=resume, baseline=baseline)
-                if isinstance(found, int):
-                    against = f" --baseline {baseline}" if baseline else ""
-                    print(f"stopped; go on: autohdr train {settings.out / 'config.toml'} --folds {folds} --resume{against}")
-                    return 128 + found
-                return 0
-            summary = run(settings, resume=resume)
-        except TrainingError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        if summary.interrupted:
-            say(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
-            return 128 + summary.interrupted
-        weights = summary.out / "checkpoint_best.safetensors"
-        say(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
-        return 0
-
-    train.__doc__ = train.__doc__.replace("RECIPES", ", ".join(recipes()))
+    train.__doc__ = (train.__doc__ or "").replace("RECIPES", ", ".join(recipes()))
     return train
+
+
+def _train(settings: TrainConfig, resume: bool, dry_run: bool, folds: int | None, baseline: Path | None) -> int:
+    """Rehearse a run, cross-validate, or train: the exit status."""
+    if baseline and folds is None:
+        raise UserError("--baseline: compares cross-validations: give --folds as well")
+    if dry_run and folds is not None:
+        raise UserError("--dry-run: rehearses one run: leave out --folds")
+    from autohdr.train.folds import cross_validate
+    from autohdr.train.loop import TrainingError, rehearse, train
+
+    # Of torchrun's processes, one speaks.
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    try:
+        if dry_run:
+            say(rehearse(settings))
+            return 0
+        if folds is not None:
+            found = cross_validate(settings, folds, resume=resume, baseline=baseline)
+            if isinstance(found, int):
+                against = f" --baseline {baseline}" if baseline else ""
+                print(f"stopped; go on: autohdr train {settings.out}/config.toml --folds {folds} --resume{against}")
+                return 128 + found
+            return 0
+        summary = train(settings, resume=resume)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if summary.interrupted:
+        say(f"stopped after {summary.epochs} epochs; go on: autohdr train {summary.out / 'config.toml'} --resume")
+        return 128 + summary.interrupted
+    weights = summary.out / "checkpoint_best.safetensors"
+    say(f"best: epoch {summary.best['epoch']}, PSNR {summary.best['val_psnr']:.2f} dB: {weights}")
+    return 0
 
 
 def _registry() -> ConstructorRegistry:
@@ -362,7 +366,7 @@ def _app(argv: list[str]) -> SubcommandApp:
     app.command(doctor)
     app.command(data, name="data", help="Make pairs: split a list of them, find near-duplicates in some, or synthesise some.")
     app.command(_train_verb(argv))
-    app.command(evaluate, name="eval")
+    app.command(name="eval")(evaluate)
     app.command(enhance)
     app.command(plan)
     app.command(demo)
