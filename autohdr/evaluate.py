@@ -72,8 +72,9 @@ def evaluate(
     for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False, disable=None)):
         sample = dataset[index]
         source, target = sample["src"][None].to(device), sample["tar"][None].to(device)
-        image = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
-        image["height"], image["width"] = target.shape[-2:]
+        height, width = target.shape[-2:]
+        image: dict[str, Any] = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
+        image |= {"height": height, "width": width}
         outputs = {"source": source, "auto_tone": _auto_tone(source)}
         if model is not None:
             outputs["model"], cost = _predict(model, source, precision, pair.src)

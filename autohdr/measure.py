@@ -107,8 +107,13 @@ def _reset_high_water_mark() -> bool:
 
 
 def _high_water_mark() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return _named(Path("/proc/self/status"))["VmHWM:"] * 1024
+
+
+def _named(file: Path) -> dict[str, int]:
+    """The lines of a file of the system that are a name, a whole number and perhaps a unit."""
+    lines = [line.split() for line in file.read_text().splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
 
 
 def _lifetime_peak() -> int:
@@ -133,11 +138,10 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    available = int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1]) * 1024
+    available = _named(meminfo)["MemAvailable:"] * 1024
     group = Path("/sys/fs/cgroup")  # inside a container, its own
     try:
-        cache = int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
-        used = int((group / "memory.current").read_text()) - cache
+        used = int((group / "memory.current").read_text()) - _named(group / "memory.stat")["inactive_file"]
         return min(available, int((group / "memory.max").read_text()) - used)
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return available

@@ -18,6 +18,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
@@ -59,7 +61,7 @@ def read_photo(path: str | Path) -> Photo:
         exif, icc = _exif(image)[0], image.info.get("icc_profile")
         return Photo(
             pixels=to_float(samples[..., :3]),
-            format="JPEG" if image.format == "MPO" else image.format,
+            format=str(image.format).replace("MPO", "JPEG"),
             depth=8 * samples.itemsize,
             alpha=samples[..., 3].copy() if samples.shape[2] == 4 else None,
             exif=exif,
@@ -137,7 +139,7 @@ def from_float(pixels: np.ndarray, depth: int = 8) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path) -> Iterator[ImageFile]:
     """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
     try:
         if os.path.getsize(path) == 0:
@@ -154,16 +156,16 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _decode(image: Image.Image) -> tuple[np.ndarray, int]:
+def _decode(image: ImageFile) -> tuple[np.ndarray, int]:
     """The samples, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16, and the orientation still to be applied."""
     if not _is_single(image):
         raise UserError("expected a single photo, got several frames or pages, or a camera's raw file")
     deep = _is_deep(image)
-    if deep and image.format == "TIFF":
-        return _deep_tiff(image.filename), image.tag_v2.get(ExifTags.Base.Orientation, 1)
+    if deep and isinstance(image, TiffImageFile):
+        return _deep_tiff(os.fsdecode(image.filename)), image.tag_v2.get(ExifTags.Base.Orientation, 1)
     image.load()
     if deep:  # Pillow has read the PNG too, but as 8 bits; it finds an EXIF chunk wherever it is
-        return _rgb(imagecodecs.png_decode(Path(image.filename).read_bytes())), _exif(image)[1]
+        return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), _exif(image)[1]
     if image.mode not in _MODES:
         raise UserError(f"expected grey, palette, RGB or CMYK of 8 or 16 bits a channel, got Pillow mode {image.mode}")
     icc = image.info.get("icc_profile") or b""
@@ -172,28 +174,30 @@ def _decode(image: Image.Image) -> tuple[np.ndarray, int]:
         rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     else:
         rgb = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return np.asarray(rgb), 1 if image.format == "TIFF" else _exif(image)[1]  # Pillow has turned a TIFF already
+    return np.asarray(rgb), 1 if isinstance(image, TiffImageFile) else _exif(image)[1]  # Pillow has turned a TIFF already
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile) -> bool:
     """Whether a photo has more than 8 bits a channel."""
     if image.format == "PNG":
         with open(image.filename, "rb") as file:
             return file.read(_PNG_DEPTH + 1)[_PNG_DEPTH] == 16
-    return image.format == "TIFF" and max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
+    return isinstance(image, TiffImageFile) and max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
 
 
-def _upright(image: Image.Image) -> tuple[int, int]:
+def _upright(image: ImageFile) -> tuple[int, int]:
     """(height, width) once turned; Pillow gives a TIFF's turned already."""
-    return image.size if image.format != "TIFF" and _exif(image)[1] in _ACROSS else image.size[::-1]
+    width, height = image.size
+    across = not isinstance(image, TiffImageFile) and _exif(image)[1] in _ACROSS
+    return (width, height) if across else (height, width)
 
 
-def _is_single(image: Image.Image) -> bool:
+def _is_single(image: ImageFile) -> bool:
     """Whether a file holds one photo, not an animation or a stack.
 
     Small copies do not count: a TIFF may have them as pages, and an MPO (from a camera) is a JPEG with previews.
     """
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImageFile):
         return image.format == "MPO" or getattr(image, "n_frames", 1) == 1
     reduced = []
     for page in range(image.n_frames):
@@ -203,11 +207,11 @@ def _is_single(image: Image.Image) -> bool:
     return not reduced[0] and all(reduced[1:])
 
 
-def _deep_tiff(path: str | Path) -> np.ndarray:
+def _deep_tiff(path: str) -> np.ndarray:
     """A TIFF of more than 8 bits, which Pillow would cut down to 8."""
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages.first
-        kind = page.photometric.name
+        kind = tifffile.PHOTOMETRIC(page.photometric).name
         if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in ("RGB", "MINISBLACK", "MINISWHITE"):
             raise UserError(f"expected 8 or 16 bits of grey or RGB, got {page.bitspersample} bits of {kind} ({page.dtype})")
         samples = page.asarray()
@@ -242,12 +246,12 @@ def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
     return samples
 
 
-def _exif(image: Image.Image) -> tuple[bytes, int]:
+def _exif(image: ImageFile) -> tuple[bytes, int]:
     """The EXIF block, changed to orientation 1 and to no thumbnail (it would be outdated), and the orientation it had.
 
     The block is patched, not written anew: maker notes refer to positions in it. One that can't be parsed is dropped.
     """
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         return _tiff_exif(image), 1
     block = bytearray(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
     order = "<" if block.startswith(b"II") else ">"
@@ -267,7 +271,7 @@ def _exif(image: Image.Image) -> tuple[bytes, int]:
     return bytes(block), orientation
 
 
-def _tiff_exif(image: Image.Image) -> bytes:
+def _tiff_exif(image: TiffImageFile) -> bytes:
     """What the tags of a TIFF say about the photo, not about how its pixels are stored, as an EXIF block."""
     tags = image.getexif()
     for tag in set(tags) - _DESCRIBING_TAGS:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -120,8 +121,16 @@ def pictures(pair: Pair, same: Mapping[Path, Path] = ALL_DIFFERENT) -> tuple[Pat
     return same.get(src, src), same.get(tar, tar)
 
 
-class PairDataset(Dataset):
-    """Pairs as tensors: dict(src=(3, h, w) float32 in [0, 1], tar=likewise, index=int).
+class Sample(TypedDict):
+    """A pair as tensors, (3, h, w) float32 in [0, 1], and its place in the list."""
+
+    src: torch.Tensor
+    tar: torch.Tensor
+    index: int
+
+
+class PairDataset(Dataset[Sample]):
+    """Pairs as samples.
 
     size: (h, w), or n for (n, n), or None for each photo's own. resize, the same for both photos:
       squash: to h x w, whatever the aspect ratio;
@@ -146,7 +155,8 @@ class PairDataset(Dataset):
         if self.size and min(self.size) < 1:
             raise UserError(f"size must be at least 1, got {size}")
         self.resize, self.augment, self.seed = resize, augment, seed
-        self._cache, self._kept = None, 0
+        self._cache: DecodedCache | None = None
+        self._kept = 0  # so many of the first pairs are in the cache, or will be
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,7 +166,7 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+    def __getitem__(self, index: int) -> Sample:
         src, tar = self._resized(index)
         height, width = src.shape[:2]
         h, w = self.size if self.size and self.resize == "crop" else (height, width)
@@ -194,16 +204,17 @@ class PairDataset(Dataset):
     def _resized(self, index: int) -> Sequence[np.ndarray]:
         """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
         pair = self.pairs[index]
-        files = self._cache.files((pair.src, pair.tar), self.size, self.resize) if index < self._kept else []
-        if files and (kept := self._cache.load(files)):
+        cache = self._cache if index < self._kept else None
+        files = cache.files((pair.src, pair.tar), self.size, self.resize) if cache else []
+        if cache and files and (kept := cache.load(files)):
             return kept
         photos = [read_samples(pair.src), read_samples(pair.tar)]
         if photos[0].shape != photos[1].shape:
             raise UserError(f"{pair.where}: {_sizes_differ(photos[0].shape, photos[1].shape)}")
         height, width = self.resized(*photos[0].shape[:2])
         photos = [_resize(photo, height, width) for photo in photos]
-        if files:
-            self._cache.store(files, photos)
+        if cache and files:
+            cache.store(files, photos)
         return photos
 
 

@@ -142,5 +142,5 @@ def _shuffled_groups(pairs: Sequence[Pair], seed: int, same: Mapping[Path, Path]
 
 def _divided(pairs: Sequence[Pair], chosen: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
     """The pairs not chosen and the chosen ones, both in their order."""
-    chosen = set(chosen)
-    return [p for i, p in enumerate(pairs) if i not in chosen], [p for i, p in enumerate(pairs) if i in chosen]
+    picked = set(chosen)
+    return [p for i, p in enumerate(pairs) if i not in picked], [p for i, p in enumerate(pairs) if i in picked]

@@ -109,7 +109,7 @@ def _cell(figure: str) -> str:
 
 def _filled(template: str, text: Mapping[str, str], markup: Mapping[str, str]) -> str:
     """A template with its placeholders filled: `text` is escaped, as it may hold names of files; `markup` is put in as it is."""
-    return Template(_read(template)).substitute({name: escape(value) for name, value in text.items()} | markup)
+    return Template(_read(template)).substitute(markup, **{name: escape(value) for name, value in text.items()})
 
 
 def _read(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 from PIL import Image
@@ -112,13 +113,13 @@ def _fuse(frames: list[Array]) -> Array:
     levels = _levels(*frames[0].shape)
     weights = [np.exp(-((f - 0.58) ** 2) / np.float32(2 * 0.2**2)) + np.float32(1e-4) for f in frames]
     total = sum(weights)
-    bands = None
+    pyramids = []
     for frame, weight in zip(frames, weights, strict=True):
         steps = _gaussian_pyramid(frame, levels)
         masks = _gaussian_pyramid(weight / total, levels)
         laplace = [a - _expand(b, a.shape) for a, b in zip(steps, steps[1:], strict=False)] + [steps[-1]]
-        mine = [a * b for a, b in zip(laplace, masks, strict=True)]
-        bands = mine if bands is None else [a + b for a, b in zip(bands, mine, strict=True)]
+        pyramids.append([a * b for a, b in zip(laplace, masks, strict=True)])
+    bands = [reduce(np.add, band) for band in zip(*pyramids, strict=True)]
     out = bands[-1]
     for band in reversed(bands[:-1]):
         out = _expand(out, band.shape) + band

@@ -130,7 +130,7 @@ def cabinet(rng: Rng, style: Style, width: float, depth: float, z0: float, z1: f
             x, z = -h + np.array([j, j + 1]) * width / cols, z0 + np.array([i, i + 1]) * (z1 - z0) / rows
             side = x[1] - .05 if j % 2 == 0 else x[0] + .05
             knob = (x.mean(), z.mean()) if drawers else (side, z0 + .1 if z0 > 1 else min(z1 - .08, 1))
-            out += _panel(*x, *z, depth - .02, face, style.metal, knob)
+            out += _panel(x[0], x[1], z[0], z[1], depth - .02, face, style.metal, knob)
     return out
 
 

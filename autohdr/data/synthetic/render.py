@@ -142,7 +142,8 @@ def _render_strip(room: Room, height: int, width: int, top: int, bottom: int) ->
     sky = np.flatnonzero(flat < 0)
     emit[:, sky] = room.outside(d_flat[:, sky])
 
-    light = _light_grid(room, *(x.reshape(-1, *shape) for x in (p, n, d_flat)), gloss.reshape(shape), code.reshape(shape), first)
+    at, normals, rays = (x.reshape(-1, *shape) for x in (p, n, d_flat))
+    light = _light_grid(room, at, normals, rays, gloss.reshape(shape), code.reshape(shape), first)
     light = _spread(light, code.reshape(shape)).reshape(6, -1)
     lost = np.flatnonzero((light[0] < 0) & (flat >= 0))
     if lost.size:  # slivers no lighting point fell on: light them one by one
@@ -192,7 +193,17 @@ def _trace(room: Room, d: Array, pitch: float, height: int, width: int, first: i
     return t, which
 
 
-def _shade_surfaces(room: Room, which: Array, p: Array, foot: Array, d: Array) -> tuple[Array, Array, Array, Array, Array]:
+@dataclass
+class _Stage:
+    """As much of a room as `_shade_surfaces` asks for."""
+
+    planes: list[Plane]
+    shapes: list[Shape]
+
+
+def _shade_surfaces(
+    room: Room | _Stage, which: Array, p: Array, foot: Array, d: Array
+) -> tuple[Array, Array, Array, Array, Array]:
     """Normals (3, N), albedo (3, N), emission (3, N), gloss (N,) and a code (N,) that changes where the light may jump."""
     n, albedo, emit = (np.zeros_like(p) for _ in range(3))
     gloss, code = np.zeros(p.shape[1], np.float32), np.full(p.shape[1], -1, np.int32)
@@ -274,14 +285,6 @@ def _mirrored(room: Room, p: Array, n: Array, d: Array, gloss: Array, pattern: A
     seen[:, sky] = room.outside(r[:, sky])
     fresnel = np.where(gloss == MIRROR, 0.9, gloss * (0.05 + 0.75 * (1 - np.clip(cosine, 0, 1)) ** 5))
     return seen * fresnel.astype(np.float32)
-
-
-@dataclass
-class _Stage:
-    """As much of a room as `_shade_surfaces` asks for."""
-
-    planes: list[Plane]
-    shapes: list[Shape]
 
 
 def _spread(light: Array, code: Array) -> Array:

@@ -199,8 +199,8 @@ class Room:
                 wall, centre, [box(0.01 - h, h - 0.01, -0.06, -0.03, z - 0.006, z + 0.006, paint) for z in slats], casts=False
             )
         corner = wall.origin + wall.u_axis * (centre - h) + wall.v_axis * low - wall.normal * 0.1
-        edges = (wall.u_axis * np.float32(width), wall.v_axis * np.float32(high - low))
-        self.windows.append(Window(corner.astype(np.float32), *edges, wall.normal, self.mean_outside(wall.normal)))
+        across, up = wall.u_axis * np.float32(width), wall.v_axis * np.float32(high - low)
+        self.windows.append(Window(corner.astype(np.float32), across, up, wall.normal, self.mean_outside(wall.normal)))
         return True
 
     def hang_curtains(self, wall: Plane, centre: float, h: float, low: float, high: float) -> None:
@@ -234,7 +234,7 @@ class Room:
         foot = np.stack([wall.origin + wall.u_axis * (u + s) + wall.normal * t for s in (-h, h) for t in (0, 0.8)])
         self.footprints.append((foot[:, 0].min(), foot[:, 0].max(), foot[:, 1].min(), foot[:, 1].max()))
         casing = [(-h - c, -h, 0, 0.025, 0, top), (h, h + c, 0, 0.025, 0, top), (-h - c, h + c, 0, 0.03, top, top + c)]
-        parts = [box(*part, paint) for part in casing]
+        parts = [box(*part, texture=paint) for part in casing]
         if opened:
             wall.doorways.append((u - h, u + h, 0, top))
             parts += self.next_room(h, top, paint)
@@ -321,7 +321,10 @@ class Room:
         half = np.minimum((long, short) if abs(along[0]) > 0.7 else (short, long), (self.width / 2 - 0.4, self.depth / 2 - 0.5))
         x, y = np.clip(at[:2], half + 0.2, np.array([self.width, self.depth]) - half - 0.2)
         rug = textures.rug(
-            self.rng, *half, [self.style.accent, self.style.accent2, np.array([0.6, 0.55, 0.47]), np.array([0.1, 0.1, 0.13])]
+            self.rng,
+            half[0],
+            half[1],
+            [self.style.accent, self.style.accent2, np.array([0.6, 0.55, 0.47]), np.array([0.1, 0.1, 0.13])],
         )
         self.add([box(x - half[0], x + half[0], y - half[1], y + half[1], 0, 0.012, rug)], casts=False)
 
@@ -513,7 +516,7 @@ class Room:
             j, k = (axis + 1) % 3, (axis + 2) % 3
             p, n = np.zeros((2, 3, a.size), np.float32)
             p[axis], p[j], p[k], n[axis] = side * size[axis], a * size[j], b * size[k], 1 - 2 * side
-            albedo = plane.texture(*spots, fine).mean(1) * 0.9  # furniture swallows some
+            albedo = plane.texture(spots[0], spots[1], fine).mean(1) * 0.9  # furniture swallows some
             patches.append(
                 (p, n, np.full((1, a.size), size[j] * size[k] / a.size, np.float32), np.repeat(albedo[:, None], a.size, 1))
             )

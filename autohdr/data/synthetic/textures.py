@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Array = np.ndarray
 Texture = Callable[[Array, Array, Array], Array]  # (u, v, footprint), each (N,) in metres -> albedo (3, N)
@@ -37,14 +38,14 @@ def line(distance: Array, width: float, foot: Array) -> Array:
     return np.clip((0.5 * (width + foot) - np.abs(distance)) / foot, 0, np.minimum(1, width / foot))
 
 
-def tint(colour: Array, value: Array) -> Array:
+def tint(colour: ArrayLike, value: Array) -> Array:
     return np.asarray(colour, np.float32)[:, None] * value
 
 
-def mix(a: Array, b: Array, weight: Array) -> Array:
+def mix(a: ArrayLike, b: ArrayLike, weight: Array) -> Array:
     """Blend two albedos, each (3,) or (3, N), by a weight (N,)."""
-    a, b = (np.asarray(c, np.float32).reshape(3, -1) for c in (a, b))
-    return a + (b - a) * weight
+    first, second = (np.asarray(c, np.float32).reshape(3, -1) for c in (a, b))
+    return first + (second - first) * weight
 
 
 def step(x: Array, sharpness: float = 150.0) -> Array:
@@ -56,11 +57,11 @@ def draw_seed(rng: Rng) -> int:
     return int(rng.integers(1 << 30))
 
 
-def plain(colour: Array) -> Texture:
+def plain(colour: ArrayLike) -> Texture:
     return lambda u, v, foot: tint(colour, np.ones_like(u))
 
 
-def grained(colour: Array, seed: int, scale: float = 3.0, depth: float = 0.12) -> Texture:
+def grained(colour: ArrayLike, seed: int, scale: float = 3.0, depth: float = 0.12) -> Texture:
     """Paint, plaster, fabric, stone: one colour, mottled at one scale (cells per metre)."""
 
     def texture(u: Array, v: Array, foot: Array) -> Array:
@@ -70,7 +71,7 @@ def grained(colour: Array, seed: int, scale: float = 3.0, depth: float = 0.12) -
     return texture
 
 
-def wood_grain(colour: Array, seed: int, along_u: bool = True) -> Texture:
+def wood_grain(colour: ArrayLike, seed: int, along_u: bool = True) -> Texture:
     def texture(u: Array, v: Array, foot: Array) -> Array:
         a, b = (u, v) if along_u else (v, u)
         warp = noise(a * 1.5, b * 6, seed)
@@ -80,7 +81,7 @@ def wood_grain(colour: Array, seed: int, along_u: bool = True) -> Texture:
     return texture
 
 
-def planks(rng: Rng, colour: Array) -> Texture:
+def planks(rng: Rng, colour: ArrayLike) -> Texture:
     width, length, seed, spread = rng.uniform(0.08, 0.2), rng.uniform(0.9, 1.8), draw_seed(rng), rng.uniform(0.15, 0.5)
     turned = rng.random() < 0.4
 
@@ -100,7 +101,7 @@ def planks(rng: Rng, colour: Array) -> Texture:
     return texture
 
 
-def tiles(rng: Rng, colour: Array, size: float, second: Array | None = None, stagger: float = 0.0) -> Texture:
+def tiles(rng: Rng, colour: ArrayLike, size: float, second: ArrayLike | None = None, stagger: float = 0.0) -> Texture:
     """Square tiles, or bricks twice as long when staggered; `second` makes a chequerboard."""
     seed, grout, aspect = draw_seed(rng), rng.uniform(0.45, 0.8), 2.0 if stagger else 1.0
     diagonal = not stagger and rng.random() < 0.3
@@ -126,7 +127,7 @@ def tiles(rng: Rng, colour: Array, size: float, second: Array | None = None, sta
     return texture
 
 
-def carpet(rng: Rng, colour: Array) -> Texture:
+def carpet(rng: Rng, colour: ArrayLike) -> Texture:
     seed = draw_seed(rng)
 
     def texture(u: Array, v: Array, foot: Array) -> Array:
@@ -154,7 +155,7 @@ def wallpaper(rng: Rng, colour: Array) -> Texture:
     return texture
 
 
-def boards(colour: Array, pitch: float) -> Texture:
+def boards(colour: ArrayLike, pitch: float) -> Texture:
     """Painted panelling or beadboard: vertical grooves."""
     return lambda u, v, foot: tint(colour, 1 - 0.35 * line((u / pitch % 1 - 0.5) * pitch, 0.012, foot))
 
