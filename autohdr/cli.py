@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may hold what the terminal's encoding has not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have characters that the encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"autohdr {__version__}")
@@ -304,7 +304,7 @@ def _train(settings: TrainConfig, resume: bool, dry_run: bool, folds: int | None
     from autohdr.train.folds import cross_validate
     from autohdr.train.loop import TrainingError, rehearse, train
 
-    # Of torchrun's processes, one speaks.
+    # torchrun starts several processes: only the first one prints.
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     try:
         if dry_run:

@@ -43,8 +43,8 @@ def evaluate(
     model: (1, 3, H, W) -> same shape, put on `device` in eval mode; None measures the two baselines alone.
     size, resize: as in PairDataset, without augmentation; None keeps each photo's own size.
     precision: "float32", or "bfloat16" for autocast.
-    allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. A model tells
-    by its metadata's "trained_on", the photos' digests (pairs.photo_digests), as what `train` saves does.
+    allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. The digests of
+    those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
@@ -107,7 +107,7 @@ def summarise(
     """{method: {metric: value}} of each image -> {method: {metric: (mean, half width of its 95% interval)}}.
 
     Where there is a model, "model_minus_X" for each X of `against` holds the mean of the differences image by image and its
-    interval: images differ more than methods do, so it tells apart what the two means' own intervals cannot.
+    interval. Images differ more than methods do, so that the differences can tell two methods apart whose own intervals overlap.
     """
     summary = {
         method: {metric: mean_interval([image[method][metric] for image in figures]) for metric in METRICS}
@@ -136,7 +136,7 @@ def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]] | None:
-    """The photos of each pair that the model was trained on; None where it does not tell."""
+    """The photos of each pair that the model was trained on; None where its metadata lacks the digests."""
     digests = getattr(model, "metadata", {}).get("trained_on")
     if digests is None:
         return None

@@ -81,8 +81,8 @@ def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
 def seconds_by_pixels(run: Callable[[int], Any], side: int, device: torch.device | str = "cpu") -> tuple[float, float]:
     """(fixed, each): the seconds of run(side), which works on a square image, as fixed + each · pixels.
 
-    From the times at half the side and at the whole; each is the faster of two. An estimate: what grows otherwise than
-    with the pixels, and what else the machine is doing, is in it.
+    The times of half the side and of the whole side give both; each side runs twice, and the faster run counts. They are an
+    estimate: some work does not grow with the pixels, and other processes take time too.
     """
 
     def fastest(side: int) -> float:

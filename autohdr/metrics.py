@@ -11,7 +11,8 @@ from autohdr.errors import UserError
 
 SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
-# SSIM and ΔE2000 hold some 40 temporaries: in bands of rows, a large image needs no more of them than a small one.
+# SSIM and ΔE2000 hold some 40 temporary images. They go through bands of rows of about so many pixels: memory does not grow with
+# the image.
 _BAND_PIXELS = 1 << 18
 
 # Linear sRGB to XYZ under D65 (IEC 61966-2-1), and that white point for the 2-degree observer.
@@ -53,7 +54,7 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     total = target.new_zeros(batch, dtype=torch.float64)
     for rows in _bands(height, width, overlap=SSIM_WINDOW - 1):
         x, y = prediction[:, :, rows], target[:, :, rows]
-        # 15 channels, channels-last: a grouped convolution is ten times faster so than one per plane on the CPU.
+        # On the CPU one grouped convolution of 15 channels, channels-last, is ten times as fast as one for each plane.
         moments = torch.cat((x, y, x * x, y * y, x * y), dim=1).contiguous(memory_format=torch.channels_last)
         for shape in ((15, 1, -1, 1), (15, 1, 1, -1)):
             moments = F.conv2d(moments, window.expand(15, SSIM_WINDOW).reshape(shape), groups=15)

@@ -80,7 +80,7 @@ def roof(span: list[float], bandwidth: float, peak: float) -> tuple[list[float],
 
 
 def bars(axes, rows: list[dict], dtype: str) -> None:
-    """Against the reference of the same case; a scan too long for it, and a model that has none, are left out."""
+    """Each case against its reference's time. Cases without one are left out: scans too long for it, models that have none."""
     labels, position = [], 0
     keys = ("op", "shape", "mode", "dtype")
     for case in dict.fromkeys(tuple(r[k] for k in keys) for r in rows if r["dtype"] == dtype):

@@ -1,8 +1,8 @@
 """Near-duplicates: photos of one list, or of several, that show the same picture, re-encoded, mirrored, cropped or toned anew.
 
-A 64-bit perceptual hash, which a mirrored picture shares but for the signs of odd frequencies, proposes; local features
-dispose: patches of the one, found in the other by normalised correlation, must agree on one scale and shift. Both look at
-the photo on 96 x 96 grey pixels, so that no library of key points is needed and two photos are compared in milliseconds.
+A 64-bit perceptual hash finds the candidates; a mirror only changes the signs of its odd frequencies, so that it finds mirrored
+pictures too. Local features decide: patches of the one, found in the other by normalised correlation, must agree on one scale and
+shift. Both work on 96 x 96 grey pixels, so that no library of key points is needed and two photos are compared in milliseconds.
 """
 
 import json
@@ -24,13 +24,14 @@ from autohdr.data.splits import linked_groups
 
 HASH_BITS = 64
 HASH_DISTANCE = 20
-"""Bits of 64 that may differ: a cut of 6% changes up to 24, most often 11; one or two in a hundred other rooms are as near."""
+"""Photos are candidates where at most so many of the 64 bits differ. A crop of 6% changes 11 bits most often and 24 at most; of a
+hundred photos of other rooms, one or two are as near."""
 WANTED_SHARE = 0.5
-"""Of each photo's patches, those that must agree: in the same picture 50 to 100% do, in other rooms up to 33%."""
+"""The share of each photo's patches that must agree: in the same picture 50 to 100% do, in other rooms up to 33%."""
 
 _SIDE, _CELL = 96, 3  # pixels of a thumbnail, and those of them that make one sample of the hash
 _PATCH, _PATCHES, _FEWEST = 15, 40, 8
-_FLAT = 1e-6  # a patch whose gradient is weaker than this along any direction could be anywhere
+_FLAT = 1e-6  # a patch with a weaker gradient along some direction looks the same when it moves that way
 _APART, _SCALE, _TOLERANCE = 24, 1.25, 1.5
 _TURNS = {"": (1, 1), "mirrored": (1, -1), "upside down and mirrored": (-1, 1), "upside down": (-1, -1)}
 
@@ -113,7 +114,7 @@ def near_duplicates(pairs: Sequence[Pair]) -> list[Match]:
         if owners[photos[first]].isdisjoint(owners[photos[second]]):
             down, right = _TURNS[turn]
             share = features(first).share_in(thumbnails[second][::down, ::right])
-            if share >= WANTED_SHARE:  # the corners of one window, all that a dark room shows, are in any room with a window
+            if share >= WANTED_SHARE:  # both ways: of a dark room only the window's corners show, and other rooms have those too
                 share = min(share, features(second).share_in(thumbnails[first][::down, ::right]))
             if share >= WANTED_SHARE:
                 matches.append(Match(photos[first], photos[second], turn, distance, share))
@@ -200,7 +201,7 @@ class _Features:
         deviation = (F.avg_pool2d(image * image, _PATCH, 1) - mean * mean).clamp(min=_FLAT).sqrt()
         likeness = (F.conv2d(image, self.patches) / deviation)[0]  # (count, h, w)
         found = np.stack(np.divmod(likeness.flatten(1).argmax(1).numpy(), likeness.shape[2]))
-        # Any two patches far enough apart say what scale and shift would be; the rest agree or not.
+        # Every two patches that are far enough apart give a scale and a shift, with which the other patches agree or not.
         i, j = np.triu_indices(count, 1)
         apart = (np.abs(self.positions[:, j] - self.positions[:, i]) >= _APART).all(0)
         i, j = i[apart], j[apart]

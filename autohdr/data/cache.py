@@ -18,7 +18,7 @@ import torch
 
 from autohdr.files import replacing
 
-_SPARE = 10e9  # bytes, or a tenth of a smaller disk, left free: the checkpoints go there too
+_SPARE = 10e9  # bytes that stay free (of a disk below 100 GB, a tenth): the checkpoints go to the same disk
 
 
 class DecodedCache:
@@ -26,12 +26,12 @@ class DecodedCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._storing = torch.ones((), dtype=torch.bool).share_memory_()  # this epoch's workers tell the next one's
+        self._storing = torch.ones((), dtype=torch.bool).share_memory_()  # shared: a worker that stops storing stops them all
 
     def files(self, photos: Sequence[Path], *settings: Any) -> list[Path]:
-        """Where what `settings` make of the photos is kept: elsewhere once a photo was replaced or Pillow is another version.
+        """A file for each photo as `settings` decode it, with a new name once a photo is replaced or Pillow has another version.
 
-        Nowhere where a photo is missing.
+        No files where a photo is missing.
         """
         try:
             made_of = [(os.path.realpath(photo), (stat := os.stat(photo)).st_size, stat.st_mtime_ns) for photo in photos]

@@ -283,7 +283,7 @@ def _tiff_exif(image: TiffImageFile) -> bytes:
 def _write_jpeg(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
     exif = photo.exif and b"Exif\0\0" + photo.exif
     image = Image.fromarray(samples)
-    encoded = io.BytesIO()  # Pillow writes a JPEG into a real file by itself, and does not notice where a full disk takes a part
+    encoded = io.BytesIO()  # into a real file Pillow writes a JPEG itself, without noticing that a full disk took only a part
     image.save(encoded, "JPEG", quality=95, subsampling=0, exif=exif, icc_profile=photo.icc_profile)
     file.write(encoded.getbuffer())
 

@@ -88,8 +88,8 @@ def check_pairs(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
 def photo_digests(pairs: Sequence[Pair]) -> dict[Path, str]:
     """SHA-256, in hexadecimal, of every photo's file.
 
-    Of the file, not of its pixels: those may differ between two versions of a decoder, and a photo that was trained on
-    would then pass for another. One that was written anew is audit.near_duplicates's to find.
+    It is the file's, not the pixels': two versions of a decoder may give different pixels, and a photo that was trained on
+    would pass for another. audit.near_duplicates finds a photo that was saved anew.
     """
 
     def digest(photo: Path) -> str:

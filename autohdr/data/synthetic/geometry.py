@@ -156,7 +156,7 @@ class Plane:
     openings: list[tuple] = field(default_factory=list)  # windows: (u0, u1, v0, v1)
     doorways: list[tuple] = field(default_factory=list)
     gaps: list[tuple] = field(default_factory=list)  # (u0, u1) without skirting
-    used: list[tuple] = field(default_factory=list)  # the same, of whatever hangs or stands there
+    used: list[tuple] = field(default_factory=list)  # (u0, u1, v0, v1) of whatever hangs or stands there
 
     def frame(self) -> Array:
         """Local axes of things on this wall: x along it, y into the room, z up."""

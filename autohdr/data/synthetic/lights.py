@@ -36,7 +36,7 @@ class Lamp:
 
 
 def form_factors(p: Array, n: Array, q: Array, m: Array, area: Array) -> Array:
-    """(N, M): what fraction of a diffuse receiver's hemisphere at p patch q fills."""
+    """(N, M): the fraction of the hemisphere over a diffuse receiver at p that patch q fills."""
     d = q[:, None, :] - p[:, :, None]
     square = dot(d, d) + np.float32(1e-6)
     facing = np.maximum(dot(d, n[:, :, None]), 0) * np.maximum(-dot(d, m[:, None, :]), 0)

@@ -131,7 +131,7 @@ def render(room: Room, height: int, width: int) -> tuple[Array, Array]:
 
 def _render_strip(room: Room, height: int, width: int, top: int, bottom: int) -> tuple[Array, Array]:
     """Rows top..bottom. Geometry and texture at 2 x 2 samples a pixel, lighting once a pixel."""
-    first, last = max(top - 2, 0), min(bottom + 3, height)  # what smoothing and interpolating the light reach for
+    first, last = max(top - 2, 0), min(bottom + 3, height)  # and the rows around that smoothing and interpolation read
     d, pitch = _camera_rays(room, height, width, first, last)
     t, which = _trace(room, d, pitch, height, width, first)
     shape = which.shape
@@ -146,7 +146,7 @@ def _render_strip(room: Room, height: int, width: int, top: int, bottom: int) ->
     light = _light_grid(room, at, normals, rays, gloss.reshape(shape), code.reshape(shape), first)
     light = _spread(light, code.reshape(shape)).reshape(6, -1)
     lost = np.flatnonzero((light[0] < 0) & (flat >= 0))
-    if lost.size:  # slivers no lighting point fell on: light them one by one
+    if lost.size:  # slivers without a lighting point: light each sample by itself
         terms, visible = _direct(room, p[:, lost], n[:, lost], lost % 16)
         light[:3, lost] = _irradiance(room, p[:, lost], n[:, lost], terms, visible)
         light[3:, lost] = 0
