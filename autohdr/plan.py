@@ -256,7 +256,7 @@ def _scratch(network: nn.Module, training: bool, device: torch.device) -> int:
     if device.type == "cuda":
         return (96 if training else 32) << 20  # the budgets in csrc/common/cuda_image.cuh
     hidden = [m.project_in for m in network.modules() if isinstance(m, FeedForward)]
-    # A worker's rows of hidden channels and its sums of weight gradients (csrc/common/cpu_tile.h), at the widest level.
+    # A worker's rows of hidden channels and its sums of weight gradients (csrc/common/cpu_expansion.h), at the widest level.
     worker = max((c.out_channels * (1800 + 3 * c.in_channels // 2) * 4 for c in hidden), default=0)
     return RUNTIME_BYTES + torch.get_num_threads() * worker // (1 if training else 2)
 

@@ -5,14 +5,10 @@
 #include "causal_conv1d/causal_conv1d_host.h"
 #include "common/cpu_isa.h"
 #include "common/cpu_parallel.h"
-#if AUTOHDR_X86
-#include <immintrin.h>
-#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 intrinsics
 #endif
-#pragma GCC diagnostic ignored "-Wunused-function"  // of cpu_tile.h
 
 #define AUTOHDR_BODY "causal_conv1d/causal_conv1d_cpu_kernel.h"
 #include "common/cpu_each_isa.h"

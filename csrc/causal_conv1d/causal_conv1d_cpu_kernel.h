@@ -8,6 +8,7 @@
 // The backward pass computes the output before SiLU again. The gradients of the parameters are sums over a piece, then over the pieces
 // in order: they do not depend on the number of threads.
 
+#include "common/cpu_math.h"
 #include "common/cpu_sequence.h"
 
 constexpr int64_t tokens_of(bool channel_last) { return channel_last ? 128 : 2048; }

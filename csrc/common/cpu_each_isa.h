@@ -7,7 +7,7 @@
 // No include guard: used once per kernel file.
 #define AUTOHDR_WIDTH 4
 namespace autohdr::baseline {
-#include "common/cpu_tile.h"
+#include "common/cpu_vector.h"
 #include AUTOHDR_BODY
 }  // namespace autohdr::baseline
 #undef AUTOHDR_WIDTH
@@ -17,7 +17,7 @@ namespace autohdr::baseline {
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #define AUTOHDR_WIDTH 8
 namespace autohdr::avx2 {
-#include "common/cpu_tile.h"
+#include "common/cpu_vector.h"
 #include AUTOHDR_BODY
 }  // namespace autohdr::avx2
 #undef AUTOHDR_WIDTH
@@ -27,7 +27,7 @@ namespace autohdr::avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #define AUTOHDR_WIDTH 16
 namespace autohdr::avx512 {
-#include "common/cpu_tile.h"
+#include "common/cpu_vector.h"
 #include AUTOHDR_BODY
 }  // namespace autohdr::avx512
 #undef AUTOHDR_WIDTH

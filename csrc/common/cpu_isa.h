@@ -10,14 +10,20 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define AUTOHDR_X86 1
+#include <immintrin.h>
 #else
 #define AUTOHDR_X86 0
 #endif
 
+#include "common/constants.h"
+
 namespace autohdr {
 
-// Storage types of a tensor's elements: float, or the upper half of one.
+// Storage types of a tensor's elements beside float: its upper half, and half precision.
 struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
   uint16_t bits;
 };
 

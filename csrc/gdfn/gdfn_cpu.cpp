@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/cpu_isa.h"
-#include "common/cpu_parallel.h"
+#include "common/cpu_steps.h"
 #include "gdfn/gdfn_host.h"
 
 #define AUTOHDR_BODY "gdfn/gdfn_cpu_kernel.h"

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
-#include "common/cpu_parallel.h"
+#include "common/cpu_steps.h"
 #include "mdta/mdta_host.h"
 
 #define AUTOHDR_BODY "mdta/mdta_cpu_kernel.h"

@@ -5,6 +5,13 @@
 // v), some small matrices, and one pass that recomputes q and k for everything else. A worker owns a tile at a time; sums are
 // per worker and added in order, so that a result depends on the number of threads but not on their timing.
 
+#include "common/cpu_view.h"
+#include "common/cpu_norm.h"
+#include "common/cpu_repack.h"
+#include "common/cpu_product.h"
+#include "common/cpu_depthwise.h"
+#include "common/cpu_expansion.h"
+
 // The small matrices of one image, in double: they are few, and the gradient takes differences of nearly equal ones.
 struct Attention {
   int64_t heads, size, channels;
@@ -36,8 +43,8 @@ struct Attention {
       for (int64_t j = 0; j < size; ++j) total += attention[row + j] = std::exp(attention[row + j] - top);
       for (int64_t j = 0; j < size; ++j) attention[row + j] /= total;
     }
-    parallel_ranges(channels, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
+    parallel_ranges(channels, [&](int64_t, int64_t first, int64_t end) {
+      for (int64_t c = first; c < end; ++c)
         for (int64_t h = 0; h < heads; ++h) {
           float* out = combined + c * channels + h * size;
           std::fill_n(out, size, 0.0f);
@@ -51,8 +58,8 @@ struct Attention {
   }
 };
 
-static HeadWeights head_weights(const MdtaWeights& w, float eps) {
-  return {w.norm_weight, w.norm_bias, w.qkv, w.dwconv, eps};
+static ExpansionWeights expansion_weights(const MdtaWeights& w, float eps) {
+  return {{w.norm_weight, w.norm_bias, eps}, w.qkv, w.dwconv};
 }
 
 static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s.width, s.channels}; }
@@ -66,48 +73,42 @@ static void mdta_statistics(const MdtaStatistics<T>& a) {
   const int64_t size = s.head_size();
   const Groups groups(2 * s.heads, size), heads(s.heads, size);
   const int64_t part = heads.panels(), each = heads.panels_each, width = groups.width(), padded = heads.padded();
-  const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(a.weights, s.eps));
+  const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(a.weights, s.eps));
 
   // Image by image: the sums of many images at once would take more memory than they are worth.
-  const Tiling tiling(1, a.end - a.first, s.width, groups.channels() * sizeof(float));
-  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
-  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, groups.panels(), width, most + 2);
-  const int64_t panel = steps * most * width;  // between panels of q, k
+  const Steps steps(1, {a.first, a.end}, s.width, groups.channels() * sizeof(float));
+  const int64_t most = steps.most_columns();
+  const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 2, groups.panels(), width, most + 2);
+  const int64_t panel = steps.rows * most * width;  // between panels of q, k
   const int64_t gram_size = s.heads * padded * padded, sums_size = gram_size + 2 * heads.channels();
   const int64_t worker_size = hidden_size + groups.panels() * panel + sums_size;
-  float* memory = scratch.take<float>(tiling.workers * worker_size);
-  double* sums = scratch.take<double>(tiling.workers * sums_size);  // Gram matrix, squares of q, squares of k
+  float* memory = scratch.take<float>(steps.workers * worker_size);
+  double* sums = scratch.take<double>(steps.workers * sums_size);  // Gram matrix, squares of q, squares of k
   for (int64_t b = 0; b < s.batch; ++b) {
-    std::fill_n(sums, tiling.workers * sums_size, 0.0);
-    tiling.for_each([&](int64_t worker, const Tile& t) {
+    std::fill_n(sums, steps.workers * sums_size, 0.0);
+    steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
-      HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
+      Hidden<T> hidden(op, op.weight, op.bias, View<const T>{a.x, shape}, steps.rows + 2, most + 2, mine);
       float* qk = mine + hidden_size;                   // [panel][pixel of the step][width]
       float* gram = qk + groups.panels() * panel;       // the step's share of the sums
       float* squares = gram + gram_size;
-      const int64_t columns = t.x1 - t.x0, last = a.first + t.y1;
-      hidden.begin(a.x + b * s.height * s.width * s.channels, a.first + t.y0 - 1, t.x0 - 1, columns + 2);
-      for (int64_t row = a.first + t.y0; row < last; row += steps) {
-        const int64_t end = std::min(row + steps, last), pixels = (end - row) * columns;
-        hidden.advance(end);
+      hidden.begin(b, tile.rows.first - 1, tile.columns.around(1));
+      for (int64_t y = tile.rows.first; y < tile.rows.end; y += steps.rows) {
+        const Range rows{y, std::min(y + steps.rows, tile.rows.end)};
+        const int64_t pixels = rows.size() * tile.columns.size();
+        hidden.advance(rows.end + 1);
         std::fill_n(gram, sums_size, 0.0f);
         for (int64_t p = 0; p < groups.panels(); ++p)
-          for (int64_t c = 0; c < columns; c += block)
-            for (int64_t r = row; r < end; ++r) {
-              const float* rows[3];
-              hidden.ring.window(r, p, c, rows);
-              dwconv_row<true>(rows, op.dwconv + p * 9 * width, width, std::min(block, columns - c),
-                               qk + p * panel + ((r - row) * columns + c) * width, squares + p * width);
-            }
+          depthwise<true>(hidden.ring, p, rows, tile.columns, op.taps + p * 9 * width, qk + p * panel, squares + p * width);
         for (int64_t h = 0; h < s.heads; ++h)
           for (int64_t i = 0; i < each; ++i)
             for (int64_t j = 0; j < each; ++j)
-              add_transposed_product(width, width, pixels, qk + (h * each + i) * panel, width, qk + (part + h * each + j) * panel,
-                                     width, gram + (h * padded + i * width) * padded + j * width, padded);
+              outer(width, width, pixels, qk + (h * each + i) * panel, width, qk + (part + h * each + j) * panel, width,
+                    gram + (h * padded + i * width) * padded + j * width, padded);
         for (int64_t i = 0; i < sums_size; ++i) sums[worker * sums_size + i] += gram[i];
       }
     });
-    add_up(sums, tiling.workers, sums_size);
+    add_up(sums, steps.workers, sums_size);
     for (int64_t c = 0; c < s.channels; ++c) {
       const int64_t row = c / size * padded + c % size, at = b * s.channels + c;
       a.q_square[at] = sums[gram_size + row];
@@ -123,51 +124,45 @@ static void mdta_apply(const MdtaApply<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
+  const View<const T> in{a.x, shape};
+  const View<T> out{a.y, shape};
   const Groups groups(s.heads, s.head_size());
   const int64_t panels = groups.panels(), width = groups.width(), v = 2 * s.channels;
   MdtaWeights w = a.weights;
   w.qkv += v * s.channels, w.dwconv += v * 9;
-  const Expansion op = make_expansion(scratch, groups, s.channels, head_weights(w, s.eps));
-  const int64_t out_vecs = panel_vecs(s.channels), out_panels = ceil_div(s.channels, 16 * out_vecs);
-  const int64_t out_width = out_panels * 16 * out_vecs;
-  const Packed combined{scratch.take<float>(groups.channels() * out_width), out_panels, out_vecs, groups.channels()};
+  const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(w, s.eps));
+  const Packed combined = Packed::make(scratch, s.channels, groups.channels());
+  const int64_t out_width = combined.columns();
   const float* zeros = scratch.zeros<float>(out_width);
   Attention attention = Attention::make(scratch, s.heads, s.channels);
 
-  const Tiling tiling(1, s.height, s.width, groups.channels() * sizeof(float));
-  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width(), block = column_block(width * sizeof(float));
-  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, panels, width, most + 2);
-  const int64_t panel = steps * most * width, worker_size = hidden_size + panels * panel + steps * most * out_width;
-  float* memory = scratch.take<float>(tiling.workers * worker_size);
+  const Steps steps(1, shape.rows(), s.width, groups.channels() * sizeof(float));
+  const int64_t most = steps.most_columns();
+  const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 2, panels, width, most + 2);
+  const int64_t panel = steps.rows * most * width, worker_size = hidden_size + panels * panel + steps.rows * most * out_width;
+  float* memory = scratch.take<float>(steps.workers * worker_size);
   for (int64_t b = 0; b < s.batch; ++b) {
-    const int64_t image = b * s.height * s.width * s.channels;
     attention.solve(a.attention, b, a.weights);
     pack(combined, [&](int64_t k, int64_t n) {
       return op.rows[k] < 0 || n >= s.channels ? 0.0f : attention.combined[n * s.channels + op.rows[k]];
     });
-    tiling.for_each([&](int64_t worker, const Tile& t) {
+    steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
-      HiddenRows<T> hidden(op, op.weight, op.bias, shape, steps + 2, most + 2, mine);
-      float *values = mine + hidden_size, *out = values + panels * panel;  // [panel][pixel of the step][width], [pixel][out_width]
-      const int64_t columns = t.x1 - t.x0;
-      hidden.begin(a.x + image, t.y0 - 1, t.x0 - 1, columns + 2);
-      for (int64_t y = t.y0; y < t.y1; y += steps) {
-        const int64_t end = std::min(y + steps, t.y1);
-        hidden.advance(end);
+      Hidden<T> hidden(op, op.weight, op.bias, in, steps.rows + 2, most + 2, mine);
+      float* values = mine + hidden_size;           // [panel][pixel of the step][width]
+      float* projected = values + panels * panel;   // [pixel of the step][out_width]
+      const int64_t columns = tile.columns.size();
+      hidden.begin(b, tile.rows.first - 1, tile.columns.around(1));
+      for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
+        const Range rows{first, std::min(first + steps.rows, tile.rows.end)};
+        hidden.advance(rows.end + 1);
         for (int64_t p = 0; p < panels; ++p)
-          for (int64_t x = 0; x < columns; x += block)
-            for (int64_t r = y; r < end; ++r) {
-              const float* rows[3];
-              hidden.ring.window(r, p, x, rows);
-              dwconv_row<false>(rows, op.dwconv + p * 9 * width, width, std::min(block, columns - x),
-                                values + p * panel + ((r - y) * columns + x) * width, nullptr);
-            }
-        const Left left{values, width, (end - y) * columns, panels, panel};
-        product(combined, &left, 1, zeros, 0, &out, out_width, combined.panel_width());
-        for (int64_t r = y; r < end; ++r) {
-          const int64_t at = image + (r * s.width + t.x0) * s.channels;
-          add_pixels(a.x + at, out + (r - y) * columns * out_width, out_width, columns, s.channels, a.y + at);
-        }
+          depthwise<false>(hidden.ring, p, rows, tile.columns, op.taps + p * 9 * width, values + p * panel, nullptr);
+        const Left left{values, width, rows.size() * columns, panels, panel};
+        product(combined, &left, 1, zeros, 0, &projected, out_width, combined.panel_width());
+        for (int64_t y = rows.first; y < rows.end; ++y)
+          add_pixels(in.at(b, y, tile.columns.first), projected + (y - rows.first) * columns * out_width, out_width, columns,
+                     s.channels, out.at(b, y, tile.columns.first));
       }
     });
   }
@@ -187,49 +182,45 @@ static void mdta_backward(const MdtaBackward<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
+  const View<const T> in{a.x, shape}, d_out{a.dy, shape};
   const int64_t size = s.head_size(), channels = s.channels;
   const Groups groups(3 * s.heads, size), heads(s.heads, size);
   const int64_t part = heads.panels(), each = heads.panels_each, width = groups.width(), padded = heads.padded();
-  const HeadWeights weights = head_weights(a.weights, s.eps);
+  const ExpansionWeights weights = expansion_weights(a.weights, s.eps);
   const Expansion op = make_expansion(scratch, groups, channels, weights);
-  HeadBackward head(scratch, groups, op, weights, shape);
+  ExpansionBackward expansion(scratch, groups, op, weights, shape);
   const int64_t square = s.heads * size * size, ldd = round_up(channels, 16);
 
   // The gradient of combined = project_out · blockdiag(attention), of one image: Σ dy vᵀ.
-  const Tiling tiling(1, s.height, s.width, heads.channels() * sizeof(float));
-  const int64_t steps = tiling.rows_per_step, most = tiling.tile_width();
-  const Packed v_weight = op.weight.slice(2 * part, part);
+  const Steps steps(1, shape.rows(), s.width, heads.channels() * sizeof(float));
+  const int64_t most = steps.most_columns();
+  const Packed v_weight = op.weight.slice(2 * part, 3 * part);
   const float* v_bias = op.bias + 2 * heads.channels();
-  const int64_t hidden_size = HiddenRows<T>::floats(shape, steps + 2, part, width, most + 2);
-  const int64_t sums_size = channels * heads.channels(), worker_size = hidden_size + steps * most * (width + ldd);
-  float* memory = scratch.take<float>(tiling.workers * worker_size);
-  float* d_combined = scratch.take<float>(tiling.workers * sums_size);  // [channel][padded v channel]
-  const auto sum_up = [&](const T* x, const T* d_out) {
-    std::fill_n(d_combined, tiling.workers * sums_size, 0.0f);
-    tiling.for_each([&](int64_t worker, const Tile& t) {
+  const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 2, part, width, most + 2);
+  const int64_t sums_size = channels * heads.channels(), worker_size = hidden_size + steps.rows * most * (width + ldd);
+  float* memory = scratch.take<float>(steps.workers * worker_size);
+  float* d_combined = scratch.take<float>(steps.workers * sums_size);  // [channel][padded v channel]
+  const auto sum_up = [&](int64_t image) {
+    std::fill_n(d_combined, steps.workers * sums_size, 0.0f);
+    steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
-      HiddenRows<T> hidden(op, v_weight, v_bias, shape, steps + 2, most + 2, mine);
-      float *v = mine + hidden_size, *dy = v + steps * most * width;
-      const int64_t columns = t.x1 - t.x0;
-      hidden.begin(x, t.y0 - 1, t.x0 - 1, columns + 2);
-      for (int64_t row = t.y0; row < t.y1; row += steps) {
-        const int64_t end = std::min(row + steps, t.y1);
-        hidden.advance(end);
-        for (int64_t r = row; r < end; ++r)
-          read_pixels(d_out + (r * s.width + t.x0) * channels, columns, channels, dy + (r - row) * columns * ldd, ldd);
+      Hidden<T> hidden(op, v_weight, v_bias, in, steps.rows + 2, most + 2, mine);
+      float *v = mine + hidden_size, *dy = v + steps.rows * most * width;
+      const int64_t columns = tile.columns.size();
+      hidden.begin(image, tile.rows.first - 1, tile.columns.around(1));
+      for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
+        const Range rows{first, std::min(first + steps.rows, tile.rows.end)};
+        hidden.advance(rows.end + 1);
+        for (int64_t y = rows.first; y < rows.end; ++y)
+          read_pixels(d_out.at(image, y, tile.columns.first), columns, channels, dy + (y - rows.first) * columns * ldd, ldd);
         for (int64_t p = 0; p < part; ++p) {
-          for (int64_t r = row; r < end; ++r) {
-            const float* rows[3];
-            hidden.ring.window(r, p, 0, rows);
-            float* out = v + (r - row) * columns * width;
-            dwconv_row<false>(rows, op.dwconv + (2 * part + p) * 9 * width, width, columns, out, nullptr);
-          }
-          add_transposed_product(channels, width, (end - row) * columns, dy, ldd, v, width,
-                                 d_combined + worker * sums_size + p * width, heads.channels());
+          depthwise<false>(hidden.ring, p, rows, tile.columns, op.taps + (2 * part + p) * 9 * width, v, nullptr);
+          outer(channels, width, rows.size() * columns, dy, ldd, v, width, d_combined + worker * sums_size + p * width,
+                heads.channels());
         }
       }
     });
-    add_up(d_combined, tiling.workers, sums_size);
+    add_up(d_combined, steps.workers, sums_size);
   };
 
   // 1. The small gradients.
@@ -243,11 +234,11 @@ static void mdta_backward(const MdtaBackward<T>& a) {
     AttentionGrad& g = grads[b];
     g.q_scale = scratch.zeros<double>(heads.channels());
     g.k_scale = scratch.zeros<double>(heads.channels());
-    sum_up(a.x + b * s.height * s.width * channels, a.dy + b * s.height * s.width * channels);
+    sum_up(b);
     std::fill_n(d_attention, square, 0.0f);
     std::copy_n(attention.attention, square, rounded);
-    parallel_ranges(s.heads, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h)
+    parallel_ranges(s.heads, [&](int64_t, int64_t first, int64_t end) {
+      for (int64_t h = first; h < end; ++h)
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t i = 0; i < size; ++i) {
             const float* d_row = d_combined + c * heads.channels() + h * padded;
@@ -296,55 +287,50 @@ static void mdta_backward(const MdtaBackward<T>& a) {
   }
 
   // 2. Everything else in one pass.
-  const int64_t reach = head.most_rows() * head.grad_columns(), middle_size = reach * (2 * heads.channels() + ldd);
-  float* middles = scratch.take<float>(head.tiling.workers * middle_size);
-  head.run(scratch, a.x, a.dy, a.dx,
-           [&](int64_t worker, const HiddenRows<T>& hidden, int64_t y0, int64_t y1, int64_t x0, int64_t x1, const Ring& grad,
-               const Tile& t) {
-             float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
-             const AttentionGrad& g = grads[t.image];
-             const int64_t count = x1 - x0, rows = y1 - y0, panel = reach * width, column = x0 - (t.x0 - 1);
-             Left lefts[kMaxRows];
-             float* outs[kMaxRows];
-             // outs = lefts · b, a row at a time, into grad from panel p on.
-             const auto into_grad = [&](const Packed& b, int64_t p) {
-               for (int64_t r = 0; r < rows; ++r) outs[r] = grad.at(y0 + r, p, column);
-               product(b, lefts, rows, head.zeros, 0, outs, width, grad.panel_stride());
-             };
-             for (int64_t p = 0; p < 2 * part; ++p)
-               for (int64_t r = 0; r < rows; ++r) {
-                 const float* window[3];
-                 hidden.ring.window(y0 + r, p, column, window);  // one to the left: the hidden rows begin a column earlier
-                 dwconv_row<false>(window, op.dwconv + p * 9 * width, width, count, qk + p * panel + r * count * width, nullptr);
-               }
-             const auto heads_of = [&](int64_t p) {
-               for (int64_t r = 0; r < rows; ++r) lefts[r] = {qk + p * panel + r * count * width, width, count, each, panel};
-             };
-             for (int64_t h = 0; h < s.heads; ++h) {
-               heads_of(part + h * each);
-               into_grad(g.to_q.slice(h * each, each), h * each);
-               heads_of(h * each);
-               into_grad(g.to_k.slice(h * each, each), part + h * each);
-             }
-             for (int64_t p = 0; p < 2 * part; ++p) {  // less q or k times its scale
-               const double* scale = p < part ? g.q_scale + p * width : g.k_scale + (p - part) * width;
-               for (int64_t c = 0; c < width; c += W) {
-                 float factors[W];
-                 std::copy_n(scale + c, W, factors);
-                 const vf factor = load(factors);
-                 for (int64_t r = 0; r < rows; ++r) {
-                   const float* value = qk + p * panel + r * count * width;
-                   float* d = grad.at(y0 + r, p, column);
-                   for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
-                 }
-               }
-             }
-             for (int64_t r = 0; r < rows; ++r) {
-               lefts[r] = {dy + r * count * ldd, ldd, count};
-               read_pixels(a.dy + ((t.image * s.height + y0 + r) * s.width + x0) * channels, count, channels,
-                           dy + r * count * ldd, ldd);
-             }
-             into_grad(g.to_v, 2 * part);
-           });
-  head.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
+  const int64_t reach = expansion.most_pixels(), middle_size = reach * (2 * heads.channels() + ldd);
+  float* middles = scratch.take<float>(expansion.steps.workers * middle_size);
+  expansion.run(
+      scratch, in, d_out, View<T>{a.dx, shape},
+      [&](int64_t worker, const Hidden<T>& hidden, const Range& rows, const Range& columns, const Ring& grad, const Tile& tile) {
+        float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
+        const AttentionGrad& g = grads[tile.image];
+        const int64_t count = columns.size(), height = rows.size(), panel = reach * width;
+        Left lefts[Hidden<T>::kMostRows];
+        float* outs[Hidden<T>::kMostRows];
+        // outs = lefts · b, a row at a time, into grad from panel p on.
+        const auto into_grad = [&](const Packed& b, int64_t p) {
+          for (int64_t r = 0; r < height; ++r) outs[r] = grad.at(rows.first + r, p, columns.first);
+          product(b, lefts, height, expansion.zeros, 0, outs, width, grad.panel_stride());
+        };
+        for (int64_t p = 0; p < 2 * part; ++p)
+          depthwise<false>(hidden.ring, p, rows, columns, op.taps + p * 9 * width, qk + p * panel, nullptr);
+        const auto heads_of = [&](int64_t p) {
+          for (int64_t r = 0; r < height; ++r) lefts[r] = {qk + p * panel + r * count * width, width, count, each, panel};
+        };
+        for (int64_t h = 0; h < s.heads; ++h) {
+          heads_of(part + h * each);
+          into_grad(g.to_q.slice(h * each, (h + 1) * each), h * each);
+          heads_of(h * each);
+          into_grad(g.to_k.slice(h * each, (h + 1) * each), part + h * each);
+        }
+        for (int64_t p = 0; p < 2 * part; ++p) {  // less q or k times its scale
+          const double* scale = p < part ? g.q_scale + p * width : g.k_scale + (p - part) * width;
+          for (int64_t c = 0; c < width; c += W) {
+            float factors[W];
+            std::copy_n(scale + c, W, factors);
+            const vf factor = load(factors);
+            for (int64_t r = 0; r < height; ++r) {
+              const float* value = qk + p * panel + r * count * width;
+              float* d = grad.at(rows.first + r, p, columns.first);
+              for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
+            }
+          }
+        }
+        for (int64_t r = 0; r < height; ++r) {
+          lefts[r] = {dy + r * count * ldd, ldd, count};
+          read_pixels(d_out.at(tile.image, rows.first + r, columns.first), count, channels, dy + r * count * ldd, ldd);
+        }
+        into_grad(g.to_v, 2 * part);
+      });
+  expansion.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
 }

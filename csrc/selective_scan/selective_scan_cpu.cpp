@@ -7,14 +7,10 @@
 #include "common/cpu_isa.h"
 #include "common/cpu_parallel.h"
 #include "selective_scan/selective_scan_host.h"
-#if AUTOHDR_X86
-#include <immintrin.h>
-#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 intrinsics
 #endif
-#pragma GCC diagnostic ignored "-Wunused-function"  // the scan uses no matrix product of cpu_tile.h
 
 #define AUTOHDR_BODY "selective_scan/selective_scan_cpu_kernel.h"
 #include "common/cpu_each_isa.h"

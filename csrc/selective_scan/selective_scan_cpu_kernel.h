@@ -9,6 +9,7 @@
 // saved state before it, and walks back. dB and dC are sums over channels: the lanes are summed as they arise, the blocks in a
 // tile, and the workers that share a group in order at the end. So a result depends on the number of threads, not on their timing.
 
+#include "common/cpu_math.h"
 #include "common/cpu_sequence.h"
 
 // ---------------------------------------------------------------------------------------------------------------------

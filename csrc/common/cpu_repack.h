@@ -1,0 +1,67 @@
+// Weights and sums in the order that the kernels want: in panels, with groups of channels padded to whole ones, and added up over
+// the workers.
+// Compiled per instruction set: common/cpu_each_isa.h.
+
+// How many 16-lane vectors a panel of `lanes` channels should have: the register block is 8×3 or 6×4, whichever pads less.
+inline int64_t panel_vecs(int64_t lanes) {
+  const int64_t n = ceil_div(lanes, 16);
+  if (n <= 2) return n;
+  return round_up(n, 4) < round_up(n, 3) ? 4 : 3;
+}
+
+// The right-hand side of a product, packed by panels: [panel][depth][16·vecs].
+struct Packed {
+  float* data;
+  int64_t panels, vecs, depth;
+  // Memory for `columns` columns, padded to whole panels.
+  static Packed make(Scratch& scratch, int64_t columns, int64_t depth) {
+    const int64_t vecs = panel_vecs(columns), panels = ceil_div(columns, 16 * vecs);
+    return {scratch.take<float>(depth * panels * 16 * vecs), panels, vecs, depth};
+  }
+  int64_t panel_width() const { return 16 * vecs; }
+  int64_t columns() const { return panels * panel_width(); }
+  // Panels [first, end).
+  Packed slice(int64_t first, int64_t end) const { return {data + first * depth * panel_width(), end - first, vecs, depth}; }
+};
+
+// value(k, n): row k, column n, zero where padded.
+template <class F>
+void pack(const Packed& out, const F& value) {
+  const int64_t width = out.panel_width();
+  constexpr int64_t kBlock = 16;  // both sides of the transposition stay in the first-level cache
+  parallel_ranges(out.panels, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t p = first; p < end; ++p)
+      for (int64_t block = 0; block < out.depth; block += kBlock)
+        for (int64_t n = 0; n < width; ++n)
+          for (int64_t k = block; k < std::min(block + kBlock, out.depth); ++k)
+            out.data[(p * out.depth + k) * width + n] = value(k, p * width + n);
+  });
+}
+
+// Hidden channels come in groups (q, k, v of each head; the two halves of the gate), each padded to whole panels.
+struct Groups {
+  int64_t count, size, vecs, panels_each;
+  Groups(int64_t count_, int64_t size_)
+      : count(count_), size(size_), vecs(panel_vecs(size_)), panels_each(ceil_div(size_, 16 * vecs)) {}
+  int64_t width() const { return 16 * vecs; }          // of a panel
+  int64_t padded() const { return panels_each * width(); }  // of a group
+  int64_t panels() const { return count * panels_each; }
+  int64_t channels() const { return count * padded(); }
+  // table[n]: the weight row of padded channel n, or -1.
+  const int32_t* rows(Scratch& scratch) const {
+    int32_t* table = scratch.take<int32_t>(channels());
+    for (int64_t n = 0; n < channels(); ++n)
+      table[n] = static_cast<int32_t>(n % padded() < size ? n / padded() * size + n % padded() : -1);
+    return table;
+  }
+};
+
+// partials[0] += the other workers' partials, in order.
+template <class S>
+static void add_up(S* partials, int64_t workers, int64_t count) {
+  constexpr int64_t kBlock = 1024;  // fewer are not worth a thread
+  parallel_ranges(ceil_div(count, kBlock), [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t w = 1; w < workers; ++w)
+      for (int64_t i = first * kBlock; i < std::min(end * kBlock, count); ++i) partials[i] += partials[w * count + i];
+  });
+}
