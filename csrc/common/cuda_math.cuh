@@ -7,9 +7,9 @@
 #include <cmath>
 #include <cstdint>
 
-namespace autohdr {
+#include "common/constants.h"
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+namespace autohdr {
 
 // 2^x within 2 units in the last place; one instruction of the exponential unit, which takes subnormals for zero.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -47,14 +47,8 @@ __device__ __forceinline__ float sigmoid(float x) { return divide_approx(1.0f, 1
 // log(1 + exp(x)), the identity above 20, as in PyTorch; relative error of a few units in the last place for every x.
 __device__ __forceinline__ float softplus(float x) {
   const float e = expf(-fabsf(x));
-  // log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3; artanh(s) / s by least largest error.
   const float s = divide_approx(e, 2.0f + e), s2 = s * s;
-  float p = 0.140059963f;
-  p = p * s2 + 0.140009016f;
-  p = p * s2 + 0.200107634f;
-  p = p * s2 + 0.333332092f;
-  p = p * s2 + 1.0f;
-  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * s * p;
+  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * s * AUTOHDR_ARTANH_BY_S(s2);
 }
 
 }  // namespace autohdr

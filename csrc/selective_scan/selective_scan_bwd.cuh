@@ -227,13 +227,8 @@ struct Existing {
 __device__ __forceinline__ float softplus_and_slope(float x, float& slope) {
   const float e = exp2_approx(-fabsf(x) * kLog2e), r = reciprocal_approx(1.0f + e);
   const float q = e * reciprocal_approx(2.0f + e), q2 = q * q;
-  float p = 0.140059963f;
-  p = p * q2 + 0.140009016f;
-  p = p * q2 + 0.200107634f;
-  p = p * q2 + 0.333332092f;
-  p = p * q2 + 1.0f;
   slope = x > 20.0f ? 1.0f : x > 0.0f ? r : e * r;
-  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * q * p;
+  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * q * AUTOHDR_ARTANH_BY_S(q2);
 }
 
 // Sums over the channel lanes of a warp of v, [2][States] of dB and dC. The states of a thread are in an order of its own, register j

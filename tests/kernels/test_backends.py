@@ -2,6 +2,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,3 +133,13 @@ def test_importing_is_silent_and_leaves_triton_kernels_and_cuda_alone():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_softplus_is_the_same_polynomial_on_every_backend():
+    root = Path(__file__).parents[2]
+    header = (root / "csrc/common/constants.h").read_text().split("#define AUTOHDR_ARTANH_BY_S(s2)")[1]
+    kernel = (root / "autohdr/kernels/selective_scan/triton_impl.py").read_text().split("def _delta(")[1].split("return")[0]
+    coefficients = re.findall(r"\b0\.\d{9}", header)
+    assert len(coefficients) == 4 and re.findall(r"\b0\.\d{9}", kernel) == coefficients
+    others = [p.relative_to(root) for p in (root / "csrc").rglob("*.*") if coefficients[0] in p.read_text()]
+    assert others == [Path("csrc/common/constants.h")]

@@ -41,7 +41,7 @@ def _exp(x):
     rounding of its argument."""
     x = tl.where(x < -87.0, -87.0, tl.where(x > 87.0, 87.0, x))
     n = tl.floor(x * _LOG2E + 0.5)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4  # the first product is exact
+    r = (x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts: the first has 9 bits, so that its product is exact
     return tl.exp2(r * _LOG2E) * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -124,7 +124,7 @@ def _delta(delta, weight, bias, real, SOFTPLUS: tl.constexpr):
     slope = tl.where(real, 1.0, 0.0)
     if SOFTPLUS:
         e = _exp(-tl.abs(x))
-        # log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3; artanh(s) / s by least largest error.
+        # log(1 + e) = 2 artanh(s), s = e / (2 + e); artanh(s) / s as in csrc/common/constants.h, which a test compares
         s = e / (2.0 + e)
         s2 = s * s
         p = 0.140059963
