@@ -1,28 +1,19 @@
-"""gdfn in Triton; what it shares with mdta is in autohdr/kernels/triton_image.py.
+"""gdfn in Triton; what it shares with mdta is in autohdr/kernels/image.
 
 Forward, a step: norm statistics, 1×1 (hidden), and 3×3, gate, 1×1 and residual in one. Backward, a step: hidden again, the 3×3
-and the gradients of the gate's operands in one (d, and the gated values for project_out's gradient), the head's backward pass.
+and the gradients of the gate's operands in one (d, and the gated values for project_out's gradient), and the expansion's backward
+pass.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autohdr.kernels.triton_image import (
-    BACKWARD_BUDGET,
-    FORWARD_BUDGET,
-    Buffer,
-    Head,
-    HeadBackward,
-    Hidden,
-    Steps,
-    View,
-    add_up,
-    outer,
-    product,
-    round_up,
-    slots_of,
-)
+from autohdr.kernels.image.expansion import Expansion, ExpansionBackward, Hidden
+from autohdr.kernels.image.product import outer, product, slots_of
+from autohdr.kernels.image.repack import add_up, round_up
+from autohdr.kernels.image.steps import BACKWARD_BUDGET, FORWARD_BUDGET, Buffer, Steps
+from autohdr.kernels.image.view import View
 
 
 def forward(
@@ -36,14 +27,14 @@ def forward(
 ) -> Tensor:
     y = torch.empty_like(x)
     from_, to = View.of(x), View.of(y)
-    head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
-    weight = F.pad(project_out_weight[:, :, 0, 0], (0, head.padded - head.size)).to(x.dtype)[None, None]
-    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
-    memory = Hidden(head, steps, 1)
+    expansion = Expansion(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
+    weight = F.pad(project_out_weight[:, :, 0, 0], (0, expansion.groups.padding)).to(x.dtype)[None, None]
+    steps = Steps(from_, expansion.channels * x.element_size(), 1, FORWARD_BUDGET)
+    memory = Hidden(expansion, steps, 1)
     for images, rows in steps:
         hidden, _ = memory.of(images, rows)
         here = from_.at(rows, images)
-        product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=head.taps, added=here, add="plain")
+        product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=expansion.taps, added=here, add="plain")
     return y
 
 
@@ -59,22 +50,22 @@ def backward(
 ) -> tuple[Tensor, ...]:
     dx = torch.empty_like(x)
     from_, back, to = View.of(x), View.of(dy), View.of(dx)
-    head = Head(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
-    channels, hidden_size = project_out_weight.shape[:2]
+    expansion = Expansion(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
+    padded, (channels, hidden_size) = expansion.groups.padded, project_out_weight.shape[:2]
     transposed = project_out_weight[:, :, 0, 0].T.contiguous()  # padding by nothing would keep its strides
-    transposed = F.pad(transposed, (0, round_up(channels) - channels, 0, head.padded - hidden_size)).to(x.dtype)[None, None]
-    steps = Steps(from_, (3 * head.channels + head.padded) * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET)
-    memory = Hidden(head, steps, 2)
-    d_memory, gated_memory = Buffer(steps, head.channels, 1, x.dtype), Buffer(steps, head.padded, 1, x.dtype)
-    head_backward = HeadBackward(head, steps)
-    slots = slots_of(channels, hidden_size, 1, steps.images * steps.rows * x.shape[3])
+    transposed = F.pad(transposed, (0, round_up(channels) - channels, 0, expansion.groups.padding)).to(x.dtype)[None, None]
+    steps = Steps(from_, (3 * expansion.channels + padded) * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET)
+    memory = Hidden(expansion, steps, 2)
+    d_memory, gated_memory = Buffer(steps, expansion.channels, 1, x.dtype), Buffer(steps, padded, 1, x.dtype)
+    expansion_backward = ExpansionBackward(expansion, steps)
+    slots = slots_of(channels, hidden_size, 1, steps.pixels)
     d_project_out = torch.zeros((slots, 1, channels, hidden_size), dtype=torch.float32, device=x.device)
     for images, rows in steps:
         near, (hidden, norm) = steps.around(rows, 1), memory.of(images, rows)
         d, gated = d_memory.view(images, near), gated_memory.view(images, near)
-        product(back.at(near, images), transposed, d, add="gate", added=hidden.at(near), added_taps=head.taps, gated=gated)
+        product(back.at(near, images), transposed, d, add="gate", added=hidden.at(near), added_taps=expansion.taps, gated=gated)
         here = back.at(rows, images)
         outer(here, gated.at(rows), d_project_out)
-        head_backward.step(from_.at(rows, images), here, to.at(rows, images), hidden, d, norm, images)
-    gradients = head_backward.finish(project_in_weight, dwconv_weight)
+        expansion_backward.step(from_.at(rows, images), here, to.at(rows, images), hidden, d, norm, images)
+    gradients = expansion_backward.finish(project_in_weight, dwconv_weight)
     return dx, *gradients, add_up(d_project_out)[0].view_as(project_out_weight)

@@ -1,4 +1,4 @@
-"""mdta in Triton; what it shares with gdfn is in autohdr/kernels/triton_image.py.
+"""mdta in Triton; what it shares with gdfn is in autohdr/kernels/image.
 
 Forward, two passes over the image, a step at a time: norm statistics, 1×1 to q and k, and 3×3 and Gram matrix in one; norm
 statistics, 1×1 to v, and 3×3, project_out · attention (one matrix an image) and residual in one. Backward: a pass for the
@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autohdr.kernels.triton_image import (
-    BACKWARD_BUDGET,
-    FORWARD_BUDGET,
-    Buffer,
-    Head,
-    HeadBackward,
-    Hidden,
-    Steps,
-    View,
-    outer,
-    product,
-    round_up,
-    slots_of,
-)
+from autohdr.kernels.image.expansion import Expansion, ExpansionBackward, Hidden
+from autohdr.kernels.image.product import outer, product, slots_of
+from autohdr.kernels.image.repack import round_up
+from autohdr.kernels.image.steps import BACKWARD_BUDGET, FORWARD_BUDGET, Buffer, Steps
+from autohdr.kernels.image.view import View
 
 
 def forward(
@@ -55,22 +46,23 @@ def statistics(
     first: int,
     end: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, _, width = x.shape
-    from_ = View.of(x)
-    head = Head(from_, norm_weight, norm_bias, qkv_weight[: 2 * channels], dwconv_weight[: 2 * channels], 2 * num_heads, eps)
-    part = num_heads * head.padded
-    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET, num_heads, range(first, end))
-    memory = Hidden(head, steps, 1)
-    slots = slots_of(head.padded, head.padded, steps.images * num_heads, steps.rows * width)
-    gram = torch.zeros((slots, batch * num_heads, head.padded, head.padded), dtype=torch.float32, device=x.device)
-    squares = torch.zeros((2, slots, batch * num_heads, head.padded), dtype=torch.float32, device=x.device)
+    batch, channels = x.shape[:2]
+    from_, two = View.of(x), 2 * channels
+    expansion = Expansion(from_, norm_weight, norm_bias, qkv_weight[:two], dwconv_weight[:two], 2 * num_heads, eps)
+    size, padded = expansion.groups.size, expansion.groups.padded
+    part = num_heads * padded
+    steps = Steps(from_, expansion.channels * x.element_size(), 1, FORWARD_BUDGET, num_heads, range(first, end))
+    memory = Hidden(expansion, steps, 1)
+    slots = slots_of(padded, padded, steps.images * num_heads, steps.rows * x.shape[3])
+    gram = torch.zeros((slots, batch * num_heads, padded, padded), dtype=torch.float32, device=x.device)
+    squares = torch.zeros((2, slots, batch * num_heads, padded), dtype=torch.float32, device=x.device)
     for images, rows in steps:
         own, (hidden, _) = slice(images.start * num_heads, images.stop * num_heads), memory.of(images, rows)
         q, k = hidden.at(rows).channels(0, part), hidden.at(rows).channels(part, 2 * part)
-        taps = head.taps, head.taps[:, part:]
+        taps = expansion.taps, expansion.taps[:, part:]
         outer(q, k, gram[:, own], kinds=("conv", "conv"), taps=taps, heads=num_heads, squares=tuple(squares[:, :, own]))
-    gram = gram.sum(0, dtype=torch.float64).view(batch, num_heads, head.padded, head.padded)[..., : head.size, : head.size]
-    squares = squares.sum(1, dtype=torch.float64)[..., : head.size].reshape(2, batch, channels)
+    gram = gram.sum(0, dtype=torch.float64).view(batch, num_heads, padded, padded)[..., :size, :size]
+    squares = squares.sum(1, dtype=torch.float64)[..., :size].reshape(2, batch, channels)
     return gram.contiguous(), squares[0], squares[1].clone()
 
 
@@ -90,15 +82,15 @@ def apply(
 ) -> Tensor:
     y = torch.empty_like(x)
     from_, to = View.of(x), View.of(y)
-    head = _value_head(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
+    expansion = _value_expansion(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
     small = _Attention(gram, q_norm, k_norm, temperature, project_out_weight)
-    combined = F.pad(small.combined, (0, head.padded - head.size)).flatten(2).to(x.dtype)[:, None]
-    steps = Steps(from_, head.channels * x.element_size(), 1, FORWARD_BUDGET)
-    memory = Hidden(head, steps, 1)
+    combined = F.pad(small.combined, (0, expansion.groups.padding)).flatten(2).to(x.dtype)[:, None]
+    steps = Steps(from_, expansion.channels * x.element_size(), 1, FORWARD_BUDGET)
+    memory = Hidden(expansion, steps, 1)
     for images, rows in steps:
         hidden, _ = memory.of(images, rows)
         here, there = from_.at(rows, images), to.at(rows, images)
-        product(hidden.at(rows), combined[images], there, kind="conv", taps=head.taps, added=here, add="plain")
+        product(hidden.at(rows), combined[images], there, kind="conv", taps=expansion.taps, added=here, add="plain")
     return y
 
 
@@ -123,16 +115,17 @@ def backward(
     d_combined = _combined_grad(from_, back, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
     d_gram, q_scale, k_scale, d_temperature, d_project_out = small.backward(d_combined)
 
-    head = Head(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, 3 * num_heads, eps)
-    pad, part, channels = head.padded - head.size, num_heads * head.padded, x.shape[1]
+    expansion, channels = Expansion(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, 3 * num_heads, eps), x.shape[1]
+    pad, part = expansion.groups.padding, num_heads * expansion.groups.padded
     to_q, q_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)), F.pad(q_scale, (0, pad)), x.dtype)
     to_k, k_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)).transpose(2, 3), F.pad(k_scale, (0, pad)), x.dtype)
     to_v = F.pad(small.combined, (0, pad, 0, 0, 0, round_up(channels) - channels)).flatten(2).transpose(1, 2)
     to_v = to_v.to(x.dtype).contiguous()[:, None]
 
-    steps = Steps(from_, 3 * head.channels * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET, num_heads)
-    memory, d_memory, head_backward = Hidden(head, steps, 2), Buffer(steps, head.channels, 1, x.dtype), HeadBackward(head, steps)
-    q_taps, k_taps = head.taps, head.taps[:, part:]
+    steps = Steps(from_, 3 * expansion.channels * x.element_size() + 4 * channels, 2, BACKWARD_BUDGET, num_heads)
+    memory, d_memory = Hidden(expansion, steps, 2), Buffer(steps, expansion.channels, 1, x.dtype)
+    expansion_backward = ExpansionBackward(expansion, steps)
+    q_taps, k_taps = expansion.taps, expansion.taps[:, part:]
     for images, rows in steps:
         near, (hidden, norm) = steps.around(rows, 1), memory.of(images, rows)
         d = d_memory.view(images, near)
@@ -142,31 +135,31 @@ def backward(
         product(k, to_q[images], dq, **conv, taps=k_taps, added=q, added_taps=q_taps, scale=q_scale[images])
         product(q, to_k[images], dk, **conv, taps=q_taps, added=k, added_taps=k_taps, scale=k_scale[images])
         product(back.at(near, images), to_v[images], dv)
-        head_backward.step(from_.at(rows, images), back.at(rows, images), to.at(rows, images), hidden, d, norm, images)
-    gradients = head_backward.finish(qkv_weight, dwconv_weight)
+        expansion_backward.step(from_.at(rows, images), back.at(rows, images), to.at(rows, images), hidden, d, norm, images)
+    gradients = expansion_backward.finish(qkv_weight, dwconv_weight)
     d_project_out = d_project_out.float().contiguous().view_as(project_out_weight)
     return dx, *gradients, d_temperature.float().view_as(temperature), d_project_out
 
 
-def _value_head(
+def _value_expansion(
     x: View, norm_weight: Tensor, norm_bias: Tensor | None, qkv_weight: Tensor, dwconv_weight: Tensor, num_heads: int, eps: float
-) -> Head:
-    """The head that makes v alone."""
+) -> Expansion:
+    """That makes v alone."""
     two = 2 * x.data.shape[3]
-    return Head(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], num_heads, eps)
+    return Expansion(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], num_heads, eps)
 
 
 def _combined_grad(x: View, dy: View, *parameters) -> Tensor:
     """The gradient of every image's project_out · blockdiag(attention), Σ dy vᵀ: double [batch, channels, num_heads, size]."""
-    head, (batch, _, width, channels) = _value_head(x, *parameters), x.data.shape
-    steps = Steps(x, head.channels * x.data.element_size(), 1, FORWARD_BUDGET)
-    memory = Hidden(head, steps, 1)
-    slots = slots_of(channels, head.channels, steps.images, steps.rows * width)
-    sums = torch.zeros((slots, batch, channels, head.channels), dtype=torch.float32, device=x.data.device)
+    expansion, (batch, _, width, channels) = _value_expansion(x, *parameters), x.data.shape
+    steps = Steps(x, expansion.channels * x.data.element_size(), 1, FORWARD_BUDGET)
+    memory = Hidden(expansion, steps, 1)
+    slots = slots_of(channels, expansion.channels, steps.images, steps.rows * width)
+    sums = torch.zeros((slots, batch, channels, expansion.channels), dtype=torch.float32, device=x.data.device)
     for images, rows in steps:
         hidden, _ = memory.of(images, rows)
-        outer(dy.at(rows, images), hidden.at(rows), sums[:, images], kinds=("plain", "conv"), taps=(None, head.taps))
-    return sums.sum(0, dtype=torch.float64).unflatten(2, (head.groups, head.padded))[..., : head.size]
+        outer(dy.at(rows, images), hidden.at(rows), sums[:, images], kinds=("plain", "conv"), taps=(None, expansion.taps))
+    return sums.sum(0, dtype=torch.float64).unflatten(2, (expansion.groups.count, -1))[..., : expansion.groups.size]
 
 
 def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,295 @@
+"""Matrix products between pixels and channels: product over the channels, outer over the pixels. An operand may be an image, or
+what is computed of it on the way: its norm, its 3×3 convolution, its gate."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from autohdr.kernels.image import view
+from autohdr.kernels.image.depthwise import depthwise
+from autohdr.kernels.image.norm import Norm
+from autohdr.kernels.image.view import VARYING, Matrix, Place, View, tile
+
+INTERPRETED = tl.constexpr(view.INTERPRETED)
+_ROUND = tl.constexpr(256)  # pixels that the tensor cores sum up by themselves
+
+
+@triton.jit
+def dot(a, b, sums):
+    """sums + a·b. float32 goes through the tensor cores as three products, which reach its precision but for two bits."""
+    if INTERPRETED:  # it would multiply bfloat16's bits as integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    return tl.dot(a, b, sums, input_precision="tf32x3")
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # 1 / √2
+
+
+@triton.jit
+def operand(a, taps, norm, place, image, begin, channel, has, origin, part, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE pixels of an image from `begin` on, channels from `origin` on, as an operand of a product: a itself ("plain"), its
+    layer norm ("norm"), its 3×3 convolution ("conv"), or the convolution's gelu times that `part` channels on ("gate")."""
+    dtype: tl.constexpr = a.data.dtype.element_ty
+    data = a.data + image * a.image + origin
+    if KIND == "conv" or KIND == "gate":
+        taps += origin
+        value = depthwise(data, taps, place, begin, channel, has, a.row, SIZE)
+        if KIND == "gate":
+            gate = depthwise(data + part, taps + part, place, begin, channel, has, a.row, SIZE)
+            value *= normal_cdf(value) * gate
+        return value.to(dtype)
+    else:
+        pixel = begin + tl.arange(0, SIZE)
+        inside = pixel < place.pixels
+        at = pixel.to(tl.int64)[:, None] * a.row + channel[None, :]
+        value = tl.load(data + at, mask=inside[:, None] & has[None, :], other=0.0)
+        if KIND == "norm":
+            at = image * norm.image + pixel
+            shift, factor = tl.load(norm.shift + at, mask=inside, other=0.0), tl.load(norm.factor + at, mask=inside, other=0.0)
+            weight = tl.load(norm.weight + channel, mask=has, other=0.0)
+            value = (value.to(tl.float32) - shift[:, None]) * factor[:, None] * weight[None, :]
+            if norm.bias is not None:
+                value += tl.load(norm.bias + channel, mask=has, other=0.0)[None, :]
+            value = value.to(dtype)
+        return value
+
+
+@triton.jit(do_not_specialize=VARYING)
+def multiply(
+    a,  # [images][pixels][a.row], of head h the channels from h · k on
+    taps,  # [9][a.row], of "conv" and "gate"
+    norm,  # of "norm"
+    w,  # [images or 1][heads][n][w.row]; SPLIT: what its rounding left follows in every row
+    added,  # [images][pixels][added.row]
+    added_taps,  # [9][added.row], of ADDED "conv" and "gate"
+    scale,  # [images][heads][2][n], of ADDED "conv"
+    out,  # [images][pixels][out.row]
+    gated,  # [images][pixels][n], of ADDED "gate"
+    k,
+    n,
+    heads,
+    part,
+    pixels,
+    first,
+    height,
+    width,
+    KIND: tl.constexpr,
+    ADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out[p][n] = Σ_k operand(a)[p][k] w[n][k], and what is ADDED, for every image and head. A program owns BM pixels × BN.
+
+    ADDED: "none", "plain", "conv" (the sum and added's convolution, each times a scale), or "gate": the sum is the gradient of
+    the gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
+    """
+    dtype: tl.constexpr = w.data.dtype.element_ty
+    place = Place(pixels, first, height, width)
+    image, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
+    begin, column = tl.program_id(0) * BM, tl.program_id(1) * BN + tl.arange(0, BN)
+    wanted = column < n
+    rows = w.data + image * w.image + head * n * w.row
+    sums = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, k, BK):
+        channel = start + tl.arange(0, BK)
+        has = channel < k
+        left = operand(a, taps, norm, place, image, begin, channel, has, head * k, part, KIND, BM)
+        at, there = rows + column[None, :] * w.row + channel[:, None], has[:, None] & wanted[None, :]
+        sums = dot(left, tl.load(at, mask=there, other=0.0), sums)
+        if SPLIT:
+            sums = dot(left, tl.load(at + k, mask=there, other=0.0), sums)
+
+    pixel = begin + tl.arange(0, BM)
+    there, row = (pixel < pixels)[:, None] & wanted[None, :], pixel.to(tl.int64)[:, None]
+    to = out.data + image * out.image + head * n + row * out.row + column[None, :]
+    if ADDED != "none":
+        more = added.data + image * added.image + head * n
+    if ADDED == "conv" or ADDED == "gate":
+        added_taps += head * n
+    if ADDED == "plain":
+        sums += tl.load(more + row * added.row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    elif ADDED == "conv":
+        scale += (image * heads + head) * 2 * n + column
+        own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
+        value = depthwise(more, added_taps, place, begin, column, wanted, added.row, BM)
+        value = value.to(dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
+        sums = sums * own[None, :] + value * of_added[None, :]
+    elif ADDED == "gate":
+        value = depthwise(more, added_taps, place, begin, column, wanted, added.row, BM)
+        gate = depthwise(more + part, added_taps + part, place, begin, column, wanted, added.row, BM)
+        cdf = normal_cdf(value)
+        tl.store(gated + (image * pixels + row) * n + column[None, :], value * cdf * gate, mask=there)
+        tl.store(to + part, sums * value * cdf, mask=there)
+        sums *= gate * (cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327)  # 1 / √(2π)
+    tl.store(to, sums, mask=there)
+
+
+def product(
+    a: View,
+    w: Tensor,
+    out: View,
+    *,
+    kind: str = "plain",
+    taps: Tensor | None = None,
+    norm: Norm | None = None,
+    added: View | None = None,
+    add: str = "none",
+    added_taps: Tensor | None = None,
+    scale: Tensor | None = None,
+    split: bool = False,
+    gated: View | None = None,
+) -> None:
+    """Launches multiply. a, added, out and gated begin at the same row; w [images or 1, heads, n, at least k]."""
+    (images, *_, channels), (_, heads, n, _) = a.data.shape, w.shape
+    pixels, *place = a.place
+    k = channels // (2 * heads if kind == "gate" else heads)
+    conv, wide = kind in ("conv", "gate"), a.data.element_size() == 4
+    # Tiles as large as the registers hold: a convolution in front or behind needs some too.
+    narrow = add == "gate" or wide and add == "conv"
+    bn, bk = tile(n, 64 if narrow else 256 if conv and not wide else 128), tile(k, 32)
+    area = 4096 if conv or wide or add in ("conv", "gate") else 16384
+    bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
+    multiply[triton.cdiv(pixels, bm), triton.cdiv(n, bn), images * heads](
+        a.matrix,
+        taps,
+        norm,
+        Matrix(w, w.stride(0) if w.shape[0] > 1 else 0, w.stride(2)),
+        added and added.matrix,
+        added_taps,
+        scale,
+        out.matrix,
+        gated and gated.data,
+        k,
+        n,
+        heads,
+        n if add == "gate" else k,
+        pixels,
+        *place,
+        KIND=kind,
+        ADDED=add,
+        SPLIT=split,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        num_warps=8 if bm * bn > (4096 if wide else 8192) or add in ("conv", "gate") else 4,
+        num_stages=1 if conv else 3,
+        enable_fp_fusion=True,
+    )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def multiply_outer(
+    a,  # [images][pixels][a.row], of head h the channels from h · m on
+    a_taps,  # [9][a.row], of "conv"
+    b,  # [images][pixels][b.row], of head h the channels from h · n on
+    b_taps,
+    norm,  # of "norm"
+    sums,  # [slots, sums_slot apart][matrices][m][n]
+    a_squares,  # [slots, squares_slot apart][matrices][m], or None
+    b_squares,  # [slots, squares_slot apart][matrices][n]
+    m,
+    n,
+    heads,
+    sums_slot,
+    squares_slot,
+    images,  # that a matrix sums over
+    pixels,
+    first,
+    height,
+    width,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """sums[slot][matrix][m][n] += Σ_p operand(a)[p][m] operand(b)[p][n], and the sums of a's and b's squares. A matrix is a head
+    of an image, or of all images together. A program owns BM × BN sums over its slot's share of the pixels, a range of them."""
+    place = Place(pixels, first, height, width)
+    head = tl.program_id(1) % heads
+    tiles = tl.cdiv(n, BN)
+    row, column = tl.program_id(0) // tiles * BM + tl.arange(0, BM), tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    has_row, has_column = row < m, column < n
+    each = tl.cdiv(pixels, BP)
+    chunks, slot, slots = each * images, tl.program_id(2), tl.num_programs(2)
+    begin, end = (chunks.to(tl.int64) * slot // slots).to(tl.int32), (chunks.to(tl.int64) * (slot + 1) // slots).to(tl.int32)
+    total, a_total, b_total = tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BN], tl.float32)
+    for start in range(begin, end, _ROUND // BP):
+        # The tensor cores' sums cut instead of rounding: a long one would drift.
+        part = tl.zeros([BM, BN], tl.float32)
+        for chunk in range(start, min(start + _ROUND // BP, end)):
+            image, pixel = (tl.program_id(1) // heads + chunk // each).to(tl.int64), chunk % each * BP
+            left = operand(a, a_taps, norm, place, image, pixel, row, has_row, head * m, 0, A, BP)
+            right = operand(b, b_taps, norm, place, image, pixel, column, has_column, head * n, 0, B, BP)
+            part = dot(tl.trans(left), right, part)
+            if a_squares is not None:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+                a_total += tl.sum(left * left, 0)
+                b_total += tl.sum(right * right, 0)
+        total += part
+    matrix, slot = tl.program_id(1).to(tl.int64), slot.to(tl.int64)
+    at = sums + slot * sums_slot + (matrix * m + row[:, None]) * n + column[None, :]
+    there = has_row[:, None] & has_column[None, :]
+    tl.store(at, total + tl.load(at, mask=there, other=0.0), mask=there)
+    if a_squares is not None:
+        of_a = a_squares + slot * squares_slot + matrix * m + row
+        of_b = b_squares + slot * squares_slot + matrix * n + column
+        if tl.program_id(0) % tiles == 0:
+            tl.store(of_a, a_total + tl.load(of_a, mask=has_row, other=0.0), mask=has_row)
+        if tl.program_id(0) < tiles:
+            tl.store(of_b, b_total + tl.load(of_b, mask=has_column, other=0.0), mask=has_column)
+
+
+def slots_of(m: int, n: int, matrices: int, pixels: int) -> int:
+    """In how many parts a sum of m × n products over the pixels is taken: as many as fill a device, with 512 programs of 64 × 64
+    sums, but of 256 pixels at least. The same on all devices, so that the results are."""
+    programs = triton.cdiv(m, 64) * triton.cdiv(n, 64) * matrices
+    return min(max(triton.cdiv(512, programs), 1), max(1, min(64, pixels // 256)))
+
+
+def outer(
+    a: View,
+    b: View,
+    sums: Tensor,
+    *,
+    kinds: tuple[str, str] = ("plain", "plain"),
+    taps: tuple[Tensor | None, Tensor | None] = (None, None),
+    norm: Norm | None = None,
+    heads: int = 1,
+    squares: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Launches multiply_outer. a and b begin at the same row; sums [slots, matrices, m, n], where the matrices are those of every
+    image and head, or one that sums over all images; squares [slots, matrices, m] and the same of n."""
+    images, (slots, matrices, m, n) = a.data.shape[0], sums.shape
+    conv = "conv" in kinds
+    # A convolution is computed again for every tile of the other operand.
+    bm, bn = tile(m, 128 if kinds == ("plain", "conv") else 64), tile(n, 64)
+    bp = min(max((2048 if conv or a.data.element_size() == 4 else 4096) // max(bm, bn), 32), 128)
+    multiply_outer[triton.cdiv(m, bm) * triton.cdiv(n, bn), matrices, slots](
+        a.matrix,
+        taps[0],
+        b.matrix,
+        taps[1],
+        norm,
+        sums,
+        *(squares or (None, None)),
+        m,
+        n,
+        heads,
+        sums.stride(0),
+        squares[0].stride(0) if squares else 0,
+        1 if matrices == images * heads else images,
+        *a.place,
+        A=kinds[0],
+        B=kinds[1],
+        BP=bp,
+        BM=bm,
+        BN=bn,
+        num_warps=8 if conv else 4,
+        num_stages=1 if conv else 3,
+        enable_fp_fusion=True,
+    )

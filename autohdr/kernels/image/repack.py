@@ -1,0 +1,41 @@
+"""Weights in the order that kernels want them, and sums in the order that weights have: padded in groups, added up over slots."""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+
+def round_up(n: int) -> int:
+    """Channels of a buffer for n of them, so that every pixel's begin at a multiple of 16 bytes."""
+    return triton.cdiv(n, 16) * 16
+
+
+class Groups:
+    """Hidden channels in groups (q, k, v of each head; the two halves of the gate), each padded to whole tiles."""
+
+    def __init__(self, count: int, size: int):
+        self.count, self.size, self.padded = count, size, round_up(size)
+
+    @property
+    def channels(self) -> int:
+        return self.count * self.padded
+
+    @property
+    def padding(self) -> int:
+        """Of a group."""
+        return self.padded - self.size
+
+    def pad(self, weight: Tensor, channels: int) -> Tensor:
+        """weight [count · size, c], padded with zeros to [count · padded, channels]."""
+        by_group = weight.reshape(self.count, self.size, -1)
+        by_group = F.pad(by_group, (0, channels - by_group.shape[2], 0, self.padding))
+        return by_group.view(self.channels, channels)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """Of [count · padded, ...] those that are not padding, contiguous."""
+        return values.unflatten(0, (self.count, self.padded))[:, : self.size].flatten(0, 1).contiguous()
+
+
+def add_up(slots: Tensor) -> Tensor:
+    return slots.sum(0, dtype=torch.float64).float()
