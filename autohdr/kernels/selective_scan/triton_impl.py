@@ -21,6 +21,8 @@ No atomics: dB and dC are partial sums a tile of channels, added in order by a k
 over tokens in registers, and over batch and segments by torch.sum. Offsets are 64 bits. No time was measured.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,27 @@ _LN2 = tl.constexpr(0.693147180559945309)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _CHUNK = tl.constexpr(CHUNK)
 _MORE_SUMS = tl.constexpr(3)  # D, delta_bias and delta_weight, behind the sums of A
+
+
+class Sequence(NamedTuple):
+    """As kernels take it: data [batch, channel, token], of B and C [batch, group, state, token], and the distances in it."""
+
+    data: Tensor
+    batch: int
+    group: int
+    channel: int  # or state
+    token: int
+
+
+class Shape(NamedTuple):
+    """Of the scan, and how it is split over programs."""
+
+    seqlen: int
+    dim: int
+    channels: int  # of a group
+    tiles: int  # of all groups
+    segments: int
+    segment_chunks: int
 
 
 @triton.jit
@@ -76,14 +99,31 @@ def _parameter(pointer, channel, exists):
 
 
 @triton.jit
-def _pointers(sequence, strides, batch, channel, unit, T: tl.constexpr):
-    """[T, channels] of tokens 0 to T - 1."""
+def _constants(A, delta_bias, delta_weight, channel, exists, n, unit, DSTATE: tl.constexpr):
+    """(which [states, channels] exist, their decay rates, and of the channels what Δ is made with: bias and weight)."""
+    both = (n < DSTATE)[:, None] & exists[None, :]
+    rate = _decay_rate(tl.load(A + channel[None, :] * DSTATE + n[:, None] * unit, mask=both, other=0.0))
+    weight = 1.0 + channel * 0.0
+    if delta_weight is not None:
+        weight = _parameter(delta_weight, channel, exists)
+    return both, rate, _parameter(delta_bias, channel, exists), weight
+
+
+@triton.jit
+def _at(sequence, batch, channel, unit, T: tl.constexpr):
+    """Pointers [T, channels] to a sequence's tokens 0 to T - 1, and the distance of two tokens."""
+    channels = channel[None, :] * (sequence.channel * unit)
     return (
-        sequence
-        + batch * strides[0]
-        + channel[None, :] * (strides[1] * unit)
-        + tl.arange(0, T).to(tl.int64)[:, None] * strides[2]
+        sequence.data + batch * sequence.batch + channels + tl.arange(0, T).to(tl.int64)[:, None] * sequence.token,
+        sequence.token,
     )
+
+
+@triton.jit
+def _states_at(sequence, batch, group, n):
+    """Pointers [states] to token 0 of B or C, and the distance of two tokens."""
+    states = n.to(tl.int64) * sequence.channel
+    return sequence.data + batch * sequence.batch + group * sequence.group + states, sequence.token
 
 
 @triton.jit
@@ -95,13 +135,15 @@ def _window(start, seqlen, exists, T: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, strides, first, real):
-    return tl.load(pointers + first * strides[2], mask=real, other=0.0).to(tl.float32)
+def _load(at, first, real):
+    pointers, token = at
+    return tl.load(pointers + first * token, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(pointers, strides, first, real, value):
-    tl.store(pointers + first * strides[2], value.to(pointers.dtype.element_ty), mask=real)
+def _store(at, first, real, value):
+    pointers, token = at
+    tl.store(pointers + first * token, value.to(pointers.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -111,10 +153,11 @@ def _take(tile, at):
 
 
 @triton.jit
-def _projection(pointers, strides, first, i: tl.constexpr, seqlen, n, dstate):
+def _projection(at, first, i: tl.constexpr, seqlen, n, dstate):
     """[states] of B or C at token first + i, zero if there is none."""
+    pointers, token = at
     count = tl.where((first + i >= 0) & (first + i < seqlen), dstate, 0)
-    return tl.load(pointers + first * strides[3] + i * strides[3], mask=n < count, other=0.0).to(tl.float32)
+    return tl.load(pointers + first * token + i * token, mask=n < count, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -139,8 +182,7 @@ def _delta(delta, weight, bias, real, SOFTPLUS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["unit"])
 def _ends(
-    of, of_strides, delta, delta_strides, A, by, by_strides, z, z_strides, delta_bias, delta_weight, ends, steps,
-    seqlen, dim, channels, tiles, segments, segment_chunks, unit,
+    of, by, delta, A, z, delta_bias, delta_weight, ends, steps, s, unit,
     DSTATE: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr, T: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
@@ -149,47 +191,42 @@ def _ends(
     of, by: u and B, or d_out and C. ends [batch, segments - 1, dstate, dim], steps [batch, segments - 1, dim]: of every segment
     but the last in the direction of the walk, whose result nobody needs.
     """
-    group, channel, exists = _own(channels, tiles, TILE)
-    index = tl.program_id(0) // tiles
-    of_segment = index % (segments - 1)
+    group, channel, exists = _own(s.channels, s.tiles, TILE)
+    index = tl.program_id(0) // s.tiles
+    of_segment = index % (s.segments - 1)
     segment = of_segment + 1 if ADJOINT else of_segment
-    batch = (index // (segments - 1)).to(tl.int64)
+    batch = (index // (s.segments - 1)).to(tl.int64)
     n = tl.arange(0, STATES)
-    both = (n < DSTATE)[:, None] & exists[None, :]
-    a2 = _decay_rate(tl.load(A + channel[None, :] * DSTATE + n[:, None] * unit, mask=both, other=0.0))
-    bias, weight = _parameter(delta_bias, channel, exists), 1.0 + channel * 0.0
-    if delta_weight is not None:
-        weight = _parameter(delta_weight, channel, exists)
-    of = _pointers(of, of_strides, batch, channel, unit, T)
-    delta = _pointers(delta, delta_strides, batch, channel, unit, T)
+    both, a2, bias, weight = _constants(A, delta_bias, delta_weight, channel, exists, n, unit, DSTATE)
+    of_at, by_at = _at(of, batch, channel, unit, T), _states_at(by, batch, group, n)
+    delta_at = _at(delta, batch, channel, unit, T)
     if z is not None:
-        z = _pointers(z, z_strides, batch, channel, unit, T)
-    by += batch * by_strides[0] + group * by_strides[1] + n.to(tl.int64) * by_strides[2]
+        z_at = _at(z, batch, channel, unit, T)
 
     h = tl.zeros([STATES, TILE], tl.float32)
     total = tl.zeros([T, TILE], tl.float32)
-    begin = segment * segment_chunks * _CHUNK
-    windows = (tl.minimum(begin + segment_chunks * _CHUNK, seqlen) - begin + T - 1) // T
+    begin = segment * s.segment_chunks * _CHUNK
+    windows = (tl.minimum(begin + s.segment_chunks * _CHUNK, s.seqlen) - begin + T - 1) // T
     for k in range(windows):
         start = begin + (windows - 1 - k if ADJOINT else k) * T
-        first, real = _window(start, seqlen, exists, T, REVERSE)
-        d_tile, _ = _delta(_load(delta, delta_strides, first, real), weight, bias, real, SOFTPLUS)
-        x_tile = _load(of, of_strides, first, real)
+        first, real = _window(start, s.seqlen, exists, T, REVERSE)
+        d_tile, _ = _delta(_load(delta_at, first, real), weight, bias, real, SOFTPLUS)
+        x_tile = _load(of_at, first, real)
         total += d_tile
         if not ADJOINT:
             x_tile *= d_tile
         if z is not None:
-            z_tile = _load(z, z_strides, first, real)
+            z_tile = _load(z_at, first, real)
             x_tile *= z_tile * _sigmoid(z_tile)
         for j in tl.static_range(T):
             i = T - 1 - j if REVERSE != ADJOINT else j
             at = tl.arange(0, T)[:, None] == i
-            x = _take(x_tile, at)[None, :] * _projection(by, by_strides, first, i, seqlen, n, DSTATE)[:, None]
+            x = _take(x_tile, at)[None, :] * _projection(by_at, first, i, s.seqlen, n, DSTATE)[:, None]
             gate = tl.exp2(_take(d_tile, at)[None, :] * a2)
             h = gate * (h + x) if ADJOINT else gate * h + x
-    at = batch * (segments - 1) + of_segment
-    tl.store(ends + (at * DSTATE + n[:, None]) * dim + channel[None, :] * unit, h, mask=both)
-    tl.store(steps + at * dim + channel, tl.sum(total, 0), mask=exists)
+    place = batch * (s.segments - 1) + of_segment
+    tl.store(ends + (place * DSTATE + n[:, None]) * s.dim + channel[None, :] * unit, h, mask=both)
+    tl.store(steps + place * s.dim + channel, tl.sum(total, 0), mask=exists)
 
 
 @triton.jit
@@ -216,58 +253,50 @@ def _carry_over(A, ends, steps, entry, dim, segments, DSTATE: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["unit"])
 def _forward(
-    u, u_strides, delta, delta_strides, A, B, B_strides, C, C_strides, D, z, z_strides, delta_bias, delta_weight,
-    entry, out, out_strides, last_state, states, seqlen, dim, channels, tiles, segments, segment_chunks, unit,
+    u, delta, A, B, C, D, z, delta_bias, delta_weight, entry, out, last_state, states, s, unit,
     DSTATE: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr, T: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    group, channel, exists = _own(channels, tiles, TILE)
-    index = tl.program_id(0) // tiles
-    segment, batch = index % segments, (index // segments).to(tl.int64)
+    group, channel, exists = _own(s.channels, s.tiles, TILE)
+    index = tl.program_id(0) // s.tiles
+    segment, batch = index % s.segments, (index // s.segments).to(tl.int64)
     n = tl.arange(0, STATES)
-    both = (n < DSTATE)[:, None] & exists[None, :]
-    a2 = _decay_rate(tl.load(A + channel[None, :] * DSTATE + n[:, None] * unit, mask=both, other=0.0))
-    bias, weight, D = _parameter(delta_bias, channel, exists), 1.0 + channel * 0.0, _parameter(D, channel, exists)
-    if delta_weight is not None:
-        weight = _parameter(delta_weight, channel, exists)
-    u = _pointers(u, u_strides, batch, channel, unit, T)
-    delta = _pointers(delta, delta_strides, batch, channel, unit, T)
-    out = _pointers(out, out_strides, batch, channel, unit, T)
+    both, a2, bias, weight = _constants(A, delta_bias, delta_weight, channel, exists, n, unit, DSTATE)
+    D = _parameter(D, channel, exists)
+    u_at, delta_at = _at(u, batch, channel, unit, T), _at(delta, batch, channel, unit, T)
+    out_at = _at(out, batch, channel, unit, T)
     if z is not None:
-        z = _pointers(z, z_strides, batch, channel, unit, T)
-    B += batch * B_strides[0] + group * B_strides[1] + n.to(tl.int64) * B_strides[2]
-    C += batch * C_strides[0] + group * C_strides[1] + n.to(tl.int64) * C_strides[2]
-    chunks = (seqlen + _CHUNK - 1) // _CHUNK
-    state = n[:, None].to(tl.int64) * dim + channel[None, :] * unit
-    h = tl.load(entry + (batch * segments + segment) * DSTATE * dim + state, mask=both, other=0.0)
-    for chunk in range(segment * segment_chunks, tl.minimum((segment + 1) * segment_chunks, chunks)):
-        tl.store(states + (batch * chunks + chunk) * DSTATE * dim + state, h, mask=both)
-        for k in range((tl.minimum(seqlen - chunk * _CHUNK, _CHUNK) + T - 1) // T):
-            first, real = _window(chunk * _CHUNK + k * T, seqlen, exists, T, REVERSE)
-            u_tile = _load(u, u_strides, first, real)
-            d_tile, _ = _delta(_load(delta, delta_strides, first, real), weight, bias, real, SOFTPLUS)
+        z_at = _at(z, batch, channel, unit, T)
+    B_at, C_at = _states_at(B, batch, group, n), _states_at(C, batch, group, n)
+    chunks = (s.seqlen + _CHUNK - 1) // _CHUNK
+    state = n[:, None].to(tl.int64) * s.dim + channel[None, :] * unit
+    h = tl.load(entry + (batch * s.segments + segment) * DSTATE * s.dim + state, mask=both, other=0.0)
+    for chunk in range(segment * s.segment_chunks, tl.minimum((segment + 1) * s.segment_chunks, chunks)):
+        tl.store(states + (batch * chunks + chunk) * DSTATE * s.dim + state, h, mask=both)
+        for k in range((tl.minimum(s.seqlen - chunk * _CHUNK, _CHUNK) + T - 1) // T):
+            first, real = _window(chunk * _CHUNK + k * T, s.seqlen, exists, T, REVERSE)
+            u_tile = _load(u_at, first, real)
+            d_tile, _ = _delta(_load(delta_at, first, real), weight, bias, real, SOFTPLUS)
             x_tile, y_tile = d_tile * u_tile, D[None, :] * u_tile
             for j in tl.static_range(T):
                 i = T - 1 - j if REVERSE else j
                 at = tl.arange(0, T)[:, None] == i
-                x = _take(x_tile, at)[None, :] * _projection(B, B_strides, first, i, seqlen, n, DSTATE)[:, None]
+                x = _take(x_tile, at)[None, :] * _projection(B_at, first, i, s.seqlen, n, DSTATE)[:, None]
                 h = tl.exp2(_take(d_tile, at)[None, :] * a2) * h + x
-                y = tl.sum(h * _projection(C, C_strides, first, i, seqlen, n, DSTATE)[:, None], 0)
+                y = tl.sum(h * _projection(C_at, first, i, s.seqlen, n, DSTATE)[:, None], 0)
                 y_tile = tl.where(at, y_tile + y[None, :], y_tile)
             if z is not None:
-                z_tile = _load(z, z_strides, first, real)
+                z_tile = _load(z_at, first, real)
                 y_tile *= z_tile * _sigmoid(z_tile)
-            _store(out, out_strides, first, real, y_tile)
-    if segment == segments - 1:
-        tl.store(last_state + (batch * dim + channel[None, :]) * DSTATE + n[:, None] * unit, h, mask=both)
+            _store(out_at, first, real, y_tile)
+    if segment == s.segments - 1:
+        tl.store(last_state + (batch * s.dim + channel[None, :]) * DSTATE + n[:, None] * unit, h, mask=both)
 
 
 @triton.jit(do_not_specialize=["unit"])
 def _backward(
-    d_out, d_out_strides, u, u_strides, delta, delta_strides, A, B, B_strides, C, C_strides, D, z, z_strides,
-    delta_bias, delta_weight, states, du, du_strides, d_delta, d_delta_strides, dz, dz_strides,
-    carry, sums, before, parts, weighted, first_batch, first_chunk, round_chunks,
-    seqlen, dim, channels, tiles, segments, segment_chunks, unit,
+    d_out, u, delta, A, B, C, D, z, delta_bias, delta_weight, states, du, d_delta, dz,
+    carry, sums, before, parts, weighted, first_batch, first_chunk, round_chunks, s, unit,
     DSTATE: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr, T: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -278,64 +307,57 @@ def _backward(
     [entries of the round, segments, tiles, tokens of the round, 2, STATES]: of dB and dC; weighted [batch, tiles, seqlen]: of a
     rank-one d_delta.
     """
-    group, channel, exists = _own(channels, tiles, TILE)
-    index = tl.program_id(0) // tiles
-    segment, batch = index % segments, (index // segments).to(tl.int64) + first_batch
+    group, channel, exists = _own(s.channels, s.tiles, TILE)
+    index = tl.program_id(0) // s.tiles
+    segment, batch = index % s.segments, (index // s.segments).to(tl.int64) + first_batch
     n = tl.arange(0, STATES)
-    both = (n < DSTATE)[:, None] & exists[None, :]
-    a2 = _decay_rate(tl.load(A + channel[None, :] * DSTATE + n[:, None] * unit, mask=both, other=0.0))
-    bias, weight, D = _parameter(delta_bias, channel, exists), 1.0 + channel * 0.0, _parameter(D, channel, exists)
-    if delta_weight is not None:
-        weight = _parameter(delta_weight, channel, exists)
-    d_out = _pointers(d_out, d_out_strides, batch, channel, unit, T)
-    u = _pointers(u, u_strides, batch, channel, unit, T)
-    delta = _pointers(delta, delta_strides, batch, channel, unit, T)
-    du = _pointers(du, du_strides, batch, channel, unit, T)
+    both, a2, bias, weight = _constants(A, delta_bias, delta_weight, channel, exists, n, unit, DSTATE)
+    D = _parameter(D, channel, exists)
+    d_out_at, du_at = _at(d_out, batch, channel, unit, T), _at(du, batch, channel, unit, T)
+    u_at, delta_at = _at(u, batch, channel, unit, T), _at(delta, batch, channel, unit, T)
     if delta_weight is None:
-        d_delta = _pointers(d_delta, d_delta_strides, batch, channel, unit, T)
+        d_delta_at = _at(d_delta, batch, channel, unit, T)
     if z is not None:
-        z = _pointers(z, z_strides, batch, channel, unit, T)
-        dz = _pointers(dz, dz_strides, batch, channel, unit, T)
-    B += batch * B_strides[0] + group * B_strides[1] + n.to(tl.int64) * B_strides[2]
-    C += batch * C_strides[0] + group * C_strides[1] + n.to(tl.int64) * C_strides[2]
-    chunks = (seqlen + _CHUNK - 1) // _CHUNK
-    state = n[:, None].to(tl.int64) * dim + channel[None, :] * unit
+        z_at, dz_at = _at(z, batch, channel, unit, T), _at(dz, batch, channel, unit, T)
+    B_at, C_at = _states_at(B, batch, group, n), _states_at(C, batch, group, n)
+    chunks = (s.seqlen + _CHUNK - 1) // _CHUNK
+    state = n[:, None].to(tl.int64) * s.dim + channel[None, :] * unit
     program = tl.program_id(0).to(tl.int64)
     before += program * (_CHUNK // T * STATES * TILE) + n[:, None] * TILE + tl.arange(0, TILE)[None, :] * unit
     parts += program * round_chunks * (_CHUNK * 2 * STATES) + n
-    carry += (batch * segments + segment) * DSTATE * dim + state
-    sums += (batch * segments + segment) * (DSTATE + _MORE_SUMS) * dim
+    carry += (batch * s.segments + segment) * DSTATE * s.dim + state
+    sums += (batch * s.segments + segment) * (DSTATE + _MORE_SUMS) * s.dim
 
     g = tl.load(carry, mask=both, other=0.0)
     dA = tl.zeros([STATES, TILE], tl.float32)
     sum_D, sum_bias = tl.zeros([T, TILE], tl.float32), tl.zeros([T, TILE], tl.float32)
     sum_weight = sum_bias
-    of_segment = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
+    of_segment = tl.minimum(s.segment_chunks, chunks - segment * s.segment_chunks)
     count = tl.minimum(round_chunks, of_segment - first_chunk)
     for step in range(count):
         round_chunk = count - 1 - step
-        chunk = segment * segment_chunks + first_chunk + round_chunk
-        windows = (tl.minimum(seqlen - chunk * _CHUNK, _CHUNK) + T - 1) // T
-        h = tl.load(states + (batch * chunks + chunk) * DSTATE * dim + state, mask=both, other=0.0)
+        chunk = segment * s.segment_chunks + first_chunk + round_chunk
+        windows = (tl.minimum(s.seqlen - chunk * _CHUNK, _CHUNK) + T - 1) // T
+        h = tl.load(states + (batch * chunks + chunk) * DSTATE * s.dim + state, mask=both, other=0.0)
         for k in range(windows):
             tl.store(before + k * (STATES * TILE), h)
-            first, real = _window(chunk * _CHUNK + k * T, seqlen, exists, T, REVERSE)
-            d_tile, _ = _delta(_load(delta, delta_strides, first, real), weight, bias, real, SOFTPLUS)
-            x_tile = d_tile * _load(u, u_strides, first, real)
+            first, real = _window(chunk * _CHUNK + k * T, s.seqlen, exists, T, REVERSE)
+            d_tile, _ = _delta(_load(delta_at, first, real), weight, bias, real, SOFTPLUS)
+            x_tile = d_tile * _load(u_at, first, real)
             for j in tl.static_range(T):
                 i = T - 1 - j if REVERSE else j
                 at = tl.arange(0, T)[:, None] == i
-                x = _take(x_tile, at)[None, :] * _projection(B, B_strides, first, i, seqlen, n, DSTATE)[:, None]
+                x = _take(x_tile, at)[None, :] * _projection(B_at, first, i, s.seqlen, n, DSTATE)[:, None]
                 h = tl.exp2(_take(d_tile, at)[None, :] * a2) * h + x
         tl.debug_barrier()  # a lane may read what another has stored
         for step_back in range(windows):
             k = windows - 1 - step_back
-            first, real = _window(chunk * _CHUNK + k * T, seqlen, exists, T, REVERSE)
-            delta_tile, u_tile = _load(delta, delta_strides, first, real), _load(u, u_strides, first, real)
+            first, real = _window(chunk * _CHUNK + k * T, s.seqlen, exists, T, REVERSE)
+            delta_tile, u_tile = _load(delta_at, first, real), _load(u_at, first, real)
             d_tile, slope = _delta(delta_tile, weight, bias, real, SOFTPLUS)
-            x_tile, gy_tile = d_tile * u_tile, _load(d_out, d_out_strides, first, real)
+            x_tile, gy_tile = d_tile * u_tile, _load(d_out_at, first, real)
             if z is not None:
-                z_tile = _load(z, z_strides, first, real)
+                z_tile = _load(z_at, first, real)
                 gate_tile = _sigmoid(z_tile)
                 dz_tile = gy_tile * (gate_tile * (1.0 + z_tile * (1.0 - gate_tile)))
                 gy_tile *= z_tile * gate_tile
@@ -344,7 +366,7 @@ def _backward(
             for j in tl.static_range(T):
                 i = T - 1 - j if REVERSE else j
                 at = tl.arange(0, T)[:, None] == i
-                x = _take(x_tile, at)[None, :] * _projection(B, B_strides, first, i, seqlen, n, DSTATE)[:, None]
+                x = _take(x_tile, at)[None, :] * _projection(B_at, first, i, s.seqlen, n, DSTATE)[:, None]
                 gate = tl.exp2(_take(d_tile, at)[None, :] * a2)
                 h = gate * h + x
                 gates, hs = gates + (gate,), hs + (h,)
@@ -353,8 +375,8 @@ def _backward(
             for j in tl.static_range(T - 1, -1, -1):
                 i = T - 1 - j if REVERSE else j
                 at = tl.arange(0, T)[:, None] == i
-                Bv = _projection(B, B_strides, first, i, seqlen, n, DSTATE)[:, None]
-                Cv = _projection(C, C_strides, first, i, seqlen, n, DSTATE)[:, None]
+                Bv = _projection(B_at, first, i, s.seqlen, n, DSTATE)[:, None]
+                Cv = _projection(C_at, first, i, s.seqlen, n, DSTATE)[:, None]
                 gy, d = _take(gy_tile, at)[None, :], _take(d_tile, at)[None, :]
                 dh = gy * Cv + g
                 g = dh * gates[j]
@@ -368,41 +390,41 @@ def _backward(
                 tl.store(to, tl.sum(dh * _take(x_tile, at)[None, :], 1))
                 tl.store(to + STATES, tl.sum(hs[j + 1] * gy, 1))
             v = (dx_tile * u_tile + decay_tile * _LN2) * slope
-            _store(du, du_strides, first, real, dx_tile * d_tile + D[None, :] * gy_tile)
+            _store(du_at, first, real, dx_tile * d_tile + D[None, :] * gy_tile)
             if z is not None:
-                _store(dz, dz_strides, first, real, dz_tile * (y_tile + D[None, :] * u_tile))
+                _store(dz_at, first, real, dz_tile * (y_tile + D[None, :] * u_tile))
             sum_D += gy_tile * u_tile
             sum_bias += v
             if delta_weight is None:
-                _store(d_delta, d_delta_strides, first, real, v)
+                _store(d_delta_at, first, real, v)
             else:
                 sum_weight += v * delta_tile
                 t = first + tl.arange(0, T)
-                to = weighted + (batch * tiles + tl.program_id(0) % tiles) * seqlen + t
-                tl.store(to, tl.sum(v * weight[None, :], 1), mask=(t >= 0) & (t < seqlen))
+                to = weighted + (batch * s.tiles + tl.program_id(0) % s.tiles) * s.seqlen + t
+                tl.store(to, tl.sum(v * weight[None, :], 1), mask=(t >= 0) & (t < s.seqlen))
         tl.debug_barrier()  # before the next chunk's states take their place
     tl.store(carry, g, mask=both)
     tl.store(sums + state, tl.load(sums + state, mask=both, other=0.0) + dA, mask=both)
-    sums += DSTATE * dim + channel
+    sums += DSTATE * s.dim + channel
     tl.store(sums, tl.load(sums, mask=exists, other=0.0) + tl.sum(sum_D, 0), mask=exists)
-    tl.store(sums + dim, tl.load(sums + dim, mask=exists, other=0.0) + tl.sum(sum_bias, 0), mask=exists)
-    tl.store(sums + 2 * dim, tl.load(sums + 2 * dim, mask=exists, other=0.0) + tl.sum(sum_weight, 0), mask=exists)
+    tl.store(sums + s.dim, tl.load(sums + s.dim, mask=exists, other=0.0) + tl.sum(sum_bias, 0), mask=exists)
+    tl.store(sums + 2 * s.dim, tl.load(sums + 2 * s.dim, mask=exists, other=0.0) + tl.sum(sum_weight, 0), mask=exists)
 
 
 @triton.jit(do_not_specialize=["round_chunks"])
 def _sum_parts(
-    parts, dB, dB_strides, dC, dC_strides, first_batch, first_chunk, round_chunks, seqlen, groups, tiles_of_group,
-    segments, segment_chunks, DSTATE: tl.constexpr, STATES: tl.constexpr, TOKENS: tl.constexpr, REVERSE: tl.constexpr,
+    parts, dB, dC, first_batch, first_chunk, round_chunks, s, groups, tiles_of_group,
+    DSTATE: tl.constexpr, STATES: tl.constexpr, TOKENS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of a round: the sums over the tiles of a group, in order. A program has TOKENS tokens of a segment and group."""
     blocks = round_chunks * (_CHUNK // TOKENS)
     block, index = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     group, index = (index % groups).to(tl.int64), (index // groups).to(tl.int64)
-    segment, batch = index % segments, first_batch + index // segments
+    segment, batch = index % s.segments, first_batch + index // s.segments
     in_round = block * TOKENS + tl.arange(0, TOKENS)
     chunk = first_chunk + in_round // _CHUNK
-    t = (segment * segment_chunks + first_chunk) * _CHUNK + in_round
-    real = (t < seqlen) & (chunk < segment_chunks)
+    t = (segment * s.segment_chunks + first_chunk) * _CHUNK + in_round
+    real = (t < s.seqlen) & (chunk < s.segment_chunks)
     n = tl.arange(0, STATES).to(tl.int64)
     parts += (index * groups + group) * tiles_of_group * round_chunks * (_CHUNK * 2 * STATES)
     offsets = in_round[:, None] * (2 * STATES) + n[None, :]
@@ -411,12 +433,12 @@ def _sum_parts(
         sum_B += tl.load(parts + offsets, mask=real[:, None], other=0.0)
         sum_C += tl.load(parts + STATES + offsets, mask=real[:, None], other=0.0)
         parts += round_chunks.to(tl.int64) * (_CHUNK * 2 * STATES)
-    token = (seqlen - 1 - t if REVERSE else t).to(tl.int64)
+    token = (s.seqlen - 1 - t if REVERSE else t).to(tl.int64)
     mask = real[:, None] & (n < DSTATE)[None, :]
-    to = dB + batch * dB_strides[0] + group * dB_strides[1] + token[:, None] * dB_strides[3] + n[None, :] * dB_strides[2]
-    tl.store(to, sum_B.to(dB.dtype.element_ty), mask=mask)
-    to = dC + batch * dC_strides[0] + group * dC_strides[1] + token[:, None] * dC_strides[3] + n[None, :] * dC_strides[2]
-    tl.store(to, sum_C.to(dC.dtype.element_ty), mask=mask)
+    to = dB.data + batch * dB.batch + group * dB.group + token[:, None] * dB.token + n[None, :] * dB.channel
+    tl.store(to, sum_B.to(dB.data.dtype.element_ty), mask=mask)
+    to = dC.data + batch * dC.batch + group * dC.group + token[:, None] * dC.token + n[None, :] * dC.channel
+    tl.store(to, sum_C.to(dC.data.dtype.element_ty), mask=mask)
 
 
 def _limits(device: torch.device) -> tuple[int, int]:
@@ -448,20 +470,23 @@ class _Scan:
         self.segment_chunks = triton.cdiv(self.chunks, segments)
         self.segments = triton.cdiv(self.chunks, self.segment_chunks)
 
-    def strides(self, t: Tensor | None) -> tuple[int, ...] | None:
-        """Of a sequence: batch, channel, token; of B or C: batch, group, state, token."""
+    def sequence(self, t: Tensor | None) -> Sequence | None:
+        """t, as kernels take it; of a rank-one Δ every channel is the same."""
         if t is None:
             return None
         batch, *rest = t.stride()
-        return (batch, *rest[1:], rest[0]) if self.channel_last else (batch, *rest)
+        if self.channel_last:
+            rest = [*rest[1:], rest[0]]
+        group, channel, token = rest if t.dim() == 4 else (0, *rest)
+        return Sequence(t, batch, group, channel, token)
 
-    def delta_strides(self, delta: Tensor) -> tuple[int, ...]:
-        batch, channel, token = self.strides(delta)
-        return batch, 0 if self.rank_one else channel, token
+    def delta(self, t: Tensor) -> Sequence:
+        sequence = self.sequence(t)
+        return sequence._replace(channel=0) if self.rank_one else sequence
 
-    def shape(self) -> tuple[int, ...]:
-        """The kernels' runtime arguments from seqlen to unit."""
-        return self.seqlen, self.dim, self.channels, self.tiles, self.segments, self.segment_chunks, 1
+    def shape(self) -> tuple[Shape, int]:
+        """The kernels' arguments s and unit."""
+        return Shape(self.seqlen, self.dim, self.channels, self.tiles, self.segments, self.segment_chunks), 1
 
     def options(self, tokens: int, delta_softplus: bool, reverse: bool) -> dict:
         return {
@@ -478,8 +503,8 @@ class _Scan:
             ends = A.new_empty((self.batch, self.segments - 1, self.dstate, self.dim))
             steps = A.new_empty((self.batch, self.segments - 1, self.dim))
             _ends[(self.batch * (self.segments - 1) * self.tiles,)](
-                of, self.strides(of), delta, self.delta_strides(delta), A, by, self.strides(by), z, self.strides(z),
-                delta_bias, delta_weight, ends, steps, *self.shape(), ADJOINT=adjoint, **options,
+                self.sequence(of), self.sequence(by), self.delta(delta), A, self.sequence(z), delta_bias, delta_weight,
+                ends, steps, *self.shape(), ADJOINT=adjoint, **options,
             )  # fmt: skip
             _carry_over[(self.batch * triton.cdiv(self.dstate * self.dim, 128),)](
                 A, ends, steps, entry, self.dim, self.segments,
@@ -499,8 +524,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, de
     options = s.options(4, delta_softplus, reverse)
     entry = s.carry_over(initial_state, A, u, delta, B, None, delta_bias, delta_weight, options, adjoint=False)
     _forward[(s.batch * s.segments * s.tiles,)](
-        u, s.strides(u), delta, s.delta_strides(delta), A, B, s.strides(B), C, s.strides(C), D, z, s.strides(z),
-        delta_bias, delta_weight, entry, out, s.strides(out), last_state, states, *s.shape(), **options,
+        s.sequence(u), s.delta(delta), A, s.sequence(B), s.sequence(C), D, s.sequence(z), delta_bias, delta_weight,
+        entry, s.sequence(out), last_state, states, *s.shape(), **options,
     )  # fmt: skip
     return out, last_state, states
 
@@ -530,14 +555,13 @@ def backward(
             for first_chunk in reversed(range(0, s.segment_chunks, round_chunks)):
                 launch = (first_batch, first_chunk, round_chunks)
                 _backward[(entries * s.segments * s.tiles,)](
-                    d_out, s.strides(d_out), u, s.strides(u), delta, s.delta_strides(delta), A, B, s.strides(B), C, s.strides(C),
-                    D, z, s.strides(z), delta_bias, delta_weight, states, du, s.strides(du), d_delta, s.strides(d_delta),
-                    dz, s.strides(dz) if z is not None else None, carry, sums, before, parts, weighted, *launch, *s.shape(),
-                    **options,
+                    s.sequence(d_out), s.sequence(u), s.delta(delta), A, s.sequence(B), s.sequence(C), D, s.sequence(z),
+                    delta_bias, delta_weight, states, s.sequence(du), s.sequence(d_delta), None if z is None else s.sequence(dz),
+                    carry, sums, before, parts, weighted, *launch, *s.shape(), **options,
                 )  # fmt: skip
                 _sum_parts[(entries * s.segments * s.groups * round_chunks * (CHUNK // tokens),)](
-                    parts, dB, s.strides(dB), dC, s.strides(dC), *launch, s.seqlen, s.groups, s.tiles_of_group, s.segments,
-                    s.segment_chunks, DSTATE=s.dstate, STATES=s.states, TOKENS=tokens, REVERSE=reverse, enable_fp_fusion=True,
+                    parts, s.sequence(dB), s.sequence(dC), *launch, s.shape()[0], s.groups, s.tiles_of_group,
+                    DSTATE=s.dstate, STATES=s.states, TOKENS=tokens, REVERSE=reverse, enable_fp_fusion=True,
                 )  # fmt: skip
         if s.rank_one:
             d_delta.copy_(weighted.sum(1, keepdim=True) if not channel_last else weighted.sum(1).unsqueeze(2))
