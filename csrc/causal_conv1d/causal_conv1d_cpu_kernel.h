@@ -11,8 +11,9 @@
 #include "common/cpu_math.h"
 #include "common/cpu_sequence.h"
 
+// Of a piece: 32 KB channel-last, where it holds all its channels, else 8 KB a channel.
 constexpr int64_t tokens_of(bool channel_last) { return channel_last ? 128 : 2048; }
-constexpr int64_t kStrip = 64;
+constexpr int64_t kStrip = 64;  // channels
 
 // A piece, or one channel of it; of `channels` channels, in a line with `row` floats a token.
 struct Line {
@@ -27,18 +28,18 @@ static void each_line(const ConvShape& s, int64_t line_floats, const F& f) {
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()));
   Scratch scratch;
   float* memory = scratch.take<float>(workers * line_floats);
-  parallel_ranges(count, [&](int64_t worker, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / strips % chunks * kTokens, channel = i % strips * kStrip;
-      Line line{i / strips / chunks, first, std::min(kTokens, s.seqlen - first), channel, std::min(kStrip, s.dim - channel), 1};
+  parallel_ranges(count, [&](int64_t worker, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t token = i / strips % chunks * kTokens, channel = i % strips * kStrip;
+      Line line{i / strips / chunks, token, std::min(kTokens, s.seqlen - token), channel, std::min(kStrip, s.dim - channel), 1};
       float* own = memory + worker * line_floats;
       if (ChannelLast) {
         line.row = round_up(line.channels, W);
         f(line, own);
         continue;
       }
-      const int64_t last = channel + line.channels;
-      for (line.channels = 1; line.channel < last; ++line.channel) f(line, own);
+      const int64_t beyond = channel + line.channels;
+      for (line.channels = 1; line.channel < beyond; ++line.channel) f(line, own);
     }
   });
 }
@@ -58,17 +59,17 @@ AUTOHDR_INLINE void each_vector(const Line& line, int64_t tokens, const F& f) {
 // Tokens [from, from + tokens) of a line, zero where the sequence has none. Where lanes are tokens, W more are zero.
 template <bool ChannelLast>
 static void load_line(const ConvShape& s, const Sequence& x, const Line& line, int64_t from, int64_t tokens, float* to) {
-  const int64_t begin = std::max<int64_t>(from, 0), end = std::min(from + tokens, s.seqlen);
-  const int64_t head = (begin - from) * line.row, tail = (end - from) * line.row;
+  const int64_t first = std::max<int64_t>(from, 0), end = std::min(from + tokens, s.seqlen);
+  const int64_t head = (first - from) * line.row, tail = (end - from) * line.row;
   __builtin_memset(to, 0, head * sizeof(float));
   __builtin_memset(to + tail, 0, (tokens * line.row + (ChannelLast ? 0 : W) - tail) * sizeof(float));
-  with_pointer(x, line.batch * x.batch + line.channel * x.channel + begin * x.token, [&](const auto* data) {
+  with_pointer(x, line.batch * x.batch + line.channel * x.channel + first * x.token, [&](const auto* data) {
     if (ChannelLast) {
-      for (int64_t t = 0; t < end - begin; ++t)
+      for (int64_t t = 0; t < end - first; ++t)
         for (int64_t c = 0; c < line.row; c += W)
           store(to + head + t * line.row + c, load_at(data + t * x.token, c, line.channels));
     } else {
-      for (int64_t i = 0; i < end - begin; i += W) store_at(to + head, i, end - begin, load_at(data, i, end - begin));
+      for (int64_t i = 0; i < end - first; i += W) store_at(to + head, i, end - first, load_at(data, i, end - first));
     }
   });
 }
@@ -190,8 +191,8 @@ static void causal_conv1d_backward(const ConvBackward& a) {
   Scratch scratch;
   float* slots = scratch.take<float>(pieces * size);  // [piece][tap, bias][channel]
   s.channel_last ? backward_lines<true>(a, slots) : backward_lines<false>(a, slots);
-  parallel_ranges(size, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  parallel_ranges(size, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
       double total = 0;
       for (int64_t p = 0; p < pieces; ++p) total += slots[p * size + i];
       const int64_t tap = i / s.dim, channel = i % s.dim;

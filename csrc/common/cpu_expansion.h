@@ -63,7 +63,7 @@ struct Hidden {
         normal(memory + Ring::floats(slots, weight_.panels, most_columns, weight_.panel_width())),
         stats(reinterpret_cast<Stats*>(normal + slots * most_columns * normal_stride(x_.shape))), ld(normal_stride(x_.shape)) {}
 
-  void begin(int64_t image_, int64_t first_row, const Range& columns_) {
+  void start(int64_t image_, int64_t first_row, const Range& columns_) {
     image = image_, next = first_row, columns = columns_, ring.left = columns_.first;
   }
   float* normal_at(int64_t y, int64_t x) const { return normal + (ring.slot(y) * ring.columns + x - ring.left) * ld; }
@@ -164,7 +164,7 @@ struct ExpansionBackward {
       float* normal = d_normal + steps.rows * most * padded; // [pixel of the step][ld]
       const ExpansionSums total = sums_of(worker);
       const int64_t columns = tile.columns.size(), left_column = tile.columns.first;
-      hidden.begin(tile.image, tile.rows.first - 2, tile.columns.around(2));
+      hidden.start(tile.image, tile.rows.first - 2, tile.columns.around(2));
       int64_t next = tile.rows.first - 1;  // gradient row to make
       for (int64_t y = tile.rows.first; y < tile.rows.end; y += steps.rows) {
         const Range rows{y, std::min(y + steps.rows, tile.rows.end)};

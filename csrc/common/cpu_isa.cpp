@@ -41,7 +41,8 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
-constexpr size_t kAlign = 64;
+constexpr size_t kAlign = 64;             // bytes: a cache line and the widest vector
+constexpr size_t kLeastBlock = 1 << 20;  // bytes that are asked of the system at once
 
 struct Arena {
   struct Block {
@@ -96,7 +97,7 @@ std::vector<const char*> usable_isas() {
 
 void* Scratch::bytes(size_t count) {
   count = (count + kAlign - 1) / kAlign * kAlign;
-  if (arena.blocks.empty() || arena.used + count > arena.blocks.back().size) arena.add(std::max<size_t>(count, 1 << 20));
+  if (arena.blocks.empty() || arena.used + count > arena.blocks.back().size) arena.add(std::max(count, kLeastBlock));
   void* p = static_cast<char*>(arena.blocks.back().data) + arena.used;
   arena.used += count;
   if (poisoned.load(std::memory_order_relaxed)) std::memset(p, 0xff, count);

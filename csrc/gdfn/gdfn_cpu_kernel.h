@@ -67,7 +67,7 @@ static void gdfn_forward(const GdfnForward<T>& a) {
     float* gated = mine + hidden_size;       // [panel][pixel of the step][width]
     float* projected = gated + half * panel; // [pixel of the step][out_width]
     const Range& columns = tile.columns;
-    hidden.begin(tile.image, tile.rows.first - 1, columns.around(1));
+    hidden.start(tile.image, tile.rows.first - 1, columns.around(1));
     for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
       const int64_t end = std::min(first + steps.rows, tile.rows.end);
       hidden.advance(end + 1);

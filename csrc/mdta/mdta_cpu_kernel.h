@@ -92,7 +92,7 @@ static void mdta_statistics(const MdtaStatistics<T>& a) {
       float* qk = mine + hidden_size;                   // [panel][pixel of the step][width]
       float* gram = qk + groups.panels() * panel;       // the step's share of the sums
       float* squares = gram + gram_size;
-      hidden.begin(b, tile.rows.first - 1, tile.columns.around(1));
+      hidden.start(b, tile.rows.first - 1, tile.columns.around(1));
       for (int64_t y = tile.rows.first; y < tile.rows.end; y += steps.rows) {
         const Range rows{y, std::min(y + steps.rows, tile.rows.end)};
         const int64_t pixels = rows.size() * tile.columns.size();
@@ -152,7 +152,7 @@ static void mdta_apply(const MdtaApply<T>& a) {
       float* values = mine + hidden_size;           // [panel][pixel of the step][width]
       float* projected = values + panels * panel;   // [pixel of the step][out_width]
       const int64_t columns = tile.columns.size();
-      hidden.begin(b, tile.rows.first - 1, tile.columns.around(1));
+      hidden.start(b, tile.rows.first - 1, tile.columns.around(1));
       for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
         const Range rows{first, std::min(first + steps.rows, tile.rows.end)};
         hidden.advance(rows.end + 1);
@@ -207,7 +207,7 @@ static void mdta_backward(const MdtaBackward<T>& a) {
       Hidden<T> hidden(op, v_weight, v_bias, in, steps.rows + 2, most + 2, mine);
       float *v = mine + hidden_size, *dy = v + steps.rows * most * width;
       const int64_t columns = tile.columns.size();
-      hidden.begin(image, tile.rows.first - 1, tile.columns.around(1));
+      hidden.start(image, tile.rows.first - 1, tile.columns.around(1));
       for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
         const Range rows{first, std::min(first + steps.rows, tile.rows.end)};
         hidden.advance(rows.end + 1);

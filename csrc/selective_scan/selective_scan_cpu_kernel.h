@@ -162,25 +162,26 @@ static Projection load_projection(const Sequence& s, int64_t offset, int64_t dst
 }
 
 // The sums over channels of dB and dC: [states / 4][token][dB of four states, dC of four states].
-static int64_t sums_size(int64_t dstate, int64_t tokens) { return ceil_div(dstate, 4) * tokens * 8; }
+constexpr int64_t kFours = 8;
+static int64_t sums_size(int64_t dstate, int64_t tokens) { return ceil_div(dstate, 4) * tokens * kFours; }
 
 static void store_projection(const Sequence& s, int64_t offset, int64_t dstate, int64_t tokens, const float* sums, int64_t ld,
                              int64_t part) {
   with_pointer(s, offset, [&](auto* to) {
     for (int64_t n = 0; n < dstate; ++n) {
-      const float* from = sums + n / 4 * ld * 8 + part * 4 + n % 4;
+      const float* from = sums + n / 4 * ld * kFours + part * 4 + n % 4;
       if (s.token == 1) {
         for (int64_t t = 0; t < tokens; t += W) {
           float lanes[W] = {};
           const int64_t count = std::min<int64_t>(W, tokens - t);
-          for (int64_t i = 0; i < count; ++i) lanes[i] = from[(t + i) * 8];
+          for (int64_t i = 0; i < count; ++i) lanes[i] = from[(t + i) * kFours];
           store_at(to + n * s.channel, t, tokens, load(lanes));
         }
       } else if (n % 4 == 0) {
         const int64_t count = std::min<int64_t>(4, dstate - n);
         for (int64_t t = 0; t < tokens; ++t) {
           float lanes[W] = {};
-          __builtin_memcpy(lanes, from + t * 8, 4 * sizeof(float));
+          __builtin_memcpy(lanes, from + t * kFours, 4 * sizeof(float));
           store_part(to + n * s.channel + t * s.token, load(lanes), count);
         }
       }
@@ -191,39 +192,40 @@ static void store_projection(const Sequence& s, int64_t offset, int64_t dstate, 
 // ---------------------------------------------------------------------------------------------------------------------
 // What both passes share: which worker owns what, one block's constants and its Δ.
 
-// The blocks [first, last) of W channels of one batch entry and group, all one worker's.
+// The blocks [first, end) of W channels of one batch entry and group, all one worker's.
 struct Segment {
-  int64_t batch, group, first, last;
+  int64_t batch, group, first, end;
   bool whole;  // no other worker has blocks of this group
 };
 
-struct Plan {
+// How the blocks are split over the workers.
+struct Split {
   int64_t workers;
   std::vector<Segment> segments;
-  std::vector<int64_t> begin;  // of a worker's segments
+  std::vector<int64_t> first;  // of a worker's segments, and their number
 
-  explicit Plan(const ScanShape& s) {
+  explicit Split(const ScanShape& s) {
     const int64_t blocks = ceil_div(s.channels, W), units = s.batch * s.groups * blocks;
     workers = std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads()));
     for (int64_t w = 0; w < workers; ++w) {
-      begin.push_back(segments.size());
-      for (int64_t unit = units * w / workers, end = units * (w + 1) / workers; unit < end;) {
-        const int64_t first = unit % blocks, last = std::min(blocks, first + end - unit), index = unit / blocks;
-        segments.push_back({index / s.groups, index % s.groups, first, last, first == 0 && last == blocks});
-        unit += last - first;
+      first.push_back(segments.size());
+      for (int64_t unit = units * w / workers, stop = units * (w + 1) / workers; unit < stop;) {
+        const int64_t block = unit % blocks, end = std::min(blocks, block + stop - unit), index = unit / blocks;
+        segments.push_back({index / s.groups, index % s.groups, block, end, block == 0 && end == blocks});
+        unit += end - block;
       }
     }
-    begin.push_back(segments.size());
+    first.push_back(segments.size());
   }
   template <class F>
   void for_each(const F& f) const {  // f(worker, segment's index)
     parallel(workers, [&](int64_t w) {
-      for (int64_t i = begin[w]; i < begin[w + 1]; ++i) f(w, i);
+      for (int64_t i = first[w]; i < first[w + 1]; ++i) f(w, i);
     });
   }
   int64_t most_blocks() const {
     int64_t most = 0;
-    for (const Segment& s : segments) most = std::max(most, s.last - s.first);
+    for (const Segment& s : segments) most = std::max(most, s.end - s.first);
     return most;
   }
 };
@@ -232,9 +234,9 @@ struct Plan {
 struct Chunk {
   int64_t index, first, tokens, start, step;
   Chunk(const ScanShape& s, int64_t i) : index(i) {
-    const int64_t begin = i * kChunk, end = std::min(begin + kChunk, s.seqlen);
-    tokens = end - begin;
-    first = s.reverse ? s.seqlen - end : begin;
+    const int64_t scanned = i * kChunk, end = std::min(scanned + kChunk, s.seqlen);
+    tokens = end - scanned;
+    first = s.reverse ? s.seqlen - end : scanned;
     start = s.reverse ? tokens - 1 : 0;
     step = s.reverse ? -1 : 1;
   }
@@ -254,9 +256,9 @@ struct Block {
 // Fetches what the next block will read and write while this one computes: rows that lie pages apart come too late otherwise.
 class Ahead {
  public:
-  // The next block is the one after the i-th, behind a segment's last its first one; the caller says of which chunk.
+  // The next block is the one after the i-th, behind a segment's last the first; the caller says of which chunk.
   Ahead(const ScanShape& s, const Segment& g, int64_t i, int64_t its_chunk)
-      : block(s, g, i + 1 < g.last ? i + 1 : g.first), chunk(s, its_chunk) {}
+      : block(s, g, i + 1 < g.end ? i + 1 : g.first), chunk(s, its_chunk) {}
 
   void add(const Sequence& s) {
     if (!s.data) return;
@@ -378,16 +380,16 @@ static void selective_scan_forward(const ScanForward& a) {
   const ScanInputs& in = a.in;
   if (s.batch == 0) return;
   Scratch scratch;
-  const Plan plan(s);
-  const int64_t N = s.dstate, blocks = plan.most_blocks();
+  const Split split(s);
+  const int64_t N = s.dstate, blocks = split.most_blocks();
   const int64_t worker_size = 4 * kTile + 2 * kChunk * N + 2 * blocks * N * W;
-  float* memory = scratch.take<float>(plan.workers * worker_size);
-  plan.for_each([&](int64_t worker, int64_t index) {
-    const Segment& g = plan.segments[index];
+  float* memory = scratch.take<float>(split.workers * worker_size);
+  split.for_each([&](int64_t worker, int64_t index) {
+    const Segment& g = split.segments[index];
     float *delta = memory + worker * worker_size, *u = delta + kTile, *du = u + kTile, *y = du + kTile;
     float *b_memory = y + kTile, *c_memory = b_memory + kChunk * N;
     float *A2 = c_memory + kChunk * N, *state = A2 + blocks * N * W;  // [block][state][lane]
-    for (int64_t i = g.first; i < g.last; ++i) {
+    for (int64_t i = g.first; i < g.end; ++i) {
       const Block b(s, g, i);
       load_states(in.A + b.row * N, b.lanes, N, kLog2e, A2 + (i - g.first) * N * W);
       load_states(in.initial_state ? in.initial_state + (b.batch * s.dim() + b.row) * N : nullptr, b.lanes, N, 1,
@@ -397,7 +399,7 @@ static void selective_scan_forward(const ScanForward& a) {
       const Chunk c(s, k);
       const Projection B = load_projection(in.B, projection_offset(in.B, g, c), N, c.tokens, b_memory);
       const Projection C = load_projection(in.C, projection_offset(in.C, g, c), N, c.tokens, c_memory);
-      for (int64_t i = g.first; i < g.last; ++i) {
+      for (int64_t i = g.first; i < g.end; ++i) {
         const Block b(s, g, i);
         float *h = state + (i - g.first) * N * W, *a2 = A2 + (i - g.first) * N * W;
         for (int64_t n = 0; n < N; ++n)
@@ -409,7 +411,7 @@ static void selective_scan_forward(const ScanForward& a) {
           store(du + t * W, load(delta + t * W) * load(u + t * W));
           store(y + t * W, D * load(u + t * W));
         }
-        Ahead ahead(s, g, i, std::min(i + 1 < g.last ? k : k + 1, s.chunks() - 1));
+        Ahead ahead(s, g, i, std::min(i + 1 < g.end ? k : k + 1, s.chunks() - 1));
         for (const Sequence* q : {&in.u, &in.z, &a.out}) ahead.add(*q);
         if (!in.delta_weight) ahead.add(in.delta);
         ahead.spread(ceil_div(N, 4) * c.tokens);
@@ -428,7 +430,7 @@ static void selective_scan_forward(const ScanForward& a) {
         store_tile(a.out, b.offset(a.out, c), b.lanes, c.tokens, y);
       }
     }
-    for (int64_t i = g.first; i < g.last; ++i) {
+    for (int64_t i = g.first; i < g.end; ++i) {
       const Block b(s, g, i);
       store_states(state + (i - g.first) * N * W, b.lanes, N, a.last_state + (b.batch * s.dim() + b.row) * N);
     }
@@ -448,7 +450,7 @@ static void scan_states_back(const Chunk& c, const float* delta, const float* du
   for (int64_t i = c.tokens - 1; i >= 0; --i, t -= c.step) {
     const vf d = load(delta + t * W), x = load(du + t * W), g = load(dy + t * W);
     ahead.step();
-    vf input = load(d_input + t * W), decay = load(d_decay + t * W), products[8];
+    vf input = load(d_input + t * W), decay = load(d_decay + t * W), products[kFours];
     AUTOHDR_UNROLL for (int j = 0; j < 4; ++j) {
       if (j >= NS) {
         products[j] = products[4 + j] = vf{};
@@ -465,7 +467,7 @@ static void scan_states_back(const Chunk& c, const float* delta, const float* du
     }
     store(d_input + t * W, input);
     store(d_decay + t * W, decay);
-    add_sums(products, sums + t * 8);
+    add_sums(products, sums + t * kFours);
   }
   AUTOHDR_UNROLL for (int j = 0; j < NS; ++j) {
     store(d_state + j * W, carry[j]);
@@ -481,28 +483,28 @@ static void selective_scan_backward(const ScanBackward& a) {
   const ScanInputs& in = a.in;
   const int64_t N = s.dstate, dim = s.dim();
   Scratch scratch;
-  const Plan plan(s);
-  const int64_t blocks = plan.most_blocks(), sums_floats = sums_size(N, kChunk);
+  const Split split(s);
+  const int64_t blocks = split.most_blocks(), sums_floats = sums_size(N, kChunk);
 
   // Sums over the batch come from one row an entry, over the blocks of a group from one part a segment that shares it.
   const int64_t per_channel = N + kBlockSums;
   float* rows = scratch.take<float>(s.batch * dim * per_channel);  // [batch][dim][dA, dD, d_delta_bias, d_delta_weight]
-  const int64_t segments = plan.segments.size();
+  const int64_t segments = split.segments.size();
   float* rank_one = in.delta_weight ? scratch.take<float>(segments * s.seqlen) : nullptr;  // [segment][token]
   int64_t shared = 0;
-  for (const Segment& g : plan.segments) shared += !g.whole;
+  for (const Segment& g : split.segments) shared += !g.whole;
   const int64_t shared_size = sums_size(N, s.seqlen);
   float* parts = scratch.take<float>(shared * shared_size);
   float** part_of = scratch.take<float*>(segments);
-  for (int64_t i = 0, next = 0; i < segments; ++i) part_of[i] = plan.segments[i].whole ? nullptr : parts + shared_size * next++;
+  for (int64_t i = 0, next = 0; i < segments; ++i) part_of[i] = split.segments[i].whole ? nullptr : parts + shared_size * next++;
 
   enum { kSlope, kDelta, kU, kDu, kZ, kY, kDy, kInput, kDecay, kRank, kTiles };
   const int64_t worker_size =
       kTiles * kTile + 2 * kChunk * N + sums_floats + (8 * kChunk + 4) * W + blocks * (3 * N + kBlockSums) * W + N * W;
-  float* memory = scratch.take<float>(plan.workers * worker_size);
+  float* memory = scratch.take<float>(split.workers * worker_size);
 
-  plan.for_each([&](int64_t worker, int64_t index) {
-    const Segment& g = plan.segments[index];
+  split.for_each([&](int64_t worker, int64_t index) {
+    const Segment& g = split.segments[index];
     float* tiles = memory + worker * worker_size;
     const auto tile = [&](int i) { return tiles + i * kTile; };
     float *slope = tile(kSlope), *delta = tile(kDelta), *u = tile(kU), *du = tile(kDu), *z = tile(kZ), *y = tile(kY);
@@ -514,8 +516,8 @@ static void selective_scan_backward(const ScanBackward& a) {
     float* d_state = A2 + blocks * N * W;                       // [block][state][lane]
     float* block_sums = d_state + blocks * N * W;               // [block][dA's states, D, bias, weight][lane]
 
-    __builtin_memset(block_sums, 0, (g.last - g.first) * per_channel * W * sizeof(float));
-    for (int64_t i = g.first; i < g.last; ++i) {
+    __builtin_memset(block_sums, 0, (g.end - g.first) * per_channel * W * sizeof(float));
+    for (int64_t i = g.first; i < g.end; ++i) {
       const Block b(s, g, i);
       load_states(in.A + b.row * N, b.lanes, N, kLog2e, A2 + (i - g.first) * N * W);
       load_states(a.d_last_state ? a.d_last_state + (b.batch * dim + b.row) * N : nullptr, b.lanes, N, 1,
@@ -527,7 +529,7 @@ static void selective_scan_backward(const ScanBackward& a) {
       const Projection C = load_projection(in.C, projection_offset(in.C, g, c), N, c.tokens, c_memory);
       __builtin_memset(sums, 0, sums_floats * sizeof(float));
       if (rank_one) __builtin_memset(rank, 0, kTile * sizeof(float));
-      for (int64_t i = g.first; i < g.last; ++i) {
+      for (int64_t i = g.first; i < g.end; ++i) {
         const Block b(s, g, i);
         const float* a2 = A2 + (i - g.first) * N * W;
         float* totals = block_sums + (i - g.first) * per_channel * W;
@@ -545,11 +547,11 @@ static void selective_scan_backward(const ScanBackward& a) {
           if (!in.z.data) continue;
           store(y + t, D * load(u + t));
           // From d_out to the gradients behind the gate silu(z): of y, and of z but for its factor y.
-          const vf zt = load(z + t), gate = sigmoid(zt), silu = zt * gate, d_out = load(dy + t);
+          const vf value = load(z + t), gate = sigmoid(value), silu = value * gate, d_out = load(dy + t);
           store(dy + t, d_out * silu);
           store(z + t, d_out * (gate + silu * (1.0f - gate)));
         }
-        Ahead ahead(s, g, i, std::max<int64_t>(i + 1 < g.last ? k : k - 1, 0));
+        Ahead ahead(s, g, i, std::max<int64_t>(i + 1 < g.end ? k : k - 1, 0));
         for (const Sequence* q : {&in.u, &in.z, &a.d_out, &a.du, &a.dz}) ahead.add(*q);
         if (!in.delta_weight) ahead.add(in.delta), ahead.add(a.d_delta);
         ahead.spread(2 * ceil_div(N, 4) * c.tokens);
@@ -560,19 +562,19 @@ static void selective_scan_backward(const ScanBackward& a) {
           else
             scan_states<count(), true, false>(c, delta, du, a2 + n * W, Bn, Cn, h + n * W, nullptr, gates, kept, ahead);
           scan_states_back<count()>(c, delta, du, dy, a2 + n * W, Bn, Cn, gates, kept, d_state + ((i - g.first) * N + n) * W,
-                                    totals + n * W, d_input, d_decay, sums + n / 4 * kChunk * 8, ahead);
+                                    totals + n * W, d_input, d_decay, sums + n / 4 * kChunk * kFours, ahead);
         });
         // From the gradients of y, Δ u and the gates to those of the tensors.
         const vf weight = load_parameter(in.delta_weight, b);
         vf sum_D = {}, sum_bias = {}, sum_weight = {};
         for (int64_t t = 0; t < c.tokens * W; t += W) {
-          const vf ut = load(u + t), dt = load(d_input + t), gt = load(dy + t);
-          vf dd = dt * ut + load(d_decay + t) * kLn2;
-          if (s.softplus) dd *= load(slope + t);
-          store(d_input + t, dt * load(delta + t) + D * gt);
-          store(d_decay + t, dd);
-          sum_D += gt * ut;
-          sum_bias += dd;
+          const vf value = load(u + t), input = load(d_input + t), d_y = load(dy + t);
+          vf d_delta = input * value + load(d_decay + t) * kLn2;
+          if (s.softplus) d_delta *= load(slope + t);
+          store(d_input + t, input * load(delta + t) + D * d_y);
+          store(d_decay + t, d_delta);
+          sum_D += d_y * value;
+          sum_bias += d_delta;
           if (in.z.data) store(z + t, load(z + t) * load(y + t));
         }
         if (in.delta_weight) {
@@ -596,13 +598,13 @@ static void selective_scan_backward(const ScanBackward& a) {
         store_projection(a.dC, projection_offset(a.dC, g, c), N, c.tokens, sums, kChunk, 1);
       } else {
         for (int64_t n = 0; n < N; n += 4)
-          __builtin_memcpy(part_of[index] + (n / 4 * s.seqlen + c.first) * 8, sums + n / 4 * kChunk * 8,
-                           c.tokens * 8 * sizeof(float));
+          __builtin_memcpy(part_of[index] + (n / 4 * s.seqlen + c.first) * kFours, sums + n / 4 * kChunk * kFours,
+                           c.tokens * kFours * sizeof(float));
       }
       if (rank_one)
         for (int64_t t = 0; t < c.tokens; ++t) rank_one[index * s.seqlen + c.first + t] = sum(load(rank + t * W));
     }
-    for (int64_t i = g.first; i < g.last; ++i) {
+    for (int64_t i = g.first; i < g.end; ++i) {
       const Block b(s, g, i);
       store_states(block_sums + (i - g.first) * per_channel * W, b.lanes, per_channel, rows + (b.batch * dim + b.row) * per_channel);
       if (a.d_initial_state)
@@ -623,31 +625,31 @@ static void selective_scan_backward(const ScanBackward& a) {
     if (in.delta_weight) a.d_delta_weight[d] = total(N + kSumWeight);
   }
   for (int64_t i = 0; i < segments;) {
-    const Segment& g = plan.segments[i];
+    const Segment& g = split.segments[i];
     int64_t end = i + 1;
-    while (end < segments && plan.segments[end].batch == g.batch && plan.segments[end].group == g.group) ++end;
+    while (end < segments && split.segments[end].batch == g.batch && split.segments[end].group == g.group) ++end;
     if (!g.whole) {
-      parallel_ranges(ceil_div(s.seqlen, kChunk), [&](int64_t, int64_t first, int64_t last) {
-        const int64_t from = first * kChunk, tokens = std::min(last * kChunk, s.seqlen) - from;
+      parallel_ranges(ceil_div(s.seqlen, kChunk), [&](int64_t, int64_t first, int64_t end_chunk) {
+        const int64_t from = first * kChunk, tokens = std::min(end_chunk * kChunk, s.seqlen) - from;
         for (int64_t n = 0; n < N; n += 4) {
-          float* to = part_of[i] + (n / 4 * s.seqlen + from) * 8;
+          float* to = part_of[i] + (n / 4 * s.seqlen + from) * kFours;
           for (int64_t j = i + 1; j < end; ++j) {
-            const float* other = part_of[j] + (n / 4 * s.seqlen + from) * 8;
-            for (int64_t e = 0; e < tokens * 8; ++e) to[e] += other[e];
+            const float* other = part_of[j] + (n / 4 * s.seqlen + from) * kFours;
+            for (int64_t e = 0; e < tokens * kFours; ++e) to[e] += other[e];
           }
         }
         const auto offset = [&](const Sequence& q) { return g.batch * q.batch + g.group * q.group + from * q.token; };
-        store_projection(a.dB, offset(a.dB), N, tokens, part_of[i] + from * 8, s.seqlen, 0);
-        store_projection(a.dC, offset(a.dC), N, tokens, part_of[i] + from * 8, s.seqlen, 1);
+        store_projection(a.dB, offset(a.dB), N, tokens, part_of[i] + from * kFours, s.seqlen, 0);
+        store_projection(a.dC, offset(a.dC), N, tokens, part_of[i] + from * kFours, s.seqlen, 1);
       });
     }
     i = end;
   }
   if (rank_one)
     for (int64_t i = 0; i < segments;) {
-      const int64_t batch = plan.segments[i].batch;
+      const int64_t batch = split.segments[i].batch;
       float* to = rank_one + i * s.seqlen;
-      for (++i; i < segments && plan.segments[i].batch == batch; ++i)
+      for (++i; i < segments && split.segments[i].batch == batch; ++i)
         for (int64_t t = 0; t < s.seqlen; ++t) to[t] += rank_one[i * s.seqlen + t];
       with_pointer(a.d_delta, batch * a.d_delta.batch, [&](auto* d_delta) {
         for (int64_t t = 0; t < s.seqlen; t += W) store_at(d_delta, t, s.seqlen, load_at(to, t, s.seqlen));

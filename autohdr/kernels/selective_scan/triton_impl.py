@@ -442,7 +442,7 @@ def _sum_parts(
 
 
 def _limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and the most floats of partial sums at a time if one chunk of every segment does not take more."""
+    """Multiprocessors, and the most floats of partial sums at a time (48 MB) if one chunk of every segment does not take more."""
     if device.type == "cpu":  # the interpreter: small tests are split, and take several rounds, in some shapes and not in others
         return 2, 600
     return torch.cuda.get_device_properties(device).multi_processor_count, 12 << 20
@@ -544,7 +544,7 @@ def backward(
         options = s.options(window, delta_softplus, reverse)
         carry = s.carry_over(d_last_state, A, d_out, delta, C, z, delta_bias, delta_weight, options, adjoint=True)
         part = s.segments * s.tiles * CHUNK * 2 * s.states  # of a batch entry and one chunk of every segment
-        tokens = min(32, CHUNK, 2048 // s.states)
+        tokens = min(32, CHUNK, 2048 // s.states)  # of a program of _sum_parts: its two tiles of sums fit into registers
         batches = min(s.batch, max(1, s.part_floats // part))
         round_chunks = min(s.segment_chunks, max(1, s.part_floats // (part * batches)))
         parts = A.new_empty(batches * part * round_chunks)
