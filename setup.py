@@ -7,29 +7,58 @@ TORCH_CUDA_ARCH_LIST               narrows the GPU architectures, as for any PyT
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
+ANSWERS_WITHIN = 30  # seconds that a compiler may take over a line of code; one on a network drive can hang
 
 
-def nvcc_release() -> tuple[Path, str] | None:
-    """CUDA's root folder and nvcc's release, such as 13.0."""
+def output_of(command: list[str]) -> str:
+    """What a program prints.
+
+    Raises:
+        LookupError: it does not run, does not answer, or fails; why, in one line.
+    """
+    name = command[0]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=ANSWERS_WITHIN
+        )
+    except OSError as error:
+        raise LookupError(f"{name} does not run: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise LookupError(f"{name} did not answer within {ANSWERS_WITHIN} s") from None
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("#")] or ["it says nothing"]
+    if done.returncode:
+        raise LookupError(f"{name} fails: {next((line for line in lines if 'error' in line), lines[-1]).strip()}")
+    return done.stdout + done.stderr
+
+
+def nvcc_release() -> tuple[Path, str]:
+    """CUDA's root folder and nvcc's release, such as 13.0.
+
+    Raises:
+        LookupError: there is no nvcc, or none that compiles; why, in one line.
+    """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc or not Path(nvcc).exists():
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+\.\d+)", text)
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        raise LookupError("no nvcc was found (set CUDA_HOME)")
+    release = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
     if not release:
-        return None
+        raise LookupError(f"{nvcc} --version names no release")
+    with tempfile.TemporaryDirectory() as folder:  # an nvcc that knows its version may still lack headers, or refuse this g++
+        said = output_of([nvcc, "-v", "-x", "cu", "-c", "/dev/null", "-o", f"{folder}/nothing.o"])
     if not home:  # nvcc may be a script that starts the real one: the compiler itself says where it lies
-        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-        top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
         home = top.group(1).strip() if top else Path(nvcc).resolve().parent.parent
     return Path(home).resolve(), release.group(1)
 
@@ -42,23 +71,51 @@ def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple
         return False, False, "no kernels (AUTOHDR_BUILD=none): the reference backend will be used"
     if build == "cpu":
         return True, False, "CPU kernels (AUTOHDR_BUILD=cpu)"
-    missing = ""
-    nvcc = nvcc_release()
-    if nvcc is None:
-        missing = "no nvcc was found (set CUDA_HOME)"
-    elif not cuda_sources:
-        missing = "this version has no CUDA kernels"
-    elif build == "auto" and torch_cuda is None:
-        missing = "torch was built without CUDA"
-    elif torch_cuda is not None and nvcc[1].split(".")[0] != torch_cuda.split(".")[0]:
-        missing = f"nvcc is {nvcc[1]}, torch was built with CUDA {torch_cuda}"
-    elif tuple(map(int, nvcc[1].split("."))) < (12, 8):  # knows no 10.0
-        missing = f"nvcc is {nvcc[1]}, 12.8 or newer is needed"
-    if missing and build == "cuda":
-        raise SystemExit(f"AUTOHDR_BUILD=cuda: {missing}")
-    if missing:
+    try:
+        if not cuda_sources:
+            raise LookupError("this version has no CUDA kernels")
+        if build == "auto" and torch_cuda is None:
+            raise LookupError("torch was built without CUDA")
+        release = nvcc_release()[1]
+        if torch_cuda is not None and release.split(".")[0] != torch_cuda.split(".")[0]:
+            raise LookupError(f"nvcc is {release}, torch was built with CUDA {torch_cuda}")
+        if tuple(map(int, release.split("."))) < (12, 8):  # knows no 10.0
+            raise LookupError(f"nvcc is {release}, 12.8 or newer is needed")
+    except LookupError as missing:
+        if build == "cuda":
+            raise SystemExit(f"AUTOHDR_BUILD=cuda: {missing}") from None
         return True, False, f"CPU kernels; no CUDA kernels: {missing}"
-    return True, True, f"CPU kernels and CUDA kernels with nvcc {nvcc[1]}"
+    return True, True, f"CPU kernels and CUDA kernels with nvcc {release}"
+
+
+def check_tools() -> None:
+    """Ends the build in one line where PyTorch or the C++ compiler can't serve it."""
+    without = "AUTOHDR_BUILD=none installs without kernels."
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise SystemExit(
+                "autohdr compiles its kernels against your PyTorch: install torch >= 2.11 first, then build with"
+                f" pip install --no-build-isolation. {without}"
+            ) from None
+        raise SystemExit(f"autohdr: PyTorch is installed, but does not import: {error}. {without}") from None
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
+        raise SystemExit(f"autohdr: torch is {torch.__version__}, 2.11 or newer is needed. {without}")
+    try:
+        import pybind11  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"autohdr: {error}: pip install pybind11 ninja. {without}") from None
+    try:
+        # torch compiles with the first, setuptools links with the second.
+        for compiler in {os.environ.get("CXX") or "c++", os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++"}:
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder, "nothing.cpp")
+                source.write_text("#include <Python.h>\n#include <vector>\n")
+                flags = ["-std=c++17", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
+                output_of([*shlex.split(compiler), *flags, str(source), "-o", f"{folder}/nothing.so"])
+    except LookupError as error:
+        raise SystemExit(f"autohdr needs g++ and Python's headers to compile its kernels: {error}. {without}") from None
 
 
 def extension() -> tuple[list, dict]:
@@ -68,20 +125,25 @@ def extension() -> tuple[list, dict]:
         for built in ROOT.glob("autohdr/_C*.so"):  # an earlier editable installation's would be loaded all the same
             built.unlink()
         return [], {}
-    try:
-        import torch
-    except ImportError:
-        raise SystemExit(
-            "autohdr compiles its kernels against your PyTorch: install torch >= 2.11 first, then build with"
-            " pip install --no-build-isolation. AUTOHDR_BUILD=none installs without kernels."
-        ) from None
+    check_tools()
     import pybind11
+    import torch
 
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cu"))
     cpu, cuda, message = choose(build, torch.version.cuda, cuda_sources)
     print("autohdr:", message)
     cuda_home, release = nvcc_release() if cuda else (None, "none")
     from torch.utils import cpp_extension
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except (RuntimeError, OSError) as error:
+                raise SystemExit(
+                    f"autohdr: the kernels did not compile ({error}); what the compiler said stands above."
+                    " AUTOHDR_BUILD=none installs without kernels."
+                ) from None
 
     if cuda:
         cpp_extension.CUDA_HOME = str(cuda_home)  # None where torch was built without CUDA
@@ -117,7 +179,7 @@ def extension() -> tuple[list, dict]:
         # Without --no-as-needed the linker drops libtorch, whose stream functions are weak symbols of the stable ABI.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"] if os.uname().sysname == "Linux" else [],
     )
-    return [module], {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}
+    return [module], {"build_ext": Build}
 
 
 modules, commands = extension()
