@@ -88,6 +88,15 @@ def choose(build: str, torch_cuda: str | None, cuda_sources: list[str]) -> tuple
     return True, True, f"CPU kernels and CUDA kernels with nvcc {release}"
 
 
+def keep_out_of_pips_cache() -> None:
+    """pip keeps a wheel built from a git URL that names a commit, and hands it out for the same commit whatever AUTOHDR_BUILD and
+    the compilers have become. It keeps none of a tag, which may move: so tag the clone, which pip has made for this build alone,
+    with the commit's own name."""
+    if (ROOT / ".git").exists() and any(part.startswith("pip-install-") for part in ROOT.resolve().parts):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        subprocess.run(["git", "tag", "--force", commit], cwd=ROOT, capture_output=True)
+
+
 def check_tools() -> None:
     """Ends the build in one line where PyTorch or the C++ compiler can't serve it."""
     without = "AUTOHDR_BUILD=none installs without kernels."
@@ -119,6 +128,7 @@ def check_tools() -> None:
 
 
 def extension() -> tuple[list, dict]:
+    keep_out_of_pips_cache()
     build = os.environ.get("AUTOHDR_BUILD", "auto")
     if build == "none":
         print("autohdr:", choose(build, None, [])[2])

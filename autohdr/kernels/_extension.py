@@ -10,7 +10,8 @@ import torch  # noqa: F401  the extension's symbols live in torch's libraries
 
 def _load() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("autohdr._C") is None:
-        return None, "not compiled into this installation (see README, Troubleshooting)"
+        # pip may have handed out a wheel that it built without kernels before.
+        return None, "not compiled into this installation (install with pip's --no-cache-dir; see README, Troubleshooting)"
     try:
         return importlib.import_module("autohdr._C"), ""
     except (ImportError, OSError, RuntimeError) as error:

@@ -68,7 +68,7 @@ def test_an_absent_extension_warns_once_and_leaves_the_reference():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "not compiled into this installation (see README, Troubleshooting)",
+        "not compiled into this installation (install with pip's --no-cache-dir; see README, Troubleshooting)",
         "torch.Size([1, 3, 9, 8])",
     ]
     assert done.stderr.count("autohdr's compiled kernels are not available") == 1
