@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -146,6 +147,11 @@ def extension() -> tuple[list, dict]:
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # An editable installation would drop its objects: with them, the next one compiles only what has changed.
+            self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
         def build_extensions(self):
             try:
                 super().build_extensions()
