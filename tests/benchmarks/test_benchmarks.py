@@ -183,7 +183,7 @@ def test_what_is_reported_of_a_cpu(bench):
 
 def test_what_is_reported_of_a_gpu(bench, capfd):
     variables = {"AUTOHDR_BENCH_DEVICE": "cuda"}
-    rows, fault = run.measure_file(bench, variables, "-p", "actor", "-p", "conftest", "-k", "not killed", timeout=120)
+    rows, fault = run.measure_file(bench, variables, "-p", "actor", "-p", "conftest", "-k", "not killed", timeout=600)
     assert fault == "bench_case.py: pytest ended with code 1" and [r["op"] for r in rows] == ["right", "large"]
     assert rows[0]["seconds"] == rows[0]["fastest"] == 2e-3 and rows[0]["rounds"] == 50
     assert (rows[0]["growth_bytes"], rows[0]["peak_bytes"], rows[0]["memory_source"]) == (250, 350, "cuda")
@@ -390,17 +390,29 @@ def soon(seconds):
     return time.monotonic() + seconds
 
 
-def test_a_part_that_hangs_is_stopped():
-    code = "import time; print('begun', flush=True); time.sleep(60)"
-    output, faults = gpu_check.Check(soon(1)).run([sys.executable, "-c", code], "hang")
+def once_begun(folder: Path, check):
+    """The check, whose time ends as soon as a part has begun, however slow the machine is."""
+
+    def left():
+        while not (folder / "begun").exists():
+            time.sleep(0.05)
+        return 0.1
+
+    check.left = left
+    return check
+
+
+def test_a_part_that_hangs_is_stopped(tmp_path):
+    code = "import sys, time; print('begun', flush=True); open(sys.argv[1] + '/begun', 'w'); time.sleep(600)"
+    output, faults = once_begun(tmp_path, gpu_check.Check(soon(60))).run([sys.executable, "-c", code, tmp_path], "hang")
     assert output == "begun\n" and faults == ["hang: no time left\nbegun\n"]
-    assert gpu_check.Check(soon(60)).run([sys.executable, "-c", "raise SystemExit(3)"], "end")[1] == ["end: exit code 3\n"]
+    assert gpu_check.Check(soon(600)).run([sys.executable, "-c", "raise SystemExit(3)"], "end")[1] == ["end: exit code 3\n"]
 
 
 CHILD = """
 import subprocess, sys
 from pathlib import Path
-child = subprocess.Popen(["sh", "-c", "sleep 50; touch ended"], cwd=sys.argv[1], start_new_session=True)
+child = subprocess.Popen(["sh", "-c", "sleep 600; touch ended"], cwd=sys.argv[1], start_new_session=True)
 print("begun", flush=True)
 part = Path(sys.argv[1], "part")
 part.write_text(str(child.pid))
@@ -411,14 +423,7 @@ child.wait()
 
 def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path):
     """It is in a session of its own, so that the end of its parent's is not its own."""
-    check = gpu_check.Check(soon(60))
-
-    def left():
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        return 0.1
-
-    check.left = left
+    check = once_begun(tmp_path, gpu_check.Check(soon(60)))
     assert check.run([sys.executable, "-c", CHILD, tmp_path], "hang") == ("begun\n", ["hang: no time left\nbegun\n"])
     assert not (tmp_path / "ended").exists()
     os.killpg(int((tmp_path / "begun").read_text()), signal.SIGKILL)
@@ -437,7 +442,7 @@ def test_tests_run_beside_each_other(monkeypatch):
 def test_programs_beside_python_are_found():
     """ninja, where the environment of python is not activated."""
     command = [sys.executable, "-c", "import os; print(os.environ['PATH'])"]
-    first = gpu_check.Check(soon(60)).run(command, "path")[0].split(os.pathsep)[0]
+    first = gpu_check.Check(soon(600)).run(command, "path")[0].split(os.pathsep)[0]
     assert first == str(Path(sys.executable).parent)
 
 

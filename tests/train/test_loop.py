@@ -378,7 +378,7 @@ def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, sta
     while run.poll() is None and not (config.out / "log.jsonl").exists():
         time.sleep(0.05)
     os.killpg(run.pid, number)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == status, err
     assert f"go on: autohdr train {config.out / 'config.toml'} --resume" in out and "Traceback" not in err
     step = load_state(config.out / STATE)["step"]
@@ -448,7 +448,7 @@ def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):
     (tmp_path / "run.toml").write_text(dump_config(config))
     code = "import resource, sys; from autohdr.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2); "
     command = [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "train", tmp_path / "run.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert re.fullmatch(r"error: \[Errno 27\] File too large: '.*checkpoint_last.state.pt'\n", done.stderr)
     assert not list(config.out.glob("*.pt")) and not list(config.out.glob(".*"))
