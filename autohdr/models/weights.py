@@ -1,39 +1,52 @@
-"""Weights in files: our own checkpoints, those of the original project, and the Restormer authors' own models."""
+"""Weights in files: our own, the original project's, the Restormer authors', and what the field's trainers write.
+
+Every file goes the same way: read (weight_files: bytes to mappings), unwrap (which mapping and which prefix holds the network),
+match (the model's names, shapes and kinds of numbers), copy.
+"""
 
 import json
+import logging
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
-from autohdr.models.diffusion import Bridge, Sampler
-from autohdr.models.mamba_diffusion import MambaDiffusionConfig
-from autohdr.models.registry import CONFIGS, create_model
-from autohdr.models.restormer import RestormerConfig
+from autohdr.models.diffusion import STEPS, Bridge, Sampler
+from autohdr.models.registry import CLASSES, CONFIGS, create_model
+from autohdr.models.weight_files import FLOATS, HEADER, WeightFile, oddity, read, some
 
-HEADER = "autohdr"
-"""The safetensors header key of our own files; JSON {"model": name, "overrides": {...}, "metadata": {...}}."""
+log = logging.getLogger(__name__)
 
-NESTED = ("params", "model_state_dict", "state_dict")
-"""Where a training script's file keeps the state dict."""
+WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+"""What DistributedDataParallel, torch.compile, FSDP, checkpoint wrappers and Fabric put into names, before or between modules."""
 
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-"""What DistributedDataParallel and torch.compile put before every name."""
+COUNTERS = re.compile(r"(?<![^.])(?:n_averaged|total_ops|total_params)$")
+"""Scalars beside the weights: of torch's AveragedModel, and of thop at every module."""
 
 OFFICIAL = (
-    (re.compile(r"^patch_embed\.proj\."), "patch_embed."),
-    (re.compile(r"^((?:en|de)coder_level[123]|latent|refinement)\.(\d+)\."), r"\1.blocks.\2."),
+    (re.compile(r"(?<![^.])patch_embed\.proj\."), "patch_embed."),
+    (re.compile(r"(?<![^.])((?:en|de)coder_level[123]|latent|refinement)\.(\d+)\."), r"\1.blocks.\2."),
     (re.compile(r"\.norm([12])\.body\."), r".norm\1."),
 )
 """From the names in the authors' models (and in deepinv's copies of them) to ours."""
+
+AVERAGED = re.compile(r"(?<![a-z])(?:ema|swa|avg|averaged?|shadow)(?![a-z])", re.IGNORECASE)
+"""Places of averaged weights: params_ema, state_dict_ema, ema_model, ..."""
+
+LIVE = re.compile(r"(?<![a-z])(?:online|current)(?![a-z])", re.IGNORECASE)
+"""Places of the weights that were averaged, where the averaged ones have the plain name: Lightning, ema-pytorch."""
 
 
 @dataclass
@@ -42,36 +55,48 @@ class LoadReport:
 
     model: str
     path: Path
+    place: str = ""
+    """Where in the file the weights were, such as `params_ema` or `state_dict.model`; empty: at the top."""
     loaded: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
-    """In both, with different shapes."""
+    """In both, with different shapes or kinds of numbers."""
     missing: list[str] = field(default_factory=list)
     """In the model alone: these keep the values they had."""
     unexpected: list[str] = field(default_factory=list)
     """In the file alone."""
+    left_out: list[str] = field(default_factory=list)
+    """Places and tensors beside the weights that were taken: other copies of them, other networks."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Of each mismatched tensor, what was expected and what the file has."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """What else the file says, as load_checkpoint's model has it."""
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.mismatched) + len(self.unexpected)
-        lines = [f"{self.model}: loaded {len(self.loaded)} of {total} tensors from {self.path}"]
-        for kind in ("mismatched", "missing", "unexpected"):
+        place = f", {self.place}" if self.place else ""
+        lines = [f"{self.model}: loaded {len(self.loaded)} of {total} tensors from {self.path}{place}"]
+        for kind in ("mismatched", "missing", "unexpected", "left_out"):
             if names := getattr(self, kind):
+                shown = [f"{name} ({self.faults[name]})" if kind == "mismatched" else name for name in names[:3]]
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"  {len(names)} {kind}: {', '.join(names[:3])}{more}")
+                lines.append(f"  {len(names)} {kind.replace('_', ' ')}: {', '.join(shown)}{more}")
         if any(_is_norm_bias(name) and name.removesuffix("bias") + "weight" in self.loaded for name in self.missing):
             lines.append("  the file's layer norms have no bias and leave the mean in; this model's do not: train on")
         return "\n".join(lines)
 
 
 @dataclass
-class _Checkpoint:
-    path: Path
-    tensors: dict[str, Tensor]
-    """By our names."""
-    metadata: dict[str, Any]
-    model: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
+class _Weights:
+    """A place in a file, and what it holds: tensors by our names, and other values in the place of tensors."""
+
+    place: str
+    values: dict[str, Any]
+    votes: int
+    """How many of the wanted names are among them."""
+    rank: int
+    """0: averaged; 1: plain; 2: of a run whose averaged weights have the plain name."""
+    beside: list[str]
+    """Names in the same mapping that are not among them."""
 
 
 def save_weights(
@@ -91,191 +116,266 @@ def save_weights(
 def load_checkpoint(path: str | Path) -> nn.Module:
     """Builds the model a file was saved from, with its weights, on the CPU, in eval mode; a bridge's network within a Sampler.
 
-    Reads what save_weights wrote, the original project's `{epoch, model_state_dict, val_loss}`, and every layout that
-    load_weights reads; where the file doesn't say which model it holds, the tensors' names and shapes do. What else
-    the file says (epoch, metrics) is in the model's `metadata`. Raises UserError for anything else.
+    Reads what save_weights wrote and every layout that load_weights reads, by the same rule where a file holds several copies
+    of the weights; where the file doesn't say which model it holds, the tensors' names and shapes do. The model is float32,
+    whatever the file is in. What else the file says (epoch, metrics: numbers and texts) is in the model's `metadata`.
+    Raises UserError where the file can't be read safely, or its tensors are not those of one whole model, or not finite.
     """
-    checkpoint = _read(Path(path))
-    try:
-        if checkpoint.model is None:
-            checkpoint.model, checkpoint.overrides = _infer(checkpoint.tensors)
-        model = create_model(checkpoint.model, **checkpoint.overrides)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    report = _load(model, checkpoint)
+    file = read(Path(path))
+    name, overrides = (file.model, file.overrides) if file.model else _infer(file)
+    with torch.device("meta"):  # costs neither memory nor time, should the tensors not fit
+        frame = _create(file.path, name, overrides)
+    report, tensors = _match(frame, file)
     if report.mismatched or report.missing or report.unexpected:
         raise UserError(f"{path}: its tensors do not make a whole model\n{report}")
-    if bridge := checkpoint.metadata.get("bridge"):
+    model = _create(file.path, name, overrides)
+    model.load_state_dict(tensors)
+    log.info("%s", report)
+    if file.model and (bridge := file.metadata.get("bridge")):
         model = _sampler(model, path, bridge)
-    model.metadata = checkpoint.metadata
+    model.metadata = file.metadata
     return model.eval()
-
-
-def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
-    try:
-        settings = {"prediction": bridge["prediction"], "noise_scale": bridge["noise_scale"]}
-        sampler = Sampler(network, Bridge(**settings), bridge["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its header's bridge is damaged: {error!r}") from error
-    sampler.config = network.config
-    return sampler
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What a file that load_weights reads says beside its tensors, such as `trained_on`. Raises UserError as that does."""
-    return _read(Path(path)).metadata
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a file that load_weights can read, on the CPU, by our names. Raises UserError where it can't be read."""
-    return _read(Path(path)).tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     """Copies every tensor of a file that fits into the model, prints a summary and returns the report.
 
-    Reads safetensors and PyTorch files; a state dict of ours or in the Restormer authors' layout, plain or nested
-    under `params`, `state_dict` or `model_state_dict`, with or without `module.` before the names. Raises UserError,
-    and leaves the model as it was, if the file can't be read safely, if nothing fits, or if the file's layer norms
-    have a bias and the model's have none.
+    Reads safetensors and PyTorch files, of ours, of the Restormer authors and of other trainers. The state dict may be plain or
+    nested (`params`, `state_dict`, `model`, ... under any names), may have one prefix before all names (`model.`, `net_g.`, ...),
+    and anywhere in them what DDP, FSDP, torch.compile and checkpoint wrappers add; other networks beside it are left out.
+
+    Where a file holds several copies of the weights, the averaged ones are loaded: those under a name with `ema`, `swa`, `avg`,
+    `average(d)` or `shadow` in it, and torch's AveragedModel. `online...` and `current...` are only loaded for want of others.
+    Several different copies of the same rank are refused. The report says what was loaded (`place`) and what not (`left_out`).
+
+    Tensors are float16, bfloat16, float32 or float64 and take the model's dtype; a shape may differ by axes of length 1.
+    Raises UserError, and leaves the model as it was, if the file can't be read safely, if nothing fits, if a tensor that fits
+    holds NaN or infinity, or if the file's layer norms have a bias and the model's have none.
     """
-    report = _load(model, _read(Path(path)))
+    names = {WRAPPERS.sub("", name): name for name in model.state_dict()}
+    report, tensors = _match(model, read(Path(path)))
+    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, strict=False)
     print(report)
     return report
 
 
-def _load(model: nn.Module, checkpoint: _Checkpoint) -> LoadReport:
-    own, tensors = model.state_dict(), checkpoint.tensors
-    report = LoadReport(model.config.name, checkpoint.path, metadata=checkpoint.metadata)
-    for name, tensor in tensors.items():
-        kind = "unexpected" if name not in own else "loaded" if own[name].shape == tensor.shape else "mismatched"
-        getattr(report, kind).append(name)
-    report.missing = [name for name in own if name not in tensors]
-    if not report.loaded:
-        raise UserError(f"{checkpoint.path}: no tensor fits {report.model}\n{report}")
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a file that load_weights reads says beside its tensors, such as `trained_on`. Raises UserError for another file."""
+    return read(Path(path)).metadata
+
+
+def read_tensors(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors called `names` that a file has, on the CPU, found as load_weights finds a model's.
+
+    Raises UserError where the file can't be read, or holds several different networks with these names.
+    """
+    weights = _find(read(Path(path)), names)
+    return {name: value for name, value in weights.values.items() if name in names and isinstance(value, Tensor)}
+
+
+# Unwrapping: which mapping, which prefix
+
+
+def _find(file: WeightFile, names: Collection[str]) -> _Weights:
+    """The weights that names belong to, by load_weights' rule. Raises UserError where two places have the same right to be it."""
+    found = [weights for place, mapping in file.mappings for weights in _unwrap(file.path, place, mapping, names)]
+    most = max((weights.votes for weights in found), default=0)
+    if most == 0:
+        place, mapping = max(file.mappings, key=lambda item: len(item[1]))
+        return _Weights(place, {n: v for n, v in _rename(file.path, mapping).items() if isinstance(v, Tensor)}, 0, 1, [])
+    # A name by chance, or a part of the network elsewhere, is no candidate.
+    found = sorted((weights for weights in found if 2 * weights.votes >= most), key=lambda weights: weights.rank)
+    best, *others = found
+    if rivals := [w.place or "the top" for w in others if w.rank == best.rank and not _same(w.values, best.values)]:
+        places = ", ".join([best.place or "the top", *rivals])
+        raise UserError(f"{file.path}: holds several networks that fit, at {places}; expected one: save it alone")
+    beside = [name for name in best.beside if not any(name.startswith(f"{w.place}.") for w in others)]
+    best.beside = [w.place or "the top" for w in others] + beside
+    return best
+
+
+def _unwrap(path: Path, place: str, mapping: Mapping[str, Any], names: Collection[str]) -> Iterator[_Weights]:
+    """For each prefix under which a mapping holds any of the names: what it holds there."""
+    values = _rename(path, mapping)
+    votes: Counter[str] = Counter()
+    for name in values:
+        parts = name.split(".")
+        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in names)
+    for prefix, count in votes.items():
+        whole = ".".join(part for part in (place, prefix.rstrip(".")) if part)
+        rank = 2 if LIVE.search(whole) else 0 if AVERAGED.search(whole) or "n_averaged" in mapping else 1
+        inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        inside = {name: value for name, value in inside.items() if isinstance(value, Tensor) or name in names}
+        beside = [f"{place}.{name}" if place else name for name in values if not name.startswith(prefix)]
+        yield _Weights(whole, inside, count, rank, beside)
+
+
+def _rename(path: Path, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping without counters and wrappers, by our names."""
+    renamed: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if COUNTERS.search(name):
+            continue
+        name = WRAPPERS.sub("", name)
+        for pattern, ours in OFFICIAL:
+            name = pattern.sub(ours, name)
+        if name in renamed and not _same({name: renamed[name]}, {name: value}):
+            raise UserError(f"{path}: holds {name} twice, with different values")
+        renamed[name] = value
+    return renamed
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    if a.keys() != b.keys():
+        return False
+    pairs = [(value, b[name]) for name, value in a.items()]
+    return all(x is y or (not oddity(x) and not oddity(y) and torch.equal(x, y)) for x, y in pairs)
+
+
+# Matching: names, shapes, kinds of numbers
+
+
+def _match(model: nn.Module, file: WeightFile) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What of the file fits into the model, by the model's names without wrappers, and the report."""
+    own = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    weights = _find(file, own)
+    report = LoadReport(model.config.name, file.path, weights.place, left_out=weights.beside, metadata=file.metadata)
+    report.missing = [name for name in own if name not in weights.values]
+    fitting: dict[str, Tensor] = {}
+    for name, value in weights.values.items():
+        if name not in own:
+            report.unexpected.append(name)
+        elif fault := _fault(value, own[name]):
+            report.mismatched.append(name)
+            report.faults[name] = fault
+        else:
+            fitting[name] = value.reshape(own[name].shape).to(own[name].dtype)
+    report.loaded = list(fitting)
+    if not fitting:
+        raise UserError(f"{file.path}: no tensor fits {report.model}\n{report}")
     if any(_is_norm_bias(name) and name.removesuffix("bias") + "weight" in own for name in report.unexpected):
         raise UserError(
-            f"{checkpoint.path}: its layer norms have a bias, this model's have none; "
+            f"{file.path}: its layer norms have a bias, this model's have none; "
             f"create the model with create_model({report.model!r}, norm_bias=True)"
         )
-    model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
-    return report
+    if bad := [name for name, tensor in fitting.items() if not tensor.isfinite().all()]:
+        kinds = ", ".join(sorted({str(own[name].dtype) for name in bad}))
+        raise UserError(f"{file.path}: holds NaN or values beyond {kinds} in {len(bad)} tensors: {some(bad)}")
+    return report, fitting
+
+
+def _fault(value: Any, own: Tensor) -> str:
+    """Why a value can't take the place of a model's tensor: what was expected, what came. Empty where it can."""
+    expected, came = f"{list(own.shape)} of {own.dtype}", oddity(value)
+    if not came:
+        came = f"{list(value.shape)} of {value.dtype}"
+        fits = [n for n in value.shape if n != 1] == [n for n in own.shape if n != 1]
+        if own.dtype.is_floating_point:
+            fits = fits and value.dtype in FLOATS
+        elif value.dtype in FLOATS:  # a trainer that casts everything casts an index too
+            fits = fits and torch.equal(value, value.round())
+        if fits:
+            return ""
+    return f"expected {expected}, got {came}"
 
 
 def _is_norm_bias(name: str) -> bool:
     return name.endswith((".norm1.bias", ".norm2.bias"))
 
 
-def _infer(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """The registered model that is nearest to a state dict, and the overrides that make it fit."""
-    is_mamba = any(name.endswith("ssm_forward.A_log") for name in tensors)
+# Building: which model
+
+
+def _create(path: Path, name: str, overrides: dict[str, Any]) -> nn.Module:
     try:
-        family, found = _infer_mamba_diffusion(tensors) if is_mamba else _infer_restormer(tensors)
-    except (KeyError, IndexError) as error:
-        kind = "MambaDiffusion" if is_mamba else "Restormer"
-        raise UserError(f"holds no {kind}: expected a tensor {error}, got {_some(tensors)}") from error
-    overrides = [{k: v for k, v in found.items() if getattr(config, k) != v} for config in family]
+        return create_model(name, **overrides)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path}: {name} with {overrides or 'its own settings'} cannot be built or is too large") from error
+
+
+def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
+    try:
+        steps = bridge["steps"]
+        sampler = Sampler(network, Bridge(prediction=bridge["prediction"], noise_scale=bridge["noise_scale"]), steps)
+        right = isinstance(steps, int) and 1 <= steps <= STEPS
+    except (LookupError, TypeError, ValueError):
+        right = False
+    if not right:
+        expected = f"expected prediction (x0, v or noise), noise_scale (above 0) and steps (1 to {STEPS})"
+        raise UserError(f"{path}: its header's bridge is damaged: {expected}, got {bridge!r}")
+    sampler.config = network.config
+    return sampler
+
+
+def _infer(file: WeightFile) -> tuple[str, dict[str, Any]]:
+    """The registered model that is nearest to a file's tensors, and the overrides that make it fit."""
+    found = {name: _find(file, _names(name)) for name in FAMILIES}
+    name, weights = max(found.items(), key=lambda item: item[1].votes)
+    kind = type(CONFIGS[name])
+    if not weights.votes:
+        kinds = " or ".join(CLASSES[type(CONFIGS[family])].__name__ for family in FAMILIES)
+        expected = " or ".join(repr(next(n for n in _names(family) if n.endswith(".weight"))) for family in FAMILIES)
+        raise UserError(f"{file.path}: holds no {kinds}: expected a tensor {expected}, got {some(weights.values)}")
+    try:
+        settings = FAMILIES[name](weights.values)
+    except UserError as error:
+        raise UserError(f"{file.path}: holds no {CLASSES[kind].__name__}: {error}") from error
+    # Which of the two Restormers decides more than shapes (eps), so it is never an override.
+    reduces = settings.pop("reduce_level1", None)
+    family = [c for c in CONFIGS.values() if type(c) is kind and getattr(c, "reduce_level1", None) == reduces]
+    overrides = [{k: v for k, v in settings.items() if getattr(config, k) != v} for config in family]
     return min(zip((c.name for c in family), overrides, strict=True), key=lambda candidate: len(candidate[1]))
 
 
-def _infer_restormer(tensors: dict[str, Tensor]) -> tuple[list[RestormerConfig], dict[str, Any]]:
+@cache
+def _names(model: str) -> dict[str, None]:
+    """The names of a registered model's tensors, in order."""
+    with torch.device("meta"):
+        return dict.fromkeys(create_model(model).state_dict())
+
+
+def _infer_restormer(values: dict[str, Any]) -> dict[str, Any]:
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    found = {
-        "dim": tensors["patch_embed.weight"].shape[0],
-        "num_blocks": tuple(_count_blocks(tensors, level) for level in levels),
-        "num_refinement_blocks": _count_blocks(tensors, "refinement"),
-        "num_heads": tuple(tensors[f"{level}.blocks.0.attn.temperature"].shape[0] for level in levels),
-        "norm_bias": "latent.blocks.0.norm1.bias" in tensors,
+    return {
+        "dim": _shape(values, "patch_embed.weight")[0],
+        "num_blocks": tuple(_count(values, f"{level}.blocks.") for level in levels),
+        "num_refinement_blocks": _count(values, "refinement.blocks."),
+        "num_heads": tuple(math.prod(_shape(values, f"{level}.blocks.0.attn.temperature")) for level in levels),
+        "norm_bias": "latent.blocks.0.norm1.bias" in values,
+        "reduce_level1": "reduce_chan_level1.weight" in values,
     }
-    # Which of the two families decides more than shapes (eps), so it is never an override.
-    reduces = "reduce_chan_level1.weight" in tensors
-    return [c for c in CONFIGS.values() if isinstance(c, RestormerConfig) and c.reduce_level1 == reduces], found
 
 
-def _infer_mamba_diffusion(tensors: dict[str, Tensor]) -> tuple[list[MambaDiffusionConfig], dict[str, Any]]:
+def _infer_mamba_diffusion(values: dict[str, Any]) -> dict[str, Any]:
     ssm = "encoder_groups.0.blocks.0.ssm_forward"
-    found = {
-        "dim": tensors["conv_first.0.weight"].shape[0],
-        "num_groups": len({name.split(".")[1] for name in tensors if name.startswith("encoder_groups.")}),
-        "num_blocks": len({name.split(".")[3] for name in tensors if name.startswith("encoder_groups.0.blocks.")}),
-        "dstate": tensors[f"{ssm}.A_log"].shape[0],
-        "conv_size": tensors[f"{ssm}.conv1d.weight"].shape[2],
-        "dual_attention": "middle_dat.gamma1" in tensors,
-        "time_embedding": "time_proj.weight" in tensors,
+    return {
+        "dim": _shape(values, "conv_first.0.weight")[0],
+        "num_groups": _count(values, "encoder_groups."),
+        "num_blocks": _count(values, "encoder_groups.0.blocks."),
+        "dstate": _shape(values, f"{ssm}.A_log")[0],
+        "conv_size": _shape(values, f"{ssm}.conv1d.weight")[-1],
+        "dual_attention": "middle_dat.gamma1" in values,
+        "time_embedding": "time_proj.weight" in values,
     }
-    return [c for c in CONFIGS.values() if isinstance(c, MambaDiffusionConfig)], found
 
 
-def _count_blocks(tensors: dict[str, Tensor], level: str) -> int:
-    return len({name.split(".")[2] for name in tensors if name.startswith(f"{level}.blocks.")})
+FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "restormer_nano": _infer_restormer,
+    "mamba_diffusion_nano": _infer_mamba_diffusion,
+}
+"""The smallest model of each family, whose names tell the family, and how the sizes follow from its tensors."""
 
 
-def _read(path: Path) -> _Checkpoint:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    # safetensors: eight bytes of length, then JSON. PyTorch: a zip archive, or before 1.6 a bare pickle.
-    if start[8:] == b"{":
-        return _read_safetensors(path)
-    if start.startswith((b"PK", b"\x80")):
-        return _read_pickle(path)
-    raise UserError(f"{path}: is no checkpoint: expected safetensors or a PyTorch file")
+def _shape(values: dict[str, Any], name: str) -> list[int]:
+    """Raises UserError unless there is a tensor so called."""
+    value = values.get(name)
+    if came := "none" if value is None else oddity(value):
+        raise UserError(f"expected a tensor {name!r}, got {came}; there are {some(values)}")
+    return list(value.shape) or [1]
 
 
-def _read_safetensors(path: Path) -> _Checkpoint:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            header = (file.metadata() or {}).get(HEADER)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: is damaged or truncated: {error}") from error
-    if header is None:
-        return _Checkpoint(path, _rename(tensors), {})
-    try:
-        header = json.loads(header)
-        model, overrides, metadata = str(header["model"]), dict(header["overrides"]), dict(header["metadata"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its {HEADER!r} header is damaged: {error!r}") from error
-    return _Checkpoint(path, tensors, metadata, model, overrides)
-
-
-def _read_pickle(path: Path) -> _Checkpoint:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way
-        reason = f"is damaged, truncated or no PyTorch checkpoint ({type(error).__name__})"
-        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"needs {unsafe[1]}, which is neither a tensor nor plain data; loading it could run foreign code"
-        raise UserError(f"{path}: {reason}") from error
-    state, metadata = content, {}
-    while isinstance(state, Mapping) and (nested := next((k for k in NESTED if k in state), None)):
-        metadata |= {k: v for k, v in state.items() if k != nested}
-        state = state[nested]
-    named = state.items() if isinstance(state, Mapping) else ()
-    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        got = type(state).__name__ if not isinstance(state, Mapping) else _some(state) or "nothing"
-        raise UserError(f"{path}: expected a state dict, plain or under {', '.join(NESTED)}, got {got}")
-    return _Checkpoint(path, _rename(tensors), _plain(metadata))
-
-
-def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = WRAPPERS.sub("", name)
-        for pattern, ours in OFFICIAL:
-            name = pattern.sub(ours, name)
-        renamed[name] = tensor
-    return renamed
-
-
-def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What of a training state JSON can hold; an optimiser's tensors are no metadata."""
-    scalars = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in metadata.items()}
-    return {k: v for k, v in scalars.items() if isinstance(v, str | int | float | None)}
-
-
-def _some(names: Mapping[Any, Any]) -> str:
-    return ", ".join(str(name) for name in list(names)[:3]) + (", ..." if len(names) > 3 else "")
+def _count(values: dict[str, Any], prefix: str) -> int:
+    """How many modules are numbered behind a prefix."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in values if name.startswith(prefix)})

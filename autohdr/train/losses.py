@@ -78,7 +78,7 @@ class VGG(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else [nn.MaxPool2d(2)]
                 channels = width or channels
             self.features = nn.Sequential(*layers)
-        tensors = read_tensors(path)
+        tensors = read_tensors(path, self.state_dict())
         for name, wanted in self.state_dict().items():
             found = list(tensors[name].shape) if name in tensors else "no such tensor"
             if found != list(wanted.shape):
