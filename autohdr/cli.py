@@ -302,7 +302,9 @@ def _train(settings: TrainConfig, resume: bool, dry_run: bool, folds: int | None
     if dry_run and folds is not None:
         raise UserError("--dry-run: rehearses one run: leave out --folds")
     from autohdr.train.folds import cross_validate
-    from autohdr.train.loop import TrainingError, rehearse, train
+    from autohdr.train.guards import TrainingError
+    from autohdr.train.loop import train
+    from autohdr.train.rehearsal import rehearse
 
     # torchrun starts several processes: only the first one prints.
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None

@@ -208,9 +208,10 @@ def test_train_print_config_can_be_read_back(photos, capsys):
 
 def test_train_stopped_by_an_error(capsys, monkeypatch):
     from autohdr.train import loop
+    from autohdr.train.guards import TrainingError
 
     def train(config, resume):
-        raise loop.TrainingError("step 3: the loss is not finite")
+        raise TrainingError("step 3: the loss is not finite")
 
     monkeypatch.setattr(loop, "train", train)
     assert run("train", "demo") == 1

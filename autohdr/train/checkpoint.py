@@ -19,10 +19,10 @@ import torch
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
+from autohdr.train.progress import Progress
 
-PROGRESS = ("run_id", "epoch", "epoch_steps", "epoch_losses", "epoch_samples", "epoch_seconds", "epoch_wait", "history")
-"""The plain values of a state: the trainer's attributes of these names."""
-_KEYS = {*PROGRESS, "step", "step_pairs", "train_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
+_KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
+"""What a state holds: Progress's plain values, checks.identity's, rng_state() and Learner's."""
 
 
 def previous(path: Path, age: int = 1) -> Path:

@@ -16,7 +16,8 @@ from autohdr.evaluate import evaluate, summarise, write_json
 from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
-from autohdr.train.config import TrainConfig, check_config, dump_config
+from autohdr.train.checks import check_config
+from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.loop import train
 
 REPORT = "cross_validation.json"

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,23 @@ GRACE = 3600
 
 class TrainingError(RuntimeError):
     """Training cannot go on. The message names the step and the files of its batch; the last checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a step that was left out."""
+
+    cause: str
+    tensors: list[str] | None = None
+    """The parameters whose gradient is not finite, or "loss"; None after a spike."""
+    back_to: int | None = None
+    """After a spike: the state put back is that after so many steps."""
+
+    def entry(self) -> dict[str, Any]:
+        """The beginning of its line in log.jsonl."""
+        if self.back_to is None:
+            return {"kind": "skipped", "cause": self.cause, "tensors": self.tensors}
+        return {"kind": "rolled back", "cause": self.cause, "to": self.back_to}
 
 
 class Guard:
@@ -69,9 +87,11 @@ class Guard:
         _copy(tensors, self.kept)
         self.kept_at = step
 
-    def roll_back(self) -> None:
-        """Put the state kept in the place of the present one."""
-        _copy(self.kept, self.tensors())
+    def failed(self, fault: Fault) -> None:
+        """A step is left out; after a spike the state kept takes the place of the present one."""
+        self.in_a_row += 1
+        if fault.back_to is not None:
+            _copy(self.kept, self.tensors())
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "in_a_row": self.in_a_row}

@@ -5,7 +5,8 @@ import signal
 import pytest
 import torch
 
-from autohdr.train import loop
+from autohdr.train import record
+from autohdr.train.step import Step
 
 STATE = "checkpoint_last.state.pt"
 
@@ -21,19 +22,28 @@ def same(a, b):
     return a == b
 
 
+def patch_steps(monkeypatch, patched):
+    """An optimiser step becomes `patched(make, learner, number)`, where `make()` makes it and returns its result; from 1."""
+    original = Step.__call__
+
+    def call(self, *args, step, **others):
+        return patched(lambda: original(self, *args, step=step, **others), self.learner, step + 1)
+
+    monkeypatch.setattr(Step, "__call__", call)
+
+
 def interrupt_at_step(monkeypatch, step):
     """Ctrl-C in the midst of that optimiser step, counted from 1."""
-    original = loop._Trainer._train_step
 
-    def train_step(self, *args):
-        if self.step + 1 == step:
+    def interrupt(make, learner, number):
+        if number == step:
             signal.raise_signal(signal.SIGINT)
-        return original(self, *args)
+        return make()
 
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
+    patch_steps(monkeypatch, interrupt)
 
 
 @pytest.fixture(autouse=True)
 def blank_curve(monkeypatch):
     """Drawing takes longer than these epochs; test_record draws."""
-    monkeypatch.setattr(loop.record, "draw_curve", lambda path, history: path.touch())
+    monkeypatch.setattr(record, "draw_curve", lambda path, history: path.touch())

@@ -157,17 +157,17 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 from autohdr.cli import main
-from autohdr.train import loop
+from autohdr.train.step import Step
 
-train_step = loop._Trainer._train_step
+make, rank, out = Step.__call__, int(os.environ["RANK"]), Path(sys.argv[-1])
 
-def slow(self, *args):
-    if self.step == 2:
-        (self.out / f"pid_{self.ranks.rank}").write_text(str(os.getpid()))
-        time.sleep(3600 * self.ranks.rank)
-    return train_step(self, *args)
+def slow(self, *args, step, **others):
+    if step == 2:
+        (out / f"pid_{rank}").write_text(str(os.getpid()))
+        time.sleep(3600 * rank)
+    return make(self, *args, step=step, **others)
 
-loop._Trainer._train_step = slow
+Step.__call__ = slow
 sys.exit(main())
 """
 

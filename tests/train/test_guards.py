@@ -4,12 +4,13 @@ import multiprocessing
 import re
 
 import pytest
-from runs import STATE, blank_curve, same  # noqa: F401  blank_curve is a fixture
+from runs import STATE, blank_curve, patch_steps, same  # noqa: F401  blank_curve is a fixture
 
-from autohdr.train import loop
 from autohdr.train.checkpoint import load_state
-from autohdr.train.guards import Guard
-from autohdr.train.loop import TrainingError, train
+from autohdr.train.guards import Guard, TrainingError
+from autohdr.train.loop import train
+from autohdr.train.objective import Objective
+from autohdr.train.rehearsal import rehearse
 
 
 def entries(out, *kinds):
@@ -19,45 +20,40 @@ def entries(out, *kinds):
 
 def fill_gradient(monkeypatch, name, steps, value):
     """That parameter's gradient holds `value` in one place, in those steps, counted from 1."""
-    original = loop._Trainer._train_step
 
-    def train_step(self, *args):
-        def spoil(gradient):
-            gradient = gradient.clone()
-            gradient[(-1,) * gradient.ndim] = value
-            return gradient
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient[(-1,) * gradient.ndim] = value
+        return gradient
 
-        hook = self.model.get_parameter(name).register_hook(spoil) if self.step + 1 in steps else None
+    def step(make, learner, number):
+        hook = learner.model.get_parameter(name).register_hook(spoil) if number in steps else None
         try:
-            return original(self, *args)
+            return make()
         finally:
             if hook:
                 hook.remove()
 
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
+    patch_steps(monkeypatch, step)
 
 
 def scale_sources(monkeypatch, steps, factor):
     """The sources of those steps, counted from 1, are so many times as bright."""
-    original, to_device = loop._Trainer._train_step, loop._Trainer._to_device
+    predict = Objective.predict
 
-    def train_step(self, *args):
-        self.factor = factor if self.step + 1 in steps else 1
-        try:
-            return original(self, *args)
-        finally:
-            self.factor = 1
+    def step(make, learner, number):
+        with monkeypatch.context() as patch:
+            if number in steps:
+                patch.setattr(
+                    Objective, "predict", lambda self, network, source, *args: predict(self, network, source * factor, *args)
+                )
+            return make()
 
-    def scaled(self, batch):
-        source, target = to_device(self, batch)
-        return source * getattr(self, "factor", 1), target
-
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
-    monkeypatch.setattr(loop._Trainer, "_to_device", scaled)
+    patch_steps(monkeypatch, step)
 
 
-def everything(trainer):
-    return [tensor.clone() for tensor in trainer._changing()]
+def everything(learner):
+    return [tensor.clone() for tensor in learner.tensors()]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -65,15 +61,14 @@ def test_a_gradient_that_is_not_finite_skips_the_step(make_config, monkeypatch, 
     """Weights, moments and average stay bit for bit; the parameter is named in the log and on the terminal."""
     name, seen = "latent.blocks.0.attn.qkv.weight", {}
     fill_gradient(monkeypatch, name, {3}, value)
-    original = loop._Trainer._train_step
 
-    def train_step(self, *args):
-        before = everything(self)
-        result = original(self, *args)
-        seen[self.step + 1] = same(before, everything(self))
+    def step(make, learner, number):
+        before = everything(learner)
+        result = make()
+        seen[number] = same(before, everything(learner))
         return result
 
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
+    patch_steps(monkeypatch, step)
     summary = train(make_config(ema=0.9, log_every=1))
     assert seen == {1: False, 2: False, 3: True, 4: False, 5: False, 6: False}
     (entry,) = entries(summary.out, "skipped")
@@ -106,13 +101,13 @@ def test_stops_after_so_many_bad_steps_in_a_row(make_config, monkeypatch):
 def test_a_spike_rolls_back(make_config, monkeypatch, capsys):
     """A batch 100 times as bright in step 9: the state before the last good step that was due is put back, bit for bit."""
     scale_sources(monkeypatch, {9}, 100)
-    states, original = {}, loop._Trainer._train_step
+    states = {}
 
-    def train_step(self, *args):
-        states[self.step] = everything(self)
-        return original(self, *args)
+    def step(make, learner, number):
+        states[number - 1] = everything(learner)
+        return make()
 
-    monkeypatch.setattr(loop._Trainer, "_train_step", train_step)
+    patch_steps(monkeypatch, step)
     summary = train(make_config(epochs=4, ema=0.9, spike_window=4, snapshot_every=4))
     (entry,) = entries(summary.out, "rolled back")
     assert (entry["step"], entry["to"], entry["in_a_row"]) == (9, 5, 1)
@@ -161,5 +156,5 @@ def test_a_rehearsal_says_what_is_not_finite(make_config, monkeypatch):
     fill_gradient(monkeypatch, "output.weight", {1}, math.nan)
     config = make_config(workers=1)
     with pytest.raises(TrainingError, match="step 1 .*first output.weight"):
-        loop.rehearse(config)
+        rehearse(config)
     assert not config.out.exists() and not multiprocessing.active_children()

@@ -13,16 +13,21 @@ import time
 import pytest
 import torch
 from PIL import Image
-from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
+from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same  # noqa: F401  blank_curve is a fixture
 from torch.utils.data._utils import signal_handling
 
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
-from autohdr.train import loop
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
-from autohdr.train.loop import TrainingError, lr_factor, train
+from autohdr.train.guards import TrainingError
+from autohdr.train.loop import Loop, lr_factor, train
+from autohdr.train.losses import Criterion
+from autohdr.train.objective import Objective
+from autohdr.train.run import prepare
+from autohdr.train.step import Step
+from autohdr.train.validation import Validation
 
 
 def outcome(out):
@@ -120,11 +125,11 @@ def test_resume_after_a_crash_repeats_what_was_not_saved(make_config, monkeypatc
     """The log has lines, one of them cut short, from after the last save; the resumed run writes them once."""
     train(make_config("whole", log_every=1))
 
-    def crash(self, bar):
+    def crash(self):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_finish_epoch", crash)
+        patch.setattr(Loop, "_finish_epoch", crash)
         with pytest.raises(MemoryError):
             train(make_config("parts", log_every=1))
     with open(make_config("parts").out / "log.jsonl", "a") as log:
@@ -178,10 +183,10 @@ def test_clipping_bounds_the_gradient(make_config):
             seen.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
 
     config = make_config(clip=1e-3)
-    trainer = loop._Trainer(config, *loop._checked_pairs(config))
-    trainer.optimizer = Spy(trainer.model.parameters(), lr=0.0)
-    _, norm = trainer._train_step([[0, 1]], iter(trainer._loader(trainer.train_set, [[0, 1]])), 0.0)
-    assert norm > 1e-3
+    run = prepare(config)
+    run.learner.optimizer = Spy(run.learner.model.parameters(), lr=0.0)
+    groups = run.batches.groups(0)
+    assert run.step(groups[0], run.batches.read(groups, 0), epoch=0, step=0, lr=0.0).norm > 1e-3
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
 
 
@@ -200,7 +205,7 @@ def test_bfloat16_keeps_float32_weights(make_config):
 
 def test_stops_at_a_loss_that_is_not_finite(make_config, monkeypatch):
     """In epoch 2, step 5: the message names step and files, and what is saved is from before."""
-    original = loop.Criterion.__call__
+    original = Criterion.__call__
     calls = []
 
     def criterion(self, output, target):
@@ -208,7 +213,7 @@ def test_stops_at_a_loss_that_is_not_finite(make_config, monkeypatch):
         loss, components = original(self, output, target)
         return loss * (math.nan if len(calls) == 5 else 1), components
 
-    monkeypatch.setattr(loop.Criterion, "__call__", criterion)
+    monkeypatch.setattr(Criterion, "__call__", criterion)
     config = make_config(epochs=3, max_bad_steps=1)
     with pytest.raises(TrainingError, match=r"step 5 \(epoch 2\): the loss is not finite .*_src.png.*_src.png"):
         train(config)
@@ -310,17 +315,16 @@ def test_refuses_an_absent_device(make_config):
 
 def test_saves_within_an_epoch(make_config, monkeypatch):
     """A crash in step 6 of 6 costs what came after step 4."""
-    original = loop._Trainer._train_step
 
-    def train_step(self, *args):
-        if self.step == 5:
+    def crash(make, learner, number):
+        if number == 6:
             raise MemoryError
-        return original(self, *args)
+        return make()
 
     settings = {"batch_size": 1, "save_every": 2, "epochs": 1, "ema": 0.9}
     train(make_config("whole", **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_train_step", train_step)
+        patch_steps(patch, crash)
         with pytest.raises(MemoryError):
             train(make_config("parts", **settings))
     out = make_config("parts").out
@@ -333,7 +337,7 @@ def test_saves_within_an_epoch(make_config, monkeypatch):
 def test_best_by_a_metric(make_config, monkeypatch, metric, best):
     values = (0.3, 20.0, 0.8), (0.1, 22.0, 0.7), (0.2, 21.0, 0.9)
     scores = iter({"val_l1": a, "val_psnr": b, "val_ssim": c} for a, b, c in values)
-    monkeypatch.setattr(loop._Trainer, "_validate", lambda self: (next(scores), []))
+    monkeypatch.setattr(Validation, "__call__", lambda self: (next(scores), []))
     summary = train(make_config(epochs=3, best_metric=metric))
     assert summary.best[metric] == best({"val_l1": (0.1, 0.3), "val_psnr": (20, 22), "val_ssim": (0.7, 0.9)}[metric])
     assert load_checkpoint(summary.out / "checkpoint_best.safetensors").metadata["metrics"] == summary.best
@@ -352,16 +356,16 @@ def test_says_how_long_it_waited_for_data(make_config, monkeypatch, capsys):
     def then(owner, name, seconds):
         original = getattr(owner, name)
 
-        def call(*args):
-            result = original(*args)
+        def call(*args, **others):
+            result = original(*args, **others)
             clock[0] += seconds
             return result
 
         monkeypatch.setattr(owner, name, call)
 
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     then(PairDataset, "__getitem__", 1)
-    then(loop._Trainer, "_train_step", 4)
+    then(Step, "__call__", 4)
     summary = train(make_config(epochs=1))
     row = load_state(summary.out / STATE)["history"][0]
     assert row["data_wait"] == pytest.approx(1 / 3, abs=1e-4) and summary.data_wait == pytest.approx(1 / 3)
@@ -399,12 +403,11 @@ def test_the_state_before_validation_is_kept(make_config, monkeypatch):
     """A crash while validating costs the validation alone."""
 
     def crash(self):
-        self.background.wait()
         raise MemoryError
 
     train(make_config("whole", epochs=2))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(loop._Trainer, "_validate", crash)
+        patch.setattr(Validation, "__call__", crash)
         train(make_config("parts", epochs=2))
     assert load_state(make_config("parts").out / STATE)["step"] == 3
     train(make_config("parts", epochs=2), resume=True)
@@ -427,17 +430,13 @@ def test_a_worker_survives_a_signal_as_it_starts(make_config, monkeypatch):
 def test_a_failure_ends_the_workers(make_config, monkeypatch):
     """They outlive a SIGTERM for a while: the process that failed must not wait for them as it exits."""
 
-    def crash(self, bar):
+    def crash(*args):
         assert multiprocessing.active_children()
         raise MemoryError
 
-    def crash_in_step(self, group, loader, lr):
-        next(loader)
-        crash(self, None)
-
-    for name, patched in (("_train_step", crash_in_step), ("_finish_epoch", crash)):
+    for name, owner, method in (("step", Objective, "predict"), ("validation", Loop, "_finish_epoch")):
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(loop._Trainer, name, patched)
+            patch.setattr(owner, method, crash)
             train(make_config(name, workers=1, epochs=1))
         assert multiprocessing.active_children() == []
 
@@ -480,5 +479,5 @@ def test_refuses_to_resume_with_another_number_of_pairs_in_a_step(make_config):
 def test_recomputing_is_a_mamba_diffusions(make_config):
     config = make_config(recompute=True)
     with pytest.raises(UserError, match="recompute: for MambaDiffusion, got restormer_nano"):
-        loop.train(config)
+        train(config)
     assert not config.out.exists()

@@ -9,10 +9,10 @@ from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.evaluate import count_macs
 from autohdr.models import Sampler, create_model, load_checkpoint
-from autohdr.train import loop
 from autohdr.train.checkpoint import load_state, save_state
-from autohdr.train.loop import train
+from autohdr.train.loop import Loop, train
 from autohdr.train.objective import Objective, parameter_groups
+from autohdr.train.run import prepare
 
 BRIDGE = {"model": "mamba_diffusion_nano", "model_args": {"dim": 8, "num_groups": 2}, "objective": "bridge", "sample_steps": 2}
 SMALL_BRIDGE = BRIDGE | {"lr": 1e-3}
@@ -97,16 +97,18 @@ def test_float16_trains(make_config):
 
 def test_an_overflow_in_float16_skips_the_step_and_halves_the_scale(make_config):
     config = make_config(precision="float16")
-    trainer = loop._Trainer(config, *loop._checked_pairs(config))
-    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-    hook = trainer.model.output.weight.register_hook(lambda gradient: gradient * math.inf)
-    batches = trainer._loader(trainer.train_set, [[0, 1], [2, 3]])
-    trainer._train_step([[0, 1]], loader := iter(batches), 1e-3)
-    assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
-    assert trainer.scaler.get_scale() == 2.0**15
+    run = prepare(config)
+    model, (first, second, _) = run.learner.model, (groups := run.batches.groups(0))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    batches = run.batches.read(groups, 0)
+    hook = model.output.weight.register_hook(lambda gradient: gradient * math.inf)
+    result = run.step(first, batches, epoch=0, step=0, lr=1e-3)
+    assert result.fault is None and result.norm == math.inf
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert run.learner.scaler.get_scale() == 2.0**15
     hook.remove()
-    trainer._train_step([[2, 3]], loader, 1e-3)
-    assert any(not torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
+    run.step(second, batches, epoch=0, step=1, lr=1e-3)
+    assert any(not torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_float16_resumes_with_its_scale(make_config):
@@ -115,9 +117,9 @@ def test_float16_resumes_with_its_scale(make_config):
     path = config.out / STATE
     state = load_state(path)
     save_state(path, state | {"scaler": state["scaler"] | {"scale": 8.0}})
-    trainer = loop._Trainer(config, *loop._checked_pairs(config))
-    trainer.resume()
-    assert trainer.scaler.get_scale() == 8.0
+    run = prepare(config, resume=True)
+    Loop(run).resume()
+    assert run.learner.scaler.get_scale() == 8.0
 
 
 def test_steps_on_the_command_line(make_config, pair_files, tmp_path, capsys):

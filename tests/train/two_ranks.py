@@ -18,38 +18,40 @@ from torch.nn.parallel import DistributedDataParallel
 from autohdr.errors import UserError
 from autohdr.train import loop
 from autohdr.train.config import load_config
-from autohdr.train.distributed import local
+from autohdr.train.distributed import Ranks, local
+from autohdr.train.objective import Objective
+from autohdr.train.step import Step
 
 RANK = int(os.environ["RANK"])
-train_step = loop._Trainer._train_step
+make_step, predict = Step.__call__, Objective.predict
 
 
-def in_step(step, rank, action, changed=None):
-    """Before that optimiser step, counted from 1, that process does `action(trainer)`, and after it what this returns.
+def in_step(number, rank, action, changed=None):
+    """Before that optimiser step, counted from 1, that process does `action(learner)`, and after it what this returns.
 
     changed: gets, for each step, whether it changed this process's weights, moments or average.
     """
 
-    def patched(self, *args):
-        undo = action(self) if self.step + 1 == step and RANK == rank else None
-        before = [tensor.clone() for tensor in self._changing()]
+    def patched(self, *args, step, **others):
+        undo = action(self.learner) if (step + 1, RANK) == (number, rank) else None
+        before = [tensor.clone() for tensor in self.learner.tensors()]
         try:
-            return train_step(self, *args)
+            return make_step(self, *args, step=step, **others)
         finally:
             if undo:
                 undo()
             if changed is not None:
-                after = self._changing()
+                after = self.learner.tensors()
                 changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
 
-    return mock.patch.object(loop._Trainer, "_train_step", patched)
+    return mock.patch.object(Step, "__call__", patched)
 
 
 def spoil(name, value):
     """That weight's gradient holds `value` in every place of this process's part: its batch's, or its shard's."""
 
-    def action(trainer):
-        weight = trainer.model.get_parameter(name)
+    def action(learner):
+        weight = learner.model.get_parameter(name)
         if isinstance(weight, DTensor):
             return weight.register_post_accumulate_grad_hook(lambda weight: local(weight.grad).fill_(value)).remove
         return weight.register_hook(lambda gradient: torch.full_like(gradient, value)).remove
@@ -57,28 +59,30 @@ def spoil(name, value):
     return action
 
 
-def brighten(trainer):
-    to_device = trainer._to_device
-    trainer._to_device = lambda batch: (to_device(batch)[0] * 100, to_device(batch)[1])
-    return lambda: delattr(trainer, "_to_device")
+def brighten(learner):
+    """Its sources are 100 times as bright."""
+    brighter = mock.patch.object(
+        Objective, "predict", lambda self, network, source, *args: predict(self, network, source * 100, *args)
+    )
+    brighter.start()
+    return brighter.stop
 
 
 def main(config, out):
-    base, seen, trainers = load_config(config), {}, []
+    base, seen, runs, prepare = load_config(config), {}, [], loop.prepare
 
     def run(name, resume=False, **changes):
-        with mock.patch.object(loop._Trainer, "run", lambda self: trainers.append(self) or original_run(self)):
+        with mock.patch.object(loop, "prepare", lambda *args, **others: runs.append(prepare(*args, **others)) or runs[-1]):
             summary = loop.train(replace(base, out=Path(out) / name, **changes), resume=resume)
-        weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in trainers[-1].model.parameters()]
+        model = runs[-1].learner.model
+        weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
         seen[name] = {"interrupted": summary.interrupted, "val_psnr": summary.best.get("val_psnr")}
         seen[name]["weights"] = sum(weight.double().sum().item() for weight in weights)
-
-    original_run = loop._Trainer.run
 
     for parallel in ("ddp", "fsdp"):
         run(parallel, parallel=parallel)
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
-        with in_step(3, 1, lambda trainer: signal.raise_signal(signal.SIGTERM)):
+        with in_step(3, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
         run(f"one to two {parallel}", resume=True, parallel=parallel)
@@ -104,8 +108,8 @@ def main(config, out):
         work = torch.distributed.all_reduce(bucket.buffer().div_(ranks.count), group=ranks.group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
-    original = loop.Ranks.wrap
-    with mock.patch.object(loop.Ranks, "wrap", wrap):
+    original = Ranks.wrap
+    with mock.patch.object(Ranks, "wrap", wrap):
         run("counted", batch_size=1, accumulate=2)
 
     try:

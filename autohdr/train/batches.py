@@ -1,0 +1,88 @@
+"""Which pairs each step takes, and how they come to the device."""
+
+import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from autohdr.data.pairs import Pair, PairDataset
+from autohdr.train.config import TrainConfig
+from autohdr.train.distributed import Ranks
+from autohdr.train.guards import held_signals, survive_signals
+
+Group = list[list[int]]
+"""The pairs of one step, by their place in the list of pairs: a batch for each forward pass, of all processes together."""
+
+
+class Loader:
+    """Batches of a dataset's pairs on the device, read and decoded by config.workers processes."""
+
+    def __init__(self, dataset: PairDataset, config: TrainConfig, device: torch.device, persistent: bool = False):
+        """persistent: the workers stay for the next batches, until the loader goes."""
+        self.device = device
+        self._batches: list[list[int]] = []
+        workers = {"prefetch_factor": 4, "persistent_workers": persistent} if config.workers else {}
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            num_workers=config.workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=survive_signals,
+            generator=torch.Generator(),  # its own: drawing the workers' seeds leaves the global generator alone
+            **workers,
+        )
+
+    def __call__(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(source, target) of each batch, (B, 3, H, W) float32, channels-last. The workers begin to read at once."""
+        self._batches[:] = batches
+        with held_signals():
+            read = iter(self._loader)
+        return map(self._to_device, read)
+
+    def _to_device(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tuple(
+            batch[key].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for key in ("src", "tar")
+        )
+
+
+class Batches:
+    """The pairs to train on, divided into steps anew for each epoch. Each pair comes once an epoch."""
+
+    def __init__(self, config: TrainConfig, pairs: list[Pair], ranks: Ranks):
+        self.dataset = PairDataset(pairs, config.size, config.resize, config.augment, config.seed)
+        self.step_pairs = config.batch_size * config.accumulate * ranks.count
+        self.steps_per_epoch = math.ceil(len(pairs) / self.step_pairs)
+        self._config, self._ranks = config, ranks
+        self._loader = Loader(self.dataset, config, ranks.device, persistent=True)
+
+    def groups(self, epoch: int) -> list[Group]:
+        """The steps of an epoch, counted from 0, in an order that depends on (seed, epoch) alone."""
+        order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self.dataset)).tolist()
+        size, count = self._config.batch_size * self._ranks.count, self._config.accumulate
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return [batches[i : i + count] for i in range(0, len(batches), count)]
+
+    def read(self, groups: list[Group], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(source, target) of this process's part of each batch of `groups`, augmented as that epoch does."""
+        self.dataset.set_epoch(epoch)
+        return self._loader([self._ranks.part(batch)[0] for group in groups for batch in group])
+
+    def sources(self, group: Group) -> list[str]:
+        """The files of the step's source photos."""
+        return [str(self.dataset.pairs[index].src) for batch in group for index in batch]
+
+    @contextmanager
+    def workers(self) -> Iterator[None]:
+        """The workers end with the block, also where it fails; nothing can be read after it."""
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # the frames hold the iterator, and the iterator its workers
+            raise
+        finally:
+            del self._loader

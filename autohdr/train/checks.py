@@ -1,0 +1,128 @@
+"""May this run start, may it go on: its settings, its folder, its pairs and its state. Nothing here writes."""
+
+import hashlib
+import importlib.util
+import tomllib
+from typing import Any
+
+from autohdr import metrics
+from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
+from autohdr.errors import UserError
+from autohdr.train.config import LOSSES, TrainConfig, dump_config
+
+_FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
+_FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
+"""Settings that a run may go on with other values of: they change its weights by no more than rounding. batch_size x accumulate
+x processes, the pairs in a step, may not change: check_state sees to that."""
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
+    at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
+    at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
+    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "samples"), 0)
+    at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+    for name in ("lr", "noise_scale"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
+    if config.ema >= 1:
+        raise UserError(f"ema: expected less than 1, got {config.ema}")
+    _check_losses(config)
+    if config.warmup_epochs >= config.epochs:
+        raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
+    if config.resize == "fit" and config.batch_size > 1:
+        raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard: expected the package tensorboard, and it is not installed: pip install tensorboard")
+    for name in ("train_pairs", "val_pairs", "out"):
+        if getattr(config, name) is None:
+            raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
+    for name in ("train_pairs", "val_pairs", "init_weights"):
+        file = getattr(config, name)
+        if file is not None and not file.is_file():
+            raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+
+
+def _check_losses(config: TrainConfig) -> None:
+    for name, weight in config.losses.items():
+        if name not in LOSSES:
+            raise UserError(f"losses: unknown component {name!r}; expected one of {', '.join(LOSSES)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UserError(f"losses: {name}: expected a number, at least 0, got {weight!r}")
+    if not any(config.losses.values()):
+        raise UserError(f"losses: expected at least one weight above 0, got {config.losses}")
+    of_photos = [name for name in config.losses if LOSSES[name] > 1]
+    if of_photos and config.objective == "bridge" and config.prediction != "x0":
+        raise UserError(
+            f"losses: {', '.join(of_photos)}: expected l1 and charbonnier alone, as a bridge with prediction = "
+            f"{config.prediction} makes no photos in training; prediction = x0 takes every component"
+        )
+
+
+def check_folder(config: TrainConfig, resume: bool) -> None:
+    """Raise UserError unless config.out is free for a new run, or for `resume` holds one of the same settings."""
+    out, saved = config.out, config.out / "config.toml"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its run")
+        return
+    if not saved.is_file():
+        raise UserError(f"--resume: nothing to resume: {out} holds no run (no config.toml)")
+    before, now = tomllib.loads(saved.read_text(encoding="utf-8")), tomllib.loads(dump_config(config))
+    for key in (before.keys() | now.keys()) - _FREE_TO_CHANGE:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"--resume: {key}: the run in {out} has {before.get(key)!r}, got {now.get(key)!r}; "
+                f"`autohdr train {saved} --resume` goes on with its own settings"
+            )
+
+
+def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those to validate on, all of them sound, none with a photo of the others."""
+    train_pairs, val_pairs = read_pairs(config.train_pairs), read_pairs(config.val_pairs)
+    for photo, trained, pair in shared_photos(train_pairs, val_pairs):
+        raise UserError(
+            f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
+            "`autohdr data split` keeps them apart"
+        )
+    needy = max(config.losses, key=LOSSES.get)
+    _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
+    _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
+    return train_pairs, val_pairs
+
+
+def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
+    """All photos can be read, and no side is shorter than `least` once they are resized."""
+    dataset = PairDataset(pairs, config.size, config.resize)
+    for pair, size in zip(pairs, check_pairs(pairs), strict=True):
+        height, width = dataset.resized(*size)
+        if min(height, width) < least:
+            raise UserError(
+                f"{pair.where}: expected {use} pairs with sides of at least {least} pixels, as {reason} needs; "
+                f"{size[1]}x{size[0]} pixels become {width}x{height} with size {config.size} and resize {config.resize}"
+            )
+
+
+def identity(pairs: list[Pair], step_pairs: int) -> dict[str, Any]:
+    """What a state says of the pairs: how many a step takes, and the SHA-256 of their photos' names in order, whatever folder
+    they lie in."""
+    names = "\n".join(f"{pair.src.name}\t{pair.tar.name}" for pair in pairs)
+    return {"step_pairs": step_pairs, "train_pairs": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int) -> None:
+    """Raise UserError unless the state is of a run over the same pairs: `now` is their identity()."""
+    if state["step_pairs"] != now["step_pairs"]:
+        raise UserError(
+            f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
+            f"got {config.batch_size} x {config.accumulate} x {processes}"
+        )
+    if state["train_pairs"] != now["train_pairs"]:
+        raise UserError(
+            f"--resume: train_pairs: expected the pairs that the run began with, in their order; {config.train_pairs} "
+            "names others now"
+        )

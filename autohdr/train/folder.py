@@ -1,0 +1,138 @@
+"""The run folder: its configuration, logs, states and weights. The first process alone writes there."""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autohdr
+from autohdr.errors import UserError
+from autohdr.models import load_checkpoint, save_weights
+from autohdr.train import record
+from autohdr.train.checkpoint import Background, load_newest, save_state
+from autohdr.train.config import TrainConfig, dump_config
+from autohdr.train.distributed import Ranks
+
+_STATE = "checkpoint_last.state.pt"
+
+
+class RunFolder:
+    """Every process calls every method, at the same point; what is to be written, the first process has."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.out = config.out
+        self._config, self._ranks = config, ranks
+        self._writes = ranks.rank == 0
+        self._background = Background()
+        self._saved_step = -1
+        self._tensorboard: Any = None
+
+    def begin(self) -> None:
+        """Make the folder of a new run, and say what made it."""
+        if not self._writes:
+            return
+        (self.out / "samples").mkdir(parents=True)
+        header = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        header += f"{platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
+        (self.out / "config.toml").write_text(dump_config(self._config, header), encoding="utf-8")
+
+    def read(self) -> tuple[dict[str, Any], list[str]]:
+        """The newest state, on all processes, and the digests of photos that its weights were trained on.
+
+        A damaged state is named and set aside, once. Raises UserError as load_newest does, and for weights of another run.
+        """
+        path, loaded = self.out / _STATE, []
+        self._ranks.first(lambda: loaded.append(load_newest(path)))
+        state = loaded[0] if loaded else load_newest(path)
+        weights, trained_on = self.out / "checkpoint_last.safetensors", []
+        # They are behind the state after a kill between the two, and ahead of it where the newest state is damaged.
+        if weights.exists():
+            metadata = load_checkpoint(weights).metadata
+            if metadata.get("run") != state["run_id"]:
+                raise UserError(f"--resume: {weights} and {_STATE} are not of one run")
+            trained_on = metadata.get("trained_on", [])
+        return state, trained_on
+
+    def rewind(self, step: int) -> None:
+        """Let the folder be as it was after so many steps: without later lines of the log, and without half-written files."""
+        self._saved_step = step
+        if self._writes:
+            record.rewind(self.out / "log.jsonl", step)
+            for part in self.out.glob(".*.part"):
+                part.unlink()
+        self._ranks.gather(None)  # nobody waits for a gradient while the first process reads
+
+    def open_tensorboard(self, step: int) -> None:
+        """Log to tensorboard/ too, where the configuration says so; what was logged there after `step` steps is dropped."""
+        if self._config.tensorboard and self._writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Add a line to log.jsonl."""
+        if self._writes:
+            record.append_line(self.out / "log.jsonl", entry)
+            if self._tensorboard:
+                record.write_scalars(self._tensorboard, entry)
+
+    def show(self, history: list[dict[str, Any]], triptychs: list[tuple[Tensor, ...]]) -> None:
+        """Write log.csv and curve.png of all epochs, and the last one's samples."""
+        if self._writes:
+            record.write_csv(self.out / "log.csv", history)
+            record.draw_curve(self.out / "curve.png", history)
+            if triptychs:
+                record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
+
+    def save_best(self, model: nn.Module, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Write checkpoint_best in the background: copies, which no step changes."""
+        self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
+
+    def save_last(self, model: nn.Module, metadata: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write a state in the background, and then its weights, those of the average where there is one."""
+        # A state of the same step, from before validation, is replaced: the states kept are to be of different steps.
+        keep = self._config.keep if self._saved_step != state["step"] else 1
+        self._saved_step = state["step"]
+
+        def write() -> None:
+            save_state(self.out / _STATE, state, keep)
+            save_weights(self.out / "checkpoint_last.safetensors", model, metadata, (state["ema"] or state)["model"])
+
+        self._write(write)
+
+    def _write(self, function: Callable[..., None], *args: Any) -> None:
+        if self._writes:
+            self._background(function, *args)
+
+    def wait(self) -> None:
+        """Wait until everything is written, all processes together: an exchange of gradients would not wait for a slow disk."""
+        if self._writes:
+            self._background.wait()
+        self._ranks.gather(None)
+
+    def close(self) -> None:
+        """Wait for this process's own writing, also after a failure."""
+        self._background.wait()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def remove_cache(self) -> None:
+        """Give back the disk that decoded photos take."""
+        if self._writes:
+            shutil.rmtree(self.out / "cache", ignore_errors=True)
+
+
+def _commit() -> str:
+    """The commit of this package's sources, where they are a checkout's."""
+    git = partial(subprocess.run, cwd=Path(autohdr.__file__).parent, check=True, capture_output=True, text=True)
+    try:
+        git(["git", "ls-files", "--error-unmatch", "__init__.py"])  # not a checkout that only surrounds an installed package
+        return "commit " + git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "commit unknown"

@@ -1,0 +1,111 @@
+"""What a run trains: the network, and everything else that an optimiser step changes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from autohdr.errors import UserError
+from autohdr.models import create_model, load_weights
+from autohdr.models.mamba_diffusion import MambaDiffusion
+from autohdr.train.checkpoint import to_cpu
+from autohdr.train.config import TrainConfig
+from autohdr.train.distributed import Ranks, local
+from autohdr.train.ema import Average
+from autohdr.train.guards import Guard
+from autohdr.train.objective import Objective, parameter_groups
+
+_WHOLE = StateDictOptions(full_state_dict=True)
+"""States hold whole tensors by the model's own names, however the processes share them out."""
+
+
+class Learner:
+    """The network, its objective, and what a step changes beside the weights: optimiser, loss scale, average and guard.
+
+    model: the network by its own names. network: the same as a step calls it, wrapped for several processes.
+    precision: the dtype of autocast; float32: no autocast.
+    trained_on: digests of the photos that the weights had seen before this run.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
+        """fresh: start from config.init_weights where there are any. Raises UserError for a model that cannot be made so."""
+        device = ranks.device
+        torch.manual_seed(config.seed)
+        self.model = create_model(config.model, **config.model_args)
+        self.trained_on: set[str] = set()
+        if config.init_weights and fresh:
+            self.trained_on |= set(load_weights(self.model, config.init_weights).metadata.get("trained_on", []))
+        sharded = config.parallel == "fsdp" and ranks.count > 1  # FSDP2 takes contiguous weights alone
+        self.model.to(device, memory_format=torch.preserve_format if sharded else torch.channels_last)
+        self.objective = Objective(config, self.model)
+        self.precision = _precision(config.precision, device)
+        if config.recompute:
+            if not isinstance(self.model, MambaDiffusion):
+                raise UserError(f"recompute: for MambaDiffusion, got {config.model}, whose ops do so by themselves")
+            self.model.recompute = True
+        if config.compile:
+            self.model.compile()
+        self.network: nn.Module = ranks.wrap(self.model, config.parallel, self.precision)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        self.average = Average(self.model, config.ema)
+        self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self.tensors)
+        self._device = device
+        # On several GPUs the whole tensors are gathered in the CPU's memory; one GPU's are copied there page-locked, faster.
+        self._gathered = replace(_WHOLE, cpu_offload=ranks.count > 1)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self._device.type, self.precision, enabled=self.precision is not torch.float32)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of this process that a step changes: weights, moments, average. [] before the first step."""
+        if not self.optimizer.state:
+            return []
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
+        return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that validation measures, on the CPU; {} on all processes but the first."""
+        with self.average.applied():
+            return self._own_weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy on the CPU of what a step changes: model, ema, optimizer, scaler, guard. No tensors but on the first process."""
+        state = {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
+        if self.optimizer.state:  # without one, torch would make a step to have it
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
+        state = to_cpu(state) | {"model": self._own_weights(), "ema": {}}
+        if self.average.decay:
+            state["ema"] = {"updates": self.average.updates, "model": self.weights()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Take over a state_dict() from after `step` steps, which a spike goes back to until a newer one is kept."""
+        if state["ema"]:
+            set_model_state_dict(self.model, state["ema"]["model"], options=_WHOLE)
+            self.average.take(state["ema"]["updates"])
+        set_model_state_dict(self.model, state["model"], options=_WHOLE)
+        if state["optimizer"]:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
+        self.scaler.load_state_dict(state["scaler"])
+        self.guard.load_state_dict(state["guard"])
+        self.guard.keep(step)
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        return to_cpu(get_model_state_dict(self.model, options=self._gathered))
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)

@@ -1,0 +1,52 @@
+"""A run's parts, checked and built: what training and its rehearsal have in common. Nothing is written yet."""
+
+from dataclasses import dataclass
+
+from autohdr.measure import pick_device
+from autohdr.train.batches import Batches
+from autohdr.train.checks import check_config, check_folder, checked_pairs
+from autohdr.train.config import TrainConfig
+from autohdr.train.distributed import Ranks, join
+from autohdr.train.learner import Learner
+from autohdr.train.step import Step
+from autohdr.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts, each knowing those before it alone."""
+
+    config: TrainConfig
+    ranks: Ranks
+    learner: Learner
+    batches: Batches
+    step: Step
+    validation: Validation
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.config.epochs * self.batches.steps_per_epoch
+
+    def describe(self, step: int = 0) -> str:
+        """One line for the terminal: model, device, pairs, and how many steps are behind the run."""
+        ranks, count = self.ranks, sum(weight.numel() for weight in self.learner.model.parameters())
+        processes = f" in {ranks.count} processes ({self.config.parallel})" if ranks.count > 1 else ""
+        return (
+            f"{self.config.model}, {count:,} parameters, {ranks.device}{processes}; {len(self.batches.dataset)} pairs to train "
+            f"on, {len(self.validation.dataset)} to validate; step {step} of {self.steps}; {self.config.out}"
+        )
+
+
+def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
+    """Check settings, folder and pairs, and build the parts; the weights are those of a run's start."""
+    check_config(config)
+    ranks = join(pick_device(config.device), config.rank_timeout)
+    ranks.first(check_folder, config, resume)
+    train_pairs, val_pairs = ranks.first(checked_pairs, config)
+    learner = Learner(config, ranks, fresh=not resume)
+    batches, validation = Batches(config, train_pairs, ranks), Validation(config, learner, ranks, val_pairs)
+    room = config.cache_gb * 1e9
+    for dataset in (batches.dataset, validation.dataset):
+        room -= dataset.keep_decoded(config.out / "cache", room)
+    return Run(config, ranks, learner, batches, Step(config, learner, ranks), validation)

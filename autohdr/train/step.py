@@ -1,0 +1,105 @@
+"""One optimiser step."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from autohdr.train.batches import Group
+from autohdr.train.config import TrainConfig
+from autohdr.train.distributed import Ranks
+from autohdr.train.guards import Fault, not_finite
+from autohdr.train.learner import Learner
+from autohdr.train.losses import Criterion
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found. All but `waited` is the same on all processes."""
+
+    losses: dict[str, float]
+    """Means over the step's pairs: the whole loss first, as "loss", then its components."""
+    norm: float
+    """Length of the whole gradient, before clipping. Not finite without a fault: float16, whose loss scale is then halved."""
+    fault: Fault | None
+    """Why the step was left out; None: it was made."""
+    waited: float
+    """Seconds that this process waited for its pairs."""
+
+
+class Step:
+    """One AdamW step over the batches of a group. It changes the learner, and nothing else.
+
+    A step whose loss or gradient is bad changes no weight; after a spike the learner is as in the state that its guard kept.
+    """
+
+    def __init__(self, config: TrainConfig, learner: Learner, ranks: Ranks):
+        """Raises UserError as Criterion does."""
+        self.learner, self._config, self._ranks = learner, config, ranks
+        self._criterion = Criterion(config, ranks.device)
+
+    def __call__(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float) -> StepResult:
+        """batches: this process's part of each batch of the group. epoch, step: how many are behind the run."""
+        learner, optimizer, scaler = self.learner, self.learner.optimizer, self.learner.scaler
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        optimizer.zero_grad()
+        means, waited = self._accumulate(group, batches, epoch)
+        scaler.unscale_(optimizer)
+        parameters = list(learner.model.parameters())
+        length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        length = length.full_tensor() if isinstance(length, DTensor) else length
+        rows = self._ranks.gather_floats(length.item(), *torch.stack(list(means.values())).tolist())
+        (norm, *_), *parts = zip(*rows, strict=True)
+        losses = dict(zip(means, map(sum, parts), strict=True))
+        # float16: an infinite gradient means that the loss scale is too large. At scale 1 it means what it does in float32.
+        overflow = math.isfinite(losses["loss"]) and not math.isfinite(norm) and scaler.get_scale() > 1
+        if not overflow:
+            if fault := self._fault(losses["loss"], norm):
+                scaler.update(scaler.get_scale())  # ends the step for the scaler; the scale stays
+                learner.guard.failed(fault)
+                return StepResult(losses, norm, fault, waited)
+            learner.guard.passed(step, losses["loss"])
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip or math.inf, length)
+        scaler.step(optimizer)  # float16: leaves the weights alone where the gradient is not finite
+        scaler.update()
+        if not overflow:
+            learner.average.update()
+        return StepResult(losses, norm, None, waited)
+
+    def _accumulate(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], epoch: int) -> tuple[dict[str, Tensor], float]:
+        """Add up the gradient of the group's mean loss. Returns this process's share of the mean losses, and seconds waited."""
+        learner, samples, means, waited = self.learner, sum(map(len, group)), {}, 0.0
+        for number, batch in enumerate(group, 1):
+            indices, counted = self._ranks.part(batch)
+            started = time.perf_counter()
+            source, target = next(batches)
+            waited += time.perf_counter() - started
+            share = counted / samples  # batches of unequal size weigh as one big batch would
+            with self._ranks.exchanging(learner.network, last=number == len(group)):
+                with learner.autocast():
+                    said, wanted = learner.objective.predict(learner.network, source, target, epoch, indices)
+                loss, components = self._criterion(said, wanted)
+                # The processes' gradients are averaged, so each is multiplied by their number.
+                learner.scaler.scale(loss * (share * self._ranks.count)).backward()
+            for name, value in ({"loss": loss.detach()} | components).items():
+                means[name] = means.get(name, 0.0) + share * value
+        return means, waited
+
+    def _fault(self, loss: float, norm: float) -> Fault | None:
+        """What is wrong with the step; the same on all processes, which all call this."""
+        guard, numbers = self.learner.guard, f"(loss {loss}, gradient norm {norm})"
+        if not math.isfinite(loss):
+            return Fault(f"the loss is not finite {numbers}", tensors=["loss"])
+        if not math.isfinite(norm):
+            found = {name for names in self._ranks.gather(not_finite(self.learner.model)) for name in names}
+            names = [name for name, _ in self.learner.model.named_parameters() if name in found]
+            where = f"in {len(names)} parameters, first {names[0]}" if names else "in its norm alone, which is too large"
+            return Fault(f"the gradient is not finite {where} {numbers}", tensors=names)
+        if loss > (limit := guard.limit()):
+            return Fault(f"the loss {loss:.4g} is a spike, above {limit:.4g}", back_to=guard.kept_at)
+        return None
