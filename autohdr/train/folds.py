@@ -12,7 +12,7 @@ from autohdr.data.audit import audit
 from autohdr.data.pairs import Pair, photo_digests, pictures, read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.errors import UserError
-from autohdr.evaluate import evaluate, summarise, write_json
+from autohdr.evaluate import evaluate, summarise, summarise_costs, write_json
 from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
@@ -20,7 +20,7 @@ from autohdr.train.checks import check_config
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.loop import train
 
-REPORT = "cross_validation.json"
+REPORT, MARK = "cross_validation.json", "config.toml"
 
 
 def cross_validate(
@@ -46,45 +46,66 @@ def cross_validate(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--folds: trains one fold after the other in one process; start it without torchrun")
     check_config(replace(config, val_pairs=config.train_pairs))
-    parts, mark = config.out / "pairs", config.out / "config.toml"
-    if resume and not mark.is_file():
-        raise UserError(f"--resume: nothing to resume: {config.out} holds no cross-validation (no config.toml)")
-    if not resume and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"out: {config.out} already holds files: give another --out, or --resume to continue its folds")
+    _check_folder(config.out, resume)
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
+    parts = config.out / "pairs"
     if resume:
         _check_parts(parts, folds, pairs)
     else:
         _refuse_seen(config.init_weights, pairs)
         found = audit([config.train_pairs])
         write_splits(found.pairs, parts, folds, config.seed, test=0, same=found.same)
-        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
+        (config.out / MARK).write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
 
-    images: list[dict[str, Any]] = []
+    measured = []
     for fold in range(folds):
-        part, out = parts / f"fold_{fold}", config.out / f"fold_{fold}"
         print(f"fold {fold + 1} of {folds}")
+        part, out = parts / f"fold_{fold}", config.out / f"fold_{fold}"
         run = replace(config, train_pairs=part / "train.jsonl", val_pairs=part / "val.jsonl", out=out)
-        if signal := train(run, resume=(out / "config.toml").is_file()).interrupted:
+        if signal := train(run, resume=(out / MARK).is_file()).interrupted:
             return signal
-        held_out, model = read_pairs(run.val_pairs), load_checkpoint(out / "checkpoint_last.safetensors")
-        place = {"size": config.size, "resize": config.resize, "device": pick_device(config.device)}
-        results = evaluate(held_out, out / "report", model=model, **place)
-        for pair, image in zip(held_out, results["images"], strict=True):
-            src, tar = _photos(pair)
-            image |= {"fold": fold, "src": src, "tar": tar}
-            if earlier:
-                image["figures"]["baseline"] = earlier[src, tar]
-        images += results["images"]
-
-    others = ["source", "auto_tone"] + ["baseline"] * bool(baseline)
-    results |= {"folds": folds, "summary": summarise([image["figures"] for image in images], others), "images": images}
+        measured.append(_measure(run))
+    results = _together(measured, earlier)
     table = f"{folds} folds, each pair measured by the model that has not seen it\n{format_table(results)}"
     write_json(config.out / REPORT, results)
     (config.out / REPORT).with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
     print(table)
     return results
+
+
+def _measure(run: TrainConfig) -> dict[str, Any]:
+    """evaluate's results of a fold's last weights on what it held out, each image by the paths that identify its pair."""
+    held_out, model = read_pairs(run.val_pairs), load_checkpoint(run.out / "checkpoint_last.safetensors")
+    place = {"size": run.size, "resize": run.resize, "device": pick_device(run.device)}
+    results = evaluate(held_out, run.out / "report", model=model, **place)
+    named = zip(map(_photos, held_out), results["images"], strict=True)
+    return results | {"images": [image | {"src": src, "tar": tar} for (src, tar), image in named]}
+
+
+def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str], dict[str, float]] | None) -> dict[str, Any]:
+    """One result of all folds': every image with its fold and, from `earlier`, the baseline's figures."""
+    images = [image | {"fold": fold} for fold, results in enumerate(measured) for image in results["images"]]
+    if earlier is not None:
+        images = [image | {"figures": image["figures"] | {"baseline": earlier[image["src"], image["tar"]]}} for image in images]
+    others = ["source", "auto_tone"] + ["baseline"] * (earlier is not None)
+    trained = sum(results["model"]["trained_pairs"] for results in measured)
+    return {
+        "environment": measured[0]["environment"],  # the same process measured all of them, with the same settings
+        "settings": measured[0]["settings"],
+        "model": measured[0]["model"] | summarise_costs(images) | {"trained_pairs": trained},
+        "folds": len(measured),
+        "summary": summarise([image["figures"] for image in images], others),
+        "images": images,
+    }
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """Raise UserError unless `out` is free for a new cross-validation, or for `resume` holds one."""
+    if resume and not (out / MARK).is_file():
+        raise UserError(f"--resume: nothing to resume: {out} holds no cross-validation ({MARK})")
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its folds")
 
 
 def _photos(pair: Pair) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Cross-validation: every pair measured once, by a model that has not seen it; resumable; paired intervals."""
 
+import copy
 import json
 import signal
 from dataclasses import replace
@@ -14,6 +15,7 @@ from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
 from autohdr.metrics import METRICS, mean_interval
 from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.train import folds
 from autohdr.train.config import load_config
 from autohdr.train.folds import cross_validate
 
@@ -127,3 +129,27 @@ def test_command_line(config, pair_files, capsys, monkeypatch):
     go_on = capsys.readouterr().out.splitlines()[-1].partition("go on: autohdr ")[2]
     assert main(go_on.split()) == 0
     assert "2 folds, each pair" in capsys.readouterr().out
+
+
+def test_the_models_costs_are_those_of_all_folds(config, monkeypatch):
+    """One fold is slow, another one takes much memory: the figures of the whole know both, and each fold's stay its own."""
+    alone = []
+
+    def evaluate_and_tell(*args, **others):
+        found = evaluate(*args, **others)
+        cost = {"seconds": (1.0, 30.0, 2.0)[len(alone)], "growth_bytes": (7e9, 1e9, 2e9)[len(alone)]}
+        for image in found["images"]:
+            image |= cost | {"peak_bytes": int(cost["growth_bytes"] * 2), "memory_source": "VmHWM"}
+        found["model"] |= {"trained_pairs": len(alone), "seconds_per_megapixel": -1.0, "memory_source": "VmHWM"}
+        alone.append(copy.deepcopy(found))
+        results.append(found)
+        return found
+
+    results = []
+    monkeypatch.setattr(folds, "evaluate", evaluate_and_tell)
+    model = cross_validate(config, 3)["model"]
+    megapixels = 32 * 32 / 1e6
+    assert model["seconds_per_megapixel"] == pytest.approx(2.0 / megapixels)  # the median of 1, 1, 30, 30, 2, 2
+    assert model["bytes_per_megapixel"] == pytest.approx(7e9 / megapixels)
+    assert (model["peak_bytes"], model["trained_pairs"]) == (14_000_000_000, 0 + 1 + 2)
+    assert results == alone
