@@ -6,6 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What `replacing` had not finished in a folder when its process was killed."""
+    return list(folder.glob(".*.part"))
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A hidden temporary path beside `path`, which becomes `path` once the block has written it.

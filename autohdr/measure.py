@@ -22,10 +22,17 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # what holds no values, as meta does, is no device to work on
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} is not available here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def check_workers(count: int) -> None:
+    """Raise UserError for more processes than 64, or than four a processor where that is more: the machine would stall."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if count > most:
+        raise UserError(f"workers: expected at most {most}, got {count}")
 
 
 @dataclass

@@ -35,7 +35,7 @@ def split_pairs(
 ) -> Splits:
     """Holds out the first `test` pairs, then a random `val_fraction` of the others for validation (577: 5, 515 and 57).
 
-    UserError if a photo of the first pairs occurs again further down, or if there are too few pairs.
+    UserError if a photo of the first pairs occurs again further down, if there are too few pairs, or for a negative test or seed.
     """
     held_out, rest = _hold_out(pairs, test, same)
     groups = _shuffled_groups(rest, seed, same)
@@ -54,7 +54,7 @@ def k_folds(
 ) -> list[tuple[list[Pair], list[Pair]]]:
     """(training, validation) pairs of each of k folds; every pair validates once.
 
-    UserError if there are fewer pairs (those that share a photo count as one) than folds.
+    UserError if there are fewer pairs (those that share a photo count as one) than folds, or for a negative seed.
     """
     groups = _shuffled_groups(pairs, seed, same)
     if not 2 <= k <= len(groups):
@@ -107,6 +107,8 @@ def write_splits(
 
 def _hold_out(pairs: Sequence[Pair], test: int, same: Mapping[Path, Path]) -> tuple[list[Pair], list[Pair]]:
     """The first `test` pairs and the others, which must not share a photo with them."""
+    if test < 0:
+        raise UserError(f"test: expected a number of pairs, at least 0, got {test}")
     for photo, other, pair in shared_photos(pairs[:test], pairs[test:], same):
         is_ = "is" if os.path.realpath(photo) in map(os.path.realpath, (other.src, other.tar)) else "shows a picture that is"
         raise UserError(
@@ -136,6 +138,8 @@ def linked_groups(pairs: Sequence[Pair], same: Mapping[Path, Path] = ALL_DIFFERE
 
 
 def _shuffled_groups(pairs: Sequence[Pair], seed: int, same: Mapping[Path, Path]) -> list[list[int]]:
+    if seed < 0:
+        raise UserError(f"seed: expected at least 0, got {seed}")
     groups = linked_groups(pairs, same)
     return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
 

@@ -3,11 +3,14 @@
 import hashlib
 import importlib.util
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
+from autohdr.files import leftovers
+from autohdr.measure import check_workers
 from autohdr.train.config import LOSSES, TrainConfig, dump_config
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
@@ -29,6 +32,9 @@ def check_config(config: TrainConfig) -> None:
     for name in ("lr", "noise_scale"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
+    if config.seed >= 2**64:
+        raise UserError(f"seed: expected a number of 64 bits, less than 2**64, got {config.seed}")
+    check_workers(config.workers)
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
     _check_losses(config)
@@ -63,22 +69,34 @@ def _check_losses(config: TrainConfig) -> None:
         )
 
 
-def check_folder(config: TrainConfig, resume: bool) -> None:
-    """Raise UserError unless config.out is free for a new run, or for `resume` holds one of the same settings."""
+def check_unused(out: Path, what: str) -> None:
+    """Raise UserError unless `out`, the folder of something new, is absent or empty but for what a killed start left there."""
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(leftovers(out))):
+        raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its {what}")
+
+
+def check_folder(config: TrainConfig, resume: bool) -> bool:
+    """Whether the run goes on from a state in config.out. False: it is new, or was killed before its first state was there.
+
+    Raises UserError unless the folder is free for a new run, or for `resume` holds one of the same settings.
+    """
     out, saved = config.out, config.out / "config.toml"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its run")
-        return
+        check_unused(out, "run")
+        return False
     if not saved.is_file():
         raise UserError(f"--resume: nothing to resume: {out} holds no run (no config.toml)")
-    before, now = tomllib.loads(saved.read_text(encoding="utf-8")), tomllib.loads(dump_config(config))
+    try:
+        before, now = tomllib.loads(saved.read_text(encoding="utf-8")), tomllib.loads(dump_config(config))
+    except ValueError as error:
+        raise UserError(f"--resume: {saved}: not valid TOML: {error}") from None
     for key in (before.keys() | now.keys()) - _FREE_TO_CHANGE:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"--resume: {key}: the run in {out} has {before.get(key)!r}, got {now.get(key)!r}; "
                 f"`autohdr train {saved} --resume` goes on with its own settings"
             )
+    return (out / "log.jsonl").exists() or any(out.glob("checkpoint_*"))
 
 
 def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:

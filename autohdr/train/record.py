@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from autohdr.errors import UserError
 from autohdr.files import replacing
 
 
@@ -26,16 +27,22 @@ def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a line cut short: a resumed run writes them again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that a crash cut short.
+
+    Raises UserError, and changes nothing, where any other line is not one of a run's log.
+    """
+    kept, lines = [], path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+            if line.strip() and json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(lines):  # the last has no line feed after it
+                raise UserError(
+                    f"{path}:{number}: expected a run's log, objects with a step, got {line[:80]!r} ({error!r})"
+                ) from None
     with replacing(path) as part:  # or a crash would cost the whole log
-        part.write_text("".join(kept), encoding="utf-8")
+        part.write_bytes(b"".join(kept))
 
 
 def write_csv(path: Path, history: list[dict[str, Any]]) -> None:

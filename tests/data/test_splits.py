@@ -190,3 +190,11 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_splits(distinct(20), tmp_path / "file")
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+@pytest.mark.parametrize(("changes", "message"), [({"test": -3}, "test: .*at least 0, got -3"), ({"seed": -1}, "seed: .*got -1")])
+def test_refuses_negative_numbers(tmp_path, folds, changes, message):
+    with pytest.raises(UserError, match=message):
+        write_splits(distinct(20), tmp_path / "parts", folds, **changes)
+    assert not (tmp_path / "parts").exists()

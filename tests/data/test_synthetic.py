@@ -106,6 +106,7 @@ def test_synthesize_starts_anew_in_its_own_folder(tmp_path, monkeypatch):
         ({"height": 31}, "at least 32, got 31 x 40"),
         ({"width": 8}, "at least 32, got 40 x 8"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"workers": 100_000}, r"workers: expected at most \d+, got 100000"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],
 )

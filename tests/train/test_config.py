@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from autohdr.errors import UserError
-from autohdr.train.config import TrainConfig, check_config, dump_config, load_config, recipes
+from autohdr.train.checks import check_config
+from autohdr.train.config import TrainConfig, dump_config, load_config, recipes
 
 SETTINGS = {
     "restormer_384": {"size": 384, "batch_size": 2, "accumulate": 2, "lr": 1e-4, "warmup_epochs": 5, "epochs": 100},
@@ -108,6 +109,10 @@ def test_rejects_missing_config():
         ({"noise_scale": 0.0}, "noise_scale: expected a positive number, got 0.0"),
         ({"sample_steps": 0}, "sample_steps: expected at least 1, got 0"),
         ({"ema": 1.0}, "ema: expected less than 1, got 1.0"),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"workers": 100_000}, r"workers: expected at most \d+, got 100000"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": 2**64}, f"seed: expected a number of 64 bits, less than 2\\*\\*64, got {2**64}"),
         ({"keep": 0}, "keep: expected at least 1, got 0"),
         ({"max_bad_steps": 0}, "max_bad_steps: expected at least 1, got 0"),
         ({"snapshot_every": 0}, "snapshot_every: expected at least 1, got 0"),
@@ -129,6 +134,10 @@ def test_rejects_missing_config():
 def test_rejects_settings(make_config, changes, message):
     with pytest.raises(UserError, match=message):
         check_config(make_config(**changes))
+
+
+def test_accepts_many_workers_and_the_largest_seed(make_config):
+    check_config(make_config(workers=64, seed=2**64 - 1))
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "noise"])

@@ -1,8 +1,10 @@
 import json
 
+import pytest
 import torch
 from PIL import Image
 
+from autohdr.errors import UserError
 from autohdr.train import record
 
 HISTORY = [{"epoch": e, "train_l1": 0.2 / e, "val_l1": 0.3 / e, "val_psnr": 14.0 + e, "val_ssim": 0.5} for e in (1, 2)]
@@ -38,6 +40,30 @@ def test_rewind_drops_later_and_broken_lines(tmp_path):
         file.write('{"step": 2')
     record.rewind(log, 2)
     assert [json.loads(line) for line in log.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "line", [b"a note", b"[2]", b"2", b'{"loss": 1}', b'{"step": "2"}', b'{"step": null}', b"\xff\xfe", b"\0\0"]
+)
+def test_rewind_refuses_what_is_no_log(tmp_path, line):
+    """In its midst; at the end, with no line feed after it, it is what a crash cut short."""
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"log.jsonl:2: expected a run's log, objects with a step, got"):
+        record.rewind(log, 2)
+    assert log.read_bytes() == b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    log.write_bytes(b'{"step": 1}\n' + line)
+    record.rewind(log, 2)
+    assert log.read_bytes() == b'{"step": 1}\n'
+
+
+def test_rewind_keeps_a_last_line_without_line_feed_and_makes_a_missing_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    record.rewind(log, 1)
+    assert log.read_bytes() == b""
+    log.write_bytes(b'{"step": 1}\n\n{"step": 2, "name": "\xc3\xa4"}')
+    record.rewind(log, 2)
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 2, "name": "\xc3\xa4"}\n'
 
 
 def test_triptychs_of_different_sizes(tmp_path):

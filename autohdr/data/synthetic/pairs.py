@@ -18,6 +18,7 @@ from autohdr.data.synthetic.room import Room
 from autohdr.data.synthetic.textures import Array
 from autohdr.errors import UserError
 from autohdr.files import replacing
+from autohdr.measure import check_workers
 
 _MIN_SIDE = 32
 _MARKER = "synth.json"
@@ -54,6 +55,8 @@ def synthesize(
         raise UserError(f"synthetic pairs: height and width must be at least {_MIN_SIDE}, got {height} x {width}")
     if seed < 0:
         raise UserError(f"synthetic pairs: seed must be 0 or more, got {seed}")
+    if workers is not None:
+        check_workers(workers)
     if workers is not None and workers < 1:
         raise UserError(f"synthetic pairs: workers must be at least 1, got {workers}")
     out = Path(out_dir)
