@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import autohdr
 from autohdr.errors import UserError
+from autohdr.files import leftovers, replacing
 from autohdr.models import load_checkpoint, save_weights
 from autohdr.train import record
 from autohdr.train.checkpoint import Background, load_newest, save_state
@@ -34,13 +35,17 @@ class RunFolder:
         self._tensorboard: Any = None
 
     def begin(self) -> None:
-        """Make the folder of a new run, and say what made it."""
+        """Make the folder of a new run, and say what made it. config.toml comes first: with it alone, --resume begins the run."""
         if not self._writes:
             return
-        (self.out / "samples").mkdir(parents=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part in leftovers(self.out):
+            part.unlink()
         header = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
         header += f"{platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
-        (self.out / "config.toml").write_text(dump_config(self._config, header), encoding="utf-8")
+        with replacing(self.out / "config.toml") as part:
+            part.write_text(dump_config(self._config, header), encoding="utf-8")
+        (self.out / "samples").mkdir(exist_ok=True)
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
         """The newest state, on all processes, and the digests of photos that its weights were trained on.
@@ -60,13 +65,11 @@ class RunFolder:
         return state, trained_on
 
     def rewind(self, step: int) -> None:
-        """Let the folder be as it was after so many steps: without later lines of the log, and without half-written files."""
+        """Drop what came after so many steps from the log, and half-written files. Raises UserError as record.rewind does."""
         self._saved_step = step
-        if self._writes:
-            record.rewind(self.out / "log.jsonl", step)
-            for part in self.out.glob(".*.part"):
-                part.unlink()
-        self._ranks.gather(None)  # nobody waits for a gradient while the first process reads
+        self._ranks.first(record.rewind, self.out / "log.jsonl", step)
+        for part in leftovers(self.out) if self._writes else ():
+            part.unlink()
 
     def open_tensorboard(self, step: int) -> None:
         """Log to tensorboard/ too, where the configuration says so; what was logged there after `step` steps is dropped."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from autohdr.data.pairs import Pair, photo_digests, pictures, read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate, summarise, summarise_costs, write_json
+from autohdr.files import replacing
 from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
-from autohdr.train.checks import check_config
+from autohdr.train.checks import check_config, check_unused
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.loop import train
 
@@ -50,13 +52,10 @@ def cross_validate(
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
     parts = config.out / "pairs"
-    if resume:
+    if parts.is_dir():
         _check_parts(parts, folds, pairs)
     else:
-        _refuse_seen(config.init_weights, pairs)
-        found = audit([config.train_pairs])
-        write_splits(found.pairs, parts, folds, config.seed, test=0, same=found.same)
-        (config.out / MARK).write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
+        _divide(config, folds, pairs, parts)
 
     measured = []
     for fold in range(folds):
@@ -72,6 +71,17 @@ def cross_validate(
     (config.out / REPORT).with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
     print(table)
     return results
+
+
+def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path) -> None:
+    """Make the folder with the folds' lists in `parts`. Killed at any moment, it leaves what a new start or --resume takes."""
+    _refuse_seen(config.init_weights, pairs)
+    found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
+    shutil.rmtree(new, ignore_errors=True)
+    write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
+    with replacing(config.out / MARK) as mark:
+        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
+    os.replace(new, parts)  # the paths in the lists are relative, and as deep
 
 
 def _measure(run: TrainConfig) -> dict[str, Any]:
@@ -104,8 +114,8 @@ def _check_folder(out: Path, resume: bool) -> None:
     """Raise UserError unless `out` is free for a new cross-validation, or for `resume` holds one."""
     if resume and not (out / MARK).is_file():
         raise UserError(f"--resume: nothing to resume: {out} holds no cross-validation ({MARK})")
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its folds")
+    if not resume:
+        check_unused(out, "folds")
 
 
 def _photos(pair: Pair) -> tuple[str, str]:

@@ -43,8 +43,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
     SIGINT (Ctrl-C) and SIGTERM finish the step, save and return. Raises UserError for bad settings or data, before
     anything is written, and TrainingError after `max_bad_steps` steps in a row whose loss or gradient will not do.
     """
-    loop = Loop(prepare(config, resume=resume))
-    loop.resume() if resume else loop.start()
+    run = prepare(config, resume=resume)
+    loop = Loop(run)
+    loop.resume() if run.resumes else loop.start()
     return loop.train()
 
 
@@ -69,9 +70,10 @@ class Loop:
         self._seconds = self._waited = 0.0  # of training in the epochs that ended here, and of waiting for data in them
 
     def start(self) -> None:
-        """Make the run folder."""
+        """Make the run folder, with a first state: before it is there, nothing else is written, and --resume begins anew."""
         self._folder.begin()
         self._save_last()
+        self._folder.wait()
 
     def resume(self) -> None:
         """Take up the run in the folder where its newest state stands. Raises UserError where that is of another run."""

@@ -17,6 +17,8 @@ class Run:
     """The parts, each knowing those before it alone."""
 
     config: TrainConfig
+    resumes: bool
+    """Whether it goes on from a state in its folder, which is not loaded yet."""
     ranks: Ranks
     learner: Learner
     batches: Batches
@@ -42,11 +44,11 @@ def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
     """Check settings, folder and pairs, and build the parts; the weights are those of a run's start."""
     check_config(config)
     ranks = join(pick_device(config.device), config.rank_timeout)
-    ranks.first(check_folder, config, resume)
+    resumes = ranks.first(check_folder, config, resume)
     train_pairs, val_pairs = ranks.first(checked_pairs, config)
-    learner = Learner(config, ranks, fresh=not resume)
+    learner = Learner(config, ranks, fresh=not resumes)
     batches, validation = Batches(config, train_pairs, ranks), Validation(config, learner, ranks, val_pairs)
     room = config.cache_gb * 1e9
     for dataset in (batches.dataset, validation.dataset):
         room -= dataset.keep_decoded(config.out / "cache", room)
-    return Run(config, ranks, learner, batches, Step(config, learner, ranks), validation)
+    return Run(config, resumes, ranks, learner, batches, Step(config, learner, ranks), validation)

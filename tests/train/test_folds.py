@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps
 from runs import blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
 
 from autohdr.cli import main
+from autohdr.data import splits
 from autohdr.data.pairs import photo_digests, read_pairs, write_pairs
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
@@ -116,6 +118,31 @@ def test_refuses_before_anything_is_written(config, pair_files, tmp_path, monkey
     (config.out / "mine").touch()
     with pytest.raises(UserError, match="already holds files"):
         cross_validate(config, 2)
+
+
+@pytest.mark.parametrize("killed_at", ["train.jsonl", "config.toml", "pairs"])
+def test_folds_killed_before_the_first_one_begin_again(config, monkeypatch, killed_at):
+    """Before the lists are whole, before config.toml is, and before the lists have their place."""
+    put, write = os.replace, splits.write_pairs
+
+    def kill(part, path):
+        if path.name == killed_at:
+            raise MemoryError
+        put(part, path)
+
+    def kill_writing(path, pairs):
+        if path.name == killed_at:
+            raise MemoryError
+        write(path, pairs)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(os, "replace", kill)
+        patch.setattr(splits, "write_pairs", kill_writing)
+        cross_validate(config, 2)
+    assert not (config.out / "pairs").exists()
+    again = cross_validate(config, 2, resume=(config.out / "config.toml").exists())
+    assert figures(again) == figures(cross_validate(replace(config, out=config.out.with_name("whole")), 2))
+    assert not list(config.out.glob(".*"))
 
 
 def test_command_line(config, pair_files, capsys, monkeypatch):

@@ -308,9 +308,56 @@ def test_refuses_to_resume_a_foreign_state(make_config):
         train(config, resume=True)
 
 
-def test_refuses_an_absent_device(make_config):
-    with pytest.raises(UserError, match="device: 'tpu' is not available here"):
-        train(make_config(device="tpu"))
+@pytest.mark.parametrize("device", ["tpu", "meta"])
+def test_refuses_a_device_that_cannot_be_worked_on(make_config, device):
+    config = make_config(device=device)
+    with pytest.raises(UserError, match=f"device: '{device}' is not available here"):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_the_largest_seed_trains(make_config):
+    assert train(make_config(epochs=1, seed=2**64 - 1)).epochs == 1
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "config.toml"])
+def test_refuses_to_resume_with_a_strange(make_config, file):
+    config = make_config(epochs=1)
+    train(config)
+    content = (config.out / file).read_bytes()
+    (config.out / file).write_bytes(b"\xff\n" + content)
+    with pytest.raises(UserError, match=rf"{file}.*expected a run's log|--resume: .*{file}: not valid TOML"):
+        train(config, resume=True)
+    assert (config.out / file).read_bytes() == b"\xff\n" + content
+
+
+@pytest.mark.parametrize("killed_at", ["config.toml", STATE])
+def test_a_run_killed_before_its_first_state_begins_again(make_config, monkeypatch, killed_at):
+    """Before config.toml is whole by a new start, after it by --resume."""
+    config, put = make_config("parts", epochs=1), os.replace
+
+    def kill(part, path):
+        if path.name == killed_at:
+            shutil.copyfile(part, f"{part}.1.part")  # what stays: nothing tidies up behind a SIGKILL
+            raise MemoryError
+        put(part, path)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(os, "replace", kill)
+        train(config)
+    assert list(config.out.glob(".*.part"))
+    train(config, resume=(config.out / "config.toml").exists())
+    train(make_config("whole", epochs=1))
+    assert same(outcome(config.out), outcome(make_config("whole").out)) and not list(config.out.glob(".*"))
+
+
+def test_a_run_that_has_lost_its_states_does_not_begin_again(make_config):
+    config = make_config(epochs=1)
+    train(config)
+    for file in config.out.glob("checkpoint_*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no training state"):
+        train(config, resume=True)
 
 
 def test_saves_within_an_epoch(make_config, monkeypatch):
