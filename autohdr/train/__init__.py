@@ -1,1 +1,1 @@
-"""Training: configuration, losses, the loop, and what a run leaves on disk."""
+"""Training: from a configuration to a folder of weights. loop.train is the way in; CONTRIBUTING walks through the files."""

@@ -1,4 +1,4 @@
-"""Which pairs each step takes, and how they come to the device."""
+"""Which pairs each step takes, and their way from the disk to the device."""
 
 import math
 import traceback
@@ -16,14 +16,14 @@ from autohdr.train.distributed import Ranks
 from autohdr.train.guards import held_signals, survive_signals
 
 Group = list[list[int]]
-"""The pairs of one step, by their place in the list of pairs: a batch for each forward pass, of all processes together."""
+"""The pairs of one step, as indices into the list of pairs: one batch for each forward pass, for all processes together."""
 
 
 class Loader:
-    """Batches of a dataset's pairs on the device, read and decoded by config.workers processes."""
+    """Brings batches of a dataset's pairs to the device; config.workers processes read and decode them."""
 
     def __init__(self, dataset: PairDataset, config: TrainConfig, device: torch.device, persistent: bool = False):
-        """persistent: the workers stay for the next batches, until the loader goes."""
+        """persistent: the workers stay between calls, until this object is deleted."""
         self.device = device
         self._batches: list[list[int]] = []
         workers = {"prefetch_factor": 4, "persistent_workers": persistent} if config.workers else {}
@@ -33,12 +33,12 @@ class Loader:
             num_workers=config.workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=survive_signals,
-            generator=torch.Generator(),  # its own: drawing the workers' seeds leaves the global generator alone
+            generator=torch.Generator(),  # else the workers' seeds would be drawn from the run's random numbers
             **workers,
         )
 
     def __call__(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(source, target) of each batch, (B, 3, H, W) float32, channels-last. The workers begin to read at once."""
+        """Yields (source, target) of each batch, (B, 3, H, W) float32, channels-last. The workers begin to read at once."""
         self._batches[:] = batches
         with held_signals():
             read = iter(self._loader)
@@ -51,7 +51,7 @@ class Loader:
 
 
 class Batches:
-    """The pairs to train on, divided into steps anew for each epoch. Each pair comes once an epoch."""
+    """Divides the pairs to train on into steps, anew for each epoch. Each pair comes once an epoch."""
 
     def __init__(self, config: TrainConfig, pairs: list[Pair], ranks: Ranks):
         self.dataset = PairDataset(pairs, config.size, config.resize, config.augment, config.seed)
@@ -61,14 +61,14 @@ class Batches:
         self._loader = Loader(self.dataset, config, ranks.device, persistent=True)
 
     def groups(self, epoch: int) -> list[Group]:
-        """The steps of an epoch, counted from 0, in an order that depends on (seed, epoch) alone."""
+        """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone."""
         order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self.dataset)).tolist()
         size, count = self._config.batch_size * self._ranks.count, self._config.accumulate
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batches[i : i + count] for i in range(0, len(batches), count)]
 
     def read(self, groups: list[Group], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(source, target) of this process's part of each batch of `groups`, augmented as that epoch does."""
+        """Yields (source, target) of this process's part of each batch of `groups`, augmented as in that epoch."""
         self.dataset.set_epoch(epoch)
         return self._loader([self._ranks.part(batch)[0] for group in groups for batch in group])
 
@@ -78,11 +78,11 @@ class Batches:
 
     @contextmanager
     def workers(self) -> Iterator[None]:
-        """The workers end with the block, also where it fails; nothing can be read after it."""
+        """The workers end with this block, also where it fails. Nothing can be read after it."""
         try:
             yield
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # the frames hold the iterator, and the iterator its workers
+            traceback.clear_frames(error.__traceback__)  # a frame holds the iterator, which holds its workers
             raise
         finally:
             del self._loader

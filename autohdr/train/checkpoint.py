@@ -1,7 +1,7 @@
-"""The training state on disk: everything a run needs to go on as if it had never stopped.
+"""The training state on disk: everything that a run needs to go on as if it had never stopped.
 
-It holds the weights too, so that one atomic rename is the whole checkpoint: no crash can leave half of one. After the
-archive that torch.save writes come the 32 bytes of its SHA-256. The states before the newest are kept beside it.
+One file holds all of it, weights included, and takes its name by one atomic rename: a crash leaves the old state or the new one,
+never half of one. The file is what torch.save writes, and after it the 32 bytes of its SHA-256. Older states lie beside it.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ _KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "rng", "model", "ema", "
 
 
 def previous(path: Path, age: int = 1) -> Path:
-    """Where save_state keeps the state that stood at `path` so many saves ago."""
+    """The file of the state that stood at `path` so many saves ago."""
     return path.with_name(f"{path.stem}.previous{age if age > 1 else ''}{path.suffix}")
 
 
 def save_state(path: Path, state: dict[str, Any], keep: int = 2) -> None:
-    """Write a run's state: tensors and plain values; the keep - 1 before it go to previous(path, 1) and so on.
+    """Write a run's state, tensors and plain values, to `path`; the keep - 1 states before it go to previous(path, 1) and so on.
 
-    The file appears whole or not at all; a failure leaves the old one at `path`, and raises OSError where the disk is full.
+    The file appears whole or not at all. A failure leaves the old state at `path`; a full disk raises OSError.
     """
     with replacing(path) as part:
         with open(part, "wb") as file:
             try:
                 torch.save(state, file)
-            except RuntimeError as error:  # torch's word for a write that failed says nothing of why
+            except RuntimeError as error:  # torch does not say why a write failed; the OSError behind it does
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         digest = _digest(part, part.stat().st_size)
         with open(part, "ab") as file:
@@ -50,16 +50,16 @@ def save_state(path: Path, state: dict[str, Any], keep: int = 2) -> None:
         if path.exists() and keep > 1:
             with replacing(previous(path)) as older:
                 try:
-                    os.link(path, older)  # a second name, and `path` is never absent
+                    os.link(path, older)  # a second name for it: `path` is never absent
                 except OSError:  # a file system without hard links
                     shutil.copyfile(path, older)
 
 
 def load_newest(path: Path) -> dict[str, Any]:
-    """load_state(path), or of the newest state before it that is whole, after a warning that names each damaged file.
+    """load_state(path), or the newest older state that is whole; then a warning names each damaged file.
 
-    A damaged file is renamed to NAME.damaged, so that the next save cannot put it in the place of a good one. Raises
-    UserError, and renames nothing, where none is a training state.
+    A damaged file is renamed to NAME.damaged: the next save would else move it to where a good older state is. Raises UserError,
+    and renames nothing, where no file is a training state.
     """
     older = sorted(path.parent.glob(f"{path.stem}.previous*{path.suffix}"), key=lambda file: (len(file.name), file.name))
     damaged = []
@@ -106,7 +106,7 @@ def _digest(path: Path, size: int) -> bytes:
 
 
 def to_cpu(tree: Any) -> Any:
-    """A copy on the CPU of a tree of tensors and plain values, which a step no longer changes; page-locked if from a GPU."""
+    """A copy, on the CPU, of a tree of tensors and plain values; no step changes it. In page-locked memory if from a GPU."""
     if isinstance(tree, torch.Tensor):
         return torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda).copy_(tree)
     if isinstance(tree, dict):
@@ -115,9 +115,9 @@ def to_cpu(tree: Any) -> Any:
 
 
 class Background:
-    """Calls of functions that write, one after the other in a thread, while training goes on.
+    """Runs functions that write in a thread, one after the other, while training goes on.
 
-    A call waits for the one before it, and raises what that one raised; so does wait().
+    A call waits for the one before it, and raises what that one raised. So does wait().
     """
 
     def __init__(self):
@@ -133,12 +133,12 @@ class Background:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's global generators; Python's and NumPy's take no part in training."""
+    """State of torch's global generators. Training draws nothing from Python's and NumPy's."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Undo every draw since rng_state(). A GPU that the saving machine did not have keeps its own state."""
+    """Set torch's global generators to a rng_state(). A GPU that the saving machine did not have keeps its own state."""
     torch.set_rng_state(state["cpu"])
     for index, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(generator, index)

@@ -1,4 +1,4 @@
-"""May this run start, may it go on: its settings, its folder, its pairs and its state. Nothing here writes."""
+"""May this run start, may it go on? Checks its settings, its folder, its pairs and its state, and writes nothing."""
 
 import hashlib
 import importlib.util
@@ -15,8 +15,8 @@ from autohdr.train.config import LOSSES, TrainConfig, dump_config
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
 _FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
-"""Settings that a run may go on with other values of: they change its weights by no more than rounding. batch_size x accumulate
-x processes, the pairs in a step, may not change: check_state sees to that."""
+"""Settings that may be others when a run is resumed: they change its weights by rounding at most. How many pairs a step takes,
+batch_size x accumulate x processes, may not change: check_state."""
 
 
 def check_config(config: TrainConfig) -> None:
@@ -70,15 +70,15 @@ def _check_losses(config: TrainConfig) -> None:
 
 
 def check_unused(out: Path, what: str) -> None:
-    """Raise UserError unless `out`, the folder of something new, is absent or empty but for what a killed start left there."""
+    """Raise UserError unless the folder `out` is absent or empty. What a killed start left half written does not count."""
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(leftovers(out))):
         raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its {what}")
 
 
 def check_folder(config: TrainConfig, resume: bool) -> bool:
-    """Whether the run goes on from a state in config.out. False: it is new, or was killed before its first state was there.
+    """Whether the run goes on from a state in config.out. If not it is new, or was killed before it had written a state.
 
-    Raises UserError unless the folder is free for a new run, or for `resume` holds one of the same settings.
+    Raises UserError unless the folder is free for a new run, or, for `resume`, holds one with the same settings.
     """
     out, saved = config.out, config.out / "config.toml"
     if not resume:
@@ -100,7 +100,10 @@ def check_folder(config: TrainConfig, resume: bool) -> bool:
 
 
 def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and those to validate on, all of them sound, none with a photo of the others."""
+    """The pairs to train on and those to validate on.
+
+    Raises UserError for a photo that cannot be read, is too small, or is in both lists.
+    """
     train_pairs, val_pairs = read_pairs(config.train_pairs), read_pairs(config.val_pairs)
     for photo, trained, pair in shared_photos(train_pairs, val_pairs):
         raise UserError(
@@ -114,7 +117,7 @@ def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
-    """All photos can be read, and no side is shorter than `least` once they are resized."""
+    """Raise UserError unless all photos can be read, and no side is shorter than `least` pixels after resizing."""
     dataset = PairDataset(pairs, config.size, config.resize)
     for pair, size in zip(pairs, check_pairs(pairs), strict=True):
         height, width = dataset.resized(*size)
@@ -126,14 +129,13 @@ def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, r
 
 
 def identity(pairs: list[Pair], step_pairs: int) -> dict[str, Any]:
-    """What a state says of the pairs: how many a step takes, and the SHA-256 of their photos' names in order, whatever folder
-    they lie in."""
+    """What a state says of the pairs: how many a step takes, and the SHA-256 of their photos' names (no folders) in order."""
     names = "\n".join(f"{pair.src.name}\t{pair.tar.name}" for pair in pairs)
     return {"step_pairs": step_pairs, "train_pairs": hashlib.sha256(names.encode()).hexdigest()}
 
 
 def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int) -> None:
-    """Raise UserError unless the state is of a run over the same pairs: `now` is their identity()."""
+    """Raise UserError unless the state is of a run over the same pairs. now: the pairs' identity()."""
     if state["step_pairs"] != now["step_pairs"]:
         raise UserError(
             f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "

@@ -34,13 +34,13 @@ class TrainConfig:
     prediction: Literal["x0", "v", "noise"] = "x0"
     """What a bridge's network says: the target, v, or the noise (`autohdr.models.Bridge`)."""
     noise_scale: float = 0.05
-    """Standard deviation of a bridge's noise at the source's end."""
+    """Standard deviation of a bridge's noise where it starts from the source photo; pixels are in [0, 1]."""
     sample_steps: int = 4
-    """Calls of a bridge's network that make one photo, in validation and, unless told otherwise, ever after."""
+    """Calls of a bridge's network for one photo, in validation, and in eval and enhance unless --steps says otherwise."""
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
-    """What is minimised, {component: weight} of l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and vgg (perceptual).
-    The logs hold each, unweighted; weight 0: in the logs alone. A bridge that predicts v or noise takes l1 and charbonnier
-    only: the others compare photos."""
+    """{component: weight}: the loss is the weighted sum. Components: l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and
+    vgg (perceptual). The logs hold each of them unweighted; one of weight 0 is in the logs only. A bridge that predicts v or
+    noise takes l1 and charbonnier only: the others compare photos, and it makes none in training."""
     vgg_weights: Path | None = None
     """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 
@@ -54,9 +54,9 @@ class TrainConfig:
     size: int = 384
     """Side of the square that every pair is brought to, in pixels."""
     resize: Literal["squash", "fit", "crop"] = "squash"
-    """How: ignore the aspect ratio, keep it, or cut a square out of the picture."""
+    """squash: ignore the aspect ratio. fit: keep it; the longer side is `size`. crop: cut a square out of the picture."""
     augment: bool = True
-    """Mirror half of the training pairs and cut their squares anywhere, not in the centre as validation does."""
+    """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
     epochs: int = 100
     """Passes over the training pairs."""
@@ -71,20 +71,21 @@ class TrainConfig:
     weight_decay: float = 0.02
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """A gradient that is longer than this (L2 norm over all weights) is scaled down to it; 0: no clipping."""
     ema: float = 0.0
-    """Decay of a running average of the weights, which then is what validation measures and checkpoints' weights are; 0: none.
-    Step n, from 1, averages with min(ema, n / (n + 9)): a short run's average is not its random start."""
+    """Decay of a running average of the weights; 0: no average. Validation measures the average, and the files of weights hold
+    it. Step n, counted from 1, uses the decay min(ema, n / (n + 9)): the random start is soon forgotten."""
 
     spike_factor: float = 5.0
-    """A step whose loss is above so many times the median of the last good ones, and 10 robust standard deviations above it, is
-    a spike: the run goes back to the last good state, and the batches since then are left out; 0: nothing is a spike."""
+    """A loss is a spike if it is above spike_factor times the median of the last good losses, and more than 10 robust standard
+    deviations above that median. After a spike the weights go back to the last state kept; the run goes on with the next
+    batch. 0: no loss is a spike."""
     spike_window: int = 50
-    """Good losses that the median is taken over; there is no verdict before half of them."""
+    """The median is taken over so many good losses. Before half of them are there, no loss is a spike."""
     snapshot_every: int = 10
-    """Steps after which the state to go back to, in memory, is a newer one."""
+    """Steps between two copies, in memory, of the state that a spike goes back to."""
     max_bad_steps: int = 5
-    """Steps in a row that are spikes or whose loss or gradient is not finite, at which the run stops."""
+    """The run stops after so many bad steps in a row: spikes, and losses or gradients that are not finite."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU. bfloat16 and float16: autocast, weights and optimiser stay in float32;
@@ -92,29 +93,29 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the network."""
     recompute: bool = False
-    """A MambaDiffusion's blocks keep their input alone and compute the rest again in the backward pass: a fraction of the memory
-    for a third more time. Restormer's ops always do."""
+    """A MambaDiffusion's blocks keep only their input, and compute the rest again in the backward pass: a fraction of the memory
+    for a third more time. Restormer's ops always do so."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 2
-    """Processes that decode images; 0: the training process itself."""
+    """Processes that decode images; 0: the training process decodes them itself."""
     cache_gb: float = 8
-    """Gigabytes on disk, OUT/cache, that decoded and resized photos may take while the run lasts, so that only the first
-    epoch decodes; 0: every epoch does."""
+    """Gigabytes in OUT/cache for decoded and resized photos, until the run ends: only the first epoch decodes them. 0: every
+    epoch decodes."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What torchrun's processes share out, beside the batches: ddp nothing, fsdp (FSDP2) weights, gradients and optimiser too."""
+    """What several processes divide among them. ddp: the batches. fsdp (FSDP2): weights, gradients and optimiser too."""
     rank_timeout: float = 60
-    """Seconds that a step waits for another process of the run before all of them end."""
+    """A step waits so many seconds for another process of the run; then the run ends."""
     seed: int = 0
-    """Seed of the weights, the order of samples and their augmentation."""
+    """Seed of the first weights, the order of the pairs and their augmentation; 0 to 2**64 - 1."""
     log_every: int = 10
     """Optimiser steps between two step lines in log.jsonl."""
     save_every: int = 0
-    """Optimiser steps between two saves within an epoch; 0: a save after each epoch alone."""
+    """Optimiser steps between two saves within an epoch; 0: save only at the end of each epoch."""
     keep: int = 2
-    """Training states kept: the newest and those before it, to go back to where the newest is damaged."""
+    """Training states kept on disk: the newest, and older ones in case it is damaged."""
     best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"
-    """What checkpoint_best is best by: the highest PSNR or SSIM, or the lowest L1."""
+    """checkpoint_best is of the epoch with the highest PSNR or SSIM, or the lowest L1."""
     samples: int = 4
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
     tensorboard: bool = False
@@ -129,8 +130,8 @@ def recipes() -> list[str]:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
     """Read a TOML file, or a shipped recipe by its bare name, into a TrainConfig.
 
-    Raises UserError for a missing or malformed file, an unknown key, or a value of the wrong type; ranges and the
-    existence of inputs are `check_config`'s, once every override is in.
+    overrides replace the file's values. Raises UserError for a missing or malformed file, an unknown key, or a value of the
+    wrong type. checks.check_config checks the values' ranges, and that the files that they name exist.
     """
     file = Path(path)
     if not file.is_file():

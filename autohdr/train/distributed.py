@@ -1,6 +1,6 @@
-"""The processes of a run: which share of the work is whose, and how they stay in step.
+"""The processes of a run: how they divide the work, and how they exchange values.
 
-torchrun starts them and says, in their environment, how many there are and which one this is; without it there is one.
+torchrun starts them, and tells each in its environment how many there are and which one it is. Without torchrun there is one.
 """
 
 import os
@@ -36,17 +36,20 @@ class Ranks:
     count: int = 1
     device: torch.device = torch.device("cpu")
     group: Any = None
-    """What gradients and weights travel through: gloo or NCCL, with the run's timeout. Plain values go through the default
-    group, gloo, which waits as long as an epoch's validation or a check of all photos may take."""
+    """The group that gradients and weights travel through: gloo or NCCL, with the run's timeout. Plain values travel through the
+    default group, gloo, which waits for days: a validation or a check of all photos takes long."""
 
     def part(self, batch: list[T]) -> tuple[list[T], int]:
-        """This process's share of a batch, and how many of it count: 0 where there are more processes than samples, and one
-        sample is worked on for the others' sake."""
+        """This process's share of a batch, and how many of its samples count.
+
+        Where a batch has fewer samples than there are processes, some process works on a sample that counts 0 times: each has
+        to take part in the exchange of gradients.
+        """
         start, end = (len(batch) * rank // self.count for rank in (self.rank, self.rank + 1))
         return batch[start:end] or batch[:1], end - start
 
     def first(self, function: Callable[..., T], *args: Any) -> T:
-        """What `function` returns on the first process, where alone it runs; UserError everywhere if it raises that."""
+        """Run `function` on the first process only, and return its result on all. If it raises UserError, all raise one."""
         if self.count == 1:
             return function(*args)
         answer, error = [None, False], None
@@ -61,7 +64,7 @@ class Ranks:
         return answer[0]
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, in the order of the ranks."""
+        """The values of all processes, in the order of their ranks."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
@@ -69,7 +72,7 @@ class Ranks:
         return values
 
     def gather_floats(self, *values: float) -> list[list[float]]:
-        """gather of a few numbers, in float64, made for every step."""
+        """As gather, for a few numbers (float64); fast enough for every step."""
         if self.count == 1:
             return [list(values)]
         rows = torch.empty(self.count, len(values), dtype=torch.float64)
@@ -84,16 +87,18 @@ class Ranks:
             shard = partial(fully_shard, mesh=DeviceMesh.from_group(self.group, self.device.type), reshard_after_forward=True)
             for module in network.modules():
                 if isinstance(module, _UNITS):
-                    # The matrices travel in half precision; a scan's A, D and Δ, and whatever is outside the units, do not.
+                    # Attention and feed-forward weights travel in half precision. A scan's A, D and Δ stay in float32, and so
+                    # does what is outside the units.
                     half = precision if precision is not torch.float32 and not isinstance(module, mamba_diffusion.Group) else None
                     shard(module, mp_policy=_policy(half))
-            # The default would leave the root's weights gathered after validation, and the next step would not see its changes.
+            # Not FSDP2's default for the root: it would keep the weights that validation gathered, the average's for one, and the
+            # next step would compute with them.
             return shard(network, mp_policy=_policy(None))
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, devices, process_group=self.group, gradient_as_bucket_view=True)
 
     def exchanging(self, network: nn.Module, last: bool) -> AbstractContextManager:
-        """What a forward and backward pass runs in: gradients are summed over the processes after the last of a step alone."""
+        """The context of a forward and backward pass. The processes sum their gradients only after the last pass of a step."""
         if isinstance(network, DistributedDataParallel):
             return nullcontext() if last else network.no_sync()
         if hasattr(network, "set_requires_gradient_sync"):
@@ -102,15 +107,15 @@ class Ranks:
 
 
 def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """Weights gathered in that dtype, gradients summed in float32, activations as autocast and the network make them."""
+    """Gather weights in that dtype (None: their own) and sum gradients in float32; leave activations to autocast."""
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def join(device: torch.device, timeout: float) -> Ranks:
-    """Meet the other processes that torchrun started. timeout: seconds that a gradient or a weight is waited for.
+    """Meet the other processes that torchrun started. timeout: seconds to wait for another process's gradients or weights.
 
-    On GPUs each process of a node takes the one of its local rank. Raises UserError where `device` names one of them, or
-    a node has fewer.
+    Each process of a node takes the GPU of its local rank. Raises UserError where `device` names one GPU, or where a node has
+    fewer GPUs than processes.
     """
     if not dist.is_torchelastic_launched():
         return Ranks(device=device)
@@ -126,13 +131,13 @@ def join(device: torch.device, timeout: float) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, group)
 
 
-@cache  # for the process's next run too: torchrun's store and DTensor's caches would mix up two groups
+@cache  # a process's second run uses the first one's group: torchrun's store and DTensor's caches would confuse two
 def _group(backend: str, timeout: float) -> dist.ProcessGroup:
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # its default is half an hour
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the default is half an hour
     return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor itself, without its gradient."""
+    """This process's part of a sharded tensor, or any other tensor whole. It shares the memory, and has no gradient."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

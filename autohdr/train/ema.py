@@ -1,4 +1,4 @@
-"""A running average of the weights, and the weights' place lent to it."""
+"""A running average of the weights, which can stand in for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from autohdr.train.distributed import local
 
 
 class Average:
-    """Exponential moving average of a network's parameters; with decay 0 it keeps nothing and lends nothing.
+    """Exponential moving average of a network's parameters. With decay 0 it keeps nothing, and the network keeps its weights.
 
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the decay's start is TensorFlow's
     (tf.train.ExponentialMovingAverage, num_updates).
@@ -23,14 +23,14 @@ class Average:
         self.tensors: list[Tensor] = [parameter.clone() for parameter in self.parameters]
 
     def update(self) -> None:
-        """Take in the weights as a step has left them."""
+        """Add the weights as they are after a step."""
         self.updates += 1
         if self.decay:
             decay = min(self.decay, self.updates / (self.updates + 9))
             get_ema_multi_avg_fn(decay)(self.tensors, self.parameters, None)
 
     def take(self, updates: int) -> None:
-        """Let the average be the network's present weights, as it was after so many updates."""
+        """Set the average to the network's present weights, and the count of updates."""
         self.updates = updates
         for parameter, average in zip(self.parameters, self.tensors, strict=True):
             average.copy_(parameter)
@@ -38,7 +38,7 @@ class Average:
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Within the block the network has the average for its weights; after it, bit for bit its own again."""
+        """Within the block the network's weights are the average. After it they are its own again, bit for bit."""
         self._swap()
         try:
             yield

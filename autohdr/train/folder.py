@@ -24,7 +24,7 @@ _STATE = "checkpoint_last.state.pt"
 
 
 class RunFolder:
-    """Every process calls every method, at the same point; what is to be written, the first process has."""
+    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
         self.out = config.out
@@ -35,7 +35,7 @@ class RunFolder:
         self._tensorboard: Any = None
 
     def begin(self) -> None:
-        """Make the folder of a new run, and say what made it. config.toml comes first: with it alone, --resume begins the run."""
+        """Make the folder of a new run, and write what made it into config.toml. That comes first: --resume needs no more."""
         if not self._writes:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -48,15 +48,15 @@ class RunFolder:
         (self.out / "samples").mkdir(exist_ok=True)
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
-        """The newest state, on all processes, and the digests of photos that its weights were trained on.
+        """The newest state, on all processes, and the digests of the photos that its weights were trained on.
 
-        A damaged state is named and set aside, once. Raises UserError as load_newest does, and for weights of another run.
+        Raises UserError as load_newest does, and for weights of another run.
         """
         path, loaded = self.out / _STATE, []
-        self._ranks.first(lambda: loaded.append(load_newest(path)))
+        self._ranks.first(lambda: loaded.append(load_newest(path)))  # sets damaged states aside before the others read
         state = loaded[0] if loaded else load_newest(path)
         weights, trained_on = self.out / "checkpoint_last.safetensors", []
-        # They are behind the state after a kill between the two, and ahead of it where the newest state is damaged.
+        # The weights are older than the state after a kill between the two, and newer where the newest state is damaged.
         if weights.exists():
             metadata = load_checkpoint(weights).metadata
             if metadata.get("run") != state["run_id"]:
@@ -72,7 +72,7 @@ class RunFolder:
             part.unlink()
 
     def open_tensorboard(self, step: int) -> None:
-        """Log to tensorboard/ too, where the configuration says so; what was logged there after `step` steps is dropped."""
+        """Log to tensorboard/ too, if the configuration says so. What was logged there after `step` steps is dropped."""
         if self._config.tensorboard and self._writes:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -94,11 +94,11 @@ class RunFolder:
                 record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
 
     def save_best(self, model: nn.Module, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Write checkpoint_best in the background: copies, which no step changes."""
+        """Write checkpoint_best in the background. weights: a copy, which no step changes."""
         self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
 
     def save_last(self, model: nn.Module, metadata: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write a state in the background, and then its weights, those of the average where there is one."""
+        """Write a state in the background, and then the weights in it: the average where there is one. state: a copy."""
         # A state of the same step, from before validation, is replaced: the states kept are to be of different steps.
         keep = self._config.keep if self._saved_step != state["step"] else 1
         self._saved_step = state["step"]
@@ -114,13 +114,13 @@ class RunFolder:
             self._background(function, *args)
 
     def wait(self) -> None:
-        """Wait until everything is written, all processes together: an exchange of gradients would not wait for a slow disk."""
+        """Wait until everything is written, all processes together: an exchange of gradients waits rank_timeout seconds only."""
         if self._writes:
             self._background.wait()
         self._ranks.gather(None)
 
     def close(self) -> None:
-        """Wait for this process's own writing, also after a failure."""
+        """Wait for this process's own writing; for use after a failure too."""
         self._background.wait()
         if self._tensorboard:
             self._tensorboard.close()

@@ -28,20 +28,20 @@ REPORT, MARK = "cross_validation.json", "config.toml"
 def cross_validate(
     config: TrainConfig, folds: int, *, resume: bool = False, baseline: Path | None = None
 ) -> dict[str, Any] | int:
-    """Trains on `folds` - 1 parts of config.train_pairs and measures on the part left out, each part in turn.
+    """Train on all parts of config.train_pairs but one, measure on that one, and so for each of the `folds` parts.
 
-    Pairs that share a picture (data.audit) are in one part. Every fold is a run of its own, out/fold_I, from the same seed;
-    its last weights are measured, in float32 at the config's size: the best ones were chosen on the very pairs. Each pair
-    counts once, by the model that has not seen it. The interval is over the pairs; as the folds' models share most of their
-    training, it is an approximation (Bengio and Grandvalet, "No unbiased estimator of the variance of k-fold
+    Pairs that share a picture (data.audit) are in one part. Every fold is a run of its own, out/fold_I, from the same seed.
+    Its last weights are measured, in float32 at the config's size, and not its best, which were chosen on the same pairs. Each
+    pair counts once, by the model that has not seen it. The intervals are over the pairs. They are approximations, as the folds'
+    models share most of their training pairs (Bengio and Grandvalet, "No unbiased estimator of the variance of k-fold
     cross-validation", 2004).
 
-    baseline: the folder of another cross-validation of the same pairs, compared pair by pair, as are the unedited source and
-    auto-tone. resume: go on with the folds in config.out; the other arguments must be those of the start.
+    The model is compared pair by pair with the unedited source, with auto-tone and, if given, with `baseline`, the folder of
+    another cross-validation of the same pairs. resume: go on with the folds in config.out, with the same arguments.
 
-    Writes cross_validation.json, results.json's figures with each image's fold, and the table as cross_validation.txt, prints
-    that and returns the figures; the signal's number where Ctrl-C or SIGTERM stopped a fold. Raises UserError as `train`
-    does, for val_pairs, under torchrun, and for a baseline of other pairs or another size; TrainingError as `train` does.
+    Writes cross_validation.json, which is evaluate's results of all pairs with each image's fold, and their table as
+    cross_validation.txt. Prints the table and returns the results, or the number of the signal (Ctrl-C, SIGTERM) that stopped a
+    fold. Raises what train raises; UserError for val_pairs, under torchrun, and for a baseline of other pairs or another size.
     """
     if config.val_pairs is not None:
         raise UserError(f"val_pairs: --folds validates on each fold: leave it out (--val-pairs None), got {config.val_pairs}")
@@ -74,18 +74,18 @@ def cross_validate(
 
 
 def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path) -> None:
-    """Make the folder with the folds' lists in `parts`. Killed at any moment, it leaves what a new start or --resume takes."""
+    """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it."""
     _refuse_seen(config.init_weights, pairs)
     found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
     with replacing(config.out / MARK) as mark:
         mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
-    os.replace(new, parts)  # the paths in the lists are relative, and as deep
+    os.replace(new, parts)  # the lists' paths are relative: both folders have the same parent
 
 
 def _measure(run: TrainConfig) -> dict[str, Any]:
-    """evaluate's results of a fold's last weights on what it held out, each image by the paths that identify its pair."""
+    """evaluate's results for a fold's last weights on the pairs that it held out. src, tar: the paths that identify a pair."""
     held_out, model = read_pairs(run.val_pairs), load_checkpoint(run.out / "checkpoint_last.safetensors")
     place = {"size": run.size, "resize": run.resize, "device": pick_device(run.device)}
     results = evaluate(held_out, run.out / "report", model=model, **place)
@@ -94,7 +94,7 @@ def _measure(run: TrainConfig) -> dict[str, Any]:
 
 
 def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str], dict[str, float]] | None) -> dict[str, Any]:
-    """One result of all folds': every image with its fold and, from `earlier`, the baseline's figures."""
+    """One result of the folds' results: all images, each with its fold and, if `earlier` has them, the baseline's figures."""
     images = [image | {"fold": fold} for fold, results in enumerate(measured) for image in results["images"]]
     if earlier is not None:
         images = [image | {"figures": image["figures"] | {"baseline": earlier[image["src"], image["tar"]]}} for image in images]
@@ -124,7 +124,7 @@ def _photos(pair: Pair) -> tuple[str, str]:
 
 
 def _check_parts(parts: Path, folds: int, pairs: Sequence[Pair]) -> None:
-    """That the lists of a cross-validation that was begun are of so many folds and of these pairs."""
+    """Raise UserError unless the lists in `parts` are of so many folds and of these pairs."""
     lists = sorted(parts.glob("fold_*/val.jsonl"))
     if len(lists) != folds:
         raise UserError(f"--resume: folds: the cross-validation in {parts.parent} has {len(lists)}, got {folds}")
@@ -133,7 +133,7 @@ def _check_parts(parts: Path, folds: int, pairs: Sequence[Pair]) -> None:
 
 
 def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:
-    """Weights to start from must not have seen a pair already: no fold would hold it out."""
+    """Raise UserError where the weights to start from were trained on one of the pairs: no fold would hold it out."""
     seen = set(read_metadata(weights).get("trained_on", ())) if weights else set()
     for photo, digest in photo_digests(pairs).items() if seen else ():
         if digest in seen:
@@ -141,7 +141,7 @@ def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:
 
 
 def _figures(baseline: Path, pairs: Sequence[Pair], config: TrainConfig) -> dict[tuple[str, str], dict[str, float]]:
-    """The model's figures of each pair in another cross-validation."""
+    """{(source, target): the model's figures} of another cross-validation."""
     file = baseline / REPORT
     try:
         results = json.loads(file.read_text(encoding="utf-8"))

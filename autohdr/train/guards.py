@@ -1,4 +1,4 @@
-"""What keeps one bad step from costing a run: the verdict on a loss, the state to go back to, the signals that end a run."""
+"""What protects a run: which loss is a spike, the state to go back to after one, and what signals may do."""
 
 import math
 import signal
@@ -18,17 +18,18 @@ from tqdm import tqdm
 from autohdr.train.distributed import local
 
 DEVIATIONS = 10
-"""How far above the median a spike is, in standard deviations estimated as 1.4826 times the median absolute deviation."""
+"""A spike is more than so many standard deviations above the median. One of them is estimated as 1.4826 times the median absolute
+deviation."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-"""Signals by which a terminal or a batch system ends a run."""
+"""Signals with which a terminal or a batch system ends a run."""
 
 GRACE = 3600
-"""Seconds that a loader's worker outlives a SIGTERM: the step or the validation under way may take them."""
+"""A loader's worker lives on for so many seconds after a SIGTERM: the step or the validation under way still needs it."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The message names the step and the files of its batch; the last checkpoint is good."""
+    """Training cannot go on. The message names the step and its photos; the checkpoints on disk are from before."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,23 @@ class Fault:
 
 
 class Guard:
-    """Judges each step's loss by those of the last good steps, and keeps a state from before them on the CPU.
+    """Judges each step's loss by the last good ones, and keeps a copy of a good state on the CPU.
 
-    A spike is a loss above `factor` times the median of the last `window` good losses and more than DEVIATIONS robust
-    standard deviations above it; there is no verdict before half a window. The state kept is one whose loss was good: it
-    is taken after the loss is known and before the step that follows from it, every `interval` steps.
+    A loss is a spike if it is above `factor` times the median of the last `window` good losses, and more than DEVIATIONS robust
+    standard deviations above that median. Before half a window is full, no loss is a spike. Every `interval` steps the state
+    kept is a newer one: it is copied when its loss has been found good, before the step changes it.
     """
 
     def __init__(self, factor: float, window: int, interval: int, tensors: Callable[[], list[Tensor]]):
-        """tensors: all that a step changes, in place, in a fixed order. factor 0: nothing is a spike and no state is kept."""
+        """tensors(): all that a step changes in place, always in the same order. factor 0: no spikes, and no state is kept."""
         self.factor, self.window, self.interval, self.tensors = factor, window, interval, tensors
         self.losses: deque[float] = deque(maxlen=window)
-        self.in_a_row = 0  # bad steps
+        self.in_a_row = 0  # bad steps since the last good one
         self.kept: list[Tensor] = []
-        self.kept_at = 0
+        self.kept_at = 0  # steps behind the run when the state was copied
 
     def limit(self) -> float:
-        """The loss above which the next one is a spike."""
+        """The next loss is a spike if it is above this."""
         if not self.factor or len(self.losses) < self.window / 2:
             return math.inf
         median = statistics.median(self.losses)
@@ -73,14 +74,14 @@ class Guard:
         return max(self.factor * median, median + DEVIATIONS * deviation)
 
     def passed(self, step: int, loss: float) -> None:
-        """A step from good weights is about to change them."""
+        """The loss is good, and the step that follows from it, after `step` others, is about to change the weights."""
         self.losses.append(loss)
         self.in_a_row = 0
         if not self.kept or step - self.kept_at >= self.interval:
             self.keep(step)
 
     def keep(self, step: int) -> None:
-        """Copy the state that stands after `step` steps."""
+        """Copy the present state, which is that after `step` steps."""
         tensors = self.tensors() if self.factor else []
         if len(self.kept) != len(tensors):  # the optimiser's are not there before its first step
             self.kept = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
@@ -117,10 +118,13 @@ def not_finite(network: nn.Module) -> list[str]:
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], int]]:
-    """SIGINT (Ctrl-C) and SIGTERM end nothing but make the function it gives return their number; a second one does what
-    it always does, except under torchrun, which hands on the one that a batch system has sent to every process already."""
+    """Within the block SIGINT (Ctrl-C) and SIGTERM end nothing: the function that it gives returns the signal's number, else 0.
+
+    A second signal does what it always does, but not under torchrun: a batch system sends a signal to every process, and
+    torchrun passes its own on to them as a second one.
+    """
     seen = []
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield lambda: 0
         return
 
@@ -140,8 +144,10 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM wait: here for the block's end, in a loader's worker started within for `survive_signals`. Between
-    a worker's start and that call PyTorch gives it handlers that end it."""
+    """Block SIGINT and SIGTERM: here until the block ends, and in a worker that starts within it until survive_signals.
+
+    Between a worker's start and that call PyTorch sets handlers that would end it.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -150,7 +156,7 @@ def held_signals() -> Iterator[None]:
 
 
 def survive_signals(worker: int) -> None:
-    """Of a loader's worker: Ctrl-C and SIGTERM reach it too, and the step under way still needs it for a while."""
+    """Called in a loader's worker: ignore Ctrl-C, and end GRACE seconds after a SIGTERM. Both reach the workers too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -30,13 +30,13 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 class Learner:
     """The network, its objective, and what a step changes beside the weights: optimiser, loss scale, average and guard.
 
-    model: the network by its own names. network: the same as a step calls it, wrapped for several processes.
+    model: the network. network: the same weights, as a step calls them: wrapped for several processes.
     precision: the dtype of autocast; float32: no autocast.
-    trained_on: digests of the photos that the weights had seen before this run.
+    trained_on: digests of the photos that the weights were trained on before this run.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
-        """fresh: start from config.init_weights where there are any. Raises UserError for a model that cannot be made so."""
+        """fresh: load config.init_weights, if any. Raises UserError for a model, an objective or weights that do not fit."""
         device = ranks.device
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
@@ -59,7 +59,7 @@ class Learner:
         self.average = Average(self.model, config.ema)
         self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self.tensors)
         self._device = device
-        # On several GPUs the whole tensors are gathered in the CPU's memory; one GPU's are copied there page-locked, faster.
+        # Several processes gather whole tensors in the CPU's memory. One leaves them to to_cpu, whose page-locked copy is faster.
         self._gathered = replace(_WHOLE, cpu_offload=ranks.count > 1)
 
     def autocast(self) -> torch.autocast:
@@ -67,7 +67,7 @@ class Learner:
         return torch.autocast(self._device.type, self.precision, enabled=self.precision is not torch.float32)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of this process that a step changes: weights, moments, average. [] before the first step."""
+        """This process's part of all that a step changes: weights, moments, average. [] before the first step."""
         if not self.optimizer.state:
             return []
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
@@ -80,9 +80,9 @@ class Learner:
             return self._own_weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy on the CPU of what a step changes: model, ema, optimizer, scaler, guard. No tensors but on the first process."""
+        """A copy, on the CPU, of model, ema, optimizer, scaler and guard. Only the first process has the tensors."""
         state = {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
-        if self.optimizer.state:  # without one, torch would make a step to have it
+        if self.optimizer.state:  # before the first step there is no state, and torch would make a step to have one
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
         state = to_cpu(state) | {"model": self._own_weights(), "ema": {}}
         if self.average.decay:
@@ -90,7 +90,7 @@ class Learner:
         return state
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Take over a state_dict() from after `step` steps, which a spike goes back to until a newer one is kept."""
+        """Load a state_dict() from after `step` steps. It is also the first state that a spike can go back to."""
         if state["ema"]:
             set_model_state_dict(self.model, state["ema"]["model"], options=_WHOLE)
             self.average.take(state["ema"]["updates"])

@@ -1,4 +1,4 @@
-"""The training loop: linear warm-up then cosine, validation after each epoch, resumable at any step."""
+"""The training loop: orders a run's steps, validations and saves, reports on them, and resumes it at any step."""
 
 import math
 import time
@@ -22,26 +22,28 @@ from autohdr.train.run import Run, prepare
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended: its folder, the epochs it has behind it, the best of them, and what stopped it."""
+    """How a call of train ended."""
 
     out: Path
+    """The run folder."""
     epochs: int
+    """Whole epochs behind the run."""
     best: dict[str, float]
     """Log row of the epoch that is best by `best_metric`, the one in checkpoint_best; {} before the first."""
     interrupted: int
-    """The signal that stopped it before its last epoch's end: SIGINT (Ctrl-C) or SIGTERM; 0: none did."""
+    """The signal that stopped the run before its last epoch's end, SIGINT (Ctrl-C) or SIGTERM; 0: none did."""
     data_wait: float = field(default=0.0, compare=False)
-    """Share of the training time of the epochs that this call ended that was spent waiting for a batch."""
+    """Share of the steps' time that they waited for data, in the epochs that this call finished."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
-    """Train as `config` says, or take up the run in `config.out` again where its last checkpoint stands.
+    """Train as `config` says. resume: go on with the run in `config.out` from its newest state.
 
     The run folder then holds config.toml, log.jsonl, log.csv, curve.png, samples/, the weights checkpoint_best and
     checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with those before it,
     checkpoint_last.state.previous.pt and so on. Under torchrun every process calls this, and the first one alone writes.
     SIGINT (Ctrl-C) and SIGTERM finish the step, save and return. Raises UserError for bad settings or data, before
-    anything is written, and TrainingError after `max_bad_steps` steps in a row whose loss or gradient will not do.
+    anything is written, and TrainingError after `max_bad_steps` bad steps in a row.
     """
     run = prepare(config, resume=resume)
     loop = Loop(run)
@@ -66,20 +68,20 @@ class Loop:
         pairs = run.batches.dataset.pairs
         self._identity = identity(pairs, run.batches.step_pairs)
         self._trained_on = run.learner.trained_on.union(self._ranks.first(photo_digests, pairs).values())
-        self._stopped = 0  # the signal that some process has got
-        self._seconds = self._waited = 0.0  # of training in the epochs that ended here, and of waiting for data in them
+        self._stopped = 0  # the number of a signal that any process has received
+        self._seconds = self._waited = 0.0  # that the steps of the epochs finished here took, and that they waited for data
 
     def start(self) -> None:
-        """Make the run folder, with a first state: before it is there, nothing else is written, and --resume begins anew."""
+        """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew."""
         self._folder.begin()
         self._save_last()
         self._folder.wait()
 
     def resume(self) -> None:
-        """Take up the run in the folder where its newest state stands. Raises UserError where that is of another run."""
+        """Load the newest state in the run folder. Raises UserError where it is of another run."""
         state, trained_on = self._folder.read()
         check_state(state, self._identity, self._config, self._ranks.count)
-        self._trained_on |= set(trained_on)  # a photo may have been replaced since
+        self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
         self._progress.load_state_dict(state)
         self._learner.load_state_dict(state, self._progress.step)
         restore_rng(state["rng"])
@@ -89,7 +91,7 @@ class Loop:
         """Train to the end of the last epoch, or until a signal comes."""
         config, progress, folder = self._config, self._progress, self._folder
         self._say(self._run.describe(progress.step))
-        hidden = None if self._ranks.rank == 0 else True  # None: where there is no terminal
+        hidden = None if self._ranks.rank == 0 else True  # None: hide it where there is no terminal
         bar = tqdm(total=self._run.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
         with bar, deferred_signals() as signalled:
             try:
@@ -97,11 +99,11 @@ class Loop:
                 with self._run.batches.workers():
                     while progress.epoch < config.epochs and not self._stopped:
                         if self._train_epoch(bar, signalled):
-                            self._save_last()  # whoever sends a signal may not wait until validation is over
+                            self._save_last()  # validation takes long, and a kill during it must not cost the epoch
                             self._finish_epoch()
                             self._heed(signalled)
                         self._save_last()
-                folder.wait()  # torchrun ends the first process once another has ended
+                folder.wait()  # torchrun ends the first process, which writes, once another has ended
             finally:
                 folder.close()
         ended = progress.epoch == config.epochs
@@ -131,7 +133,7 @@ class Loop:
             bar.set_postfix_str(shown, refresh=False)
             if not result.fault and progress.step % config.log_every == 0:
                 entry = {"kind": "step", "step": progress.step, "epoch": progress.epoch + 1} | result.losses | {"lr": lr}
-                entry["grad_norm"] = result.norm if math.isfinite(result.norm) else None  # None: float16 skipped the step
+                entry["grad_norm"] = result.norm if math.isfinite(result.norm) else None  # None: it overflowed in float16
                 self._folder.log(entry)
             progress.epoch_wait += result.waited
             progress.epoch_seconds += time.perf_counter() - mark
@@ -144,7 +146,7 @@ class Loop:
         return progress.epoch_steps == progress.steps_per_epoch
 
     def _report(self, fault: Fault, group: Group) -> None:
-        """Log and print a bad step, the one after self._progress. Raises TrainingError after max_bad_steps in a row."""
+        """Log and print the bad step that was just left out. Raises TrainingError after max_bad_steps in a row."""
         in_a_row, most = self._learner.guard.in_a_row, self._config.max_bad_steps
         step, epoch, sources = self._progress.step + 1, self._progress.epoch + 1, self._run.batches.sources(group)
         self._folder.log(fault.entry() | {"step": step, "epoch": epoch, "in_a_row": in_a_row, "sources": sources})
@@ -159,7 +161,7 @@ class Loop:
         self._say(f"{said}: {done} ({in_a_row} of {most} in a row); sources: {files}")
 
     def _finish_epoch(self) -> None:
-        """Validate, log, draw, and keep the weights where they are the best so far."""
+        """Validate, log and draw; save the weights if the epoch is the best so far."""
         progress, metric, started = self._progress, self._config.best_metric, time.perf_counter()
         scores, triptychs = self._run.validation()
         if any(math.isnan(value) for value in scores.values()):
@@ -194,7 +196,7 @@ class Loop:
         return metadata | self._learner.objective.metadata() | {"trained_on": sorted(self._trained_on)}
 
     def _heed(self, signalled: Callable[[], int]) -> None:
-        """Agree on whether some process has got a signal."""
+        """Let all processes know whether one of them has received a signal."""
         self._stopped = int(max(self._ranks.gather_floats(signalled()))[0])
 
     def _say(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """Training losses: scalars of two image batches, and their weighted sum.
 
-A loss takes output and target, (B, 3, H, W) in float32 or float64, and returns a scalar of that dtype, the mean over the batch:
-0 where the two are equal.
+A loss takes output and target, (B, 3, H, W) in float32 or float64, and returns the mean over the batch, a scalar of that dtype.
+It is 0 where the two are equal.
 """
 
 from itertools import pairwise
@@ -49,8 +49,8 @@ def ssim(output: Tensor, target: Tensor) -> Tensor:
 def edge(output: Tensor, target: Tensor) -> Tensor:
     """Mean |S_x * d| and |S_y * d| with d = output - target and S Sobel's kernels over 8, which give slopes per pixel; H, W >= 3.
 
-    The operator is linear, so that this is the L1 of the two images' gradients, direction included: the gradient matching of Li
-    and Snavely, "MegaDepth", 2018, at one scale. Only windows that lie wholly inside the image count.
+    As the operator is linear, this is the L1 distance between the two images' gradients: the gradient matching of Li and Snavely,
+    "MegaDepth", 2018, at one scale. Only windows that lie wholly inside the image count.
     """
     smooth, slope = (output.new_tensor(taps) for taps in ((1, 2, 1), (-1, 0, 1)))
     kernels = torch.stack((torch.outer(smooth, slope), torch.outer(slope, smooth))) / 8
@@ -65,15 +65,15 @@ class VGG(nn.Module):
     real-time style transfer and super-resolution", 2016; layers and w_k of pix2pixHD (Wang et al., "High-resolution image
     synthesis and semantic manipulation with conditional GANs", 2018).
 
-    The weights are frozen. For the backward pass it keeps 284 MiB of features for a 384×384 image, in proportion to the pixels:
-    computing them again level by level was found to lower the peak by an eighth only, and is not done.
+    The weights are frozen. The backward pass needs 284 MiB of features for a 384×384 image, in proportion to the pixels.
+    Computing them again, level by level, lowers the peak by only an eighth, and is not done.
     """
 
     def __init__(self, path: str | Path):
-        """Reads torchvision's vgg19 (features.0.weight, ...), or only the layers used here. Raises UserError for another file."""
+        """path: torchvision's vgg19 (features.0.weight, ...), or only the layers used here. Raises UserError for another file."""
         super().__init__()
         layers, channels = [], 3
-        with torch.device("meta"):  # draws no weights, and none of the run's random numbers
+        with torch.device("meta"):  # to draw none of the run's random numbers
             for width in _VGG19:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else [nn.MaxPool2d(2)]
                 channels = width or channels
@@ -100,19 +100,19 @@ class VGG(nn.Module):
 
 
 class Criterion:
-    """The loss that a run minimises: the sum of `config.losses`' components, each times its weight."""
+    """The loss that a run minimises: the weighted sum of config.losses."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        """Raises UserError where vgg is among the losses and its weights are not there, or not VGG19's."""
+        """Raises UserError where vgg is among the losses, and the file of its weights is absent or another network's."""
         self.weights = {"l1": 0.0} | config.losses
         self.losses = {"l1": l1, "charbonnier": charbonnier, "ssim": ssim, "edge": edge}
         if "vgg" in self.weights:
             self.losses["vgg"] = VGG(_vgg_file(config)).to(device, memory_format=torch.channels_last)
 
     def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total, {name: component}) of two image batches (B, 3, H, W): float32 scalars, computed in float32 under autocast too.
+        """(total, {name: component}) of two image batches (B, 3, H, W): float32 scalars, computed in float32 even under autocast.
 
-        The components are unweighted means over the batch, without gradients; l1 is always the first of them.
+        The components are means over the batch, unweighted and without gradients. l1 is always the first of them.
         """
         output, target = output.float(), target.float()
         total, components = output.new_zeros(()), {}

@@ -1,4 +1,4 @@
-"""What a network is trained to do, in one pass or by a diffusion bridge, and which of its weights decay."""
+"""What a network learns: the photo in one pass, or a diffusion bridge's prediction. Also, which weights decay."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from autohdr.train.config import TrainConfig
 
 
 class Objective:
-    """The training example a pair becomes, and the model that makes photos of the network."""
+    """Turns pairs into what the loss compares, and the network into a model that makes photos."""
 
     def __init__(self, config: TrainConfig, network: nn.Module):
-        """Raises UserError where a bridge is wanted of a network without a time embedding."""
+        """Raises UserError for a bridge if the network has no time embedding."""
         self.config, self.bridge = config, None
         if config.objective == "bridge":
             if not getattr(network.config, "time_embedding", False):
@@ -28,10 +28,10 @@ class Objective:
     def predict(
         self, network: nn.Module, source: Tensor, target: Tensor, epoch: int, indices: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """(what the network says, what it should have said) of the pairs `indices`, source and target (B, 3, H, W).
+        """(the network's output, the output wanted), both (B, 3, H, W), for the pairs `indices` with their source and target.
 
-        A bridge's t and noise depend on (seed, epoch, index) alone, as augmentation does: neither on the batch, nor on
-        the device, nor on how often the run was interrupted.
+        A bridge draws t and noise from (seed, epoch, index) alone, as augmentation does: batches, devices and interruptions of
+        the run change nothing.
         """
         if self.bridge is None:
             return network(source), target
@@ -41,11 +41,11 @@ class Objective:
         return self.bridge.predict(network, x, t), self.bridge.wanted(target, source, t, noise)
 
     def photographer(self, network: nn.Module) -> nn.Module:
-        """The model that maps sources to photos; a bridge samples with a fixed seed."""
+        """The model that maps source photos to edited ones. A bridge samples with a fixed seed."""
         return network if self.bridge is None else Sampler(network, self.bridge, self.config.sample_steps)
 
     def metadata(self) -> dict[str, Any]:
-        """What load_checkpoint needs to build photographer() again; {} for the network itself."""
+        """What load_checkpoint needs to build photographer() again; {} where that is the network itself."""
         if self.bridge is None:
             return {}
         settings = {"prediction": self.bridge.prediction, "noise_scale": self.bridge.noise_scale}
@@ -58,16 +58,16 @@ class Objective:
 
 
 def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices and convolutions, never to what scales, shifts or times.
+    """Whether weight decay applies: to matrices and convolutions, not to scales, shifts and time constants.
 
-    Norms, biases, temperatures, A_log, D, learned scales and the projection of Δ have one axis longer than 1, or none, whatever
-    shape they are kept in; a bias for each relative position is a table of them.
+    Norms, biases, temperatures, A_log, D, learned scales and Δ's projection have at most one axis longer than 1, whatever their
+    shape. A table of relative position biases has more, and does not decay either.
     """
     return sum(side > 1 for side in parameter.shape) > 1 and "relative_position_bias" not in name
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's two groups: what decays, and what does not."""
+    """The optimiser's parameter groups: one that decays, one that does not, without an empty one."""
     named = [(decayed(name, parameter), parameter) for name, parameter in model.named_parameters()]
     groups = [{"params": [p for d, p in named if d is wanted], "weight_decay": weight_decay * wanted} for wanted in (True, False)]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the CSV and JSONL logs, the curve and the sample pictures."""
+"""Files for people to read: the CSV and JSONL logs, the curve and the sample pictures."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
-    """A log entry's numbers, as KIND/NAME, in a torch.utils.tensorboard.SummaryWriter."""
+    """Write a log entry's numbers, as KIND/NAME, to a torch.utils.tensorboard.SummaryWriter."""
     for name, value in entry.items():
         if isinstance(value, int | float) and name != "step":
             writer.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
@@ -41,7 +41,7 @@ def rewind(path: Path, step: int) -> None:
                 raise UserError(
                     f"{path}:{number}: expected a run's log, objects with a step, got {line[:80]!r} ({error!r})"
                 ) from None
-    with replacing(path) as part:  # or a crash would cost the whole log
+    with replacing(path) as part:  # a crash while writing leaves the old log
         part.write_bytes(b"".join(kept))
 
 
@@ -54,8 +54,8 @@ def write_csv(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
-    """PNG of L1, PSNR and SSIM over the epochs, and of the loss and its components where L1 is not all of it."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state; and slow to import
+    """PNG of L1, PSNR and SSIM over the epochs, and of the loss and its components where it has others than L1."""
+    from matplotlib.figure import Figure  # slow to import. Not pyplot, which wants a display and has global state
 
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.6))

@@ -1,4 +1,4 @@
-"""A rehearsal: what a run would take, measured on its first steps, without a trace on the disk."""
+"""A rehearsal (--dry-run): what time and memory a run would take, measured on two steps. Nothing is written."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from autohdr.train.run import Run, prepare
 
 
 def rehearse(config: TrainConfig) -> str:
-    """What train(config) would take, measured: everything is built and checked, two steps are made and one pair is validated.
+    """Check and build a run, make two steps, validate one pair a process, and return what the whole run would take, as text.
 
-    Nothing is written. Raises what train does, TrainingError at once where a step's loss or gradient is not finite.
+    Raises UserError as train does, and TrainingError where a step's loss or gradient is not finite.
     """
     run = prepare(replace(config, cache_gb=0))
     with run.batches.workers():

@@ -1,4 +1,4 @@
-"""A run's parts, checked and built: what training and its rehearsal have in common. Nothing is written yet."""
+"""The parts of a run, checked and built, for training and its rehearsal. Nothing is written."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from autohdr.train.validation import Validation
 
 @dataclass(frozen=True)
 class Run:
-    """The parts, each knowing those before it alone."""
+    """The parts of a run. Each knows only those before it."""
 
     config: TrainConfig
     resumes: bool
@@ -31,7 +31,7 @@ class Run:
         return self.config.epochs * self.batches.steps_per_epoch
 
     def describe(self, step: int = 0) -> str:
-        """One line for the terminal: model, device, pairs, and how many steps are behind the run."""
+        """One line for the terminal: model, device, pairs, and `step`, the steps behind the run."""
         ranks, count = self.ranks, sum(weight.numel() for weight in self.learner.model.parameters())
         processes = f" in {ranks.count} processes ({self.config.parallel})" if ranks.count > 1 else ""
         return (
@@ -41,7 +41,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
-    """Check settings, folder and pairs, and build the parts; the weights are those of a run's start."""
+    """Check settings, folder and pairs, and build the parts of a run as at its start. Raises UserError as these do."""
     check_config(config)
     ranks = join(pick_device(config.device), config.rank_timeout)
     resumes = ranks.first(check_folder, config, resume)

@@ -1,4 +1,4 @@
-"""One optimiser step."""
+"""One optimiser step: gradients, the verdict on them, and the change of the weights."""
 
 import math
 import time
@@ -24,17 +24,17 @@ class StepResult:
     losses: dict[str, float]
     """Means over the step's pairs: the whole loss first, as "loss", then its components."""
     norm: float
-    """Length of the whole gradient, before clipping. Not finite without a fault: float16, whose loss scale is then halved."""
+    """L2 norm of the whole gradient before clipping. Not finite without a fault: float16 overflowed, and no weight changed."""
     fault: Fault | None
-    """Why the step was left out; None: it was made."""
+    """Why the step was left out; None: it was not."""
     waited: float
     """Seconds that this process waited for its pairs."""
 
 
 class Step:
-    """One AdamW step over the batches of a group. It changes the learner, and nothing else.
+    """Makes one AdamW step over the batches of a group. It changes the learner, and nothing else.
 
-    A step whose loss or gradient is bad changes no weight; after a spike the learner is as in the state that its guard kept.
+    A step whose loss or gradient is bad is left out: it changes no weight. After a spike it puts back what the guard kept.
     """
 
     def __init__(self, config: TrainConfig, learner: Learner, ranks: Ranks):
@@ -43,7 +43,7 @@ class Step:
         self._criterion = Criterion(config, ranks.device)
 
     def __call__(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float) -> StepResult:
-        """batches: this process's part of each batch of the group. epoch, step: how many are behind the run."""
+        """batches: yields this process's part of each batch of the group. epoch, step: counted from 0."""
         learner, optimizer, scaler = self.learner, self.learner.optimizer, self.learner.scaler
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
@@ -60,12 +60,12 @@ class Step:
         overflow = math.isfinite(losses["loss"]) and not math.isfinite(norm) and scaler.get_scale() > 1
         if not overflow:
             if fault := self._fault(losses["loss"], norm):
-                scaler.update(scaler.get_scale())  # ends the step for the scaler; the scale stays
+                scaler.update(scaler.get_scale())  # the scaler wants every step ended; its scale stays
                 learner.guard.failed(fault)
                 return StepResult(losses, norm, fault, waited)
             learner.guard.passed(step, losses["loss"])
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip or math.inf, length)
-        scaler.step(optimizer)  # float16: leaves the weights alone where the gradient is not finite
+        scaler.step(optimizer)  # float16: changes nothing where the gradient is not finite
         scaler.update()
         if not overflow:
             learner.average.update()
@@ -79,19 +79,19 @@ class Step:
             started = time.perf_counter()
             source, target = next(batches)
             waited += time.perf_counter() - started
-            share = counted / samples  # batches of unequal size weigh as one big batch would
+            share = counted / samples  # every sample weighs the same, also in a smaller last batch
             with self._ranks.exchanging(learner.network, last=number == len(group)):
                 with learner.autocast():
                     said, wanted = learner.objective.predict(learner.network, source, target, epoch, indices)
                 loss, components = self._criterion(said, wanted)
-                # The processes' gradients are averaged, so each is multiplied by their number.
+                # times the number of processes, as the exchange averages their gradients
                 learner.scaler.scale(loss * (share * self._ranks.count)).backward()
             for name, value in ({"loss": loss.detach()} | components).items():
                 means[name] = means.get(name, 0.0) + share * value
         return means, waited
 
     def _fault(self, loss: float, norm: float) -> Fault | None:
-        """What is wrong with the step; the same on all processes, which all call this."""
+        """What is wrong with the step. All processes call this, and find the same."""
         guard, numbers = self.learner.guard, f"(loss {loss}, gradient norm {norm})"
         if not math.isfinite(loss):
             return Fault(f"the loss is not finite {numbers}", tensors=["loss"])

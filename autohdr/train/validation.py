@@ -1,4 +1,4 @@
-"""Validation: how well the weights edit the pairs that they are not trained on."""
+"""Validation: how well the weights edit pairs that they are not trained on."""
 
 import math
 
@@ -16,20 +16,21 @@ _METRICS = ("l1", "psnr", "ssim")
 
 
 class Validation:
-    """Measures a learner, the average of its weights where it keeps one. The processes take turns; each pair counts once."""
+    """Measures a learner, by the average of its weights where there is one. The processes take turns; each pair counts once."""
 
     def __init__(self, config: TrainConfig, learner: Learner, ranks: Ranks, pairs: list[Pair]):
         self.dataset = PairDataset(pairs, config.size, config.resize)
         self.turns = math.ceil(len(pairs) / ranks.count)
-        """Pairs that one process works on."""
+        """Pairs that each process works on."""
         self._learner, self._ranks, self._samples = learner, ranks, config.samples
         self._loader = Loader(self.dataset, config, ranks.device)
 
     @torch.no_grad()  # not inference_mode: FSDP2 would gather weights that no later step can differentiate
     def __call__(self, pairs: int | None = None) -> tuple[dict[str, float], list[tuple[Tensor, ...]]]:
-        """({val_METRIC: mean}, the first config.samples triples source, output, target) over the first `pairs`, or all.
+        """({val_METRIC: mean}, triples of source, output and target) over all pairs, or the first `pairs` of them.
 
-        One pair at a time, so that each weighs the same. In the last round a process without a pair works on the last one again.
+        The triples are of the first config.samples pairs. One pair is measured at a time, so that each weighs the same. A process
+        that has no pair left in the last round works on the last one again, which does not count.
         """
         model = self._learner.objective.photographer(self._learner.model).eval()
         pairs = min(pairs or len(self.dataset), len(self.dataset))
