@@ -45,9 +45,10 @@ class Loader:
         return map(self._to_device, read)
 
     def _to_device(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(
+        source, target = (
             batch[key].to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for key in ("src", "tar")
         )
+        return source, target
 
 
 class Batches:

@@ -80,7 +80,8 @@ def check_folder(config: TrainConfig, resume: bool) -> bool:
 
     Raises UserError unless the folder is free for a new run, or, for `resume`, holds one with the same settings.
     """
-    out, saved = config.out, config.out / "config.toml"
+    assert (out := config.out)  # check_config's
+    saved = out / "config.toml"
     if not resume:
         check_unused(out, "run")
         return False
@@ -104,13 +105,14 @@ def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
 
     Raises UserError for a photo that cannot be read, is too small, or is in both lists.
     """
+    assert config.train_pairs and config.val_pairs  # check_config's
     train_pairs, val_pairs = read_pairs(config.train_pairs), read_pairs(config.val_pairs)
     for photo, trained, pair in shared_photos(train_pairs, val_pairs):
         raise UserError(
             f"{pair.where}: {photo} is also in {trained.where}: no photo may be both trained and validated on; "
             "`autohdr data split` keeps them apart"
         )
-    needy = max(config.losses, key=LOSSES.get)
+    needy = max(config.losses, key=lambda name: LOSSES[name])
     _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
     _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
     return train_pairs, val_pairs

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,7 +67,7 @@ class Ranks:
         """The values of all processes, in the order of their ranks."""
         if self.count == 1:
             return [value]
-        values = [None] * self.count
+        values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
 
@@ -93,7 +93,8 @@ class Ranks:
                     shard(module, mp_policy=_policy(half))
             # Not FSDP2's default for the root: it would keep the weights that validation gathered, the average's for one, and the
             # next step would compute with them.
-            return shard(network, mp_policy=_policy(None))
+            shard(network, mp_policy=_policy(None))
+            return network
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, devices, process_group=self.group, gradient_as_bucket_view=True)
 
@@ -101,7 +102,7 @@ class Ranks:
         """The context of a forward and backward pass. The processes sum their gradients only after the last pass of a step."""
         if isinstance(network, DistributedDataParallel):
             return nullcontext() if last else network.no_sync()
-        if hasattr(network, "set_requires_gradient_sync"):
+        if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
         return nullcontext()
 
@@ -132,7 +133,7 @@ def join(device: torch.device, timeout: float) -> Ranks:
 
 
 @cache  # a process's second run uses the first one's group: torchrun's store and DTensor's caches would confuse two
-def _group(backend: str, timeout: float) -> dist.ProcessGroup:
+def _group(backend: str, timeout: float) -> Any:
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the default is half an hour
     return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
@@ -140,4 +141,5 @@ def _group(backend: str, timeout: float) -> dist.ProcessGroup:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, or any other tensor whole. It shares the memory, and has no gradient."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import autohdr
 from autohdr.errors import UserError
 from autohdr.files import leftovers, replacing
-from autohdr.models import load_checkpoint, save_weights
+from autohdr.models import read_metadata, save_weights
 from autohdr.train import record
 from autohdr.train.checkpoint import Background, load_newest, save_state
 from autohdr.train.config import TrainConfig, dump_config
@@ -27,6 +27,7 @@ class RunFolder:
     """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
+        assert config.out  # check_config's
         self.out = config.out
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0
@@ -58,7 +59,7 @@ class RunFolder:
         weights, trained_on = self.out / "checkpoint_last.safetensors", []
         # The weights are older than the state after a kill between the two, and newer where the newest state is damaged.
         if weights.exists():
-            metadata = load_checkpoint(weights).metadata
+            metadata = read_metadata(weights)
             if metadata.get("run") != state["run_id"]:
                 raise UserError(f"--resume: {weights} and {_STATE} are not of one run")
             trained_on = metadata.get("trained_on", [])
@@ -85,7 +86,7 @@ class RunFolder:
             if self._tensorboard:
                 record.write_scalars(self._tensorboard, entry)
 
-    def show(self, history: list[dict[str, Any]], triptychs: list[tuple[Tensor, ...]]) -> None:
+    def show(self, history: list[dict[str, Any]], triptychs: list[record.Triptych]) -> None:
         """Write log.csv and curve.png of all epochs, and the last one's samples."""
         if self._writes:
             record.write_csv(self.out / "log.csv", history)

@@ -48,6 +48,7 @@ def cross_validate(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--folds: trains one fold after the other in one process; start it without torchrun")
     check_config(replace(config, val_pairs=config.train_pairs))
+    assert config.out and config.train_pairs  # check_config's
     _check_folder(config.out, resume)
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
@@ -64,7 +65,7 @@ def cross_validate(
         run = replace(config, train_pairs=part / "train.jsonl", val_pairs=part / "val.jsonl", out=out)
         if signal := train(run, resume=(out / MARK).is_file()).interrupted:
             return signal
-        measured.append(_measure(run))
+        measured.append(_measure(config, read_pairs(part / "val.jsonl"), out))
     results = _together(measured, earlier)
     table = f"{folds} folds, each pair measured by the model that has not seen it\n{format_table(results)}"
     write_json(config.out / REPORT, results)
@@ -75,20 +76,20 @@ def cross_validate(
 
 def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path) -> None:
     """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it."""
+    assert config.train_pairs
     _refuse_seen(config.init_weights, pairs)
     found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
-    with replacing(config.out / MARK) as mark:
+    with replacing(parts.with_name(MARK)) as mark:
         mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
     os.replace(new, parts)  # the lists' paths are relative: both folders have the same parent
 
 
-def _measure(run: TrainConfig) -> dict[str, Any]:
-    """evaluate's results for a fold's last weights on the pairs that it held out. src, tar: the paths that identify a pair."""
-    held_out, model = read_pairs(run.val_pairs), load_checkpoint(run.out / "checkpoint_last.safetensors")
-    place = {"size": run.size, "resize": run.resize, "device": pick_device(run.device)}
-    results = evaluate(held_out, run.out / "report", model=model, **place)
+def _measure(config: TrainConfig, held_out: Sequence[Pair], out: Path) -> dict[str, Any]:
+    """evaluate's results for the last weights in a fold's folder, each image with the paths that identify its pair."""
+    model, device = load_checkpoint(out / "checkpoint_last.safetensors"), pick_device(config.device)
+    results = evaluate(held_out, out / "report", model=model, size=config.size, resize=config.resize, device=device)
     named = zip(map(_photos, held_out), results["images"], strict=True)
     return results | {"images": [image | {"src": src, "tar": tar} for (src, tar), image in named]}
 

@@ -134,7 +134,7 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, before[number])
         tqdm.write("stopping after this step ...")
 
-    before = {number: signal.signal(number, handle) for number in ENDING}
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in ENDING}
     try:
         yield lambda: seen[0] if seen else 0
     finally:

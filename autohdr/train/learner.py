@@ -44,7 +44,8 @@ class Learner:
         if config.init_weights and fresh:
             self.trained_on |= set(load_weights(self.model, config.init_weights).metadata.get("trained_on", []))
         sharded = config.parallel == "fsdp" and ranks.count > 1  # FSDP2 takes contiguous weights alone
-        self.model.to(device, memory_format=torch.preserve_format if sharded else torch.channels_last)
+        layout = torch.preserve_format if sharded else torch.channels_last
+        self.model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
         self.objective = Objective(config, self.model)
         self.precision = _precision(config.precision, device)
         if config.recompute:

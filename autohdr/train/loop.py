@@ -113,7 +113,7 @@ class Loop:
         if self._seconds:
             self._say(f"{wait:.1%} of the time of training was spent waiting for data")
         best = progress.best(config.best_metric)
-        return RunSummary(config.out, progress.epoch, best, 0 if ended else self._stopped, wait)
+        return RunSummary(folder.out, progress.epoch, best, 0 if ended else self._stopped, wait)
 
     def _train_epoch(self, bar: tqdm, signalled: Callable[[], int]) -> bool:
         """Train from where this epoch stands to its end; False where a signal came first."""
@@ -154,7 +154,7 @@ class Loop:
         if in_a_row >= most:
             raise TrainingError(
                 f"{said}. Its sources: {files}. It is bad step {in_a_row} in a row (max_bad_steps). The checkpoints in "
-                f"{self._config.out} are from before it; start another run from one of them (--init-weights) with a lower lr, "
+                f"{self._folder.out} are from before it; start another run from one of them (--init-weights) with a lower lr, "
                 "a smaller clip or precision float32"
             )
         done = "step skipped" if fault.back_to is None else f"back to the state after step {fault.back_to}"

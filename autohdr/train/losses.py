@@ -69,6 +69,9 @@ class VGG(nn.Module):
     Computing them again, level by level, lowers the peak by only an eighth, and is not done.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, path: str | Path):
         """path: torchvision's vgg19 (features.0.weight, ...), or only the layers used here. Raises UserError for another file."""
         super().__init__()
@@ -107,7 +110,9 @@ class Criterion:
         self.weights = {"l1": 0.0} | config.losses
         self.losses = {"l1": l1, "charbonnier": charbonnier, "ssim": ssim, "edge": edge}
         if "vgg" in self.weights:
-            self.losses["vgg"] = VGG(_vgg_file(config)).to(device, memory_format=torch.channels_last)
+            vgg = VGG(_vgg_file(config))
+            vgg.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
+            self.losses["vgg"] = vgg
 
     def __call__(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(total, {name: component}) of two image batches (B, 3, H, W): float32 scalars, computed in float32 even under autocast.

@@ -12,6 +12,9 @@ from torch import Tensor
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
+Triptych = tuple[Tensor, Tensor, Tensor]
+"""Source, output and target of a pair, (3, H, W) in [0, 1]."""
+
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Add one JSON object to a JSONL log."""
@@ -82,8 +85,8 @@ def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_triptychs(path: Path, rows: list[tuple[Tensor, Tensor, Tensor]], gap: int = 8) -> None:
-    """JPEG with a row of source | output | target for each triple of (3, H, W) images in [0, 1]."""
+def write_triptychs(path: Path, rows: list[Triptych], gap: int = 8) -> None:
+    """JPEG with a row of source | output | target for each triptych, `gap` pixels between."""
     pictures = [[(image.permute(1, 2, 0) * 255).round().byte().cpu().numpy() for image in row] for row in rows]
     width = max(sum(image.shape[1] for image in row) + 2 * gap for row in pictures)
     sheet = np.full((sum(row[0].shape[0] + gap for row in pictures) - gap, width, 3), 255, np.uint8)

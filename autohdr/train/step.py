@@ -55,7 +55,7 @@ class Step:
         length = length.full_tensor() if isinstance(length, DTensor) else length
         rows = self._ranks.gather_floats(length.item(), *torch.stack(list(means.values())).tolist())
         (norm, *_), *parts = zip(*rows, strict=True)
-        losses = dict(zip(means, map(sum, parts), strict=True))
+        losses = {name: float(sum(part)) for name, part in zip(means, parts, strict=True)}
         # float16: an infinite gradient means that the loss scale is too large. At scale 1 it means what it does in float32.
         overflow = math.isfinite(losses["loss"]) and not math.isfinite(norm) and scaler.get_scale() > 1
         if not overflow:

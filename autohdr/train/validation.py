@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from autohdr import metrics
 from autohdr.data.pairs import Pair, PairDataset
@@ -11,6 +10,7 @@ from autohdr.train.batches import Loader
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks
 from autohdr.train.learner import Learner
+from autohdr.train.record import Triptych
 
 _METRICS = ("l1", "psnr", "ssim")
 
@@ -26,11 +26,11 @@ class Validation:
         self._loader = Loader(self.dataset, config, ranks.device)
 
     @torch.no_grad()  # not inference_mode: FSDP2 would gather weights that no later step can differentiate
-    def __call__(self, pairs: int | None = None) -> tuple[dict[str, float], list[tuple[Tensor, ...]]]:
-        """({val_METRIC: mean}, triples of source, output and target) over all pairs, or the first `pairs` of them.
+    def __call__(self, pairs: int | None = None) -> tuple[dict[str, float], list[Triptych]]:
+        """({val_METRIC: mean}, triptychs) over all pairs, or the first `pairs` of them.
 
-        The triples are of the first config.samples pairs. One pair is measured at a time, so that each weighs the same. A process
-        that has no pair left in the last round works on the last one again, which does not count.
+        The triptychs are of the first config.samples pairs. One pair is measured at a time, so that each weighs the same. In the
+        last round a process without a pair works on the last one again, which does not count.
         """
         model = self._learner.objective.photographer(self._learner.model).eval()
         pairs = min(pairs or len(self.dataset), len(self.dataset))
