@@ -7,8 +7,8 @@
 #include "common/cpu_view.h"
 #include "common/cpu_norm.h"
 #include "common/cpu_repack.h"
-#include "common/cpu_product.h"
 #include "common/cpu_depthwise.h"
+#include "common/cpu_product.h"
 #include "common/cpu_expansion.h"
 
 static ExpansionWeights expansion_weights(const GdfnWeights& w, float eps) {

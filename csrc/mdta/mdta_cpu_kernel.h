@@ -8,8 +8,8 @@
 #include "common/cpu_view.h"
 #include "common/cpu_norm.h"
 #include "common/cpu_repack.h"
-#include "common/cpu_product.h"
 #include "common/cpu_depthwise.h"
+#include "common/cpu_product.h"
 #include "common/cpu_expansion.h"
 
 // The small matrices of one image, in double: they are few, and the gradient takes differences of nearly equal ones.

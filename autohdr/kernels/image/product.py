@@ -216,12 +216,13 @@ def multiply_outer(
     has_row, has_column = row < m, column < n
     each = tl.cdiv(pixels, BP)
     chunks, slot, slots = each * images, tl.program_id(2), tl.num_programs(2)
-    begin, end = (chunks.to(tl.int64) * slot // slots).to(tl.int32), (chunks.to(tl.int64) * (slot + 1) // slots).to(tl.int32)
+    first_chunk = (chunks.to(tl.int64) * slot // slots).to(tl.int32)
+    end_chunk = (chunks.to(tl.int64) * (slot + 1) // slots).to(tl.int32)
     total, a_total, b_total = tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BN], tl.float32)
-    for start in range(begin, end, _ROUND // BP):
+    for start in range(first_chunk, end_chunk, _ROUND // BP):
         # The tensor cores' sums cut instead of rounding: a long one would drift.
         part = tl.zeros([BM, BN], tl.float32)
-        for chunk in range(start, min(start + _ROUND // BP, end)):
+        for chunk in range(start, min(start + _ROUND // BP, end_chunk)):
             image, pixel = (tl.program_id(1) // heads + chunk // each).to(tl.int64), chunk % each * BP
             left = operand(a, a_taps, norm, place, image, pixel, row, has_row, head * m, 0, A, BP)
             right = operand(b, b_taps, norm, place, image, pixel, column, has_column, head * n, 0, B, BP)
