@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
 .PHONY: demo test drills lint bench gpu-check install
@@ -16,7 +17,7 @@ demo: install
 
 # A process a core, of one thread each; tests of several threads ask for them.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 # Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
 drills: install

@@ -1,9 +1,32 @@
-"""For every test: uninitialised tensors and scratch memory hold NaN, so that an element nobody wrote cannot look right."""
+"""For every test: uninitialised tensors and scratch memory hold NaN, so that an element nobody wrote cannot look right.
+
+The environment may ask for a part of the tests (AUTOHDR_TEST_PART, "i/n": see again.py), and for what another processor would do:
+ATEN_CPU_CAPABILITY limits our kernels too, and AUTOHDR_TEST_ONEDNN=0 leaves oneDNN out, as PyTorch does in bfloat16 where the
+processor has no instructions for it.
+"""
+
+import os
 
 import pytest
 import torch
 
 from autohdr import _C
+
+if os.environ.get("AUTOHDR_TEST_ONEDNN") == "0":
+    torch._C._set_mkldnn_enabled(False)
+ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+if ISA in _C.build_info()["cpu_isas_here"]:
+    _C.use_cpu_isa(ISA)
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests come first and one by one, all others file by file: a fixture may serve a whole file."""
+    part, parts = map(int, os.environ.get("AUTOHDR_TEST_PART", "0/1").split("/"))
+    items[:] = items[part::parts]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        if not item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@
 // - accesses outside of global memory, dynamic and static shared memory, and vector accesses that are not aligned (sanitizers);
 // - a barrier or shuffle that some of its threads never reach, and a caller that its mask leaves out;
 // - shared memory read before it is written: every block finds NaN in the dynamic one;
-// - missing barriers, under some order of threads: AUTOHDR_EMULATION_SEED other than 0 draws who goes on at every wait, and turns
-//   the order of blocks around if odd;
+// - missing barriers, under some order of threads: a seed other than 0 draws who goes on at every wait, and turns the order of blocks
+//   around if odd. Every launch has another one, its number, unless AUTOHDR_EMULATION_SEED gives all of them the same;
 // - launches beyond the hardware's limits.
 // Stricter than the hardware: a thread that has returned counts as missing from barriers and masks.
 // Not seen: races within a warp that lockstep execution would hide, memory ordering between blocks, speed.
@@ -247,10 +247,10 @@ inline void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
   check_limits(grid, size, shared_bytes);
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  ++autohdr_emulated_launches;
   Block& b = block;
   const char* seed = std::getenv("AUTOHDR_EMULATION_SEED");
-  b.seed = seed ? std::strtoull(seed, nullptr, 10) : 0;
+  b.seed = seed ? std::strtoull(seed, nullptr, 10) : autohdr_emulated_launches;
+  ++autohdr_emulated_launches;
   b.random = b.seed;
   b.threads = static_cast<int>(size.x * size.y * size.z);
   b.size = size, b.grid = grid, b.body = std::move(body);

@@ -1,21 +1,21 @@
 """Every CUDA kernel compiled for sm_80 and sm_90: no register spilled, no more static shared memory than any GPU has."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from again import unless_passed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import build
 
 SOURCES = sorted((build.ROOT / "csrc").rglob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90")
-pytestmark = pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc")
+needs_nvcc = pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc")
+pytestmark = [pytest.mark.long, needs_nvcc]
 
 SPILLING = """
 __global__ void __launch_bounds__(1024, 2) spill(float* x) {
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(1024, 2) spill(float* x) {
 def faults(source: Path, architecture: str, folder: Path) -> list[str]:
     """What is wrong with the kernels of a file, a line each."""
     nvcc = build.toolkit() / "bin" / "nvcc"
-    command = [nvcc, "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas=-v", f"-I{build.ROOT / 'csrc'}", "-c", source]
-    done = subprocess.run([*command, "-o", folder / f"{source.stem}.{architecture}.o"], capture_output=True, text=True)
+    command = [nvcc, "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas=-v", f"-I{build.ROOT / 'csrc'}", "-cubin", source]
+    done = subprocess.run([*command, "-o", folder / f"{source.stem}.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(
         r"entry function '(\w+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
@@ -49,10 +49,11 @@ def faults(source: Path, architecture: str, folder: Path) -> list[str]:
     return found
 
 
-def test_no_kernel_spills(tmp_path):
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda job: faults(*job, tmp_path), [(s, a) for s in SOURCES for a in ARCHITECTURES])
-    assert not [line for result in results for line in result]
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_no_kernel_spills(source, architecture, tmp_path):
+    with unless_passed(["csrc", "tests/kernels/test_cuda_resources.py"], source.name, architecture):
+        assert not faults(source, architecture, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,21 +1,21 @@
 """The Triton kernels on the CPU: every test of an op again, with Triton's interpreter in place of a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from again import KERNELS, run_tests, unless_passed
 
 from autohdr.kernels import OPS
 
 pytest.importorskip("triton")
+HERE = Path(__file__).parent
+PARTS = {"selective_scan": 4, "causal_conv1d": 2, "mdta": 3, "gdfn": 2}
+# Without GPUs: the interpreter would have to copy everything to and fro.
+INTERPRETED = {"AUTOHDR_TEST_BACKEND": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op(op):
-    command = [sys.executable, "-m", "pytest", Path(__file__).parent / f"test_{op}.py", "-p", "no:cacheprovider"]
-    # Without GPUs: the interpreter would have to copy everything to and fro.
-    more = {"AUTOHDR_TEST_BACKEND": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
+@pytest.mark.parametrize(("op", "part"), [(op, f"{i}/{PARTS.get(op, 1)}") for op in OPS for i in range(PARTS.get(op, 1))])
+def test_op(op, part):
+    with unless_passed(KERNELS, "interpreted", op, part):
+        run_tests(HERE / f"test_{op}.py", env=INTERPRETED, part=part)

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+from again import unless_passed
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -14,7 +15,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
 
 
 def selective_scan_calls():
@@ -120,7 +124,8 @@ def test_no_kernel_spills(op, architecture, monkeypatch, tmp_path):
         for function, arguments in CALLS[op]():
             getattr(implementation, function)(*arguments)
 
-    assert not faults(architecture, calls, monkeypatch, tmp_path)
+    with unless_passed(["autohdr/kernels", "tests/kernels/test_triton_resources.py"], op, architecture):
+        assert not faults(architecture, calls, monkeypatch, tmp_path)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ def batch():
     return source, source.sqrt()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_300_steps_at_the_original_learning_rate(precision):
     """Finite throughout, and the loss falls below a third, without warm-up or clipping."""
@@ -99,6 +100,7 @@ def run_rank(rank, port, kind, dtype, file):
     os._exit(0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(kind, dtype, tmp_path):

@@ -24,6 +24,7 @@ from autohdr.train.loop import train
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 PARALLEL = ["ddp", "fsdp"]
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("two processes")]  # the set-up takes long, and serves all of them
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
