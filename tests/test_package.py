@@ -1,15 +1,23 @@
-"""What is handed out: an installation from git without kernels."""
+"""What is handed out: an installation from git without kernels, the sdist and the wheel made from it, the binary's symbols."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from again import ROOT, unless_passed
 
-ROOT = Path(__file__).parents[1]
+from autohdr import _C
+
+MANYLINUX = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8, 0)}  # 2_28: AlmaLinux 8
+EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
+BUILD = "import sys, setuptools.build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
 USES_AN_OP = """
 import warnings
 warnings.filterwarnings("ignore", "autohdr's compiled kernels", RuntimeWarning)
@@ -68,3 +76,120 @@ def test_from_git_without_kernels(clone, tmp_path):
     assert not list(target.glob("autohdr/_C*")) and use(target, tmp_path)[1].startswith("not compiled")
     assert not list(tmp_path.glob("cache/**/*.whl"))
     assert not run(["git", "tag"], cwd=clone)  # only pip's own copy was tagged
+
+
+@pytest.fixture(scope="module")
+def unpacked(clone, tmp_path_factory):
+    """The sdist made of the clone, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run([sys.executable, "-c", BUILD, "sdist", folder], cwd=clone, env=os.environ | {"AUTOHDR_BUILD": "none"})
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+def installed(unpacked: Path, folder: Path, kernels: str) -> Path:
+    """Where the wheel made of the sdist is installed: the whole package, and nothing beside it but the compiled module."""
+    run([sys.executable, "-c", BUILD, "wheel", folder], cwd=unpacked, env=os.environ | {"AUTOHDR_BUILD": kernels})
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "target"
+    run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel])
+    held = {str(file.relative_to(target)) for file in target.glob("autohdr/**/*") if file.is_file() and file.suffix != ".pyc"}
+    package = {name for name in tracked() if name.startswith("autohdr/") and name != "autohdr/configs"}
+    package |= {f"autohdr/{name}" for name in tracked() if name.startswith("configs/")}
+    assert held - package == (set() if kernels == "none" else {f"autohdr/_C{EXTENSION}"}) and not package - held
+    return target
+
+
+def test_the_sdist_has_all_sources(unpacked, tmp_path):
+    sources = [name for name in tracked() if name.startswith("csrc/")]
+    assert sources and all((unpacked / name).is_file() for name in sources)
+    assert use(installed(unpacked, tmp_path, "none"), tmp_path)[1].startswith("not compiled")
+
+
+@pytest.mark.long
+def test_the_wheel_has_kernels_that_run(unpacked, tmp_path):
+    with unless_passed(["csrc", "autohdr/kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "tests/test_package.py"]):
+        assert use(installed(unpacked, tmp_path, "cpu"), tmp_path)[1] == "available"
+
+
+def needed(binary: Path) -> set[str]:
+    """The symbols that a library takes from others, without their versions."""
+    return {line.split()[1].split("@")[0] for line in run(["nm", "-D", "--undefined-only", binary]).splitlines()}
+
+
+def offered(library: Path) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+    """The versions in which a library has each of its symbols, such as exp: {("GLIBC", (2, 2, 5)), ("GLIBC", (2, 29))}."""
+    found = {}
+    for name, family, version in re.findall(
+        r" (\w+)@+([A-Z]+)_([\d.]+)$", run(["nm", "-D", "--defined-only", library]), re.MULTILINE
+    ):
+        found.setdefault(name, set()).add((family, tuple(map(int, version.split(".")))))
+    return found
+
+
+@pytest.fixture(scope="module")
+def system() -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+    names = r"/\S+/(?:libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux-x86-64)\.so[\d.]*$"
+    found = {}
+    for library in set(re.findall(names, Path("/proc/self/maps").read_text(), re.MULTILINE)):
+        for name, versions in offered(library).items():
+            found.setdefault(name, set()).update(versions)
+    return found
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+class TestSymbols:
+    """One binary is to serve every torch from 2.11 on, and every Linux from manylinux_2_28 on."""
+
+    shim = set((ROOT / "tests" / "torch_2_11_shim.txt").read_text().splitlines()[1:])
+    python = re.compile(r"_?Py[A-Z_]\w*")
+    weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize"}
+
+    def unknown(self, binary: Path, system) -> set[str]:
+        return {n for n in needed(binary) - self.shim - self.weak - set(system) if not self.python.fullmatch(n)}
+
+    def too_new(self, binary: Path, system) -> set[str]:
+        """Those that the system's libraries have in no version that is old enough, so that a build on an older one fails."""
+        names = needed(binary) & set(system)
+        return {n for n in names if not any(version <= MANYLINUX.get(family, ()) for family, version in system[n])}
+
+    def compiled(self, code: str, folder: Path) -> Path:
+        (folder / "code.cpp").write_text(code)
+        # Not optimised, so that it calls what an optimiser may inline in one program and not in the next.
+        run(["g++", "-std=c++17", "-O0", "-fPIC", "-shared", folder / "code.cpp", "-o", folder / "code.so"])
+        return folder / "code.so"
+
+    def test_nothing_of_torch_but_the_stable_abi_of_2_11(self, system):
+        assert self.shim & needed(_C.__file__)
+        assert not self.unknown(_C.__file__, system)
+
+    def test_nothing_newer_than_manylinux(self, system, tmp_path):
+        """But for what the compiler's own headers bring, of which manylinux's compiler links its own copies."""
+        headers = """
+            #include <exception>
+            #include <memory>
+            #include <sstream>
+            #include <string>
+            #include <vector>
+            std::string own(const std::shared_ptr<int>& p, std::vector<std::exception_ptr>& errors, const char* text) {
+              std::shared_ptr<int> copy = p;
+              std::ostringstream out;
+              std::stringstream both;
+              both << text << out.str() << *copy << std::stoi(text);
+              std::exception_ptr error = std::current_exception(), again = error;
+              errors.push_back(again);
+              return both.str();
+            }"""
+        own = self.too_new(self.compiled(headers, tmp_path), system)
+        assert self.too_new(_C.__file__, system) <= own
+
+    def test_what_is_unknown_or_too_new_is_found(self, system, tmp_path):
+        code = """
+            #include <filesystem>
+            namespace c10 { int of_torch(); }
+            int both() { return std::filesystem::current_path().empty() + c10::of_torch(); }"""
+        binary = self.compiled(code, tmp_path)
+        assert self.unknown(binary, system) == {"_ZN3c108of_torchEv"}
+        assert any("filesystem" in name for name in self.too_new(binary, system))
