@@ -7,17 +7,23 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo test drills lint bench gpu-check install
+.PHONY: demo test check drills lint bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
-demo test drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
+demo test check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: install
 	$(BIN)/autohdr demo
 
-# A process a core, of one thread each; tests of several threads ask for them.
+# A process a core, of one thread each; tests of several threads ask for them. What a test starts in another process is not counted
+# in the figure of coverage.
 test: install lint
-	$(PYTEST)
+	$(PYTEST) --cov --cov-report=
+	@echo "Lines of autohdr/ that the tests run: $$($(BIN)/coverage report --format=total) %"
+
+# For daily work: lint, reference, CPU kernels, models and command line, about a minute.
+check: install lint
+	$(PYTEST) -m "not drill and not long" tests/kernels tests/models tests/test_cli.py tests/test_doctor.py
 
 # Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
 drills: install
