@@ -20,11 +20,14 @@ from autohdr.plan import AVERAGE, GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, SCRAT
 # Freed memory goes back at once, as it does by itself from 32 MiB on: what is measured is what the pass needs.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 MEASURED = """
-import json, sys, torch
+import json, os, sys, torch
 from autohdr import kernels
 from autohdr.measure import measure
 from autohdr.models import create_model
 from autohdr.plan import _step, _autocast, plan
+
+if os.environ.get("AUTOHDR_TEST_ONEDNN") == "0":  # see tests/conftest.py
+    torch._C._set_mkldnn_enabled(False)
 
 def run(side):
     model = create_model(name)

@@ -1,0 +1,28 @@
+"""The CPU kernels, the models and the plan again as on processors with fewer instructions: PyTorch's own kernels, oneDNN and
+MKL held to AVX2 and to SSE4, and oneDNN left out."""
+
+import pytest
+from again import run_tests
+
+from autohdr.kernels import OPS
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+BASELINE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+NO_BFLOAT16 = {"AUTOHDR_TEST_ONEDNN": "0"}
+KERNELS = [*(f"tests/kernels/test_{op}.py" for op in OPS), "-k", "forward or backward"]
+MODELS = [*(f"tests/models/test_{name}.py" for name in ("restormer", "mamba_diffusion", "tiling")), "tests/test_plan.py"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("processor", "tests"),
+    [
+        pytest.param(AVX2, KERNELS, id="avx2-kernels"),
+        pytest.param(AVX2, [*MODELS, "-k", "not test_plan or measured"], id="avx2-models"),
+        pytest.param(BASELINE, KERNELS, id="baseline-kernels"),
+        pytest.param(BASELINE, [*MODELS, "-k", "not test_plan or measured"], id="baseline-models"),
+        pytest.param(NO_BFLOAT16, [*MODELS, "-k", "bf16 or bfloat16"], id="no-bfloat16-models"),
+    ],
+)
+def test_on(processor, tests):
+    run_tests(*tests, env=processor)
