@@ -44,7 +44,9 @@ def _two_steps(run: Run) -> tuple[list[Measurement], list[float]]:
         with measure(run.ranks.device) as measured:
             result = run.step(group, batches, epoch=0, step=number, lr=0.0)
         if result.fault:
-            raise TrainingError(f"step {number + 1}: {result.fault.cause}. Its sources: {', '.join(run.batches.sources(group))}")
+            raise TrainingError(
+                f"step {number + 1} (epoch 1): {result.fault.cause}. Its sources: {', '.join(run.batches.sources(group))}"
+            )
         steps.append(measured)
         waits.append(result.waited)
     return steps, waits
