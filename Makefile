@@ -8,7 +8,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo test check drills lint bench gpu-check install
+.PHONY: demo test check drills lint docs bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
 demo test check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
@@ -35,6 +35,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/pyright
+
+# The pages of docs/ and the reference, into build/docs; a dead link ends it.
+docs: install
+	$(BIN)/python -m pip install --quiet "autohdr[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Ratios on this machine, into benchmarks/results/.
 bench: install
