@@ -80,7 +80,8 @@ def check_folder(config: TrainConfig, resume: bool) -> bool:
 
     Raises UserError unless the folder is free for a new run, or, for `resume`, holds one with the same settings.
     """
-    assert (out := config.out)  # check_config's
+    out = config.out
+    assert out  # check_config refuses None
     saved = out / "config.toml"
     if not resume:
         check_unused(out, "run")
@@ -105,7 +106,7 @@ def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
 
     Raises UserError for a photo that cannot be read, is too small, or is in both lists.
     """
-    assert config.train_pairs and config.val_pairs  # check_config's
+    assert config.train_pairs and config.val_pairs  # check_config refuses None
     train_pairs, val_pairs = read_pairs(config.train_pairs), read_pairs(config.val_pairs)
     for photo, trained, pair in shared_photos(train_pairs, val_pairs):
         raise UserError(

@@ -27,7 +27,7 @@ class RunFolder:
     """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
-        assert config.out  # check_config's
+        assert config.out  # check_config refuses None
         self.out = config.out
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0

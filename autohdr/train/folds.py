@@ -48,7 +48,7 @@ def cross_validate(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--folds: trains one fold after the other in one process; start it without torchrun")
     check_config(replace(config, val_pairs=config.train_pairs))
-    assert config.out and config.train_pairs  # check_config's
+    assert config.out and config.train_pairs  # check_config refuses None
     _check_folder(config.out, resume)
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None

@@ -48,7 +48,7 @@ def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
     train_pairs, val_pairs = ranks.first(checked_pairs, config)
     learner = Learner(config, ranks, fresh=not resumes)
     batches, validation = Batches(config, train_pairs, ranks), Validation(config, learner, ranks, val_pairs)
-    assert config.out  # check_config's
+    assert config.out  # check_config refuses None
     room = config.cache_gb * 1e9
     for dataset in (batches.dataset, validation.dataset):
         room -= dataset.keep_decoded(config.out / "cache", room)
