@@ -175,7 +175,7 @@ def enhance(
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
-        max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer then works in
+        max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer works in
             strips, with the same result. By default nine tenths of what is free.
         verbose: Print each photo's plan before work on it starts: strips, files, expected memory and time.
     """
@@ -215,7 +215,7 @@ def plan(
         model: Its name: `autohdr.models.list_models()`.
         size: Of the images in pixels: the side of a square, or WIDTHxHEIGHT.
         batch: Images in one pass.
-        device: auto (CUDA where there is one), cpu, or cuda; memory is planned for a GPU without one, too.
+        device: auto (CUDA where there is one), cpu, or cuda, which is planned for without one, too; meta counts tensors alone.
         max_memory: Inference of a Restormer in strips, within so much memory for the whole process, such as 3GB.
         recompute: Training of a MambaDiffusion whose blocks keep their input alone, as `autohdr train --recompute` does.
     """
@@ -233,9 +233,9 @@ def plan(
 def _with_steps(model: Any, steps: int | None) -> Any:
     if steps is None:
         return model
-    from autohdr.models.diffusion import STEPS, Sampler
+    from autohdr.models.diffusion import STEPS
 
-    if not isinstance(model, Sampler) or not 1 <= steps <= STEPS:
+    if model.steps is None or not 1 <= steps <= STEPS:
         raise UserError(f"--steps: expected 1 to {STEPS}, and a checkpoint that was trained as a bridge; got {steps}")
     model.steps = steps
     return model

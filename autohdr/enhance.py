@@ -17,7 +17,7 @@ from autohdr.autotone import auto_tone
 from autohdr.data.images import SUFFIXES, read_photo, write_photo
 from autohdr.errors import UserError
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
-from autohdr.models.restormer import Restormer
+from autohdr.models.tiling import in_strips, works_in_strips
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -51,15 +51,16 @@ def enhance(
 
     model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
     None is the auto-tone. precision: float32, or bfloat16 under autocast.
-    max_memory: bytes that the process may hold (on a GPU: its tensors there), for a Restormer, which then works in strips with
-    the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
+    max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
+    does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
     UserError before any work: max_memory and another model; a path that does not exist, no photos, two photos of one output
     name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if max_memory is not None and not isinstance(model, Restormer):
-        raise UserError(f"only a Restormer takes a limit of memory, got {type(model).__name__ if model else 'the auto-tone'}")
+    if max_memory is not None and not works_in_strips(model):
+        got = type(model).__name__ if model else "the auto-tone"
+        raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
     device = torch.device(device)
     if model is not None:
         model = model.eval().to(device)
@@ -131,12 +132,12 @@ def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
 def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None) -> np.ndarray:
     """The model on one photo. (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
-    limit = {}
-    if isinstance(model, Restormer):
-        most = resident_bytes(device) + free_bytes(device) * 9 // 10
-        limit["max_memory"] = most if max_memory is None else max_memory
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        output = model(image, **limit)
+        if works_in_strips(model):
+            free = resident_bytes(device) + free_bytes(device) * 9 // 10
+            output = in_strips(model, image, free if max_memory is None else max_memory)
+        else:
+            output = model(image)
     return output[0].permute(1, 2, 0).float().cpu().numpy()
 
 

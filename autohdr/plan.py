@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_leaves
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, free_bytes, measure, resident_bytes, seconds_by_pixels
 from autohdr.models import create_model, tiling
-from autohdr.models.mamba_diffusion import MambaDiffusion
-from autohdr.models.registry import CLASSES
-from autohdr.models.restormer import FeedForward, Restormer
+from autohdr.models.network import Network
+from autohdr.models.registry import build
 
 MODES = ("inference", "training")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -70,15 +69,14 @@ def table(
             p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, recompute=recompute, timed=True)
             time = "-" if p.seconds is None else f"{p.seconds:.3g} s"
             lines.append(f"{mode:<10} {precision:<9} {time:>9} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
-    here = torch.device(device).type == "cpu" or torch.cuda.is_available()
-    free = f"{format_bytes(free_bytes(device))} are free on {device}. " if here else f"There is no {device} here. "
+    there = f"{format_bytes(free_bytes(device))} are free on {device}. " if _is_here(device) else f"There is no {device} here. "
     return "\n".join(
         (
             f"{model}, {batch} × {size[1]}×{size[0]} pixels, {device}",
             "",
             *lines,
             "",
-            f"{free}Memory: counted, without running anything, beyond what Python and PyTorch hold themselves; of tensors below",
+            f"{there}Memory: counted, without running anything, beyond what Python and PyTorch hold themselves; of tensors below",
             "32 MiB glibc's malloc keeps some after use, so that small images on a CPU take up to a half more.",
             "Time: of one pass or step, from two small ones on this machine as it is now.",
         )
@@ -86,7 +84,7 @@ def table(
 
 
 def plan(
-    model: nn.Module | str,
+    model: Network | str,
     size: int | tuple[int, int],
     batch: int = 1,
     precision: str = "float32",
@@ -104,17 +102,17 @@ def plan(
     A training step is the trainer's: forward pass under autocast, L1 loss, backward pass, AdamW. Tests hold the memory to 15 % of
     what is measured on a CPU. On a GPU it is not measured: the same tensors, and the budget of the compiled kernels' scratch
     memory; cuDNN's and what the allocator loses to fragments are not in it. Where there is no GPU, one is planned for with the
-    CPU's ops, which declare the same tensors; its time is then None.
+    CPU's ops, which declare the same tensors, and so is the meta device, of tensors alone; their time is then None.
 
     Args:
-        model: a name that create_model takes, or a network of the registry's families, whose weights are left alone.
+        model: a name that create_model takes, or a network, whose weights are left alone, on any device.
         size: of the images, a side of a square or (height, width).
         precision: float32, or bfloat16 or float16 under autocast.
         mode: "inference" or "training".
-        max_memory: as for Restormer's forward, inference alone: bytes that the whole process may hold.
+        max_memory: as for tiling.in_strips, inference alone: bytes that the whole process may hold.
         accumulate: backward passes in a step; with more than one the gradients are there from the beginning.
         averaged: whether an average of the weights is kept beside them.
-        recompute: whether a MambaDiffusion's blocks keep their input alone for the backward pass.
+        recompute: whether blocks keep their input alone for the backward pass, in a network that has the choice.
         timed: whether to measure: small passes on this device, on real memory (see seconds_by_pixels).
 
     Raises:
@@ -127,23 +125,23 @@ def plan(
             f"got {mode}, {precision}, {width}×{height}, batch {batch}, accumulate {accumulate}"
         )
     with torch.device("meta"):
-        network = create_model(model) if isinstance(model, str) else CLASSES[type(model.config)](model.config)
-    if max_memory is not None and (mode != "inference" or not isinstance(network, Restormer)):
-        raise UserError(f"plan: max_memory is for a Restormer's inference, got {network.config.name}, {mode}")
-    if recompute and not isinstance(network, MambaDiffusion):
-        raise UserError(f"plan: recompute is for MambaDiffusion, got {network.config.name}, whose ops do so by themselves")
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu or cuda, got {str(device)!r}")
+        network = create_model(model) if isinstance(model, str) else build(model.config)
+    if max_memory is not None and (mode != "inference" or not tiling.works_in_strips(network)):
+        raise UserError(
+            "plan: max_memory is for the inference of networks that work in strips, as a Restormer does, "
+            f"got {network.config.name}, {mode}"
+        )
+    network.recompute = recompute
+    if str(device).split(":")[0] not in ("cpu", "cuda", "meta"):
+        raise UserError(f"device: expected cpu, cuda or meta, got {str(device)!r}")
     device = here = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not _is_here(device):
         here, timed = torch.device("cpu"), False
         precision = "bfloat16" if precision == "float16" else precision  # of the same size, and the CPU's ops take it
     shape = (batch, 3, height, width)
     if max_memory is not None:
         held = resident_bytes(here) if here == device else 0
         return _plan_strips(network, shape, precision, here, max_memory, held, timed)
-    if recompute:
-        network.recompute = True
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device=here)
         parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
@@ -151,14 +149,19 @@ def plan(
     if mode == "training":
         parts[OPTIMIZER] = 2 * weights
         parts[AVERAGE] = weights if averaged else 0
-    parts[SCRATCH] = _scratch(network, mode == "training", device)
+    parts[SCRATCH] = _scratch_bytes(network, mode == "training", device)
     # The measurement needs the weights four times, gradients and AdamW's two moments included, and next to nothing else.
     fits = timed and 5 * weights < free_bytes(here)
     seconds = _seconds(network, shape, precision, mode == "training", here) if fits else None
     return Plan(sum(parts.values()), dict(parts), seconds)
 
 
-def _plan_strips(network: Restormer, shape, precision: str, device, max_memory: int, held: int, timed: bool) -> Plan:
+def _is_here(device: torch.device | str) -> bool:
+    kind = torch.device(device).type
+    return kind == "cpu" or kind == "cuda" and torch.cuda.is_available()
+
+
+def _plan_strips(network: Network, shape, precision: str, device, max_memory: int, held: int, timed: bool) -> Plan:
     """held: what the process holds without the model."""
     weights = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
     image = torch.empty(shape, device=device)  # nobody touches it: it takes no memory on a CPU
@@ -169,7 +172,7 @@ def _plan_strips(network: Restormer, shape, precision: str, device, max_memory: 
     parts = {PARAMETERS: weights, IMAGES: pixels, STRIPS: peak - weights - pixels}
     seconds = None
     if timed:
-        real = Restormer(network.config).to(device)
+        real = build(network.config).to(device)
         with torch.inference_mode(), _autocast(device, precision):
             seconds = tiling.expected_seconds(real, image, strips)
     return Plan(peak, parts, seconds)
@@ -251,21 +254,19 @@ def _step(network, source, target, precision, between: Callable[[], None] = lamb
     (output.float() - target).abs().mean().backward()
 
 
-def _scratch(network: nn.Module, training: bool, device: torch.device) -> int:
+def _scratch_bytes(network: Network, training: bool, device: torch.device) -> int:
     """What the ops take inside, the fused kernels' scratch memory above all, and what code is compiled for them."""
+    if device.type == "meta":
+        return 0
     if device.type == "cuda":
         return (96 if training else 32) << 20  # the budgets in csrc/common/cuda_image.cuh
-    hidden = [m.project_in for m in network.modules() if isinstance(m, FeedForward)]
-    # A worker's rows of hidden channels and its sums of weight gradients (csrc/common/cpu_expansion.h), at the widest level.
-    worker = max((c.out_channels * (1800 + 3 * c.in_channels // 2) * 4 for c in hidden), default=0)
-    return RUNTIME_BYTES + torch.get_num_threads() * worker // (1 if training else 2)
+    return RUNTIME_BYTES + torch.get_num_threads() * network.scratch_bytes() // (1 if training else 2)
 
 
-def _seconds(planned: nn.Module, shape, precision, training, device) -> float | None:
+def _seconds(planned: Network, shape, precision, training, device) -> float | None:
     """From small images of growing size, the last one above a third of a second, on a network of its own."""
-    network = CLASSES[type(planned.config)](planned.config).to(device, memory_format=torch.channels_last)
-    if isinstance(network, MambaDiffusion):
-        network.recompute = planned.recompute
+    network = build(planned.config).to(device, memory_format=torch.channels_last)
+    network.recompute = planned.recompute
     optimizer = torch.optim.AdamW(network.parameters()) if training else None
 
     def run(side: int) -> None:

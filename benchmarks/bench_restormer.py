@@ -13,7 +13,7 @@ from problems import COMPILED
 from torch.utils.checkpoint import checkpoint
 
 from autohdr import create_model, kernels
-from autohdr.models.restormer import Level
+from autohdr.models.network import Blocks, Half
 
 NAME = "restormer_base"
 MODES = ("forward", "training")
@@ -37,22 +37,23 @@ def cases() -> list:
     return [c for c in found if c[3:] != ("float32", "compiled")]
 
 
-def per_block(level: Level) -> list:
-    """Level.steps, of which each is a block that keeps its input alone."""
-    halves = Level.steps(level)
+def per_block(model: torch.nn.Module) -> list:
+    """The model's stages, in which each block keeps its input alone."""
 
-    def block(attention, feed_forward, x):
-        return feed_forward(attention(x))
+    def block(attention, feed_forward, x, norm):
+        return feed_forward.module(attention.module(x, attention.norm), feed_forward.norm)
 
-    return [
-        functools.partial(checkpoint, functools.partial(block, *pair), use_reentrant=False)
-        for pair in zip(halves[::2], halves[1::2], strict=True)
-    ]
+    def checkpointed(halves: list[Half]) -> list[Half]:
+        pairs = zip(halves[::2], halves[1::2], strict=True)
+        blocks = [functools.partial(checkpoint, functools.partial(block, *pair), use_reentrant=False) for pair in pairs]
+        return [Half(b, None, None) for b in blocks]
+
+    stages = type(model).stages(model)
+    return [Blocks(checkpointed(stage.halves)) if isinstance(stage, Blocks) else stage for stage in stages]
 
 
 def runner(model: torch.nn.Module, x: torch.Tensor, mode: str, dtype: str, column: str):
     """A function that returns [what the model adds to x], or [all gradients of a training step in one]."""
-    levels = [m for m in model.modules() if isinstance(m, Level)]
     network = model
     if column == "compiled":
         torch.compiler.reset()
@@ -61,8 +62,8 @@ def runner(model: torch.nn.Module, x: torch.Tensor, mode: str, dtype: str, colum
 
     def run():
         kernels.set_backend(backend)
-        for level in levels:
-            level.steps = functools.partial(per_block if column == "checkpointed" else Level.steps, level)
+        if column == "checkpointed":
+            model.stages = functools.partial(per_block, model)
         try:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
                 if mode == "forward":
@@ -74,6 +75,7 @@ def runner(model: torch.nn.Module, x: torch.Tensor, mode: str, dtype: str, colum
             return [torch.cat([p.grad.flatten() for p in model.parameters()])]
         finally:
             kernels.set_backend("auto")
+            vars(model).pop("stages", None)
             model.zero_grad(set_to_none=True)
 
     return run

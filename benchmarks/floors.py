@@ -4,11 +4,15 @@ A row of results says which work it timed (op, shape, mode, dtype), so that both
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from autohdr.models.registry import CONFIGS
+from autohdr import create_model, list_models
+from autohdr.models.network import Blocks, Down, Up
+from autohdr.models.restormer import Attention, FeedForward
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HEAD = 48  # channels of a head in every Restormer but the official one's decoder
@@ -134,16 +138,25 @@ def work(row: dict) -> list[Work]:
     if row["op"] in ("mdta", "gdfn"):
         channels, height, width = sizes
         return list({"mdta": mdta, "gdfn": gdfn}[row["op"]](channels, height * width, size)[: 1 + training])
-    if row["op"] != "restormer_base":
-        return []
-    config, passes = CONFIGS[row["op"]], []
-    pixels = (sizes[1] + -sizes[1] % 8) * (sizes[2] + -sizes[2] % 8)
-    blocks = [2 * n for n in config.num_blocks[:3]] + [config.num_blocks[3]]
-    blocks[0] += config.num_refinement_blocks
-    for level, n in enumerate(blocks):
-        for op in (mdta, gdfn):
-            passes += list(op(config.dim << level, pixels >> 2 * level, size)[: 1 + training]) * n
-    return passes
+    return [w for op, *shape in _ops(row["op"], *sizes[1:]) for w in op(*shape, size)[: 1 + training]]
+
+
+@cache
+def _ops(model: str, height: int, width: int) -> list[tuple]:
+    """(op, channels, pixels) of each half of a block, in the order of a forward pass; empty for a network without stages."""
+    found, channels, level = [], 0, 0
+    if model not in list_models():
+        return found
+    with torch.device("meta"):
+        network = create_model(model)
+    pixels = math.prod(side + -side % network.multiple for side in (height, width))
+    for stage in network.stages():
+        if isinstance(stage, Blocks):
+            ops = ({Attention: mdta, FeedForward: gdfn}[half.kind] for half in stage.halves)
+            found += [(op, channels, pixels >> 2 * level) for op in ops]
+        channels = getattr(stage, "channels", channels)
+        level += isinstance(stage, Down) - isinstance(stage, Up)
+    return found
 
 
 def floor_seconds(row: dict, limits: Ceilings) -> float | None:

@@ -42,7 +42,7 @@ def worker(options: argparse.Namespace) -> None:
         facts |= {"plan": str(plan), "planned_bytes": plan.peak_bytes}
     begin = time.perf_counter()
     with torch.inference_mode():
-        output = model(image, max_memory=facts["cap_bytes"])
+        output = tiling.in_strips(model, image, facts["cap_bytes"]) if options.cap else model(image)
     facts["seconds"] = time.perf_counter() - begin
     facts["peak_bytes"] = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     np.save(options.result, (output - image).numpy())

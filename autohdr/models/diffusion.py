@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from autohdr.models.network import Network
+
 STEPS = 1000
 
 
@@ -116,14 +118,14 @@ class Bridge:
         return (x - source - signal * (start - source)) / (spread * self.noise_scale)
 
 
-class Sampler(nn.Module):
+class Sampler(Network):
     """A network and its bridge as a model that maps an image to an image, to evaluate and enhance with.
 
     forward(source): (B, 3, H, W) in [0, 1] to the same shape.
     """
 
-    def __init__(self, network: nn.Module, bridge: Bridge, steps: int = 4, seed: int = 0):
-        super().__init__()
+    def __init__(self, network: Network, bridge: Bridge, steps: int = 4, seed: int = 0):
+        super().__init__(network.config)
         self.network, self.bridge, self.steps, self.seed = network, bridge, steps, seed
 
     def forward(self, source: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ under autocast.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from autohdr import kernels
 from autohdr.errors import UserError
-from autohdr.models.common import is_whole, pad_to_multiple, require
 from autohdr.models.diffusion import STEPS, cosine_schedule
+from autohdr.models.layers import Conv2d, ConvTranspose2d, crop, pad_to_multiple, pointwise, reach
+from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 HEADS = 8
 WINDOW = 8
@@ -31,10 +33,9 @@ DELTA = (1e-3, 1e-1)
 
 
 @dataclass(frozen=True)
-class MambaDiffusionConfig:
-    """What fixes a MambaDiffusion. `name` and `overrides` are what create_model needs to build it again."""
+class MambaDiffusionConfig(NetworkConfig):
+    """What fixes a MambaDiffusion."""
 
-    name: str
     dim: int
     """Channels at full resolution; they double in each group. A multiple of 8."""
     num_groups: int
@@ -49,16 +50,15 @@ class MambaDiffusionConfig:
     """Whether the middle has a block of window and channel attention too."""
     time_embedding: bool = False
     """Whether the network is told the step of a diffusion process; it then holds that process's schedule as well."""
-    overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        require(self, "dim", "a multiple of 8 above 0", is_whole(self.dim, 8) and self.dim % 8 == 0)
-        require(self, "num_groups", "a whole number above 0", is_whole(self.num_groups, 1))
-        require(self, "num_blocks", "a whole number above 0", is_whole(self.num_blocks, 1))
-        require(self, "dstate", "a whole number from 1 to 256", is_whole(self.dstate, 1) and self.dstate <= 256)
-        require(self, "conv_size", "a whole number from 1 to 16", is_whole(self.conv_size, 1) and self.conv_size <= 16)
-        require(self, "dual_attention", "true or false", isinstance(self.dual_attention, bool))
-        require(self, "time_embedding", "true or false", isinstance(self.time_embedding, bool))
+        self.require("dim", "a multiple of 8 above 0", is_whole(self.dim, 8) and self.dim % 8 == 0)
+        self.require("num_groups", "a whole number above 0", is_whole(self.num_groups, 1))
+        self.require("num_blocks", "a whole number above 0", is_whole(self.num_blocks, 1))
+        self.require("dstate", "a whole number from 1 to 256", is_whole(self.dstate, 1) and self.dstate <= 256)
+        self.require("conv_size", "a whole number from 1 to 16", is_whole(self.conv_size, 1) and self.conv_size <= 16)
+        self.require("dual_attention", "true or false", isinstance(self.dual_attention, bool))
+        self.require("time_embedding", "true or false", isinstance(self.time_embedding, bool))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -76,12 +76,19 @@ def _feed_forward(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Identity(), nn.Linear(4 * channels, channels))
 
 
-def _scaled(conv: nn.Conv2d) -> nn.Conv2d:
+def _scaled(conv: Conv2d) -> Conv2d:
     """The convolution with its fresh weights times GAMMA: it starts near zero, yet hands gradients on from the first step."""
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.mul_(GAMMA)
     return conv
+
+
+class Mean(nn.Module):
+    """Of each channel over all pixels, (B, C, H, W) to (B, C, 1, 1). AdaptiveAvgPool2d(1) can't be exported for all sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
 
 
 class SSM(nn.Module):
@@ -108,9 +115,11 @@ class SSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Two products, not one cut in half: the backward pass then need not put the halves' gradients together.
-        u_weight, z_weight = self.in_proj.weight.chunk(2)
+        u_weight, z_weight = reach(self.in_proj, nn.Linear, bias=None).weight.chunk(2)
+        conv1d = reach(self.conv1d, nn.Conv1d, stride=(1,), padding=(0,), dilation=(1,), groups=len(self.D))
+        dt_proj = reach(self.dt_proj, nn.Linear)
         u = F.linear(x, u_weight)
-        u = kernels.causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse, layout="bld")
+        u = kernels.causal_conv1d(u, conv1d.weight[:, 0], conv1d.bias, reverse=self.reverse, layout="bld")
         dstate = self.A_log.shape[0]
         delta, B, C = self.x_proj(u).split((1, dstate, dstate), dim=-1)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
@@ -123,11 +132,11 @@ class SSM(nn.Module):
             C,
             self.D,
             z=F.linear(x, z_weight),
-            delta_bias=self.dt_proj.bias,
+            delta_bias=dt_proj.bias,
             delta_softplus=True,
             reverse=self.reverse,
             layout="bld",
-            delta_weight=self.dt_proj.weight[:, 0],
+            delta_weight=dt_proj.weight[:, 0],
         )
         return self.out_proj(y)
 
@@ -146,14 +155,14 @@ class Block(nn.Module):
         self.ssm_forward = SSM(channels, config, reverse=False)
         self.ssm_backward = SSM(channels, config, reverse=True)
         self.local_enhance = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
+            Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            Conv2d(channels, channels, 1, bias=False),
             nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
+            Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            Conv2d(channels, channels, 1, bias=False),
         )
         self.channel_attn = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            Mean(),
             nn.Flatten(),
             nn.Linear(channels, channels // 4),
             nn.GELU(),
@@ -183,7 +192,7 @@ class Group(nn.Module):
     def __init__(self, channels: int, config: MambaDiffusionConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, config) for _ in range(config.num_blocks))
-        self.conv = _scaled(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        self.conv = _scaled(Conv2d(channels, channels, 3, padding=1, bias=False))
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         for block in self.blocks:
@@ -212,18 +221,20 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         bottom, right = -height % WINDOW, -width % WINDOW
-        beyond = (0, 0, 0, right, 0, bottom)
-        windows = _windows(F.pad(self.qkv(self.norm(x.permute(0, 2, 3, 1))), beyond))  # (B, rows, columns, 64, 3C)
+        qkv = F.pad(self.qkv(self.norm(x.permute(0, 2, 3, 1))), (0, 0, 0, right, 0, bottom))
+        windows = _windows(qkv)  # (B, rows, columns, 64, 3C)
         batch, rows, columns = windows.shape[:3]
         q, k, v = windows.flatten(0, 2).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # each (windows, heads, 64, C/heads)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)
-        if bottom or right:
-            inside = _windows(F.pad(x.new_ones(batch, height, width, 1, dtype=torch.bool), beyond)).flatten(0, 2)
+        if torch.compiler.is_compiling() or bottom or right:  # compiled: one program for all sizes
+            row, column = (torch.arange(n * WINDOW, device=x.device) for n in (rows, columns))
+            inside = ((row < height)[:, None] & (column < width))[None, :, :, None].expand(batch, -1, -1, -1)
+            inside = _windows(inside).flatten(0, 2)
             bias = bias.masked_fill(~inside.mT[:, :, None], -math.inf)  # (windows, heads, 64, 64)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         y = y.unflatten(1, (WINDOW, WINDOW)).unflatten(0, (batch, rows, columns))
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-        return self.proj(y).permute(0, 3, 1, 2)
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return self.proj(crop(y.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _windows(x: Tensor) -> Tensor:
@@ -272,24 +283,27 @@ class DualAttention(nn.Module):
         return _image(tokens + self.gamma3 * self.ffn(self.norm(tokens)), x)
 
 
-class MambaDiffusion(nn.Module):
+class MambaDiffusion(Network):
     """Maps an image, and the step of a diffusion process, to an image of the same size by predicting the difference.
 
     forward(image, t=None): image is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. t is (B,), the step of
     each image, 0 ... 999, for a network with a time embedding; None is the last step, where a bridge has arrived at the source
     photo: one pass, no diffusion. (A network trained to predict v or noise gives no photo by itself: see diffusion.Sampler.)
     Returns the image's shape and, for parameters of its dtype or under autocast, its dtype, not clamped. Raises UserError for
-    another shape, and for a t that the network has no place for.
-
-    recompute, False unless set: whether blocks compute what their backward pass needs again instead of keeping it.
+    another shape, for a t that the network has no place for, and where a layer that is never called, since a kernel takes its
+    weight, would do something else if it were.
     """
 
+    Config = MambaDiffusionConfig
+    shard_units = {Group: False}
+    can_recompute = True
+
     def __init__(self, config: MambaDiffusionConfig):
-        super().__init__()
-        self.config, self.recompute = config, False
+        super().__init__(config)
+        self.multiple = 1 << (config.num_groups - 1)
         channels = [config.dim << i for i in range(config.num_groups)]
         dim, bottom, upwards = channels[0], channels[-1], channels[::-1]
-        self.conv_first = nn.Sequential(nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1))
+        self.conv_first = nn.Sequential(Conv2d(3, dim, 3, padding=1), Conv2d(dim, dim, 3, padding=1))
         if config.time_embedding:
             betas, alphas_cumprod = cosine_schedule()
             self.register_buffer("betas", betas.float())
@@ -299,20 +313,19 @@ class MambaDiffusion(nn.Module):
             self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
             self.time_proj = nn.Linear(dim, dim)
         self.encoder_groups = nn.ModuleList(Group(c, config) for c in channels)
-        self.downsamplers = nn.ModuleList(nn.Conv2d(c, 2 * c, 4, stride=2, padding=1) for c in channels[:-1])
+        self.downsamplers = nn.ModuleList(Conv2d(c, 2 * c, 4, stride=2, padding=1) for c in channels[:-1])
         self.middle = nn.ModuleList([Group(bottom, config)])
         self.middle_dat = DualAttention(bottom) if config.dual_attention else None
         self.decoder_groups = nn.ModuleList(Group(c, config) for c in upwards)
         # The first decoder group stands at the bottom beside the last encoder group: nothing to enlarge, no skip to merge.
-        larger = (nn.ConvTranspose2d(2 * c, c, 4, stride=2, padding=1) for c in upwards[1:])
+        larger = (ConvTranspose2d(2 * c, c, 4, stride=2, padding=1) for c in upwards[1:])
         self.upsamplers = nn.ModuleList([nn.Identity(), *larger])
-        self.skip_convs = nn.ModuleList([nn.Identity(), *(nn.Conv2d(2 * c, c, 1) for c in upwards[1:])])
-        self.conv_last = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.GELU(), _scaled(nn.Conv2d(dim, 3, 3, padding=1)))
+        self.skip_convs = nn.ModuleList([nn.Identity(), *(Conv2d(2 * c, c, 1) for c in upwards[1:])])
+        self.conv_last = nn.Sequential(Conv2d(dim, dim, 3, padding=1), nn.GELU(), _scaled(Conv2d(dim, 3, 3, padding=1)))
 
     def forward(self, image: Tensor, t: Tensor | None = None) -> Tensor:
         self._check(image, t)
-        height, width = image.shape[-2:]
-        padded = pad_to_multiple(image, 1 << (self.config.num_groups - 1))
+        padded = pad_to_multiple(image, self.multiple)
         x = self.conv_first(padded.contiguous(memory_format=torch.channels_last))
         if self.config.time_embedding:
             x = x + self._embed(t, image)[:, :, None, None]
@@ -329,14 +342,15 @@ class MambaDiffusion(nn.Module):
             if i > 0:
                 x = self.upsamplers[i](x)
                 # skip_convs[i](cat(x, skip)) without the concatenated image
-                for_x, for_skip = self.skip_convs[i].weight.chunk(2, dim=1)
-                x = F.conv2d(x, for_x, self.skip_convs[i].bias) + F.conv2d(skips.pop(), for_skip)
+                conv = reach(self.skip_convs[i], Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
+                for_x, for_skip = conv.weight.chunk(2, dim=1)
+                x = pointwise(x, for_x, conv.bias) + pointwise(skips.pop(), for_skip)
             x = group(x, recompute)
-        return self.conv_last(x)[..., :height, :width] + image
+        return crop(self.conv_last(x), *image.shape[-2:]) + image
 
     def _embed(self, t: Tensor | None, image: Tensor) -> Tensor:
         """(B,) steps as (B, C): sines and cosines of each step (Ho et al., 2020), in float32, then an MLP."""
-        t = torch.full((len(image),), STEPS - 1, device=image.device) if t is None else t
+        t = torch.full(image.shape[:1], STEPS - 1, device=image.device) if t is None else t
         half = self.config.dim // 2
         frequencies = torch.exp(torch.arange(half, device=image.device) * (-math.log(10_000) / half))
         angles = t.float()[:, None] * frequencies
@@ -344,12 +358,22 @@ class MambaDiffusion(nn.Module):
         return self.time_proj(self.time_embed(waves))
 
     def _check(self, image: Tensor, t: Tensor | None):
+        self.check(image)
         name = self.config.name
-        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
-            raise UserError(
-                f"{name}: expected a floating-point image batch [B, 3, H, W], got {list(image.shape)} of {image.dtype}"
-            )
         if t is not None and not self.config.time_embedding:
             raise UserError(f"{name}: has no time embedding; expected no t, got one")
         if t is not None and t.shape != image.shape[:1]:
             raise UserError(f"{name}: expected t of [{len(image)}], one step for each image, got {list(t.shape)}")
+
+    @classmethod
+    def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
+        ssm = "encoder_groups.0.blocks.0.ssm_forward"
+        return {
+            "dim": shape("conv_first.0.weight")[0],
+            "num_groups": count(names, "encoder_groups."),
+            "num_blocks": count(names, "encoder_groups.0.blocks."),
+            "dstate": shape(f"{ssm}.A_log")[0],
+            "conv_size": shape(f"{ssm}.conv1d.weight")[-1],
+            "dual_attention": "middle_dat.gamma1" in names,
+            "time_embedding": "time_proj.weight" in names,
+        }

@@ -3,15 +3,15 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
-
 from autohdr.errors import UserError
 from autohdr.models.mamba_diffusion import MambaDiffusion, MambaDiffusionConfig
+from autohdr.models.network import Network, NetworkConfig
 from autohdr.models.restormer import Restormer, RestormerConfig
 
-CLASSES = {RestormerConfig: Restormer, MambaDiffusionConfig: MambaDiffusion}
+FAMILIES: dict[str, type[Network]] = {"restormer_nano": Restormer, "mamba_diffusion_nano": MambaDiffusion}
+"""By the smallest model of each."""
 
-CONFIGS: dict[str, RestormerConfig | MambaDiffusionConfig] = {
+CONFIGS: dict[str, NetworkConfig] = {
     config.name: config
     for config in (
         RestormerConfig("restormer_nano", 12, (1, 1, 1, 1), 1),
@@ -35,7 +35,7 @@ def list_models() -> list[str]:
     return sorted(CONFIGS)
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, **overrides: Any) -> Network:
     """Builds a model with fresh weights. `overrides` replace single fields of its configuration, e.g. norm_bias=False.
 
     The model's `config` holds every field, and the name and overrides it was made from.
@@ -49,4 +49,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         raise UserError(f"{name} has no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     # A configuration file's or a checkpoint header's tuples arrive as lists.
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    return CLASSES[type(config)](replace(config, **overrides, overrides=overrides))
+    return build(replace(config, **overrides, overrides=overrides))
+
+
+def build(config: NetworkConfig) -> Network:
+    """A network of this configuration, with fresh weights."""
+    (family,) = (family for family in FAMILIES.values() if family.Config is type(config))
+    return family(config)

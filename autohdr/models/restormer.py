@@ -3,28 +3,26 @@
 Zamir et al., "Restormer: Efficient Transformer for High-Resolution Image Restoration", CVPR 2022.
 """
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autohdr import kernels
-from autohdr.errors import UserError
-from autohdr.measure import resident_bytes
-from autohdr.models import tiling
-from autohdr.models.common import is_whole, pad_to_multiple, require
+from autohdr.models.layers import Conv2d, crop, pad_to_multiple, pointwise, reach
+from autohdr.models.network import Blocks, Down, Embed, Half, Network, NetworkConfig, Output, Stage, Up, count, is_whole
 
 
 @dataclass(frozen=True)
-class RestormerConfig:
-    """What fixes a Restormer. `name` and `overrides` are what create_model needs to build it again."""
+class RestormerConfig(NetworkConfig):
+    """What fixes a Restormer."""
 
-    name: str
+    tells_family = ("reduce_level1",)  # the authors' models, which alone don't reduce, have another eps
+
     dim: int
     """Channels at full resolution; they double at each of the three levels below. Even."""
     num_blocks: tuple[int, int, int, int]
@@ -38,19 +36,18 @@ class RestormerConfig:
     eps: float = 1e-6
     reduce_level1: bool = True
     """False, as in the authors' own models: the last decoder level and the refinement run on 2 * dim channels."""
-    overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        require(self, "dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
-        require(self, "num_blocks", "four whole numbers above 0", _four(self.num_blocks))
-        require(self, "num_refinement_blocks", "a whole number, 0 or more", is_whole(self.num_refinement_blocks, 0))
+        self.require("dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
+        self.require("num_blocks", "four whole numbers above 0", _four(self.num_blocks))
+        self.require("num_refinement_blocks", "a whole number, 0 or more", is_whole(self.num_refinement_blocks, 0))
         channels = [self.dim << i for i in range(4)]
         divides = _four(self.num_heads) and all(c % n == 0 for c, n in zip(channels, self.num_heads, strict=True))
-        require(self, "num_heads", f"four divisors of the levels' channels {channels}", divides)
-        require(self, "expansion", "a number of at least 1", _number(self.expansion) and self.expansion >= 1)
-        require(self, "norm_bias", "true or false", isinstance(self.norm_bias, bool))
-        require(self, "eps", "a number above 0", _number(self.eps) and self.eps > 0)
-        require(self, "reduce_level1", "true or false", isinstance(self.reduce_level1, bool))
+        self.require("num_heads", f"four divisors of the levels' channels {channels}", divides)
+        self.require("expansion", "a number of at least 1", _number(self.expansion) and self.expansion >= 1)
+        self.require("norm_bias", "true or false", isinstance(self.norm_bias, bool))
+        self.require("eps", "a number above 0", _number(self.eps) and self.eps > 0)
+        self.require("reduce_level1", "true or false", isinstance(self.reduce_level1, bool))
 
 
 def _number(value: Any) -> bool:
@@ -61,8 +58,14 @@ def _four(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 4 and all(is_whole(v, 1) for v in value)
 
 
-def _conv(channels_in: int, channels_out: int, size: int, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, size, padding=size // 2, groups=groups, bias=False)
+def _conv(channels_in: int, channels_out: int, size: int, groups: int = 1) -> Conv2d:
+    return Conv2d(channels_in, channels_out, size, padding=size // 2, groups=groups, bias=False)
+
+
+def _weight(conv: nn.Module, size: int, groups: int = 1) -> Tensor:
+    """The weight of a convolution that _conv made, for who computes it otherwise."""
+    geometry = {"kernel_size": (size, size), "stride": (1, 1), "padding": (size // 2, size // 2), "dilation": (1, 1)}
+    return reach(conv, Conv2d, **geometry, groups=groups, padding_mode="zeros", bias=None).weight
 
 
 class Norm(nn.Module):
@@ -75,7 +78,10 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """MDTA with its norm and residual: attention between channels, not pixels (equation 1)."""
+    """MDTA with its norm and residual: attention between channels, not pixels (equation 1).
+
+    forward(x, norm): a whole image. For one in strips of rows, `statistics` of each strip, added up, are what `attend` needs.
+    """
 
     def __init__(self, channels: int, num_heads: int, eps: float):
         super().__init__()
@@ -85,13 +91,22 @@ class Attention(nn.Module):
         self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
         self.project_out = _conv(channels, channels, 1)
 
-    def weights(self, norm: Norm) -> tuple[Tensor | None, ...]:
+    def _weights(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
         """As kernels.mdta takes them."""
-        own = self.qkv.weight, self.qkv_dwconv.weight, self.temperature, self.project_out.weight
-        return norm.weight, norm.bias, *own
+        norm, qkv = reach(norm, Norm), _weight(self.qkv, 1)
+        dwconv = _weight(self.qkv_dwconv, 3, groups=len(qkv))
+        return norm.weight, norm.bias, qkv, dwconv, self.temperature, _weight(self.project_out, 1)
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        return kernels.mdta(x, *self.weights(norm), self.num_heads, eps=self.eps)
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return kernels.mdta(x, *self._weights(norm), self.num_heads, eps=self.eps)
+
+    def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]:
+        """What attention sums over the pixels, of rows [first, end) of x."""
+        return kernels.mdta_statistics(x, self._weights(norm), self.num_heads, first, end, eps=self.eps)
+
+    def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor:
+        """forward(x, norm) with the statistics of the image that x is a strip of."""
+        return kernels.mdta_apply(x, self._weights(norm), self.num_heads, statistics=statistics, eps=self.eps)
 
 
 class FeedForward(nn.Module):
@@ -105,9 +120,11 @@ class FeedForward(nn.Module):
         self.dwconv = _conv(2 * hidden, 2 * hidden, 3, groups=2 * hidden)
         self.project_out = _conv(hidden, channels, 1)
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        weights = self.project_in.weight, self.dwconv.weight, self.project_out.weight
-        return kernels.gdfn(x, norm.weight, norm.bias, *weights, eps=self.eps)
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        norm, project_in = reach(norm, Norm), _weight(self.project_in, 1)
+        dwconv = _weight(self.dwconv, 3, groups=len(project_in))
+        weights = norm.weight, norm.bias, project_in, dwconv, _weight(self.project_out, 1)
+        return kernels.gdfn(x, *weights, eps=self.eps)
 
 
 class Block(nn.Module):
@@ -123,16 +140,17 @@ class Level(nn.Module):
     """A run of blocks at one resolution.
 
     It has no forward: a module's caller keeps the input alive until the call returns, which at full resolution is
-    one or two images too many. Restormer.forward takes the steps one by one and rebinds x.
+    one or two images too many. Restormer.forward takes the halves of blocks one by one and rebinds x.
     """
 
     def __init__(self, channels: int, num_blocks: int, num_heads: int, config: RestormerConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, num_heads, config) for _ in range(num_blocks))
 
-    def steps(self) -> list[Callable[[Tensor], Tensor]]:
-        halves = [((b.attn, b.norm1), (b.ffn, b.norm2)) for b in self.blocks]
-        return [partial(part, norm=norm) for block in halves for part, norm in block]
+    def stage(self) -> Blocks:
+        blocks = [reach(block, Block) for block in reach(reach(self, Level).blocks, nn.ModuleList)]
+        halves = [(Half(b.attn, b.norm1, Attention), Half(b.ffn, b.norm2, FeedForward)) for b in blocks]
+        return Blocks([half for block in halves for half in block])
 
 
 class Resample(nn.Module):
@@ -142,21 +160,24 @@ class Resample(nn.Module):
         super().__init__()
         self.body = nn.Sequential(_conv(channels_in, channels_out, 3), shuffle)
 
+    def layers(self) -> list[nn.Module]:
+        return list(reach(reach(self, Resample).body, nn.Sequential))
 
-class Restormer(nn.Module):
+
+class Restormer(Network):
     """Maps an image to an image of the same size by predicting the difference.
 
     forward(x): x is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. Returns the same shape and,
-    for parameters of x's dtype or under autocast, the same dtype, not clamped. Raises UserError for another shape.
-
-    forward(x, max_memory=bytes), for inference: the same, in strips of rows, so that the process's resident memory (CUDA: its
-    tensors) stays within so many bytes; see tiling.Plan. Maps that don't fit go to a temporary file. Raises UserError where
-    gradients are recorded, and for less memory than the smallest plan takes.
+    for parameters of x's dtype or under autocast, the same dtype, not clamped. Raises UserError for another shape, and where a
+    layer that is never called, since a kernel takes its weight, would do something else if it were.
     """
 
+    Config = RestormerConfig
+    shard_units = {Attention: True, FeedForward: True}
+    multiple = 8
+
     def __init__(self, config: RestormerConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         c1, c2, c3, c4 = (config.dim << i for i in range(4))
         c_out = c1 if config.reduce_level1 else 2 * c1
         n1, n2, n3, n4 = config.num_blocks
@@ -182,47 +203,67 @@ class Restormer(nn.Module):
         self.refinement = Level(c_out, config.num_refinement_blocks, h1, config)
         self.output = _conv(c_out, 3, 3)
 
-    def forward(self, image: Tensor, max_memory: int | None = None) -> Tensor:
-        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
-            raise UserError(
-                f"{self.config.name}: expected a floating-point image batch [B, 3, H, W], "
-                f"got {list(image.shape)} of {image.dtype}"
-            )
-        if max_memory is not None:
-            if torch.is_grad_enabled():
-                raise UserError(f"{self.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
-            plan = tiling.make_plan(self, image, max_memory, resident_bytes(image.device))
-            if tiling.log.isEnabledFor(logging.INFO):
-                plan = replace(plan, seconds=tiling.expected_seconds(self, image, plan))
-                tiling.log.info("%d×%d: %s", *image.shape[:1:-1], plan)
-            return tiling.run(self, image, plan)
-        height, width = image.shape[-2:]
-        x = self.patch_embed(pad_to_multiple(image, 8).contiguous(memory_format=torch.channels_last))
-        skips = []
-        for level, down in (
-            (self.encoder_level1, self.down1_2),
-            (self.encoder_level2, self.down2_3),
-            (self.encoder_level3, self.down3_4),
+    def stages(self) -> list[Stage]:
+        c1, c2, c3, c4 = (self.config.dim << i for i in range(4))
+        found = [Embed([self.patch_embed], c1)]
+        for level, down, channels in (
+            (self.encoder_level1, self.down1_2, c2),
+            (self.encoder_level2, self.down2_3, c3),
+            (self.encoder_level3, self.down3_4, c4),
         ):
-            for step in level.steps():
-                x = step(x)
-            skips.append(x)
-            x = down.body(x)
-        for level, up, reduce in (
-            (self.latent, self.up4_3, self.reduce_chan_level3),
-            (self.decoder_level3, self.up3_2, self.reduce_chan_level2),
-            (self.decoder_level2, self.up2_1, self.reduce_chan_level1),
+            found += Level.stage(level), Down(Resample.layers(down), channels)
+        found += [Level.stage(self.latent)]
+        for up, reduce, level, channels in (
+            (self.up4_3, self.reduce_chan_level3, self.decoder_level3, c3),
+            (self.up3_2, self.reduce_chan_level2, self.decoder_level2, c2),
+            (self.up2_1, self.reduce_chan_level1, self.decoder_level1, c1),
         ):
-            for step in (*level.steps(), *up.body):
-                x = step(x)
-            skip = skips.pop()
+            layers, join = Resample.layers(up), _concatenate
             if reduce is None:
-                x = torch.cat((x, skip), dim=1)
+                channels *= 2
             else:  # reduce(cat(x, skip)) without the concatenated image
-                for_x, for_skip = reduce.weight.chunk(2, dim=1)
-                x = F.conv2d(x, for_x)
-                x.add_(F.conv2d(skip, for_skip))
-            del skip
-        for step in (*self.decoder_level1.steps(), *self.refinement.steps()):
-            x = step(x)
-        return self.output(x)[..., :height, :width] + image
+                for_x, for_skip = _weight(reduce, 1).chunk(2, dim=1)
+                layers, join = [*layers, partial(pointwise, weight=for_x)], partial(_add_pointwise, weight=for_skip)
+            found += Up(layers, join, channels), Level.stage(level)
+        return [*found, Level.stage(self.refinement), Output([self.output])]
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.check(image)
+        x, skips = pad_to_multiple(image, self.multiple).contiguous(memory_format=torch.channels_last), []
+        for stage in self.stages():
+            if isinstance(stage, Blocks):
+                for half, norm, _ in stage.halves:
+                    x = half(x, norm)
+                continue
+            if isinstance(stage, Down):
+                skips.append(x)
+            for layer in stage.layers:
+                x = layer(x)
+            if isinstance(stage, Up):
+                x = stage.join(x, skips.pop())
+        return crop(x, *image.shape[-2:]) + image
+
+    def scratch_bytes(self) -> int:
+        """Rows of hidden channels and sums of weight gradients (csrc/common/cpu_expansion.h), at the widest level."""
+        convs = [m.project_in for m in self.modules() if isinstance(m, FeedForward)]
+        return max(4 * c.out_channels * (1800 + 3 * c.in_channels // 2) for c in convs)
+
+    @classmethod
+    def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
+        levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+        return {
+            "dim": shape("patch_embed.weight")[0],
+            "num_blocks": tuple(count(names, f"{level}.blocks.") for level in levels),
+            "num_refinement_blocks": count(names, "refinement.blocks."),
+            "num_heads": tuple(math.prod(shape(f"{level}.blocks.0.attn.temperature")) for level in levels),
+            "norm_bias": "latent.blocks.0.norm1.bias" in names,
+            "reduce_level1": "reduce_chan_level1.weight" in names,
+        }
+
+
+def _concatenate(x: Tensor, skip: Tensor) -> Tensor:
+    return torch.cat((x, skip), dim=1)
+
+
+def _add_pointwise(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    return x.add_(pointwise(skip, weight))

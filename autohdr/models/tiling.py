@@ -1,33 +1,29 @@
-"""Restormer on whole photos under a memory cap: layer by layer in strips of rows, with the result of the whole image.
+"""A network on whole photos under a memory cap: stage by stage in strips of rows, with the result of the whole image.
 
-Attention sums over all pixels, so that parts of a photo can't be enhanced one by one. Here each mdta goes over the image twice,
-first for its statistics, then to apply them, and everything else reads one row above and below its strip. Nothing image-sized
-is alive but the feature maps of the levels, each worked on in place; those that don't fit lie in a temporary file, by plain
-reads and writes: the pages of a mapped file would count as the process's memory.
+Attention sums over all pixels, so that parts of a photo can't be enhanced one by one. Here each half of a block that sums goes
+over the image twice, first for its statistics, then to apply them, and everything else reads one row above and below its strip.
+Nothing image-sized is alive but the feature maps of the levels, each worked on in place; those that don't fit lie in a temporary
+file, by plain reads and writes: the pages of a mapped file would count as the process's memory.
 """
 
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
-from autohdr.measure import format_bytes, is_out_of_memory, seconds_by_pixels
-from autohdr.models.common import pad_to_multiple
-
-if TYPE_CHECKING:
-    from autohdr.models.restormer import Level, Resample, Restormer
+from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes, seconds_by_pixels
+from autohdr.models.layers import Conv2d, Uncalled, pad_to_multiple, reach
+from autohdr.models.network import Blocks, Down, Embed, Half, Network, Stage, Up
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +39,12 @@ FIXED_BYTES = 64 << 20  # the kernels' scratch memory, reordered weights, what m
 
 @dataclass(frozen=True)
 class Plan:
-    """How an image goes through a Restormer. Every plan gives the same pixels, to float rounding.
+    """How an image goes through a network. Every plan gives the same pixels, to float rounding.
 
     rows: of a strip, even; on every level its own rows.
-    places: where the maps of levels 1 to 4, and with reduce_level1=False the last decoder's, are kept: in "memory"; "parked", in
-        a file while deeper levels run; or "filed", always in a file.
+    places: where the feature maps, in the order in which they are made, are kept: in "memory"; "parked", in a file while deeper
+        levels run; or "filed", always in a file. A Restormer's are those of levels 1 to 4, and with reduce_level1=False the last
+        decoder's.
     peak_bytes: expected resident memory of the process (CUDA: of tensors on the device) at its peak.
     file_bytes: expected to be written to and read from files.
     seconds: what `expected_seconds` says, or None where nobody asked.
@@ -66,57 +63,122 @@ class Plan:
         return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}{seconds}"
 
 
-def make_plan(model: "Restormer", image: Tensor, max_memory: int, resident: int) -> Plan:
+def works_in_strips(model: nn.Module | None) -> bool:
+    return isinstance(model, Network) and bool(model.stages())
+
+
+def in_strips(model: nn.Module, image: Tensor, max_memory: int) -> Tensor:
+    """model(image) for inference, so that the process's resident memory (CUDA: its tensors) stays within max_memory bytes.
+
+    Maps that don't fit go to a temporary file. Raises UserError for a model that does not work in strips, where gradients are
+    recorded, for less memory than the smallest plan takes, and for a hook anywhere in the model: it would see strips.
+    """
+    if not works_in_strips(model):
+        name = model.config.name if isinstance(model, Network) else type(model).__name__
+        raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {name}")
+    model.check(image)
+    if torch.is_grad_enabled():
+        raise UserError(f"{model.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
+    plan = make_plan(model, image, max_memory, resident_bytes(image.device))
+    if log.isEnabledFor(logging.INFO):
+        plan = replace(plan, seconds=expected_seconds(model, image, plan))
+        log.info("%d×%d: %s", *image.shape[:1:-1], plan)
+    return run(model, image, plan)
+
+
+@dataclass
+class _Planned:
+    """A feature map of a plan: its channels and bytes, how often its rows are written or read, and whether it waits for an Up."""
+
+    channels: int
+    bytes: int
+    passes: int = 0
+    waits: bool = False
+
+
+def _walk(stages: Sequence[Stage], pixels: int, size: int) -> tuple[list[_Planned], list[tuple[list[_Planned], list[_Planned]]]]:
+    """The maps in the order in which they are made; and for each moment with two in use, or the image and one, (those that wait,
+    those in use). pixels: of the padded image; size: bytes of a number."""
+    maps, moments, waiting = [], [], []
+
+    def new(channels: int) -> _Planned:
+        maps.append(_Planned(channels, channels * size * (pixels >> 2 * len(waiting))))
+        return maps[-1]
+
+    for stage in stages:
+        if isinstance(stage, Embed):
+            x = new(stage.channels)
+            x.passes += 1
+            moments.append(([], [x]))
+        elif isinstance(stage, Blocks):
+            x.passes += sum(3 if _sums(half) else 2 for half in stage.halves)
+        elif isinstance(stage, Down):
+            x.passes, x.waits, before = x.passes + 1, True, list(waiting)
+            waiting.append(x)
+            below = new(stage.channels)
+            below.passes += 1
+            moments.append((before, [x, below]))
+            x = below
+        elif isinstance(stage, Up):
+            x.passes += 1
+            skip = waiting.pop()
+            skip.passes += 1
+            target = skip if skip.channels == stage.channels else new(stage.channels)
+            target.passes += 1
+            moments.append((waiting + [skip] * (target is not skip), [x, target]))
+            x = target
+        else:
+            x.passes += 1
+            moments.append(([], [x]))
+    return maps, moments
+
+
+def _sums(half: Half) -> bool:
+    return hasattr(half.kind, "statistics")
+
+
+def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> Plan:
     """The plan with the least file traffic, then the tallest strips, whose expected peak is within max_memory bytes.
 
     resident: what the process holds of them already, model and image included. UserError: not even the smallest plan fits.
     """
-    config, dtype = model.config, _feature_dtype(image)
-    height, width = (side + -side % 8 for side in image.shape[-2:])
-    row = width * config.dim * dtype.itemsize
-    maps = [row * height >> i for i in range(4)]
-    # Rows written and read of a filed map: five times a block, and on the way in and out of each level.
-    passes = [5 + 10 * n for n in config.num_blocks[:3]] + [2 + 5 * config.num_blocks[3]]
-    if config.reduce_level1:
-        passes[0] += 5 * config.num_refinement_blocks
-    else:
-        row *= 2
-        maps.append(row * height)
-        passes[0] = 3 + 5 * config.num_blocks[0]
-        passes.append(2 + 5 * (config.num_blocks[0] + config.num_refinement_blocks))
+    dtype = _feature_dtype(image)
+    height, width = (side + -side % model.multiple for side in image.shape[-2:])
+    maps, moments = _walk(model.stages(), height * width, dtype.itemsize)
+    row = max(m.bytes for m in maps) // height
     compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=dtype)) == "cpu"
     pixels = image.numel() * image.element_size()
     most = min(MOST_ROWS, max(MOST_BYTES // row, GOOD_ROWS))
 
     def plan(places: tuple[str, ...]) -> Plan:
-        held = [0 if place == FILED else size for place, size in zip(places, maps, strict=True)]
-        kept = [size if place == MEMORY else 0 for place, size in zip(places, held, strict=True)]
-        last = 0 if config.reduce_level1 else 4  # the map of the last decoder
-        peaks = [held[0] + pixels, held[last] + pixels, (kept[0] if last else 0) + held[1] + held[last]]
-        peaks += [sum(kept[:i]) + held[i] + held[i + 1] for i in range(3)]  # rows go from one level to the next
+        place = {id(m): p for m, p in zip(maps, places, strict=True)}
+
+        def alive(waiting: list[_Planned], used: list[_Planned]) -> int:
+            kept = sum(m.bytes for m in waiting if place[id(m)] == MEMORY)
+            return kept + sum(m.bytes for m in used if place[id(m)] != FILED) + (pixels if len(used) == 1 else 0)
+
         strip = row * ((STRIPS_COMPILED if compiled else STRIPS_REFERENCE) + (FILED in places))
-        fixed = resident + FIXED_BYTES + max(peaks)
+        fixed = resident + FIXED_BYTES + max(alive(*moment) for moment in moments)
         rows = min(max(max_memory - fixed, 0) // strip, most, height) // 2 * 2
-        moves = [{MEMORY: 0, PARKED: 2, FILED: n}[place] for place, n in zip(places, passes, strict=True)]
-        moved = sum(n * size for n, size in zip(moves, maps, strict=True))
+        moved = sum({MEMORY: 0, PARKED: 2, FILED: m.passes}[p] * m.bytes for m, p in zip(maps, places, strict=True))
         return Plan(rows, places, fixed + strip * max(rows, LEAST_ROWS), moved)
 
-    # The deepest map has nothing to be parked for, nor has the last decoder's.
-    choices = [(MEMORY, PARKED, FILED)] * 3 + [(MEMORY, FILED)] * (len(maps) - 3)
+    choices = [(MEMORY, PARKED, FILED) if m.waits else (MEMORY, FILED) for m in maps]
     plans = sorted((plan(places) for places in product(*choices)), key=lambda p: p.file_bytes)
     for least in (GOOD_ROWS, LEAST_ROWS):
         for candidate in plans:
             if candidate.rows >= min(least, height):
                 return candidate
+    size = f"{image.shape[-1]}×{image.shape[-2]} pixels in {str(dtype).removeprefix('torch.')}"
     raise UserError(
-        f"{config.name}: an image of {image.shape[-1]}×{image.shape[-2]} pixels in {str(dtype).removeprefix('torch.')} takes"
-        f" {format_bytes(min(p.peak_bytes for p in plans))} of memory at least, {format_bytes(max_memory)} are allowed"
+        f"{model.config.name}: an image of {size} takes {format_bytes(min(p.peak_bytes for p in plans))} of memory at least, "
+        f"{format_bytes(max_memory)} are allowed"
     )
 
 
-def expected_seconds(model: "Restormer", image: Tensor, plan: Plan) -> float:
+def expected_seconds(model: Network, image: Tensor, plan: Plan) -> float:
     """How long `run` would take here, from the time of two small images, a hundredth of the work, and of a small file."""
-    height, width = (side + -side % 8 for side in image.shape[-2:])
+    height, width = (side + -side % model.multiple for side in image.shape[-2:])
     side = max(32, min(256, math.isqrt(height * width) // 8 // 16 * 16))
     with torch.no_grad():
         fixed, each = seconds_by_pixels(lambda side: model(image.new_zeros((1, 3, side, side))), side, image.device)
@@ -129,26 +191,33 @@ def expected_seconds(model: "Restormer", image: Tensor, plan: Plan) -> float:
     return len(image) * (fixed + each * height * width * (1 + 2 / plan.rows) + moving)
 
 
-def run(model: "Restormer", image: Tensor, plan: Plan) -> Tensor:
+def run(model: Network, image: Tensor, plan: Plan) -> Tensor:
     """model(image) as planned. Strips that run out of memory are made smaller, down to two rows. Without gradients."""
-    with torch.no_grad():
-        results = [_Run(model, single, plan).result() for single in image.split(1)]
+    try:
+        for module in model.modules():
+            reach(module, type(module))
+        with torch.no_grad():
+            results = [_Run(model, single, plan).result() for single in image.split(1)]
+    except Uncalled as error:
+        raise model.named(error) from None
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _feature_dtype(image: Tensor) -> torch.dtype:
     device = image.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image.dtype
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and image.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else image.dtype
 
 
 class _Map:
     """A feature map (1, channels, height, width): its rows as [height, width, channels], in memory or in a file."""
 
-    def __init__(self, channels: int, height: int, width: int, like: Tensor, dtype: torch.dtype, filed: bool = False):
-        self.height, self.row_shape, self.like = height, (width, channels), like.new_empty(0, dtype=dtype)
+    def __init__(self, channels: int, height: int, width: int, place: str, like: Tensor, dtype: torch.dtype):
+        self.channels, self.height, self.width, self.place = channels, height, width, place
+        self.row_shape, self.like = (width, channels), like.new_empty(0, dtype=dtype)
         self.row_bytes = width * channels * dtype.itemsize
-        self.file = tempfile.TemporaryFile() if filed else None
-        self.rows = None if filed else self.like.new_empty((height, *self.row_shape))
+        self.file = tempfile.TemporaryFile() if place == FILED else None
+        self.rows = None if place == FILED else self.like.new_empty((height, *self.row_shape))
 
     def read(self, first: int, end: int) -> Tensor:
         """Rows [first, end) as an image; a view of them where the map is in memory."""
@@ -183,97 +252,79 @@ class _Map:
 class _Run:
     """One image's way through the network."""
 
-    def __init__(self, model: "Restormer", image: Tensor, plan: Plan):
+    def __init__(self, model: Network, image: Tensor, plan: Plan):
         self.model, self.image, self.plan, self.rows = model, image, plan, plan.rows
         self.dtype = _feature_dtype(image)
 
     def result(self) -> Tensor:
-        model = self.model
-        config, places = model.config, self.plan.places
-        padded = pad_to_multiple(self.image, 8)
-        height, width = padded.shape[-2:]
-        source = _Map(3, height, width, padded, padded.dtype)
-        source.rows = padded[0].permute(1, 2, 0)
+        padded = pad_to_multiple(self.image, self.model.multiple)
+        x = _Map(3, *padded.shape[-2:], MEMORY, padded, padded.dtype)
+        x.rows = padded[0].permute(1, 2, 0)
         del padded
+        places, waiting = iter(self.plan.places), []
 
-        def new_map(level: int, place: str, channels: int | None = None) -> _Map:
-            channels = channels or config.dim << level
-            return _Map(channels, height >> level, width >> level, self.image, self.dtype, place == FILED)
+        def new(channels: int, height: int, width: int, place: str = "") -> _Map:
+            return _Map(channels, height, width, place or next(places), self.image, self.dtype)
 
-        x = new_map(0, places[0])
-        self.convolve(source, x, model.patch_embed)
-        del source
-        skips = []
-        for i, (level, down) in enumerate(
-            (
-                (model.encoder_level1, model.down1_2),
-                (model.encoder_level2, model.down2_3),
-                (model.encoder_level3, model.down3_4),
-            )
-        ):
-            self.run_level(x, level)
-            below = new_map(i + 1, places[i + 1])
-            self.convolve(x, below, *down.body)
-            if places[i] == PARKED:
-                x.park(self.rows)
-            skips.append(x)
-            x = below
-            del below
-        self.run_level(x, model.latent)
-        for i, up, reduce, level in (
-            (2, model.up4_3, model.reduce_chan_level3, model.decoder_level3),
-            (1, model.up3_2, model.reduce_chan_level2, model.decoder_level2),
-            (0, model.up2_1, model.reduce_chan_level1, model.decoder_level1),
-        ):
-            skip = skips.pop()
-            if reduce is None:
-                target = new_map(0, places[4], 2 * config.dim)
+        for stage in self.model.stages():
+            if isinstance(stage, Embed):
+                target = new(stage.channels, x.height, x.width)
+                self.convolve(x, target, stage.layers)
+                x = target
+                del target
+            elif isinstance(stage, Blocks):
+                for half in stage.halves:
+                    self.half(x, half)
+            elif isinstance(stage, Down):
+                target = new(stage.channels, x.height // 2, x.width // 2)
+                self.convolve(x, target, stage.layers)
+                if x.place == PARKED:
+                    x.park(self.rows)
+                waiting.append(x)
+                x = target
+                del target
+            elif isinstance(stage, Up):
+                skip = waiting.pop()
+                if skip.channels != stage.channels:
+                    target = new(stage.channels, skip.height, skip.width)
+                elif skip.place == PARKED:
+                    target = new(skip.channels, skip.height, skip.width, MEMORY)
+                else:
+                    target = skip
+                self.merge(x, skip, target, stage)
+                x = target
+                del skip, target
             else:
-                target = new_map(i, MEMORY) if places[i] == PARKED else skip
-            self.merge(x, skip, target, up, reduce)
-            x = target
-            del skip, target
-            self.run_level(x, level)
-        self.run_level(x, model.refinement)
-        return self.output(x)
+                return self.output(x, stage.layers)
 
-    def run_level(self, x: _Map, level: "Level") -> None:
-        for block in level.blocks:
-            attention, feed_forward = block.attn, partial(block.ffn, norm=block.norm2)
-            weights, heads, eps = attention.weights(block.norm1), attention.num_heads, attention.eps
-            sums = _add(self.strips(x, partial(_statistics, weights, heads, eps)))
-            apply = partial(kernels.mdta_apply, parameters=weights, num_heads=heads, statistics=sums, eps=eps)
-            self.convolve(x, x, apply)
-            self.convolve(x, x, feed_forward)
+    def half(self, x: _Map, half: Half) -> None:
+        module, norm, kind = half
+        layer = partial(reach(module, kind), norm=norm)
+        if _sums(half):
 
-    def convolve(self, source: _Map, target: _Map, layer: Callable[[Tensor], Tensor], after: Callable | None = None) -> None:
-        """target = after(layer(source)); layer sees one row around an own one, after none. target may be source."""
+            def of_strip(rows: Tensor, own: slice, y: int) -> tuple[Tensor, ...]:
+                return module.statistics(rows, norm, own.start, own.stop)
 
-        def step(x: Tensor, own: slice, y: int) -> Tensor:
-            out = layer(x)[:, :, own]
-            return after(out) if after else out
+            layer = partial(module.attend, norm=norm, statistics=_add(self.strips(x, of_strip)))
+        self.write(x, self.strips(x, lambda rows, own, y: layer(rows)[:, :, own]), 1)
 
-        self.write(target, self.strips(source, step), target.height / source.height)
+    def convolve(self, source: _Map, target: _Map, layers: Sequence[nn.Module]) -> None:
+        self.write(target, self.strips(source, partial(_layers, layers)), target.height / source.height)
 
-    def merge(self, low: _Map, skip: _Map, target: _Map, up: "Resample", reduce: nn.Conv2d | None) -> None:
-        """target = reduce(cat(up(low), skip)), without the concatenated image; target may be skip."""
+    def merge(self, low: _Map, skip: _Map, target: _Map, stage: Up) -> None:
+        """target may be skip."""
 
-        def step(x: Tensor, own: slice, y: int) -> Tensor:
-            out = up.body(x)[:, :, 2 * own.start : 2 * own.stop]
-            beside = skip.read(2 * y, 2 * y + out.shape[2])
-            if reduce is None:
-                return torch.cat((out, beside), dim=1)
-            for_low, for_skip = reduce.weight.chunk(2, dim=1)
-            out = F.conv2d(out, for_low)
-            return out.add_(F.conv2d(beside, for_skip))
+        def step(rows: Tensor, own: slice, y: int) -> Tensor:
+            out = _layers(stage.layers, rows, own)
+            return stage.join(out, skip.read(2 * y, 2 * y + out.shape[2]))
 
         self.write(target, self.strips(low, step, scale=4), 2)
 
-    def output(self, x: _Map) -> Tensor:
+    def output(self, x: _Map, layers: Sequence[nn.Module]) -> Tensor:
         result, (height, width) = torch.empty_like(self.image), self.image.shape[-2:]
-        for y, out in self.strips(x, lambda x, own, y: self.model.output(x)[:, :, own, :width]):
+        for y, out in self.strips(x, partial(_layers, layers)):
             rows = slice(y, min(y + out.shape[2], height))  # none in the padding below
-            result[:, :, rows] = out[:, :, : max(rows.stop - y, 0)] + self.image[:, :, rows]
+            result[:, :, rows] = out[:, :, : max(rows.stop - y, 0), :width] + self.image[:, :, rows]
         return result
 
     def write(self, target: _Map, strips: Iterator[tuple[int, Tensor]], scale: float) -> None:
@@ -310,8 +361,14 @@ class _Run:
                 torch.cuda.empty_cache()
 
 
-def _statistics(weights: tuple, heads: int, eps: float, x: Tensor, own: slice, y: int) -> tuple[Tensor, ...]:
-    return kernels.mdta_statistics(x, weights, heads, own.start, own.stop, eps=eps)
+def _layers(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, own: slice, y: int = 0) -> Tensor:
+    """The layers' result for the rows `own` of x, which has a row more above and below for the first of them."""
+    first, *others = layers
+    x = reach(first, Conv2d, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), padding_mode="zeros")(x)
+    x = x[:, :, own]
+    for layer in others:
+        x = layer(x)
+    return x
 
 
 def _add(strips: Iterator[tuple[int, tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:

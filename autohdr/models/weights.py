@@ -6,12 +6,11 @@ match (the model's names, shapes and kinds of numbers), copy.
 
 import json
 import logging
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from autohdr.errors import UserError
 from autohdr.files import replacing
 from autohdr.models.diffusion import STEPS, Bridge, Sampler
-from autohdr.models.registry import CLASSES, CONFIGS, create_model
+from autohdr.models.network import Network
+from autohdr.models.registry import CONFIGS, FAMILIES, create_model
 from autohdr.models.weight_files import FLOATS, HEADER, WeightFile, oddity, read, some
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def save_weights(
         part.write_bytes(safetensors.torch.save(tensors, {HEADER: json.dumps(header)}))
 
 
-def load_checkpoint(path: str | Path) -> nn.Module:
+def load_checkpoint(path: str | Path) -> Network:
     """Builds the model a file was saved from, with its weights, on the CPU, in eval mode; a bridge's network within a Sampler.
 
     Reads what save_weights wrote and every layout that load_weights reads, by the same rule where a file holds several copies
@@ -286,7 +286,7 @@ def _is_norm_bias(name: str) -> bool:
 # Building: which model
 
 
-def _create(path: Path, name: str, overrides: dict[str, Any]) -> nn.Module:
+def _create(path: Path, name: str, overrides: dict[str, Any]) -> Network:
     try:
         return create_model(name, **overrides)
     except UserError as error:
@@ -295,7 +295,7 @@ def _create(path: Path, name: str, overrides: dict[str, Any]) -> nn.Module:
         raise UserError(f"{path}: {name} with {overrides or 'its own settings'} cannot be built or is too large") from error
 
 
-def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
+def _sampler(network: Network, path: str | Path, bridge: Any) -> Sampler:
     try:
         steps = bridge["steps"]
         sampler = Sampler(network, Bridge(prediction=bridge["prediction"], noise_scale=bridge["noise_scale"]), steps)
@@ -305,7 +305,6 @@ def _sampler(network: nn.Module, path: str | Path, bridge: Any) -> Sampler:
     if not right:
         expected = f"expected prediction (x0, v or noise), noise_scale (above 0) and steps (1 to {STEPS})"
         raise UserError(f"{path}: its header's bridge is damaged: {expected}, got {bridge!r}")
-    sampler.config = network.config
     return sampler
 
 
@@ -313,20 +312,19 @@ def _infer(file: WeightFile) -> tuple[str, dict[str, Any]]:
     """The registered model that is nearest to a file's tensors, and the overrides that make it fit."""
     found = {name: _find(file, _names(name)) for name in FAMILIES}
     name, weights = max(found.items(), key=lambda item: item[1].votes)
-    kind = type(CONFIGS[name])
+    family = FAMILIES[name]
     if not weights.votes:
-        kinds = " or ".join(CLASSES[type(CONFIGS[family])].__name__ for family in FAMILIES)
-        expected = " or ".join(repr(next(n for n in _names(family) if n.endswith(".weight"))) for family in FAMILIES)
+        kinds = " or ".join(family.__name__ for family in FAMILIES.values())
+        expected = " or ".join(repr(next(n for n in _names(name) if n.endswith(".weight"))) for name in FAMILIES)
         raise UserError(f"{file.path}: holds no {kinds}: expected a tensor {expected}, got {some(weights.values)}")
     try:
-        settings = FAMILIES[name](weights.values)
+        settings = family.settings_of(weights.values, partial(_shape, weights.values))
     except UserError as error:
-        raise UserError(f"{file.path}: holds no {CLASSES[kind].__name__}: {error}") from error
-    # Which of the two Restormers decides more than shapes (eps), so it is never an override.
-    reduces = settings.pop("reduce_level1", None)
-    family = [c for c in CONFIGS.values() if type(c) is kind and getattr(c, "reduce_level1", None) == reduces]
-    overrides = [{k: v for k, v in settings.items() if getattr(config, k) != v} for config in family]
-    return min(zip((c.name for c in family), overrides, strict=True), key=lambda candidate: len(candidate[1]))
+        raise UserError(f"{file.path}: holds no {family.__name__}: {error}") from error
+    kept = family.Config.tells_family
+    configs = [c for c in CONFIGS.values() if type(c) is family.Config and all(getattr(c, k) == settings[k] for k in kept)]
+    overrides = [{k: v for k, v in settings.items() if getattr(config, k) != v} for config in configs]
+    return min(zip((c.name for c in configs), overrides, strict=True), key=lambda candidate: len(candidate[1]))
 
 
 @cache
@@ -336,46 +334,9 @@ def _names(model: str) -> dict[str, None]:
         return dict.fromkeys(create_model(model).state_dict())
 
 
-def _infer_restormer(values: dict[str, Any]) -> dict[str, Any]:
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    return {
-        "dim": _shape(values, "patch_embed.weight")[0],
-        "num_blocks": tuple(_count(values, f"{level}.blocks.") for level in levels),
-        "num_refinement_blocks": _count(values, "refinement.blocks."),
-        "num_heads": tuple(math.prod(_shape(values, f"{level}.blocks.0.attn.temperature")) for level in levels),
-        "norm_bias": "latent.blocks.0.norm1.bias" in values,
-        "reduce_level1": "reduce_chan_level1.weight" in values,
-    }
-
-
-def _infer_mamba_diffusion(values: dict[str, Any]) -> dict[str, Any]:
-    ssm = "encoder_groups.0.blocks.0.ssm_forward"
-    return {
-        "dim": _shape(values, "conv_first.0.weight")[0],
-        "num_groups": _count(values, "encoder_groups."),
-        "num_blocks": _count(values, "encoder_groups.0.blocks."),
-        "dstate": _shape(values, f"{ssm}.A_log")[0],
-        "conv_size": _shape(values, f"{ssm}.conv1d.weight")[-1],
-        "dual_attention": "middle_dat.gamma1" in values,
-        "time_embedding": "time_proj.weight" in values,
-    }
-
-
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "restormer_nano": _infer_restormer,
-    "mamba_diffusion_nano": _infer_mamba_diffusion,
-}
-"""The smallest model of each family, whose names tell the family, and how the sizes follow from its tensors."""
-
-
 def _shape(values: dict[str, Any], name: str) -> list[int]:
     """Raises UserError unless there is a tensor so called."""
     value = values.get(name)
     if came := "none" if value is None else oddity(value):
         raise UserError(f"expected a tensor {name!r}, got {came}; there are {some(values)}")
     return list(value.shape) or [1]
-
-
-def _count(values: dict[str, Any], prefix: str) -> int:
-    """How many modules are numbered behind a prefix."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in values if name.startswith(prefix)})

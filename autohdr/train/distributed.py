@@ -20,12 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from autohdr.errors import UserError
-from autohdr.models import mamba_diffusion, restormer
+from autohdr.models.network import Network
 
 T = TypeVar("T")
-
-_UNITS = (restormer.Attention, restormer.FeedForward, mamba_diffusion.Group)
-"""What fully_shard gathers and frees as one; the rest of a network is one more."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,15 @@ class Ranks:
         dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
         return rows.tolist()
 
-    def wrap(self, network: nn.Module, parallel: str, precision: torch.dtype) -> nn.Module:
-        """The network as a training step calls it. FSDP2 shards `network` itself, in place."""
+    def wrap(self, network: Network, parallel: str, precision: torch.dtype) -> nn.Module:
+        """The network as a training step calls it. FSDP2 shards `network` itself, in place: each of its units, and the rest."""
         if self.count == 1:
             return network
         if parallel == "fsdp":
             shard = partial(fully_shard, mesh=DeviceMesh.from_group(self.group, self.device.type), reshard_after_forward=True)
             for module in network.modules():
-                if isinstance(module, _UNITS):
-                    # Attention and feed-forward weights travel in half precision. A scan's A, D and Δ stay in float32, and so
-                    # does what is outside the units.
-                    half = precision if precision is not torch.float32 and not isinstance(module, mamba_diffusion.Group) else None
-                    shard(module, mp_policy=_policy(half))
+                if (half := network.shard_units.get(type(module))) is not None:
+                    shard(module, mp_policy=_policy(precision if half and precision is not torch.float32 else None))
             # Not FSDP2's default for the root: it would keep the weights that validation gathered, the average's for one, and the
             # next step would compute with them.
             shard(network, mp_policy=_policy(None))

@@ -26,6 +26,7 @@ import tables
 
 from autohdr import create_model
 from autohdr.kernels.gdfn.schema import _multiplications
+from autohdr.models.restormer import Level
 
 HERE = Path(run.__file__).parent
 H200 = {"name": "NVIDIA H200", "capability": [9, 0], "multiprocessors": 132, "clock_khz": 1980000}
@@ -257,7 +258,7 @@ def test_restormer_s_gold_keeps_nothing_on_the_gpu(monkeypatch):
             super().__init__(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor)
 
     model, x = create_model("restormer_nano"), torch.rand(1, 3, 16, 24)
-    blocks = sum(len(m.blocks) for m in model.modules() if isinstance(m, bench_restormer.Level))
+    blocks = sum(len(m.blocks) for m in model.modules() if isinstance(m, Level))
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Hooks)
     monkeypatch.setattr(bench_restormer, "subject", lambda height, width: (model, x))
     bench_restormer.gold.cache_clear()

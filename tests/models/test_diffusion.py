@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from autohdr.models.diffusion import STEPS, Bridge, Sampler, cosine_schedule
+from autohdr.models.network import Network, NetworkConfig
 
 PREDICTIONS = ("x0", "v", "noise")
 BETAS, KEPT = cosine_schedule()
@@ -41,8 +42,11 @@ class Oracle(nn.Module):
         return wanted if self.bridge.prediction == "x0" else x + wanted
 
 
-class Darker(nn.Module):
+class Darker(Network):
     """A network whose output depends on all it is given."""
+
+    def __init__(self):
+        super().__init__(NetworkConfig("darker"))
 
     def forward(self, x, t):
         return x * 0.9 - t[:, None, None, None] * 1e-4

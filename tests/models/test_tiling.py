@@ -64,7 +64,7 @@ def test_equals_the_whole(cases, plan):
 def test_any_size(small, size):
     model, image = small().eval(), torch.rand(1, 3, *size)
     with torch.inference_mode():
-        torch.testing.assert_close(model(image, max_memory=100 * GB), model(image), atol=1e-5, rtol=0)
+        torch.testing.assert_close(tiling.in_strips(model, image, 100 * GB), model(image), atol=1e-5, rtol=0)
 
 
 def test_on_the_reference_backend(cases):
@@ -87,7 +87,7 @@ def test_autocast_and_bfloat16(cases):
         error, allowed = ((t - whole).square().mean().sqrt() for t in (strips, expected))
         assert 0 < error < 1.5 * allowed  # as far from float32 as the whole image's own bfloat16
         half = copy.deepcopy(model).bfloat16()
-        assert half(image.bfloat16(), max_memory=100 * GB).dtype == torch.bfloat16
+        assert tiling.in_strips(half, image.bfloat16(), 100 * GB).dtype == torch.bfloat16
 
 
 def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch):
@@ -215,7 +215,7 @@ def test_stays_within_its_memory_on_a_gpu(above, in_memory):
     cap = resident + above * 10**6
     assert (make_plan(model, image, cap, resident).places[0] == MEMORY) == in_memory
     with torch.inference_mode(), measure.measure("cuda") as measured:
-        model(image, max_memory=cap)
+        tiling.in_strips(model, image, cap)
     assert measured.peak_bytes <= cap
 
 
@@ -223,7 +223,7 @@ def test_the_plan_is_logged_with_the_time_it_expects(cases, caplog):
     model, image, whole = cases[0]
     caplog.set_level(logging.INFO)
     with torch.inference_mode():
-        strips = model(image, max_memory=100 * GB)
+        strips = tiling.in_strips(model, image, 100 * GB)
     assert (strips - whole).abs().max() <= 1e-5
     expected = r"43×61: strips of 64 rows, expected peak \d+(\.\d+)? [MG]B, expected time \d+ s"
     assert re.fullmatch(expected, caplog.messages[0])
@@ -247,7 +247,7 @@ def test_expected_time_follows_pixels_rows_and_files(cases, monkeypatch):
 
 def test_refused_where_gradients_are_recorded(small):
     with pytest.raises(UserError, match="max_memory is for inference"):
-        small()(torch.rand(1, 3, 8, 8), max_memory=GB)
+        tiling.in_strips(small(), torch.rand(1, 3, 8, 8), GB)
 
 
 PEAK = """
@@ -256,12 +256,12 @@ from autohdr.measure import measure, resident_bytes
 from autohdr.models import create_model, tiling
 model = create_model("restormer_nano", dim=16, num_blocks=(1, 1, 1, 1), num_refinement_blocks=0).eval()
 with torch.inference_mode():
-    model(torch.rand(1, 3, 64, 64), max_memory=10**10)  # what is there once: threads, scratch memory
+    tiling.in_strips(model, torch.rand(1, 3, 64, 64), 10**10)  # what is there once: threads, scratch memory
     image = torch.rand(1, 3, 1203, 797)
     cap = resident_bytes() + int(sys.argv[1])
     print(tiling.make_plan(model, image, cap, resident_bytes()).places[0])
     with measure() as measured:
-        model(image, max_memory=cap)
+        tiling.in_strips(model, image, cap)
 print(cap, measured.peak_bytes)
 """
 

@@ -1,0 +1,210 @@
+"""What the networks share below the level of a block: padding, convolutions, and modules that are used without being called."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autohdr.errors import UserError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Uncalled(UserError):
+    """A module that is used without being called would do something else if it were called."""
+
+    def __init__(self, module: nn.Module, reason: str):
+        super().__init__(
+            f"{reason}. It is not called for the whole image: a kernel takes its weight, or others call its parts. "
+            "Parametrise the weight (torch.nn.utils.parametrize) or merge the adapter into it: docs/fine_tuning.md"
+        )
+        self.module = module
+
+
+def reach(module: nn.Module, kind: type[Module], **expected: Any) -> Module:
+    """The module, for who takes its weights or its parts without calling it.
+
+    Raises Uncalled where a call would do anything else than `kind` does: hooks, a wrapper in its place (an adapter), a forward of
+    its own, attributes that are not as expected. A parametrised weight is the weight that it computes.
+    """
+    if not isinstance(module, kind) or type(module).forward is not kind.forward or "forward" in vars(module):
+        raise Uncalled(module, f"expected a {kind.__name__}, got a {type(module).__name__} with a forward of its own")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Uncalled(module, "has a hook")
+    for name, value in expected.items():
+        if (actual := getattr(module, name)) is not value and (value is None or actual != value):
+            found = "a bias" if name == "bias" else f"{name} {actual}"
+            raise Uncalled(module, f"expected {name} {value}, got {found}")
+    return module
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """image (B, C, H, W) reflected at the bottom and the right until both sides are multiples.
+
+    Reflection reads as many rows and columns as it adds, beside the last ones; an image that has too few repeats its edges.
+    """
+    height, width = image.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if torch.compiler.is_compiling():  # one program for all sizes: no branch may depend on them
+        reflects = torch.sym_min(torch.sym_max(torch.sym_min(height - bottom, width - right), 0), 1)  # 1 or 0
+        rows, columns = _places(image, height, multiple, reflects), _places(image, width, multiple, reflects)
+        return image.permute(0, 2, 3, 1).index_select(1, rows).index_select(2, columns).permute(0, 3, 1, 2)
+    if not (bottom or right):
+        return image
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return F.pad(image, (0, right, 0, bottom), mode=mode)
+
+
+def _places(image: Tensor, size: int, multiple: int, reflects: int) -> Tensor:
+    """Where each row (or column) of the padded image is in the image: 0 ... size - 1, then back, or size - 1 again and again."""
+    count = (size + multiple - 1) // multiple
+    if torch.compiler.is_exporting():
+        count = torch.tensor(count).item()
+        torch._check(count >= 1)
+    places = torch.arange(multiple * count, device=image.device)
+    beyond = (places - (size - 1)).clamp(min=0)
+    return places - beyond - reflects * beyond
+
+
+def crop(image: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of image (B, C, H, W)."""
+    if torch.compiler.is_compiling():  # whether a slice is the whole image, and so contiguous, would be a branch
+        rows, columns = (torch.arange(size, device=image.device) for size in (height, width))
+        return image.permute(0, 2, 3, 1).index_select(1, rows).index_select(2, columns).permute(0, 3, 1, 2)
+    return image[..., :height, :width]
+
+
+STRIP_BYTES = 2 << 20
+"""Of a strip's float32 input or output in a half-precision convolution on a CPU, unless the weights are larger, which oneDNN
+reorders in each call."""
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d with padding by a number of zeros, which computes in float32 on a CPU where x or autocast says half precision.
+
+    PyTorch's own needs instructions that many processors don't have: without them it is ten to a hundred times slower and takes
+    nine times its input's memory, with AVX512-BF16 half as fast as float32. Here strips of rows are widened one after the other.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (dtype := _half_on_cpu(x)) is None:
+            return super().forward(x)
+        return _convolve(x, self.weight, self.bias, dtype, self.stride[0], self.padding[0], self.groups, False)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d without output padding, in half precision as Conv2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (dtype := _half_on_cpu(x)) is None:
+            return super().forward(x)
+        return _convolve(x, self.weight, self.bias, dtype, self.stride[0], self.padding[0], self.groups, True)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of x (B, C, H, W) by weight (D, C, 1, 1), in half precision as Conv2d."""
+    if (dtype := _half_on_cpu(x)) is None:
+        return F.conv2d(x, weight, bias)
+    return _convolve(x, weight, bias, dtype, 1, 0, 1, False)
+
+
+def _half_on_cpu(x: Tensor) -> torch.dtype | None:
+    """The half-precision dtype that a convolution of x is to return, where it is to compute in float32; None elsewhere."""
+    if x.device.type != "cpu":
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x.dtype
+    return dtype if dtype.itemsize == 2 else None
+
+
+def _convolve(x, weight, bias, dtype, stride: int, padding: int, groups: int, transposed: bool) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        if torch.compiler.is_compiling():  # how many strips there are would be a branch
+            function = F.conv_transpose2d if transposed else F.conv2d
+            wide = (None if t is None else t.float() for t in (x, weight, bias))
+            return function(*wide, stride=stride, padding=padding, groups=groups).to(dtype)
+        return _HalfConvolution.apply(x, weight, bias, dtype, stride, padding, groups, transposed)
+
+
+class _HalfConvolution(torch.autograd.Function):
+    """A convolution, or a transposed one, whose float32 copies are of a strip of rows alone, on the way back too."""
+
+    @staticmethod
+    def forward(x, weight, bias, dtype, stride, padding, groups, transposed):
+        size, wide = weight.shape[-1], weight.float()
+        bias = None if bias is None else bias.float()
+        if transposed:
+            shape = [(n - 1) * stride - 2 * padding + size for n in x.shape[-2:]]
+            channels, of_strip = weight.shape[1] * groups, _transposed_rows
+        else:
+            shape = [(n + 2 * padding - size) // stride + 1 for n in x.shape[-2:]]
+            channels, of_strip = weight.shape[0], _rows
+        out = _new_image(x, channels, shape, dtype)
+        for first, end in _strips(out, x, weight):
+            out[:, :, first:end] = of_strip(x, wide, bias, first, end, stride, padding, groups)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, *ctx.geometry, ctx.transposed = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx, d_out):
+        (x, weight), (stride, padding, groups) = ctx.saved_tensors, ctx.geometry
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            wide, of_strip = weight.float(), _rows if ctx.transposed else _transposed_rows
+            d_x = _new_image(x, x.shape[1], x.shape[-2:], x.dtype)
+            for first, end in _strips(d_x, d_out, weight):
+                d_x[:, :, first:end] = of_strip(d_out, wide, None, first, end, stride, padding, groups)
+        if ctx.needs_input_grad[1]:
+            # Of a transposed convolution x and d_out change places.
+            large, small = (d_out, x) if ctx.transposed else (x, d_out)
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+            for first, end in _strips(small, large, weight):
+                rows = _rows_under(large, weight, first, end, stride, padding)
+                d_weight += torch.nn.grad.conv2d_weight(
+                    rows, weight.shape, small[:, :, first:end].float(), stride, (0, padding), 1, groups
+                )
+            d_weight = d_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = d_out.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+        return d_x, d_weight, d_bias, None, None, None, None, None
+
+
+def _new_image(like: Tensor, channels: int, shape, dtype: torch.dtype) -> Tensor:
+    size = (len(like), channels, *shape)
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _strips(a: Tensor, b: Tensor, weight: Tensor):
+    """[first, end) of rows of a, so that as float32 neither they nor b's rows beside them take more than STRIP_BYTES."""
+    height = a.shape[2]
+    bytes_a_row = 4 * max(a.numel(), b.numel()) / height
+    rows = max(int(max(STRIP_BYTES, 4 * weight.numel()) / bytes_a_row), 1)
+    return [(first, min(first + rows, height)) for first in range(0, height, rows)]
+
+
+def _rows_under(x: Tensor, weight: Tensor, first: int, end: int, stride: int, padding: int) -> Tensor:
+    """The rows of x, in float32 and with the zeros beyond it, that rows [first, end) of its convolution read."""
+    above, below = first * stride - padding, (end - 1) * stride - padding + weight.shape[-1]
+    rows = x[:, :, max(above, 0) : below].float()
+    zeros = max(-above, 0), max(below - x.shape[2], 0)
+    return F.pad(rows, (0, 0, *zeros)) if any(zeros) else rows
+
+
+def _rows(x: Tensor, weight: Tensor, bias, first: int, end: int, stride: int, padding: int, groups: int) -> Tensor:
+    """Rows [first, end) of the convolution of x."""
+    rows = _rows_under(x, weight, first, end, stride, padding)
+    return F.conv2d(rows, weight, bias, stride, (0, padding), 1, groups)
+
+
+def _transposed_rows(x: Tensor, weight: Tensor, bias, first: int, end: int, stride: int, padding: int, groups: int) -> Tensor:
+    """Rows [first, end) of the transposed convolution of x."""
+    top = max(-(-(first + padding - weight.shape[-1] + 1) // stride), 0)
+    rows = x[:, :, top : (end - 1 + padding) // stride + 1].float()
+    begins = top * stride - padding
+    return F.conv_transpose2d(rows, weight, bias, stride, (0, padding), 0, groups)[:, :, first - begins : end - begins]

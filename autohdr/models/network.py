@@ -1,0 +1,154 @@
+"""What every family of networks is to the rest of autohdr, and the stages of those that can work in strips."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from autohdr.errors import UserError
+from autohdr.models.layers import Uncalled
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What fixes a network. `name` and `overrides` are what create_model needs to build it again."""
+
+    tells_family: ClassVar[tuple[str, ...]] = ()
+    """Fields that go with others which no state dict tells: of the registered models, one with the same is meant."""
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def require(self, name: str, expected: str, met: bool) -> None:
+        """UserError naming the setting, what was expected and what came, unless met."""
+        if not met:
+            raise UserError(f"{self.name}: {name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class Embed(NamedTuple):
+    """The first stage: layers that make features (B, channels, H, W) of an image."""
+
+    layers: list[nn.Module]
+    channels: int
+
+
+class Half(NamedTuple):
+    """Of a block: x = module(x, norm), with its residual. It reads one pixel around each.
+
+    kind: the class of the module, for who doesn't call it for a whole image. One that also sums over all pixels has `statistics`
+        and `attend`, as restormer.Attention.
+    """
+
+    module: nn.Module
+    norm: nn.Module
+    kind: type[nn.Module]
+
+
+class Blocks(NamedTuple):
+    """Blocks at one resolution, by their halves."""
+
+    halves: list[Half]
+
+
+class Down(NamedTuple):
+    """Layers to half the height and width, and another number of channels. Their input waits for the Up back to its size."""
+
+    layers: list[nn.Module]
+    channels: int
+
+
+class Up(NamedTuple):
+    """Layers to twice the height and width; then x = join(x, what waited for it), pixel by pixel, perhaps in place."""
+
+    layers: list[Callable[[Tensor], Tensor]]
+    join: Callable[[Tensor, Tensor], Tensor]
+    channels: int
+
+
+class Output(NamedTuple):
+    """The last stage: layers that make an image of the features."""
+
+    layers: list[nn.Module]
+
+
+Stage = Embed | Blocks | Down | Up | Output
+"""Of a stage's layers the first reads one pixel around each, the others none."""
+
+
+class Network(nn.Module):
+    """Base class of the families: an image (B, 3, H, W), floating point, RGB, nominally in [0, 1], to one of the same size.
+
+    config: what fixes it.
+    metadata: what its checkpoint says beside the weights; {} for a new one.
+    steps: how often a diffusion bridge's sampler calls its network; None for a network itself.
+    recompute: whether blocks compute what their backward pass needs again instead of keeping it. Raises UserError when it is
+        set to True for a family that does not have the choice.
+    """
+
+    Config: ClassVar[type[NetworkConfig]]
+    shard_units: ClassVar[dict[type[nn.Module], bool]] = {}
+    """Parts whose weights several processes gather and free as one, each with whether these may travel in half precision: a
+    scan's A, D and Δ may not, nor what is outside the units."""
+    can_recompute: ClassVar[bool] = False
+    multiple: int = 1
+    """What the sides of the image are padded to a multiple of."""
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        self.config, self.metadata, self.steps, self._recompute = config, {}, None, False
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        try:
+            return super().__call__(*args, **keywords)
+        except Uncalled as error:
+            raise self.named(error) from None
+
+    def named(self, error: Uncalled) -> UserError:
+        """The error, which knows the module, with the module's name."""
+        names = (name for name, module in self.named_modules() if module is error.module)
+        return UserError(f"{self.config.name}: {next(names, type(error.module).__name__)} {error}")
+
+    @property
+    def recompute(self) -> bool:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        if value and not self.can_recompute:
+            raise UserError(f"recompute: {self.config.name} has no such choice: its ops always compute again")
+        self._recompute = value
+
+    def check(self, image: Tensor) -> None:
+        """UserError unless image is a batch that a forward pass takes."""
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
+            raise UserError(
+                f"{self.config.name}: expected a floating-point image batch [B, 3, H, W], "
+                f"got {list(image.shape)} of {image.dtype}"
+            )
+
+    def stages(self) -> Sequence[Stage]:
+        """The network in the order of its forward pass, for those who walk through it: tiling and counting.
+
+        Empty for a family that can't work in strips of rows.
+        """
+        return ()
+
+    def scratch_bytes(self) -> int:
+        """The scratch memory that one worker of the compiled CPU kernels takes at most in a training step."""
+        return 0
+
+    @classmethod
+    def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
+        """The configuration's fields that a state dict tells. names: of its tensors; shape: of the one so called, which raises
+        UserError where there is none."""
+        raise NotImplementedError
+
+
+def count(names: Collection[str], prefix: str) -> int:
+    """How many modules are numbered behind a prefix."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
