@@ -13,9 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from autohdr.errors import UserError
 from autohdr.models import create_model, load_weights
-from autohdr.models.mamba_diffusion import MambaDiffusion
 from autohdr.train.checkpoint import to_cpu
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks, local
@@ -48,10 +46,7 @@ class Learner:
         self.model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
         self.objective = Objective(config, self.model)
         self.precision = _precision(config.precision, device)
-        if config.recompute:
-            if not isinstance(self.model, MambaDiffusion):
-                raise UserError(f"recompute: for MambaDiffusion, got {config.model}, whose ops do so by themselves")
-            self.model.recompute = True
+        self.model.recompute = config.recompute
         if config.compile:
             self.model.compile()
         self.network: nn.Module = ranks.wrap(self.model, config.parallel, self.precision)
