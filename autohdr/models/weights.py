@@ -203,7 +203,8 @@ def _unwrap(path: Path, place: str, mapping: Mapping[str, Any], names: Collectio
         votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in names)
     for prefix, count in votes.items():
         whole = ".".join(part for part in (place, prefix.rstrip(".")) if part)
-        rank = 2 if LIVE.search(whole) else 0 if AVERAGED.search(whole) or "n_averaged" in mapping else 1
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", whole)  # modelEMA is model_EMA
+        rank = 2 if LIVE.search(words) else 0 if AVERAGED.search(words) or "n_averaged" in mapping else 1
         inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         inside = {name: value for name, value in inside.items() if isinstance(value, Tensor) or name in names}
         beside = [f"{place}.{name}" if place else name for name in values if not name.startswith(prefix)]
@@ -336,7 +337,6 @@ def _names(model: str) -> dict[str, None]:
 
 def _shape(values: dict[str, Any], name: str) -> list[int]:
     """Raises UserError unless there is a tensor so called."""
-    value = values.get(name)
-    if came := "none" if value is None else oddity(value):
+    if came := oddity(values[name]) if name in values else "none":
         raise UserError(f"expected a tensor {name!r}, got {came}; there are {some(values)}")
-    return list(value.shape) or [1]
+    return list(values[name].shape) or [1]

@@ -313,8 +313,13 @@ def zeros(state):
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("family", ["restormer", "official", "mamba"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+HARDEST = "Lightning's net, compiled", "FSDP, checkpoint wrappers, torch.compile", "ema-pytorch", "prefixes, nested", "thop"
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [(layout, "restormer") for layout in LAYOUTS] + [(layout, family) for layout in HARDEST for family in ("official", "mamba")],
+)
 def test_layouts_of_other_trainers(small, tmp_path, layout, family):
     if family == "mamba":
         model = create_model("mamba_diffusion_nano", dim=8, num_groups=1)
@@ -346,6 +351,8 @@ def test_a_trainers_layout_in_safetensors(small, tmp_path):
         ("state_dict_ema", "state_dict"),
         ("model_ema", "model"),
         ("EMA", "net_g"),
+        ("modelEMA", "model"),
+        ("emaNet", "net"),
         ("swa_model", "model"),
         ("averaged_model", "model_state_dict"),
         ("shadow", "model"),
@@ -471,9 +478,12 @@ def test_settings_of_a_package_that_is_not_here(small, tmp_path, monkeypatch, ba
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_rejects_a_pickled_module(small, tmp_path, zipped):
-    for content in (small(), {"model": small(), "epoch": 3}):
+    module = small() if zipped else torch.nn.Linear(2, 2)  # the old format has every class's source beside it: slow
+    for content in (module, {"model": module, "epoch": 3}):
         path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(UserError, match=r"needs autohdr\.models\.\S+, which is .*torch.save\(model.state_dict\(\), path\)"):
+        with pytest.raises(
+            UserError, match=r"needs (autohdr|torch\.nn)\.\S+, which is .*torch.save\(model.state_dict\(\), path\)"
+        ):
             load_checkpoint(path)
 
 
@@ -645,7 +655,7 @@ ODD = (
 )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_odd_state_dicts(tmp_path, seed):
     draw = random.Random(seed)
     name = draw.choice(["restormer_nano", "mamba_diffusion_nano"])
@@ -664,7 +674,7 @@ def test_odd_state_dicts(tmp_path, seed):
     outcome(saved(tmp_path, state, _use_new_zipfile_serialization=draw.random() < 0.5))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
 def test_damaged_bytes(tmp_path, kind, seed):
     draw, model, path = random.Random(seed), create_model("restormer_nano", dim=8), tmp_path / f"m.{kind}"
