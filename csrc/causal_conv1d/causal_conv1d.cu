@@ -4,7 +4,7 @@
 // beside them that the taps reach: rows one float longer than they need be, so that neither layout meets a bank conflict when it is
 // loaded. A thread owns kOwn tokens of a channel, one behind the other, whose window stays in registers where the width is Mamba's 4.
 // Backward, a block walks kWalk such tiles and leaves its sums over their tokens in a slot; the slots are added up in order.
-#include "causal_conv1d/causal_conv1d_cuda.h"
+#include "causal_conv1d/causal_conv1d.h"
 
 #include <type_traits>
 
@@ -201,7 +201,7 @@ void with_constants(const ConvShape& s, const Sequence& x, const F& run) {
 
 }  // namespace conv
 
-int64_t causal_conv1d_forward_cuda(const ConvForward& a, void* memory, cudaStream_t stream) {
+int64_t queue(const ConvForward& a, void* memory, cudaStream_t stream) {
   const ConvShape& s = a.shape;
   if (!memory || s.batch == 0) return 0;
   const int64_t blocks = s.batch * conv::ceil_div(s.seqlen, conv::kTokens) * conv::ceil_div(s.dim, conv::kChannels);
@@ -212,7 +212,7 @@ int64_t causal_conv1d_forward_cuda(const ConvForward& a, void* memory, cudaStrea
   return 0;
 }
 
-int64_t causal_conv1d_backward_cuda(const ConvBackward& a, void* memory, cudaStream_t stream) {
+int64_t queue(const ConvBackward& a, void* memory, cudaStream_t stream) {
   const ConvShape& s = a.shape;
   const int64_t pieces = s.batch * conv::ceil_div(s.seqlen, conv::kTokens * conv::kWalk), size = (s.width + 1) * s.dim;
   const int64_t bytes = pieces * size * static_cast<int64_t>(sizeof(float));

@@ -2,6 +2,7 @@
 // apart; parameters are contiguous float32.
 #pragma once
 #include "common/sequence.h"
+#include "common/stream.h"
 
 namespace autohdr {
 
@@ -30,5 +31,8 @@ struct ConvBackward {
   Sequence dy, dx;
   float *d_weight, *d_bias;  // as the parameters; the bias's unused without one
 };
+
+int64_t queue(const ConvForward& a, void* memory, Stream stream);
+int64_t queue(const ConvBackward& a, void* memory, Stream stream);
 
 }  // namespace autohdr

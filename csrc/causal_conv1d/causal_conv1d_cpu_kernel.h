@@ -123,7 +123,7 @@ static void forward_lines(const ConvForward& a) {
   });
 }
 
-static void causal_conv1d_forward(const ConvForward& a) {
+static void run(const ConvForward& a) {
   a.shape.channel_last ? forward_lines<true>(a) : forward_lines<false>(a);
 }
 
@@ -185,7 +185,7 @@ static void backward_lines(const ConvBackward& a, float* slots) {
   });
 }
 
-static void causal_conv1d_backward(const ConvBackward& a) {
+static void run(const ConvBackward& a) {
   const ConvShape& s = a.shape;
   const int64_t pieces = s.batch * ceil_div(s.seqlen, tokens_of(s.channel_last)), size = (s.width + 1) * s.dim;
   Scratch scratch;

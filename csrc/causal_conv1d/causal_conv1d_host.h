@@ -1,11 +1,10 @@
 // causal_conv1d's checks and allocation, the same on every device. Kernels::run(parameters, x) runs them where x is.
 #pragma once
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 
 #include "causal_conv1d/causal_conv1d.h"
+#include "common/registration.h"
 #include "common/sequence_check.h"
 
 namespace autohdr {
@@ -48,9 +47,15 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor dy, Tensor x, T
   const ConvArguments a(x, weight, bias, reverse, channel_last);
   Tensor dx = contiguous_like(x), d_weight = contiguous_like(weight), d_bias = bias ? contiguous_like(*bias) : new_float(x, {0});
   Kernels::run(ConvBackward{a.shape, a.sequence("x", x), a.taps(), a.shift(), a.sequence("dy", dy), a.sequence("dx", dx),
-                            d_weight.mutable_data_ptr<float>(), bias ? d_bias.mutable_data_ptr<float>() : nullptr},
+                            write<float>(d_weight), bias ? write<float>(d_bias) : nullptr},
                x);
   return {dx, d_weight, d_bias};
+}
+
+template <class Kernels>
+void add_kernels(const Registration& r) {
+  r.add<&causal_conv1d<Kernels>>("causal_conv1d");
+  r.add<&causal_conv1d_backward<Kernels>>("causal_conv1d_backward");
 }
 
 }  // namespace

@@ -4,7 +4,20 @@
 // Emerald Rapids: 86 against 174 GFLOP/s a core), so bfloat16 is a storage format here and arithmetic is float32.
 //
 // All other headers must be included before, at the baseline, so that no shared inline function is compiled for a wider set.
-// No include guard: used once per kernel file.
+// No include guard: used once per kernel file, after <op>_host.h.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/cpu_isa.h"
+#include "common/cpu_parallel.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 intrinsics
+#endif
+
 #define AUTOHDR_WIDTH 4
 namespace autohdr::baseline {
 #include "common/cpu_vector.h"
@@ -46,3 +59,21 @@ namespace autohdr::avx512 {
 #else
 #define AUTOHDR_CALL(function, ...) return ::autohdr::baseline::function(__VA_ARGS__)
 #endif
+
+namespace autohdr {
+namespace {
+
+// The body's functions run(parameters), as <op>_host.h calls them.
+struct CpuKernels {
+  template <class F>
+  static void with_type(const char* op, const Tensor& x, const F& f) {
+    with_image_type(op, x, f);
+  }
+  template <class Parameters>
+  static void run(const Parameters& a, const Tensor&) {
+    AUTOHDR_CALL(run, a);
+  }
+};
+
+}  // namespace
+}  // namespace autohdr

@@ -54,12 +54,12 @@ void with_cuda_type(const char* op, const Tensor& x, const F& run) {
   }
 }
 
-// queue(memory, stream) with as many bytes on x's device as queue(null, stream) says. The memory goes back at once: whoever gets it
+// work(memory, stream) with as many bytes on x's device as work(null, stream) says. The memory goes back at once: whoever gets it
 // next uses it on the same stream, later.
 template <class F>
-void run_with_memory(const Tensor& x, const F& queue) {
+void run_with_memory(const Tensor& x, const F& work) {
   const OnDevice device(x);
-  const int64_t bytes = queue(nullptr, device.stream);
+  const int64_t bytes = work(nullptr, device.stream);
   Tensor memory = [&] {
     try {
       return torch::stable::new_empty(x, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);  // an address even for none
@@ -67,7 +67,19 @@ void run_with_memory(const Tensor& x, const F& queue) {
       STD_TORCH_CHECK(false, "cannot allocate ", bytes, " bytes of scratch memory");
     }
   }();
-  queue(memory.mutable_data_ptr(), device.stream);
+  work(memory.mutable_data_ptr(), device.stream);
 }
+
+// The op's functions queue(parameters, memory, stream), as <op>_host.h calls them.
+struct CudaKernels {
+  template <class F>
+  static void with_type(const char* op, const Tensor& x, const F& f) {
+    with_cuda_type(op, x, f);
+  }
+  template <class Parameters>
+  static void run(const Parameters& a, const Tensor& x) {
+    run_with_memory(x, [&](void* memory, cudaStream_t stream) { return queue(a, memory, stream); });
+  }
+};
 
 }  // namespace autohdr

@@ -22,6 +22,17 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// A tensor's elements, of the kernels' own types.
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 // A contiguous float32 parameter with `numel` elements.
 inline const float* parameter(const char* op, const char* name, const Tensor& t, int64_t numel) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel, op, ": ", name,
@@ -36,6 +47,7 @@ inline const float* parameter(const char* op, const char* name, const std::optio
 // An image [B, C, H, W] that lies in memory as [B, H, W, C].
 inline void check_image(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must be [batch, channels, height, width], got ", shape_of(t));
+  if (t.numel() == 0) return;  // nothing lies in memory
   int64_t expected = 1;
   for (int64_t d : {1, 3, 2, 0}) {
     STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == expected, op, ": ", name, " must be contiguous in channels_last, got stride ",

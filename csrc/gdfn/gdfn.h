@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/stream.h"
+
 namespace autohdr {
 
 struct GdfnShape {
@@ -34,5 +36,10 @@ struct GdfnBackward {
   float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
   float *d_project_in, *d_dwconv, *d_project_out;  // as the weights
 };
+
+template <class T>
+int64_t queue(const GdfnForward<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const GdfnBackward<T>& a, void* memory, Stream stream);
 
 }  // namespace autohdr

@@ -39,7 +39,7 @@ static void gate_row(const float* const* a_rows, const float* const* b_rows, con
 }
 
 template <class T>
-static void gdfn_forward(const GdfnForward<T>& a) {
+static void run(const GdfnForward<T>& a) {
   Scratch scratch;
   const GdfnShape& s = a.shape;
   const ImageShape shape = image_shape(s);
@@ -91,7 +91,7 @@ static void gdfn_forward(const GdfnForward<T>& a) {
 }
 
 template <class T>
-static void gdfn_backward(const GdfnBackward<T>& a) {
+static void run(const GdfnBackward<T>& a) {
   Scratch scratch;
   const GdfnShape& s = a.shape;
   const ImageShape shape = image_shape(s);

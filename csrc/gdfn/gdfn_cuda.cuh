@@ -4,7 +4,7 @@
 // gradient of gated, 3×3 and the gate's derivative (d, and gated for project_out's gradient), then the head's backward pass.
 #pragma once
 #include "common/cuda_image.cuh"
-#include "gdfn/gdfn_cuda.h"
+#include "gdfn/gdfn.h"
 
 namespace autohdr {
 namespace image {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(256) gate_backward(Walk walk, View<const T> hi
 }  // namespace image
 
 template <class T>
-int64_t gdfn_forward_cuda(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights);
@@ -77,7 +77,7 @@ int64_t gdfn_forward_cuda(const GdfnForward<T>& a, void* memory, cudaStream_t st
 }
 
 template <class T>
-int64_t gdfn_backward_cuda(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights);

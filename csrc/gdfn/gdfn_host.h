@@ -1,10 +1,9 @@
 // gdfn's checks and allocation, the same on every device. Kernels::with_type(op, x, f) calls f(zero of x's element type);
 // Kernels::run(parameters, x) runs them where x is.
 #pragma once
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/registration.h"
 #include "common/tensor_check.h"
 #include "gdfn/gdfn.h"
 
@@ -20,7 +19,7 @@ inline GdfnShape shape_from(const Tensor& x, const Tensor& project_out_weight, d
 }
 
 inline GdfnWeights weights_from(const GdfnShape& s, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias,
-                         const Tensor& project_in, const Tensor& dwconv, const Tensor& project_out) {
+                                const Tensor& project_in, const Tensor& dwconv, const Tensor& project_out) {
   return {parameter("gdfn", "norm_weight", norm_weight, s.channels), parameter("gdfn", "norm_bias", norm_bias, s.channels),
           parameter("gdfn", "project_in_weight", project_in, 2 * s.hidden * s.channels),
           parameter("gdfn", "dwconv_weight", dwconv, 18 * s.hidden),
@@ -35,15 +34,16 @@ Tensor gdfn(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tenso
   Tensor y = new_like("gdfn", x);
   Kernels::with_type("gdfn", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(GdfnForward<T>{s, w, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr())}, x);
+    Kernels::run(GdfnForward<T>{s, w, read<T>(x), write<T>(y)}, x);
   });
   return y;
 }
 
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdfn_backward(Tensor dy, Tensor x, Tensor norm_weight,
-                                                                         std::optional<Tensor> norm_bias, Tensor project_in_weight,
-                                                                         Tensor dwconv_weight, Tensor project_out_weight, double eps) {
+                                                                         std::optional<Tensor> norm_bias,
+                                                                         Tensor project_in_weight, Tensor dwconv_weight,
+                                                                         Tensor project_out_weight, double eps) {
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
   check_like("gdfn_backward", "dy", dy, x);
@@ -53,12 +53,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdfn_backward(Tensor 
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
   Kernels::with_type("gdfn_backward", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(GdfnBackward<T>{s, w, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
-                 static_cast<T*>(dx.mutable_data_ptr()), d_norm_weight.mutable_data_ptr<float>(),
-                 d_norm_bias.mutable_data_ptr<float>(), d_project_in.mutable_data_ptr<float>(), d_dwconv.mutable_data_ptr<float>(),
-                 d_project_out.mutable_data_ptr<float>()}, x);
+    Kernels::run(GdfnBackward<T>{s, w, read<T>(dy), read<T>(x), write<T>(dx), write<float>(d_norm_weight),
+                                 write<float>(d_norm_bias), write<float>(d_project_in), write<float>(d_dwconv),
+                                 write<float>(d_project_out)},
+                 x);
   });
   return {dx, d_norm_weight, d_norm_bias, d_project_in, d_dwconv, d_project_out};
+}
+
+template <class Kernels>
+void add_kernels(const Registration& r) {
+  r.add<&gdfn<Kernels>>("gdfn");
+  r.add<&gdfn_backward<Kernels>>("gdfn_backward");
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/stream.h"
+
 namespace autohdr {
 
 struct MdtaShape {
@@ -64,5 +66,14 @@ struct MdtaBackward {
   float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
   float *d_qkv, *d_dwconv, *d_temperature, *d_project_out;  // as the weights
 };
+
+template <class T>
+int64_t queue(const MdtaForward<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const MdtaStatistics<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const MdtaApply<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const MdtaBackward<T>& a, void* memory, Stream stream);
 
 }  // namespace autohdr

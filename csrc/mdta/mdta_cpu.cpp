@@ -1,9 +1,4 @@
-// mdta's CPU kernels and their registration.
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "common/cpu_isa.h"
+// mdta on a CPU.
 #include "common/cpu_steps.h"
 #include "mdta/mdta_host.h"
 
@@ -13,19 +8,8 @@
 namespace autohdr {
 namespace {
 
-struct CpuKernels {
-  template <class F>
-  static void with_type(const char* op, const Tensor& x, const F& f) {
-    with_image_type(op, x, f);
-  }
-  template <class T>
-  static void run(const MdtaStatistics<T>& a, const Tensor&) {
-    AUTOHDR_CALL(mdta_statistics<T>, a);
-  }
-  template <class T>
-  static void run(const MdtaApply<T>& a, const Tensor&) {
-    AUTOHDR_CALL(mdta_apply<T>, a);
-  }
+struct MdtaCpuKernels : CpuKernels {
+  using CpuKernels::run;
   template <class T>
   static void run(const MdtaForward<T>& a, const Tensor& x) {
     const MdtaShape& s = a.shape;
@@ -39,19 +23,9 @@ struct CpuKernels {
     std::transform(k_square, k_square + row, a.k_norm, root);
     run(MdtaApply<T>{s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, x);
   }
-  template <class T>
-  static void run(const MdtaBackward<T>& a, const Tensor&) {
-    AUTOHDR_CALL(mdta_backward<T>, a);
-  }
 };
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(autohdr, CPU, m) {
-  m.impl("mdta", TORCH_BOX(&mdta<CpuKernels>));
-  m.impl("mdta_statistics", TORCH_BOX(&mdta_statistics<CpuKernels>));
-  m.impl("mdta_apply", TORCH_BOX(&mdta_apply<CpuKernels>));
-  m.impl("mdta_backward", TORCH_BOX(&mdta_backward<CpuKernels>));
-}
-
 }  // namespace autohdr
+
+AUTOHDR_REGISTER(CPU, MdtaCpuKernels)

@@ -66,7 +66,7 @@ static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s
 
 // Gram matrix and squares, over the rows [first, end) of every image.
 template <class T>
-static void mdta_statistics(const MdtaStatistics<T>& a) {
+static void run(const MdtaStatistics<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
@@ -120,7 +120,7 @@ static void mdta_statistics(const MdtaStatistics<T>& a) {
 
 // y = x + project_out · attention · v, given the statistics.
 template <class T>
-static void mdta_apply(const MdtaApply<T>& a) {
+static void run(const MdtaApply<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
@@ -178,7 +178,7 @@ struct AttentionGrad {
 };
 
 template <class T>
-static void mdta_backward(const MdtaBackward<T>& a) {
+static void run(const MdtaBackward<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);

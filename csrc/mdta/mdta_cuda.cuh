@@ -6,7 +6,7 @@
 // matrices, and a pass that computes q and k again for everything else. Channels of q, k and v are padded head by head.
 #pragma once
 #include "common/cuda_image.cuh"
-#include "mdta/mdta_cuda.h"
+#include "mdta/mdta.h"
 
 namespace autohdr {
 namespace image {
@@ -193,7 +193,7 @@ struct Attention {
 }  // namespace image
 
 template <class T>
-int64_t mdta_statistics_cuda(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 0, 2);
@@ -229,7 +229,7 @@ int64_t mdta_statistics_cuda(const MdtaStatistics<T>& a, void* memory, cudaStrea
 }
 
 template <class T>
-int64_t mdta_apply_cuda(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 2, 1);
@@ -265,22 +265,22 @@ int64_t mdta_apply_cuda(const MdtaApply<T>& a, void* memory, cudaStream_t stream
 }
 
 template <class T>
-int64_t mdta_forward_cuda(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const MdtaShape& s = a.shape;
   const int64_t rows = s.batch * s.channels, count = rows * s.head_size();
   double *gram = workspace.take<double>(count), *q_square = workspace.take<double>(rows), *k_square = workspace.take<double>(rows);
   void* rest = workspace.take<double>(0);
-  const int64_t first = mdta_statistics_cuda<T>({s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
+  const int64_t first = queue(MdtaStatistics<T>{s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
   if (!workspace.counts_only() && count)
     launch(round_statistics, dim3(std::min<int64_t>(ceil_div(count, 256), 4096)), dim3(256), 0, stream, count, rows, gram, q_square, k_square, a.gram,
            a.q_norm, a.k_norm);
-  return workspace.used() + std::max(first, mdta_apply_cuda<T>({s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
+  return workspace.used() + std::max(first, queue(MdtaApply<T>{s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
 }
 
 template <class T>
-int64_t mdta_backward_cuda(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
+int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 0, 3), value_head = head_of(a.shape, a.weights, 2, 1);

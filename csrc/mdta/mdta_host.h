@@ -1,10 +1,9 @@
 // mdta's checks and allocation, the same on every device. Kernels::with_type(op, x, f) calls f(zero of x's element type);
 // Kernels::run(parameters, x) runs them where x is.
 #pragma once
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/registration.h"
 #include "common/tensor_check.h"
 #include "mdta/mdta.h"
 
@@ -14,21 +13,23 @@ namespace {
 inline MdtaShape shape_from(const Tensor& x, int64_t heads, double eps) {
   check_image("mdta", "x", x);
   check_sizes("mdta", {x.size(1), x.size(2), x.size(3)});
-  STD_TORCH_CHECK(heads > 0 && x.size(1) % heads == 0, "mdta: num_heads must divide the ", x.size(1), " channels of x, got ", heads);
+  STD_TORCH_CHECK(heads > 0 && x.size(1) % heads == 0, "mdta: num_heads must divide the ", x.size(1), " channels of x, got ",
+                  heads);
   return {x.size(0), x.size(2), x.size(3), x.size(1), heads, static_cast<float>(eps)};
 }
 
-inline MdtaWeights weights_from(const MdtaShape& s, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& qkv,
-                                const Tensor& dwconv, const Tensor& temperature, const Tensor& project_out) {
+inline MdtaWeights weights_from(const MdtaShape& s, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias,
+                                const Tensor& qkv, const Tensor& dwconv, const Tensor& temperature, const Tensor& project_out) {
   const int64_t c = s.channels;
   return {parameter("mdta", "norm_weight", norm_weight, c),       parameter("mdta", "norm_bias", norm_bias, c),
           parameter("mdta", "qkv_weight", qkv, 3 * c * c),        parameter("mdta", "dwconv_weight", dwconv, 27 * c),
           parameter("mdta", "temperature", temperature, s.heads), parameter("mdta", "project_out_weight", project_out, c * c)};
 }
 
-inline MdtaAttention attention_from(const char* op, const MdtaShape& s, const Tensor& gram, const Tensor& q_norm, const Tensor& k_norm) {
-  return {parameter(op, "gram", gram, s.batch * s.channels * s.head_size()), parameter(op, "q_norm", q_norm, s.batch * s.channels),
-          parameter(op, "k_norm", k_norm, s.batch * s.channels)};
+inline MdtaAttention attention_from(const char* op, const MdtaShape& s, const Tensor& gram, const Tensor& q_norm,
+                                    const Tensor& k_norm) {
+  return {parameter(op, "gram", gram, s.batch * s.channels * s.head_size()),
+          parameter(op, "q_norm", q_norm, s.batch * s.channels), parameter(op, "k_norm", k_norm, s.batch * s.channels)};
 }
 
 template <class Kernels>
@@ -42,8 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mdta(Tensor x, Tensor norm_weight, st
   Tensor q_norm = new_float(x, {s.batch, s.channels}), k_norm = new_float(x, {s.batch, s.channels});
   Kernels::with_type("mdta", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(MdtaForward<T>{s, w, static_cast<const T*>(x.const_data_ptr()), gram.mutable_data_ptr<float>(),
-                                q_norm.mutable_data_ptr<float>(), k_norm.mutable_data_ptr<float>(), static_cast<T*>(y.mutable_data_ptr())},
+    Kernels::run(MdtaForward<T>{s, w, read<T>(x), write<float>(gram), write<float>(q_norm), write<float>(k_norm), write<T>(y)},
                  x);
   });
   return {y, gram, q_norm, k_norm};
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> mdta_statistics(Tensor x, Tensor norm_weight,
   Tensor q_square = doubles({s.batch, s.channels}), k_square = doubles({s.batch, s.channels});
   Kernels::with_type("mdta_statistics", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(MdtaStatistics<T>{s, w, static_cast<const T*>(x.const_data_ptr()), first, end, gram.mutable_data_ptr<double>(),
-                                   q_square.mutable_data_ptr<double>(), k_square.mutable_data_ptr<double>()},
+    Kernels::run(MdtaStatistics<T>{s, w, read<T>(x), first, end, write<double>(gram), write<double>(q_square),
+                                   write<double>(k_square)},
                  x);
   });
   return {gram, q_square, k_square};
@@ -82,7 +82,7 @@ Tensor mdta_apply(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias,
   Tensor y = new_like("mdta_apply", x);
   Kernels::with_type("mdta_apply", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(MdtaApply<T>{s, w, static_cast<const T*>(x.const_data_ptr()), attention, static_cast<T*>(y.mutable_data_ptr())}, x);
+    Kernels::run(MdtaApply<T>{s, w, read<T>(x), attention, write<T>(y)}, x);
   });
   return y;
 }
@@ -101,13 +101,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mdta_backward
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
   Kernels::with_type("mdta_backward", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(MdtaBackward<T>{s, w, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()), attention,
-                                 static_cast<T*>(dx.mutable_data_ptr()), d_norm_weight.mutable_data_ptr<float>(),
-                                 d_norm_bias.mutable_data_ptr<float>(), d_qkv.mutable_data_ptr<float>(), d_dwconv.mutable_data_ptr<float>(),
-                                 d_temperature.mutable_data_ptr<float>(), d_project_out.mutable_data_ptr<float>()},
+    Kernels::run(MdtaBackward<T>{s, w, read<T>(dy), read<T>(x), attention, write<T>(dx), write<float>(d_norm_weight),
+                                 write<float>(d_norm_bias), write<float>(d_qkv), write<float>(d_dwconv),
+                                 write<float>(d_temperature), write<float>(d_project_out)},
                  x);
   });
   return {dx, d_norm_weight, d_norm_bias, d_qkv, d_dwconv, d_temperature, d_project_out};
+}
+
+template <class Kernels>
+void add_kernels(const Registration& r) {
+  r.add<&mdta<Kernels>>("mdta");
+  r.add<&mdta_statistics<Kernels>>("mdta_statistics");
+  r.add<&mdta_apply<Kernels>>("mdta_apply");
+  r.add<&mdta_backward<Kernels>>("mdta_backward");
 }
 
 }  // namespace

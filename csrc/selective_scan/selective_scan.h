@@ -1,10 +1,11 @@
 // Parameters of selective_scan's kernels. Tensors keep their dtypes and strides; parameters and states are contiguous float32.
 #pragma once
 #include "common/sequence.h"
+#include "common/stream.h"
 
 namespace autohdr {
 
-constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in schema.py
+constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in declaration.py
 
 struct ScanShape {
   int64_t batch, seqlen, groups, channels, dstate;  // channels: of one group
@@ -42,5 +43,9 @@ struct ScanBackward {
   Sequence du, d_delta, dB, dC, dz;
   float *dA, *dD, *d_delta_bias, *d_delta_weight, *d_initial_state;  // as the parameters, unused where they are null
 };
+
+// How the work is split, and so the last bits of a result, depends on the device's number of multiprocessors.
+int64_t queue(const ScanForward& a, void* memory, Stream stream);
+int64_t queue(const ScanBackward& a, void* memory, Stream stream);
 
 }  // namespace autohdr

@@ -1,6 +1,6 @@
 #include "selective_scan/selective_scan_bwd.cuh"
 
-#include "selective_scan/selective_scan_cuda.h"
+#include "selective_scan/selective_scan.h"
 
 namespace autohdr {
 namespace scan {
@@ -81,7 +81,7 @@ void backward(const ScanBackward& a, float* workspace, int multiprocessors, cuda
 }  // namespace
 }  // namespace scan
 
-int64_t selective_scan_backward_cuda(const ScanBackward& a, void* memory, cudaStream_t stream) {
+int64_t queue(const ScanBackward& a, void* memory, cudaStream_t stream) {
   int64_t floats = 0;
   const int multiprocessors = static_cast<int>(scan::multiprocessors());
   if (a.shape.dim() == 0) return 0;

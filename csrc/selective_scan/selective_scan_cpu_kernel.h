@@ -375,7 +375,7 @@ static int64_t projection_offset(const Sequence& s, const Segment& g, const Chun
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-static void selective_scan_forward(const ScanForward& a) {
+static void run(const ScanForward& a) {
   const ScanShape& s = a.shape;
   const ScanInputs& in = a.in;
   if (s.batch == 0) return;
@@ -478,7 +478,7 @@ static void scan_states_back(const Chunk& c, const float* delta, const float* du
 // Sums over a block's tokens, one vector each beside dA's.
 enum { kSumD, kSumBias, kSumWeight, kBlockSums };
 
-static void selective_scan_backward(const ScanBackward& a) {
+static void run(const ScanBackward& a) {
   const ScanShape& s = a.shape;
   const ScanInputs& in = a.in;
   const int64_t N = s.dstate, dim = s.dim();

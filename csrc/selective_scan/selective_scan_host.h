@@ -1,10 +1,9 @@
 // selective_scan's checks and allocation, the same on every device. Kernels::run(parameters, u) runs them where u is.
 #pragma once
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 
+#include "common/registration.h"
 #include "common/sequence_check.h"
 #include "selective_scan/selective_scan.h"
 
@@ -27,7 +26,12 @@ inline Sequence projection_from(const char* name, const Tensor& t, bool channel_
                   s.dstate, " states, got ", shape_of(t));
   STD_TORCH_CHECK(s.batch == 0 || t.stride(state) == 1 || t.stride(token) == 1, kOp, ": ", name,
                   " must have its states or its tokens one element apart, got shape ", shape_of(t));
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(kOp, name, t), t.stride(0), t.stride(group), t.stride(state), t.stride(token)};
+  return {const_cast<void*>(t.const_data_ptr()),
+          dtype_of(kOp, name, t),
+          t.stride(0),
+          t.stride(group),
+          t.stride(state),
+          t.stride(token)};
 }
 
 using Optional = std::optional<Tensor>;
@@ -38,8 +42,8 @@ struct Arguments {
   bool softplus, reverse, channel_last;
 
   ScanShape shape() const {
-    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && B.dim() == 4, kOp,
-                    ": u must have 3 dimensions, A 2, B 4, got ", shape_of(u), ", ", shape_of(A), ", ", shape_of(B));
+    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && B.dim() == 4, kOp, ": u must have 3 dimensions, A 2, B 4, got ", shape_of(u),
+                    ", ", shape_of(A), ", ", shape_of(B));
     const int64_t dim = u.size(channel_last ? 2 : 1), groups = B.size(channel_last ? 2 : 1);
     STD_TORCH_CHECK(groups > 0 && dim % groups == 0, kOp, ": the groups of B must divide the ", dim, " channels, got ", groups);
     return {u.size(0), u.size(channel_last ? 1 : 2), groups, dim / groups, A.size(1), softplus, reverse};
@@ -69,8 +73,9 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   Tensor out = float_out ? torch::stable::new_empty(u, u.sizes(), ScalarType::Float) : contiguous_like(u);
   Tensor last_state = new_float(u, {s.batch, s.dim(), s.dstate});
   Tensor states = new_float(u, {s.batch * s.chunks() * s.dstate * s.dim()});
-  Kernels::run(ScanForward{s, in, channels_from("out", out, channel_last, s, s.dim()), last_state.mutable_data_ptr<float>(),
-           states.mutable_data_ptr<float>()}, u);
+  Kernels::run(ScanForward{s, in, channels_from("out", out, channel_last, s, s.dim()), write<float>(last_state),
+                           write<float>(states)},
+               u);
   return {out, last_state, states};
 }
 
@@ -87,15 +92,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
          dC = contiguous_like(C), dD = like(D), dz = like(z), d_bias = like(delta_bias), d_weight = like(delta_weight),
          d_initial = like(initial_state);
   Kernels::run(ScanBackward{s, args.inputs(s), parameter(kOp, "states", states, s.batch * s.chunks() * s.dstate * dim),
-            channels_from("d_out", d_out, channel_last, s, dim),
-            parameter(kOp, "d_last_state", d_last_state, s.batch * dim * s.dstate),
-            channels_from("du", du, channel_last, s, dim),
-            channels_from("d_delta", d_delta, channel_last, s, delta_weight ? 1 : dim),
-            projection_from("dB", dB, channel_last, s), projection_from("dC", dC, channel_last, s),
-            z ? channels_from("dz", dz, channel_last, s, dim) : Sequence{}, dA.mutable_data_ptr<float>(),
-            dD.mutable_data_ptr<float>(), d_bias.mutable_data_ptr<float>(), d_weight.mutable_data_ptr<float>(),
-            initial_state ? d_initial.mutable_data_ptr<float>() : nullptr}, u);
+                            channels_from("d_out", d_out, channel_last, s, dim),
+                            parameter(kOp, "d_last_state", d_last_state, s.batch * dim * s.dstate),
+                            channels_from("du", du, channel_last, s, dim),
+                            channels_from("d_delta", d_delta, channel_last, s, delta_weight ? 1 : dim),
+                            projection_from("dB", dB, channel_last, s), projection_from("dC", dC, channel_last, s),
+                            z ? channels_from("dz", dz, channel_last, s, dim) : Sequence{}, write<float>(dA), write<float>(dD),
+                            write<float>(d_bias), write<float>(d_weight), initial_state ? write<float>(d_initial) : nullptr},
+               u);
   return {du, d_delta, dA, dB, dC, dD, dz, d_bias, d_weight, d_initial};
+}
+
+template <class Kernels>
+void add_kernels(const Registration& r) {
+  r.add<&selective_scan<Kernels>>("selective_scan");
+  r.add<&selective_scan_backward<Kernels>>("selective_scan_backward");
 }
 
 }  // namespace
