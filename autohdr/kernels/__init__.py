@@ -3,6 +3,7 @@
 ``backends(op)`` tells which backends can run here and why not; ``set_backend(name)`` sets what ``backend="auto"`` stands for.
 """
 
+from autohdr.kernels import _extension, declare
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
 from autohdr.kernels.gdfn import gdfn
@@ -10,3 +11,6 @@ from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
 __all__ = ["OPS", "backends", "causal_conv1d", "gdfn", "mdta", "mdta_apply", "mdta_statistics", "selective_scan", "set_backend"]
+
+if _extension.module:
+    declare.check_signatures(getattr(_extension.module, "signatures", list)())  # older modules have none

@@ -8,20 +8,14 @@ import torch
 from autohdr.kernels import _extension
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-OPS = ("mdta", "gdfn", "selective_scan", "causal_conv1d")
+OPS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {}
+"""Every declared op (declare.py): for each backend that it has beside the reference, the dtypes of x."""
 
-_HALVES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {  # of x, for each backend that an op has beside the reference
-    "mdta": {"cuda": _HALVES, "triton": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
-    "gdfn": {"cuda": _HALVES, "triton": _HALVES, "cpu": (torch.float32, torch.bfloat16)},
-    "selective_scan": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},
-    "causal_conv1d": {"cuda": _HALVES, "triton": _HALVES, "cpu": _HALVES},
-}
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # where a backend's tensors are
 _default = "auto"
 
 
-def _reason(op: str, backend: str) -> str:
+def _reason(backend: str) -> str:
     """Empty if the backend can run on this machine, else why not."""
     if backend == "reference":
         return ""
@@ -30,12 +24,12 @@ def _reason(op: str, backend: str) -> str:
             return "triton is not installed (pip install triton)"
     elif _extension.reason or backend == "cpu":
         return _extension.reason
-    elif _extension.module.build_info()["cuda"] == "none":
+    elif _extension.module and _extension.module.build_info()["cuda"] == "none":
         return "this installation was built without CUDA kernels"
     return "" if torch.cuda.is_available() else "there is no GPU that torch can use"
 
 
-_REASONS = {(op, name): _reason(op, name) for op in OPS for name in NAMES}
+_REASONS = {name: _reason(name) for name in NAMES}
 
 
 def _runs_on(architectures: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -69,6 +63,10 @@ def _without_code(backend: str, device: torch.device) -> str:
     return f"it was built for {_BUILT_FOR}, this GPU is {gpu.major}.{gpu.minor}"
 
 
+def _absent(op: str, backend: str) -> str:
+    return "" if backend == "reference" or backend in OPS[op] else f"{op} has no {backend} kernels"
+
+
 def backends(op: str) -> dict[str, str]:
     """Each backend of an op with "available" or the reason why it cannot run here.
 
@@ -77,7 +75,9 @@ def backends(op: str) -> dict[str, str]:
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
-    return {name: _REASONS[op, name] or _without_code(name, torch.device("cuda")) or "available" for name in NAMES}
+    return {
+        name: _absent(op, name) or _REASONS[name] or _without_code(name, torch.device("cuda")) or "available" for name in NAMES
+    }
 
 
 def set_backend(name: str) -> None:
@@ -98,16 +98,15 @@ def _check(name: str) -> None:
 
 def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
     """Empty if the backend can run op on x, else why not."""
-    if _REASONS[op, backend]:
-        return _REASONS[op, backend]
-    if backend == "reference":
-        return ""
-    if x.device.type != _DEVICES[backend]:
+    reason = _absent(op, backend) or _REASONS[backend]
+    if reason or backend == "reference":
+        return reason
+    if x.device.type not in (_DEVICES[backend], "meta"):  # on meta nothing runs: shapes and dtypes follow from the declaration
         return f"x is on {x.device.type}"
-    if x.dtype not in _DTYPES[op][backend]:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in _DTYPES[op][backend])
+    if x.dtype not in OPS[op][backend]:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in OPS[op][backend])
         return f"it takes {', '.join(others)} or {last}, x is {x.dtype}"
-    return _without_code(backend, x.device)
+    return _without_code(backend, x.device) if x.device.type != "meta" else ""
 
 
 def resolve(op: str, backend: str, x: torch.Tensor) -> str:

@@ -1,35 +1,45 @@
-"""What the ops share: their definition, autocast, and the image ops' argument checks and layer norm."""
+"""What the ops share: dtypes, autocast, layouts, checks of arguments, and the image ops' layer norm."""
 
-import importlib
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)  # of every op
-_passes: dict[str, list[str]] = defaultdict(list)
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float64)
 
 
-def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Raises ValueError unless x is a floating [batch, channels, height, width] and each argument has its expected shape.
-    norm_bias alone may be None."""
-    if x.dim() != 4 or x.dtype not in DTYPES or 0 in x.shape[1:]:
-        raise ValueError(
-            f"{op}: x must be a floating [batch, channels, height, width] with no empty image, got {x.dtype} {list(x.shape)}"
-        )
+Expected = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
+"""Arguments by name: each with the shape that it must have."""
+
+
+def channels_of(x: Tensor) -> int:
+    """Of an image that has not been checked: 0 if it is none."""
+    return x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 0
+
+
+def check_image(op: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = ("norm_bias",)) -> None:
+    """Raises ValueError unless x is a floating [batch, channels, height, width] and check_tensors finds nothing."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in DTYPES or 0 in x.shape[1:]:
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: x must be a floating [batch, channels, height, width] with no empty image, got {got}")
+    check_tensors(op, "x", x, expected, optional)
+
+
+def check_tensors(op: str, first: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless each argument has its shape, is floating and is where x is, the op's first argument. The optional
+    ones may be None."""
     for name, (tensor, shape) in expected.items():
-        if tensor is None and name == "norm_bias":
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{op}: {name} must be a tensor {list(shape)}, got {type(tensor).__name__}")
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must be on {x.device} as {first} is, got {tensor.device}")
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{op}: {name} must be floating, got {tensor.dtype}")
 
@@ -37,14 +47,39 @@ def check_arguments(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None,
 def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device; float64 stays, as PyTorch's own ops leave it. Nothing else is
     cast: the parameters stay as they are."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 
-def float_parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The parameters as the compiled kernels take them: contiguous float32."""
-    return [None if t is None else t.float().contiguous() for t in tensors]
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+def _has_autocast(device: str) -> bool:
+    """Meta and some more have none. As torch.compile traces it: no errors, and is_autocast_available from torch 2.12 on alone."""
+    if device == "meta":
+        return False
+    try:
+        torch.is_autocast_enabled(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def parameter(t: Tensor | None) -> Tensor | None:
+    """As the compiled kernels take parameters: contiguous float32."""
+    return None if t is None else t.float().contiguous()
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """image itself if it is contiguous in channels_last, else a copy that is; without a memory_format, which torch.vmap lacks."""
+    return image.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def contiguous_like(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -60,74 +95,3 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     else:
         out = values * torch.rsqrt(values.var(-1, unbiased=False, keepdim=True) + eps) * weight
     return out.movedim(-1, 1).to(x.dtype)
-
-
-def define_op(
-    op: str,
-    forward: str,
-    backward: str,
-    *,
-    fake: Callable,
-    fake_backward: Callable,
-    setup_context: Callable,
-    gradients: Callable,
-    flops: Callable,
-    flops_backward: Callable,
-) -> None:
-    """Defines autohdr::<op> and autohdr::<op>_backward, whose kernels C++ registers, and the same two again as
-    autohdr::<op>_triton and autohdr::<op>_triton_backward.
-
-    Args:
-        forward, backward: schemas. The backward op is one of its own, and its derivative raises: without a formula PyTorch would
-            hand out zeros as the gradient of a gradient.
-        gradients: called as ``gradients(backward_op, ctx, *grads)``.
-        fake, fake_backward, setup_context, flops, flops_backward: as PyTorch's custom ops and register_flop_formula want them.
-    """
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"{op}: a second derivative is not implemented; use backend='reference' for it")
-
-    for name in (op, f"{op}_triton"):
-        for suffix, schema, of_fakes, of_flops in (
-            ("", forward, fake, flops),
-            ("_backward", backward, fake_backward, flops_backward),
-        ):
-            library.define(f"autohdr::{name}{suffix}", schema, tags=TAGS)
-            library.register_fake(f"autohdr::{name}{suffix}", of_fakes)
-            register_flop_formula(getattr(torch.ops.autohdr, name + suffix))(of_flops)
-        backward_op = getattr(torch.ops.autohdr, f"{name}_backward")
-        library.register_autograd(
-            f"autohdr::{name}",
-            lambda ctx, *grads, backward_op=backward_op: gradients(backward_op, ctx, *grads),
-            setup_context=setup_context,
-        )
-        library.register_autograd(f"autohdr::{name}_backward", refuse)
-    register_triton(op, "cuda")
-
-
-def define_pass(op: str, name: str, schema: str, fake: Callable) -> None:
-    """Defines autohdr::<op>_<name> and autohdr::<op>_<name>_triton, a part of an op without gradients; before the op itself."""
-    _passes[op].append(name)
-    for full in (f"{op}_{name}", f"{op}_{name}_triton"):
-        library.define(f"autohdr::{full}", schema, tags=TAGS)
-        library.register_fake(f"autohdr::{full}", fake)
-
-
-def register_triton(op: str, device_type: str) -> None:
-    """Makes the functions ``forward`` and ``backward`` of autohdr/kernels/<op>/triton_impl.py, which take the ops' arguments, the
-    kernels of autohdr::<op>_triton and its backward op; those that have a pass's name are the pass's. They run on their first
-    argument's device. The module is imported by the first call: Triton is optional."""
-    passes = [(f"{op}_{name}_triton", name) for name in _passes[op]]
-
-    for name, function in ((f"{op}_triton", "forward"), (f"{op}_triton_backward", "backward"), *passes):
-
-        def run(*args, function=function):
-            with torch.cuda.device_of(args[0]):
-                return getattr(importlib.import_module(f"autohdr.kernels.{op}.triton_impl"), function)(*args)
-
-        library.impl(f"autohdr::{name}", device_type, run)
-
-
-def compiled_op(op: str, backend: str) -> Callable:
-    """The op that runs a backend's kernels; "cuda" and "cpu" are one op, told apart by where its tensors are."""
-    return getattr(torch.ops.autohdr, f"{op}_triton" if backend == "triton" else op)

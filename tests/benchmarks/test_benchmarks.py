@@ -25,7 +25,7 @@ import run
 import tables
 
 from autohdr import create_model
-from autohdr.kernels.gdfn.schema import _multiplications
+from autohdr.kernels.gdfn.declaration import _flops
 from autohdr.models.restormer import Level
 
 HERE = Path(run.__file__).parent
@@ -74,9 +74,9 @@ def test_work_of_the_image_ops():
     for mode, tensors in (("forward", (3, 2)), ("training", (8, 5))):
         rows = [row(op, "96×20×30", mode) for op in ("mdta", "gdfn")]
         assert tuple(floors.moved_bytes(r) / (2 * 96 * 20 * 30) for r in rows) == tensors
-    multiplications = _multiplications((1, 96, 20, 30), (96, 255, 1, 1))
-    assert floors.flops(row("gdfn", "96×20×30")) == 2 * multiplications
-    assert floors.flops(row("gdfn", "96×20×30", "training")) == 6 * multiplications
+    flops = _flops((1, 96, 20, 30), *[None] * 4, (96, 255, 1, 1))
+    assert floors.flops(row("gdfn", "96×20×30")) == flops
+    assert floors.flops(row("gdfn", "96×20×30", "training")) == 3 * flops
 
 
 def test_restormer_floor_is_its_blocks():

@@ -11,12 +11,12 @@ import torch
 from backend import BACKEND, EMULATED, INTERPRETED, SLOW
 
 from autohdr import _C
-from autohdr.kernels.common import register_triton
+from autohdr.kernels import OPS, declare
 
 if SLOW:  # the backend takes CPU tensors
     backends = importlib.import_module("autohdr.kernels.backends")  # the package has a function of that name
     backends._DEVICES[BACKEND] = "cpu"
-    backends._REASONS |= {(op, BACKEND): "" for op in backends.OPS}
+    backends._REASONS[BACKEND] = ""
 
 # A reference that rounds float32 to TF32, as PyTorch's convolutions do on a GPU, would let every error pass.
 torch.backends.cudnn.allow_tf32 = False
@@ -24,6 +24,9 @@ torch.backends.cudnn.allow_tf32 = False
 if EMULATED:
     LIBRARY = os.environ["AUTOHDR_EMULATED_LIBRARY"]
     torch.ops.load_library(LIBRARY)  # takes the place of the CPU kernels
+    signatures = ctypes.CDLL(LIBRARY).autohdr_signatures
+    signatures.restype = ctypes.c_char_p
+    declare.check_signatures([tuple(line.split("\t")) for line in signatures().decode().splitlines()])
 
     @pytest.fixture(autouse=True, scope="session")
     def kernels_have_run():
@@ -49,14 +52,14 @@ elif INTERPRETED:
         return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
 
     interpreter.InterpretedFunction.__call__, interpreter._convert_float = call, convert
-    importlib.import_module("autohdr.kernels.selective_scan.schema").CHUNK = 8  # for the same paths with fewer tokens
-    for op in backends.OPS:
-        register_triton(op, "cpu")
+    importlib.import_module("autohdr.kernels.selective_scan.declaration").CHUNK = 8  # for the same paths with fewer tokens
+    for name in declare.KERNELS:
+        declare.register_triton(name, "cpu")
 
     @pytest.fixture(autouse=True, scope="session")
     def kernels_have_run():
         yield
-        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in backends.OPS)
+        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
 
 
 @pytest.fixture(params=_C.build_info()["cpu_isas_here"] if BACKEND == "cpu" else [BACKEND])

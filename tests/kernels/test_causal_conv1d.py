@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend import BACKEND, DEVICE, DTYPES, PLACE, SLOW, raw_op
+from calls import sequence_call
 from gold import assert_as_good_as_reference
 from torch import library
 
@@ -18,7 +19,7 @@ SHAPES = [  # batch, dim, seqlen, width, what else
     (1, 7, 60, 16, "bld"),
     (3, 2, 40, 1, "bias"),
 ]
-SMALL = (2, 6, 150, 4, "bias")
+SMALL, PLAIN, LARGE = (2, 6, 150, 4, "bias"), (2, 6, 9, 4, "bld"), (2, 64, 700, 4, "bias")
 
 
 def name(shape, dtype):
@@ -40,6 +41,10 @@ def arguments(shape, dtype=torch.float32):
         t["bias"] = randn(dim)
     keywords = {"reverse": "reverse" in features, "layout": "bld" if "bld" in features else "bdl"}
     return t, keywords, randn(*sequence).to(dtype)
+
+
+def call(shape):
+    return sequence_call(causal_conv1d, *arguments(shape))
 
 
 def run(tensors, keywords, dy, **more):
@@ -224,6 +229,7 @@ def test_empty_batch():
         ("weight", torch.zeros(5, 4), r"weight must be \[6, width\] with width from 1 to 16, got \[5, 4\]"),
         ("weight", torch.zeros(6, 17), r"weight must be \[6, width\].*got \[6, 17\]"),
         ("weight", torch.zeros(6, 1, 4), r"weight must be \[6, width\].*got \[6, 1, 4\]"),
+        ("bias", 0.5, r"bias must be a tensor \[6\], got float"),
         ("bias", torch.zeros(5), r"bias must be \[6\], got \[5\]"),
         ("bias", torch.zeros(6, dtype=torch.int64), "bias must be floating, got torch.int64"),
         ("bias", torch.zeros(6, device="meta"), f"bias must be on {PLACE} as x is, got meta"),

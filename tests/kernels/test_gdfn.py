@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from backend import BACKEND, DEVICE, SLOW
+from calls import image_call
 from image_op import ImageOpTests, cases
 
 from autohdr.kernels import gdfn
@@ -40,6 +41,13 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
     ],
 }
 CASES = cases(SHAPES["slow" if SLOW else "cpu" if BACKEND == "cpu" else "gpu"], ("B", "C", "hidden", "H", "W"))
+
+
+SMALL, PLAIN, LARGE = (2, 6, 5, 4, 3, True), (2, 6, 5, 4, 3, False), (2, 96, 255, 37, 29, True)
+
+
+def call(shape):
+    return image_call(TestGdfn, shape)
 
 
 class TestGdfn(ImageOpTests):

@@ -1,49 +1,21 @@
 """What only a GPU can show: capture into CUDA graphs, the caller's stream, and the tensors' device."""
 
 import pytest
-import test_causal_conv1d
-import test_gdfn
-import test_mdta
-import test_selective_scan
 import torch
 from backend import BACKEND, DEVICE
+from calls import call as call_of
 
-from autohdr import kernels
+from autohdr.kernels import OPS, backends
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
 
-def image_call(tests, shape):
-    tensors, dy, keywords = tests.arguments(shape, torch.float32)
-    return (lambda *leaves: tests.op(*leaves, **keywords, backend=BACKEND)), tensors, dy
-
-
-def sequence_call(op, tensors, keywords, dy):
-    def call(*leaves):
-        return op(**dict(zip(tensors, leaves, strict=True)), **keywords, backend=BACKEND)
-
-    return call, list(tensors.values()), dy
-
-
-def scan_call(shape):
-    tensors, keywords, (d_out, _) = test_selective_scan.arguments(shape)
-    return sequence_call(kernels.selective_scan, tensors, keywords | {"return_last_state": False}, d_out)
-
-
-CALLS = {
-    "mdta": lambda: image_call(test_mdta.TestMdta, (2, 96, 2, 37, 29, True)),
-    "gdfn": lambda: image_call(test_gdfn.TestGdfn, (2, 96, 255, 37, 29, True)),
-    "causal_conv1d": lambda: sequence_call(kernels.causal_conv1d, *test_causal_conv1d.arguments((2, 64, 700, 4, "bias"))),
-    "selective_scan": lambda: scan_call((2, 64, 700, 16, 1, "D z bias softplus")),
-}
-
-
-@pytest.fixture(params=CALLS)
+@pytest.fixture(params=OPS)
 def call(request):
     """(function, tensors, gradient of its result) of each op that the backend has."""
-    if kernels.backends(request.param)[BACKEND] != "available":
-        pytest.skip(kernels.backends(request.param)[BACKEND])
-    return CALLS[request.param]()
+    if backends(request.param)[BACKEND] != "available":
+        pytest.skip(backends(request.param)[BACKEND])
+    return call_of(request.param, "LARGE")
 
 
 def results(function, tensors, dy):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from backend import BACKEND, DEVICE, SLOW
+from backend import BACKEND, DEVICE, PLACE, SLOW
+from calls import image_call
 from image_op import ImageOpTests, cases
 
 from autohdr.kernels import mdta, mdta_apply, mdta_statistics
@@ -39,6 +40,13 @@ SHAPES["gpu"] = SHAPES["slow"] + [
 ]
 CASES = cases(SHAPES["slow" if SLOW else "cpu" if BACKEND == "cpu" else "gpu"], ("B", "C", "heads", "H", "W"))
 STRIPS = [(2, 10, 2, 12, 7, True), (1, 48, 1, 9, 11, False) if SLOW else (1, 48, 1, 17, 21, False)]
+
+
+SMALL, PLAIN, LARGE = (2, 6, 2, 4, 3, True), (2, 6, 2, 4, 3, False), (2, 96, 2, 37, 29, True)
+
+
+def call(shape):
+    return image_call(TestMdta, shape)
 
 
 class TestMdta(ImageOpTests):
@@ -139,6 +147,31 @@ class TestMdta(ImageOpTests):
         for y, end, above, below in strips:
             out = mdta_apply(x[:, :, above:below], parameters, heads, total, backend=backend)[:, :, y - above : end - above]
             torch.testing.assert_close(out, whole[:, :, y:end], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("index", "value", "message"),
+        [
+            (0, torch.zeros(2, 2, 4, 3), r"statistics\[0\] must be \[2, 2, 4, 4\], got \[2, 2, 4, 3\]"),
+            (0, torch.zeros(1, 2, 4, 4), r"statistics\[0\] must be \[2, 2, 4, 4\], got \[1, 2, 4, 4\]"),
+            (1, torch.zeros(2, 2, 4), r"statistics\[1\] must be \[2, 8\], got \[2, 2, 4\]"),
+            (2, torch.zeros(2, 8, device="meta"), rf"statistics\[2\] must be on {PLACE} as x is, got meta"),
+            (2, torch.zeros(2, 8, dtype=torch.int64), r"statistics\[2\] must be floating, got torch.int64"),
+            (1, None, r"statistics\[1\] must be a tensor \[2, 8\], got NoneType"),
+            (slice(1, 3), [], "statistics must be the three tensors of mdta_statistics, got 1"),
+        ],
+    )
+    @pytest.mark.parametrize("backend", dict.fromkeys([BACKEND, "reference"]))
+    def test_apply_rejects_statistics(self, index, value, message, backend):
+        (x, *parameters), _, keywords = self.arguments(self.small, torch.float32)
+        statistics = list(mdta_statistics(x, parameters, keywords["num_heads"], 0, 6))
+        statistics[index] = value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+        with pytest.raises(ValueError, match=f"mdta_apply: {message}"):
+            mdta_apply(x, parameters, keywords["num_heads"], statistics, backend=backend)
+
+    def test_passes_reject_parameters(self):
+        (x, *parameters), _, keywords = self.arguments(self.small, torch.float32)
+        with pytest.raises(ValueError, match="mdta_statistics: parameters must be norm_weight, .*, got 5 of them"):
+            mdta_statistics(x, parameters[:5], keywords["num_heads"], 0, 6)
 
     @pytest.mark.parametrize(("first", "end"), [(0, 7), (3, 3), (-1, 2)])
     def test_statistics_reject_rows(self, first, end):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, PLACE, SLOW, raw_op
+from calls import sequence_call
 from gold import assert_as_good_as_reference
 from torch import library
 
 from autohdr.kernels import selective_scan
-from autohdr.kernels.selective_scan.schema import CHUNK
+from autohdr.kernels.selective_scan.declaration import CHUNK
 
 SEQUENCES = ("u", "delta", "B", "C", "z")
 
@@ -46,7 +47,8 @@ CASES = [
     for j, d in enumerate(DTYPES)
     if not INTERPRETED or j in (0, i % 4)  # it is slow: every second shape in a narrow dtype too
 ]
-SMALL = (2, 6, tokens(150), 4, 2, "D z bias softplus initial")
+SMALL, PLAIN = (2, 6, tokens(150), 4, 2, "D z bias softplus initial"), (2, 6, 9, 3, 2, "bld")
+LARGE = (2, 64, 700, 16, 1, "D z bias softplus")
 
 
 def arguments(shape, dtype=torch.float32):
@@ -87,6 +89,11 @@ def arguments(shape, dtype=torch.float32):
         "return_last_state": True,
     }
     return t, keywords, (randn(*t["u"].shape).to(dtype), randn(batch, dim, dstate))
+
+
+def call(shape):
+    tensors, keywords, (d_out, _) = arguments(shape)
+    return sequence_call(selective_scan, tensors, keywords | {"return_last_state": False}, d_out)
 
 
 def run(tensors, keywords, grads, **more):
@@ -507,6 +514,10 @@ def test_empty_batch(features):
         ("C", torch.zeros(2, 2, 4, 150).double(), "C must be float32, bfloat16 or float16 beside a torch.float32 u"),
         ("delta", torch.zeros(2, 1, 150), r"delta must be \[2, 6, 150\], got \[2, 1, 150\]"),
         ("delta_weight", torch.zeros(6), r"delta must be \[2, 1, 150\], got \[2, 6, 150\]"),
+        ("D", 1.0, r"D must be a tensor \[6\], got float"),
+        ("A", torch.zeros(6, 4, device="meta"), f"A must be on {PLACE} as u is, got meta"),
+        ("delta_weight", torch.zeros(1), r"delta must be \[2, 1, 150\]"),
+        ("initial_state", torch.zeros(2, 6, 4, device="meta"), f"initial_state must be on {PLACE} as u is, got meta"),
         ("D", torch.zeros(5), r"D must be \[6\], got \[5\]"),
         ("z", torch.zeros(2, 150, 6), r"z must be \[2, 6, 150\], got \[2, 150, 6\]"),
         ("delta_bias", torch.zeros(6, dtype=torch.int64), "delta_bias must be floating, got torch.int64"),

@@ -1,11 +1,9 @@
 """Mamba's short causal convolution and the SiLU behind it, as one op."""
 
-import torch
 from torch import Tensor
 
-from autohdr.kernels.backends import resolve
-from autohdr.kernels.causal_conv1d import reference, schema  # noqa: F401  schema defines the op
-from autohdr.kernels.common import DTYPES, autocast, compiled_op, float_parameters
+from autohdr.kernels.causal_conv1d import declaration
+from autohdr.kernels.common import DTYPES, autocast, check_tensors
 
 MAX_WIDTH = 16
 """By the shared memory of the smallest GPUs."""
@@ -45,13 +43,7 @@ def causal_conv1d(
     Source: Gu and Dao, Mamba (2023), section 3.4, figure 3.
     """
     _check_arguments(x, weight, bias, layout)
-    x = autocast(x)
-    backend = resolve("causal_conv1d", backend, x)
-    if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.causal_conv1d(x, weight, bias, reverse, layout == "bld")
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return compiled_op("causal_conv1d", backend)(x, *float_parameters(weight, bias), reverse, layout == "bld")
+    return declaration.causal_conv1d(autocast(x), weight, bias, reverse, layout == "bld", backend=backend)
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str) -> None:
@@ -69,10 +61,4 @@ def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str
     dim = x.shape[1 if layout == "bdl" else 2]
     if weight.dim() != 2 or weight.shape[0] != dim or not 1 <= weight.shape[1] <= MAX_WIDTH:
         refuse(f"weight must be [{dim}, width] with width from 1 to {MAX_WIDTH}, got {list(weight.shape)}")
-    if bias is not None and bias.shape != (dim,):
-        refuse(f"bias must be [{dim}], got {list(bias.shape)}")
-    for name, t in {"weight": weight, "bias": bias}.items():
-        if t is not None and t.device != x.device:
-            refuse(f"{name} must be on {x.device} as x is, got {t.device}")
-        if t is not None and not t.dtype.is_floating_point:
-            refuse(f"{name} must be floating, got {t.dtype}")
+    check_tensors("causal_conv1d", "x", x, {"weight": (weight, weight.shape), "bias": (bias, (dim,))}, ("bias",))

@@ -1,11 +1,9 @@
 """Restormer's gated-Dconv feed-forward network, with its layer norm and residual, as one op."""
 
-import torch
 from torch import Tensor
 
-from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, check_arguments, compiled_op, float_parameters
-from autohdr.kernels.gdfn import reference, schema  # noqa: F401  schema defines the op
+from autohdr.kernels.common import autocast, channels_of, check_image
+from autohdr.kernels.gdfn import declaration
 
 
 def gdfn(
@@ -44,9 +42,9 @@ def gdfn(
 
     Source: Zamir et al., Restormer (CVPR 2022), section 3.2, equation 2.
     """
-    channels = x.shape[1] if x.dim() == 4 else 0
+    channels = channels_of(x)
     hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
-    check_arguments(
+    check_image(
         "gdfn",
         x,
         {
@@ -59,11 +57,5 @@ def gdfn(
     )
     if hidden == 0:
         raise ValueError(f"gdfn: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
-    x = autocast(x)
-    backend = resolve("gdfn", backend, x)
     parameters = (norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight)
-    if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.gdfn(x, *parameters, eps)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return compiled_op("gdfn", backend)(x, *float_parameters(*parameters), eps)
+    return declaration.gdfn(autocast(x), *parameters, eps, backend=backend)

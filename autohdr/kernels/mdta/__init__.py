@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, check_arguments, compiled_op, float_parameters
-from autohdr.kernels.mdta import reference, schema  # noqa: F401  schema defines the op
+from autohdr.kernels.common import autocast, channels_of, check_image, check_tensors
+from autohdr.kernels.mdta import declaration
 
 
 def mdta(
@@ -54,16 +53,9 @@ def mdta(
     """
     parameters = (norm_weight, norm_bias, qkv_weight, dwconv_weight, temperature, project_out_weight)
     _check("mdta", x, parameters, num_heads)
-    x = autocast(x)
-    backend = resolve("mdta", backend, x)
-    if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.mdta(x, *parameters, num_heads, eps)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return compiled_op("mdta", backend)(x, *float_parameters(*parameters), num_heads, eps)[0]
+    return declaration.mdta(autocast(x), *parameters, num_heads, eps, backend=backend)
 
 
-@torch.no_grad()
 def mdta_statistics(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -95,17 +87,9 @@ def mdta_statistics(
     _check("mdta_statistics", x, parameters, num_heads)
     if not 0 <= first < end <= x.shape[2]:
         raise ValueError(f"mdta_statistics: first and end must be rows of x, which has {x.shape[2]}, got {first} and {end}")
-    x = autocast(x)
-    backend = resolve("mdta", backend, x)
-    if backend != "reference":
-        x = x.contiguous(memory_format=torch.channels_last)
-        op = compiled_op("mdta_statistics", backend)
-        return op(x, *float_parameters(*parameters), num_heads, eps, first, end)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.mdta_statistics(x, *parameters, num_heads, eps, first, end)
+    return declaration.mdta_statistics(autocast(x), *parameters, num_heads, eps, first, end, backend=backend)
 
 
-@torch.no_grad()
 def mdta_apply(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -118,25 +102,38 @@ def mdta_apply(
     """mdta's second pass over a strip of an image, whose sums over all rows are `statistics` (see mdta_statistics).
 
     The first and the last row of the result are right only where the image ends there: their neighbours are not in x. For
-    inference: no gradients. Returns y, the shape and dtype of x; raises as mdta does.
+    inference: no gradients.
+
+    Args:
+        x, parameters, num_heads, eps, backend: as for mdta_statistics.
+        statistics: what mdta_statistics returns, of any floating dtype.
+
+    Returns:
+        y, the shape and dtype of x.
+
+    Raises:
+        ValueError, RuntimeError: as mdta; also where statistics are not those of such an image.
     """
     _check("mdta_apply", x, parameters, num_heads)
+    if len(statistics) != 3:
+        raise ValueError(f"mdta_apply: statistics must be the three tensors of mdta_statistics, got {len(statistics)}")
+    (batch, channels), size = x.shape[:2], x.shape[1] // num_heads
+    shapes = (batch, num_heads, size, size), (batch, channels), (batch, channels)
+    expected = {f"statistics[{i}]": pair for i, pair in enumerate(zip(statistics, shapes, strict=True))}
+    check_tensors("mdta_apply", "x", x, expected)
     x = autocast(x)
     gram, q_square, k_square = statistics
     wide = torch.promote_types(x.dtype, torch.float32)
     attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
-    backend = resolve("mdta", backend, x)
-    if backend != "reference":
-        x = x.contiguous(memory_format=torch.channels_last)
-        return compiled_op("mdta_apply", backend)(x, *float_parameters(*parameters), *attention, num_heads, eps)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.mdta_apply(x, *parameters, *attention, num_heads, eps)
+    return declaration.mdta_apply(x, *parameters, *attention, num_heads, eps, backend=backend)
 
 
 def _check(op: str, x: Tensor, parameters: Sequence[Tensor | None], num_heads: int) -> None:
-    c = x.shape[1] if x.dim() == 4 else 0
+    c = channels_of(x)
     shapes = (c,), (c,), (3 * c, c, 1, 1), (3 * c, 1, 3, 3), (num_heads, 1, 1), (c, c, 1, 1)
     names = ("norm_weight", "norm_bias", "qkv_weight", "dwconv_weight", "temperature", "project_out_weight")
-    check_arguments(op, x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))
+    if len(parameters) != len(names):
+        raise ValueError(f"{op}: parameters must be {', '.join(names)}, got {len(parameters)} of them")
+    check_image(op, x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))
     if num_heads < 1 or c % num_heads:
         raise ValueError(f"{op}: num_heads must divide the {c} channels, got {num_heads}")

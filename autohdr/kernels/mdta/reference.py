@@ -57,8 +57,8 @@ def mdta_statistics(
     qk = _hidden(x, norm_weight, norm_bias, qkv_weight[:two], dwconv_weight[:two], eps)[:, :, first:end]
     wide = torch.promote_types(x.dtype, torch.float32)
     q, k = (rearrange(t, "b (h c) y x -> b h c (y x)", h=num_heads).to(wide) for t in qk.chunk(2, dim=1))
-    sums = q @ k.transpose(-2, -1), q.square().sum(-1).flatten(1), k.square().sum(-1).flatten(1)
-    return tuple(s.double() for s in sums)
+    gram, q_square, k_square = q @ k.transpose(-2, -1), q.square().sum(-1).flatten(1), k.square().sum(-1).flatten(1)
+    return gram.double(), q_square.double(), k_square.double()
 
 
 def mdta_apply(

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from autohdr.kernels.backends import resolve
-from autohdr.kernels.common import autocast, compiled_op, float_parameters
-from autohdr.kernels.selective_scan import reference, schema  # noqa: F401  schema defines the op
+from autohdr.kernels.common import DTYPES, HALVES, autocast, check_tensors
+from autohdr.kernels.selective_scan import declaration
 
 MAX_DSTATE = 256
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEQUENCE = {"bdl": "[batch, dim, seqlen]", "bld": "[batch, seqlen, dim]"}
 _PROJECTION = {"bdl": "[batch, n_groups, dstate, seqlen]", "bld": "[batch, seqlen, n_groups, dstate]"}
 
@@ -83,36 +81,19 @@ def selective_scan(
     B, C = (t.unsqueeze(1 if layout == "bdl" else 2) if t.dim() == 3 else t for t in (B, C))
     _check_arguments(layout, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_weight)
     u, z = autocast(u), None if z is None else autocast(z)
-    backend = resolve("selective_scan", backend, u)
     if out_dtype not in (None, u.dtype, torch.float32):
         raise ValueError(f"selective_scan: out_dtype must be None, {u.dtype} as u is, or torch.float32, got {out_dtype}")
-    flags = (delta_softplus, reverse, layout == "bld")
-    if backend == "reference":
-        with torch.autocast(u.device.type, enabled=False):
-            out, last_state = reference.selective_scan(
-                u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, *flags, out_dtype or u.dtype
-            )
-    else:
-        u, delta, B, C, z = (None if t is None else _with_unit_stride(t, layout) for t in (u, delta, B, C, z))
-        A, D, delta_bias, delta_weight, initial_state = float_parameters(A, D, delta_bias, delta_weight, initial_state)
-        out, last_state, _ = compiled_op("selective_scan", backend)(
-            u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, *flags, out_dtype == torch.float32
-        )
+    flags = (delta_softplus, reverse, layout == "bld", out_dtype == torch.float32)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state)
+    out, last_state = declaration.selective_scan(*tensors, *flags, backend=backend)
     return (out, last_state) if return_last_state else out
-
-
-def _with_unit_stride(t: Tensor, layout: str) -> Tensor:
-    """t itself if its channels (or states) or its tokens are one element apart, else a contiguous copy."""
-    token = 1 if layout == "bld" else t.dim() - 1
-    channel = t.dim() - 1 if layout == "bld" else t.dim() - 2
-    return t if t.stride(token) == 1 or t.stride(channel) == 1 else t.contiguous()
 
 
 def _check_arguments(layout, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_weight) -> None:
     def refuse(what: str):
         raise ValueError(f"selective_scan: {what}")
 
-    if u.dim() != 3 or u.dtype not in (*_DTYPES, torch.float64) or 0 in u.shape[1:]:
+    if u.dim() != 3 or u.dtype not in DTYPES or 0 in u.shape[1:]:
         refuse(f"u must be a floating {_SEQUENCE[layout]} with no empty sequence, got {u.dtype} {list(u.shape)}")
     batch, dim, seqlen = u.shape if layout == "bdl" else (u.shape[0], u.shape[2], u.shape[1])
     if A.dim() != 2 or A.shape[0] != dim or not 1 <= A.shape[1] <= MAX_DSTATE:
@@ -134,22 +115,16 @@ def _check_arguments(layout, u, delta, A, B, C, D, z, delta_bias, initial_state,
         delta_shape = (batch, 1, seqlen) if layout == "bdl" else (batch, seqlen, 1)
     expected = {
         "delta": (delta, delta_shape),
+        "A": (A, A.shape),
+        "B": (B, B.shape),
+        "C": (C, C.shape),
         "D": (D, (dim,)),
         "z": (z, u.shape),
         "delta_bias": (delta_bias, (dim,)),
         "delta_weight": (delta_weight, (dim,)),
         "initial_state": (initial_state, (batch, dim, dstate)),
     }
-    for name, (t, shape) in expected.items():
-        if t is not None and t.shape != tuple(shape):
-            refuse(f"{name} must be {list(shape)}, got {list(t.shape)}")
-    tensors = {name: t for name, (t, _) in expected.items()} | {"A": A, "B": B, "C": C}
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if t.device != u.device:
-            refuse(f"{name} must be on {u.device} as u is, got {t.device}")
-        if not t.dtype.is_floating_point:
-            refuse(f"{name} must be floating, got {t.dtype}")
-        if name in ("delta", "B", "C", "z") and t.dtype not in _DTYPES and t.dtype != u.dtype:
+    check_tensors("selective_scan", "u", u, expected, ("D", "z", "delta_bias", "delta_weight", "initial_state"))
+    for name, t in {"delta": delta, "B": B, "C": C, "z": z}.items():
+        if t is not None and t.dtype not in HALVES and t.dtype != u.dtype:
             refuse(f"{name} must be float32, bfloat16 or float16 beside a {u.dtype} u, got {t.dtype}")

@@ -20,15 +20,17 @@ def selective_scan(
     delta_softplus: bool,
     reverse: bool,
     channel_last: bool,
-    out_dtype: torch.dtype,
+    float_out: bool,
 ) -> tuple[Tensor, Tensor]:
     """B and C with their axis of groups. Returns out and the last state."""
-    wide = torch.promote_types(u.dtype, torch.float32)
-    u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state = (
-        None if t is None else t.to(wide) for t in (u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state)
+    out_dtype, wide = torch.float32 if float_out else u.dtype, torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C = (t.to(wide) for t in (u, delta, A, B, C))
+    D, z, delta_bias, delta_weight, initial_state = (
+        None if t is None else t.to(wide) for t in (D, z, delta_bias, delta_weight, initial_state)
     )
     if not channel_last:  # every sequence as [batch, seqlen, ...]
-        u, delta, z = (None if t is None else rearrange(t, "b d l -> b l d") for t in (u, delta, z))
+        u, delta = (rearrange(t, "b d l -> b l d") for t in (u, delta))
+        z = None if z is None else rearrange(z, "b d l -> b l d")
         B, C = (rearrange(t, "b g n l -> b l g n") for t in (B, C))
     if delta_weight is not None:
         delta = delta * delta_weight

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autohdr.kernels.selective_scan.schema import CHUNK
+from autohdr.kernels.selective_scan.declaration import CHUNK
 
 _LOG2E = tl.constexpr(1.44269504088896341)
 _LN2 = tl.constexpr(0.693147180559945309)
