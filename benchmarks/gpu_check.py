@@ -18,6 +18,7 @@ minutes from being killed; three such calls do it all:
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -164,17 +165,14 @@ def sanitizer_faults(output: str, name: str) -> list[str]:
 def calls(backend: str, device: str = "cuda") -> None:
     """Every op forward and backward on small and awkward sizes; what compute-sanitizer watches."""
     problems = importlib.import_module("problems")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        small = [problems.mdta(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
-        small += [problems.gdfn(c, *size, dtype, device) for c, size in ((48, (13, 21)), (96, (9, 34)))]
-        small += [problems.selective_scan(*shape, dtype, device) for shape in ((2, 33, 300), (1, 5, 1), (1, 192, 1030))]
-        small += [problems.causal_conv1d(*shape, dtype, device) for shape in ((2, 33, 300), (1, 5, 1), (1, 192, 1030))]
-        for problem in small:
-            if problem.op in ops(backend):
-                for mode in ("forward", "training"):
-                    for tensor in problem.runner(mode, backend)():
-                        if not tensor.isfinite().all():
-                            raise SystemExit(f"{problem.op}, {dtype}, {mode}: not finite")
+    for op in ops(backend):
+        make = getattr(problems, op)
+        for shape, dtype in itertools.product(make.awkward, (torch.float32, torch.bfloat16, torch.float16)):
+            problem = make(*shape, dtype, device)
+            for mode in ("forward", "training"):
+                for tensor in problem.runner(mode, backend)():
+                    if not tensor.isfinite().all():
+                        raise SystemExit(f"{op}, {dtype}, {mode}: not finite")
     print("all calls made")
 
 

@@ -61,6 +61,17 @@ def _image_problem(op: str, call: Callable, x: Tensor, weights: list[Tensor], dt
     return Problem(op, call, (x, *weights), torch.randn_like(x))
 
 
+def _awkward(*shapes: tuple[int, ...]) -> Callable:
+    """Marks a problem with sizes of its own for compute-sanitizer: small, and multiples of nothing."""
+
+    def mark(make: Callable) -> Callable:
+        make.awkward = shapes
+        return make
+
+    return mark
+
+
+@_awkward((48, 13, 21), (96, 9, 34))
 def mdta(channels: int, height: int, width: int, dtype: torch.dtype, device: str) -> Problem:
     """One image, as in a Restormer: 48 channels a head."""
     randn = _generator(device)
@@ -80,6 +91,7 @@ def mdta(channels: int, height: int, width: int, dtype: torch.dtype, device: str
     return _image_problem("mdta", call, randn(1, channels, height, width), weights, dtype)
 
 
+@_awkward((48, 13, 21), (96, 9, 34))
 def gdfn(channels: int, height: int, width: int, dtype: torch.dtype, device: str) -> Problem:
     """One image, as in a Restormer: 2.66 hidden channels for each."""
     randn = _generator(device)
@@ -94,6 +106,7 @@ def gdfn(channels: int, height: int, width: int, dtype: torch.dtype, device: str
     return _image_problem("gdfn", kernels.gdfn, randn(1, channels, height, width), weights, dtype)
 
 
+@_awkward((2, 33, 300), (1, 5, 1), (1, 192, 1030))
 def selective_scan(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device: str) -> Problem:
     """As in a trained Mamba: A = -1 ... -dstate, Δ between some thousandths and some tenths, D and a gate z."""
     randn = _generator(device)
@@ -105,6 +118,7 @@ def selective_scan(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device
     return Problem("selective_scan", scan, (u, delta, A, B, C, D, z, delta_bias), torch.randn_like(u))
 
 
+@_awkward((2, 33, 300), (1, 5, 1), (1, 192, 1030))
 def causal_conv1d(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device: str) -> Problem:
     """As in MambaDiffusion: channel-last, four taps."""
     randn = _generator(device)
