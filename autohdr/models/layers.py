@@ -29,7 +29,7 @@ def reach(module: nn.Module, kind: type[Module], **expected: Any) -> Module:
     its own, attributes that are not as expected. A parametrised weight is the weight that it computes.
     """
     if not isinstance(module, kind) or type(module).forward is not kind.forward or "forward" in vars(module):
-        raise Uncalled(module, f"expected a {kind.__name__}, got a {type(module).__name__} with a forward of its own")
+        raise Uncalled(module, f"expected {kind.__name__}, got {type(module).__name__} with a forward of its own")
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise Uncalled(module, "has a hook")
     for name, value in expected.items():

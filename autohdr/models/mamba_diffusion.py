@@ -195,7 +195,7 @@ class Group(nn.Module):
         self.conv = _scaled(Conv2d(channels, channels, 3, padding=1, bias=False))
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        for block in self.blocks:
+        for block in reach(self.blocks, nn.ModuleList):
             # Nothing in a block is random.
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
         return x + self.conv(x)
@@ -329,20 +329,31 @@ class MambaDiffusion(Network):
         x = self.conv_first(padded.contiguous(memory_format=torch.channels_last))
         if self.config.time_embedding:
             x = x + self._embed(t, image)[:, :, None, None]
+        encoder, downsamplers, middle, decoder, upsamplers, skip_convs = (
+            reach(modules, nn.ModuleList)
+            for modules in (
+                self.encoder_groups,
+                self.downsamplers,
+                self.middle,
+                self.decoder_groups,
+                self.upsamplers,
+                self.skip_convs,
+            )
+        )
         skips, recompute = [], self.recompute and torch.is_grad_enabled()
-        for group, down in zip(self.encoder_groups, [*self.downsamplers, None], strict=True):
+        for group, down in zip(encoder, [*downsamplers, None], strict=True):
             x = group(x, recompute)
             if down is not None:
                 skips.append(x)
                 x = down(x)
-        x = self.middle[0](x, recompute)
+        x = middle[0](x, recompute)
         if self.middle_dat is not None:
             x = self.middle_dat(x)
-        for i, group in enumerate(self.decoder_groups):
+        for i, group in enumerate(decoder):
             if i > 0:
-                x = self.upsamplers[i](x)
+                x = upsamplers[i](x)
                 # skip_convs[i](cat(x, skip)) without the concatenated image
-                conv = reach(self.skip_convs[i], Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
+                conv = reach(skip_convs[i], Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
                 for_x, for_skip = conv.weight.chunk(2, dim=1)
                 x = pointwise(x, for_x, conv.bias) + pointwise(skips.pop(), for_skip)
             x = group(x, recompute)

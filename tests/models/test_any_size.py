@@ -1,0 +1,96 @@
+"""One exported program, and one compiled one, for every size that the network takes; and networks without data."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from autohdr.models import create_model
+
+SIZES = [
+    (64, 72),
+    (61, 50),
+    (64, 50),
+    (16, 9),
+    (9, 8),
+    (8, 8),
+    (7, 7),
+    (5, 4),
+    (4, 5),
+    (2, 3),
+    (1, 1),
+    (1, 8),
+    (8, 1),
+    (3, 40),
+    (40, 3),
+]
+ANY = torch.export.Dim.DYNAMIC
+
+
+@pytest.fixture
+def network(small, request):
+    """In eval mode and without gradients, as one exports it."""
+    name, settings = request.param
+    torch.manual_seed(0)
+    if name.startswith("restormer"):
+        model = small(name, **settings)
+    else:
+        model = create_model(name, **{"dim": 8, "num_groups": 2, "dstate": 3} | settings)
+    return model.eval().requires_grad_(False)
+
+
+def largest_difference(program, network, sizes, batches=(1, 2, 3)):
+    images = (torch.rand(batch, 3, *size) for batch in batches for size in sizes)
+    return max((program(image) - network(image)).abs().max() for image in images)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("example", [(40, 48), (33, 47), (5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "network", [("restormer_nano", {}), ("restormer_nano", {"reduce_level1": False, "norm_bias": False})], indirect=True, ids=str
+)
+def test_a_restormer_exports_for_every_size(network, example, strict):
+    shapes = ({0: ANY, 2: ANY, 3: ANY},)
+    program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes, strict=strict).module()
+    assert largest_difference(program, network, SIZES) <= 1e-5
+
+
+@pytest.mark.parametrize("example", [(40, 48), (33, 47)], ids=str)
+@pytest.mark.parametrize(
+    "network", [("mamba_diffusion_nano", {}), ("mamba_diffusion_nano", {"dual_attention": False})], indirect=True, ids=str
+)
+def test_a_mamba_diffusion_exports_for_every_size(network, example):
+    shapes = ({0: ANY, 2: ANY, 3: ANY},)
+    program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes).module()
+    assert largest_difference(program, network, SIZES) <= 1e-5
+
+
+@pytest.mark.parametrize("network", [("restormer_nano", {}), ("mamba_diffusion_nano", {})], indirect=True, ids=str)
+def test_one_exported_size_is_one_shape(network):
+    program = torch.export.export(network, (torch.rand(1, 3, 21, 16),)).module()
+    assert largest_difference(program, network, [(21, 16)], batches=[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("network", [("restormer_nano", {}), ("restormer_official", {})], indirect=True, ids=str)
+def test_exports_in_bfloat16_on_a_cpu(network):
+    network = network.bfloat16()
+    shapes = ({2: ANY, 3: ANY},)
+    program = torch.export.export(network, (torch.rand(1, 3, 33, 47).bfloat16(),), dynamic_shapes=shapes).module()
+    for size in SIZES[::4]:
+        image = torch.rand(1, 3, *size).bfloat16()
+        torch.testing.assert_close(program(image), network(image), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("network", "least"),
+    [(("restormer_nano", {}), 9), (("restormer_official", {}), 9), (("mamba_diffusion_nano", {}), 17)],
+    indirect=["network"],
+    ids=str,
+)
+def test_compiles_once_for_every_size_but_the_smallest(network, least):
+    """From `least` on: PyTorch compiles anew where a dimension is 1, here the deepest level's height, or its windows in a row."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    program = torch.compile(network, backend=counter, dynamic=True, fullgraph=True)
+    sizes = [(max(height, least), max(width, least)) for height, width in SIZES]
+    assert largest_difference(program, network, sizes, batches=[2]) <= 1e-5
+    assert counter.frame_count == 1
