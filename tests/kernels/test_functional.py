@@ -75,6 +75,12 @@ def test_vmap_over_each_argument(problem, dim):
         assert torch.equal(vmap(function, in_dims)(*batched), torch.stack(expected))
 
 
+def test_vmap_over_nothing_raises(problem):
+    function, (x, *rest), _ = problem
+    with pytest.raises(ValueError, match="torch.vmap must have at least one entry"):
+        vmap(lambda x: function(x, *rest))(x[None][:0])
+
+
 def test_vmap_over_all_arguments_nested_and_with_out_dims(problem):
     function, tensors, _ = problem
     batched = [varied(varied(t, 0, 2), -1) for t in tensors]  # [2, ..., 3]
