@@ -1,6 +1,9 @@
-// Copies from global to shared memory that go on while the thread computes (cp.async), done at once where tests/emulation runs them.
+// Copies from global to shared memory that go on while the thread computes (cp.async). Where tests/emulation runs them, they arrive
+// no sooner than they are waited for.
 #pragma once
 #include <cuda_runtime.h>
+
+#include "common/cuda_launch.cuh"
 
 namespace autohdr {
 
@@ -8,7 +11,7 @@ namespace autohdr {
 template <class T>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef AUTOHDR_EMULATION
-  *static_cast<T*>(shared) = *static_cast<const T*>(global);
+  emulation::copy_later(static_cast<T*>(shared), static_cast<const T*>(global));
 #else
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
                "n"(sizeof(T))
@@ -16,9 +19,31 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Waits for all of this thread's copies; those of others need a barrier too.
+// Makes a group of this thread's copies since the last one.
+__device__ __forceinline__ void commit_copies() {
+#ifdef AUTOHDR_EMULATION
+  emulation::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all of this thread's groups but the last kLeft; those of others need a barrier too.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_groups() {
+#ifdef AUTOHDR_EMULATION
+  emulation::wait_for_copies(kLeft);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// Waits for all of this thread's copies, in a group or not.
 __device__ __forceinline__ void wait_for_copies() {
-#ifndef AUTOHDR_EMULATION
+#ifdef AUTOHDR_EMULATION
+  emulation::commit_copies();
+  emulation::wait_for_copies(0);
+#else
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

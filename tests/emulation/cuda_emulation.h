@@ -6,6 +6,7 @@
 // - shared memory read before it is written: every block finds NaN in the dynamic one;
 // - missing barriers, under some order of threads: a seed other than 0 draws who goes on at every wait, and turns the order of blocks
 //   around if odd. Every launch has another one, its number, unless AUTOHDR_EMULATION_SEED gives all of them the same;
+// - an asynchronous copy that nobody waited for: its bytes arrive at the wait, and are NaN until then;
 // - launches beyond the hardware's limits.
 // Stricter than the hardware: a thread that has returned counts as missing from barriers and masks.
 // Not seen: races within a warp that lockstep execution would hide, memory ordering between blocks, speed.
@@ -76,11 +77,20 @@ namespace emulation {
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
 constexpr int kWarp = 32;
 
+struct alignas(16) Copy {
+  unsigned char bytes[16];
+  void* to;
+  size_t size;
+  int group;
+};
+
 struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;
   uint3 thread{};
   int warp = 0, lane = 0;
+  std::vector<Copy> copies;  // that have not arrived
+  int group = 0;             // of copies, that comes next
 };
 
 struct Barrier {
@@ -186,6 +196,32 @@ T shuffle(unsigned mask, T value, int source, bool inside) {
   return value;
 }
 
+template <class T>
+void copy_later(T* to, const T* from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  const T value = *from;
+  Copy copy{{}, to, sizeof value, self->group};
+  memcpy(copy.bytes, &value, sizeof value);
+  self->copies.push_back(copy);
+  T unknown;
+  memset(&unknown, 0xff, sizeof unknown);
+  *to = unknown;
+}
+
+inline void commit_copies() { ++self->group; }
+
+// Until no more than the last `left` groups, and copies in none, are on their way.
+inline void wait_for_copies(int left) {
+  std::vector<Copy> later;
+  for (const Copy& copy : self->copies) {
+    if (copy.group < self->group - left)
+      memcpy(copy.to, copy.bytes, copy.size);
+    else
+      later.push_back(copy);
+  }
+  self->copies.swap(later);
+}
+
 inline int count_predicates(bool predicate) {
   int& count = block.predicates[block.barrier.generation % 2];
   block.predicates[1 - block.barrier.generation % 2] *= !block.barrier.waiting.empty();
@@ -234,7 +270,11 @@ inline void run_block() {
   Block& b = block;
   b.returned = 0;
   memset(b.predicates, 0, sizeof b.predicates);
-  for (int i = b.threads; i-- > 0;) b.ready.push_back(&b.fibers[i]);
+  for (int i = b.threads; i-- > 0;) {
+    b.fibers[i].copies.clear();
+    b.fibers[i].group = 0;
+    b.ready.push_back(&b.fibers[i]);
+  }
   wait();  // until all threads have returned, or one has failed
   if (b.error.empty()) return;
   for (Fiber& f : b.fibers) prepare(f);

@@ -4,9 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda_launch.cuh"
+#include "common/cuda_async.cuh"
+#include "common/cuda_image.cuh"
 
-enum class Bug { none, offset, tail, barrier, divergent, short_shared, uninitialised, mask, misaligned };
+enum class Bug { none, offset, tail, barrier, divergent, short_shared, uninitialised, mask, misaligned, wait, early };
 constexpr int kThreads = 128, kSize = 1000;
 
 // out[block] = sum of x over the block's threads, the second time doubled.
@@ -52,6 +53,41 @@ bool sums() {
     if (out[b] != expected) return false;
   }
   return true;
+}
+
+// out[i] = x[i ^ 1], through two tiles in shared memory that copies fill in turn, one ahead; and the last element through a copy in no
+// group.
+template <Bug bug>
+__global__ void __launch_bounds__(kThreads) pipeline(const float* x, int rounds, float* out) {
+  __shared__ float tiles[2][kThreads], last;
+  const int t = threadIdx.x;
+  const auto copy = [&](int round) {
+    if (round < rounds) autohdr::copy_async<float>(&tiles[round % 2][t], x + round * kThreads + t);
+    autohdr::commit_copies();
+  };
+  copy(0);
+  for (int round = 0; round < rounds; ++round) {
+    copy(round + 1);
+    if (bug != Bug::wait) autohdr::wait_for_groups<bug == Bug::early ? 2 : 1>();
+    __syncthreads();
+    out[round * kThreads + t] = tiles[round % 2][t ^ 1];
+    __syncthreads();
+  }
+  if (t > 0) return;
+  autohdr::copy_async<float>(&last, x + rounds * kThreads);
+  autohdr::wait_for_copies();
+  out[rounds * kThreads] = last;
+}
+
+template <Bug bug>
+bool pipelines() {
+  constexpr int kRounds = 5;
+  std::vector<float> x(kRounds * kThreads + 1), out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  autohdr::launch(pipeline<bug>, dim3(1), dim3(kThreads), 0, nullptr, x.data(), kRounds, out.data());
+  for (size_t i = 0; i + 1 < x.size(); ++i)
+    if (out[i] != x[i ^ 1]) return false;
+  return out.back() == x.back();
 }
 
 template <int Columns>
@@ -107,6 +143,12 @@ bool warps() {
   return true;
 }
 
+// A row beyond any int's bytes is a step of its own.
+bool wide_rows() {
+  const autohdr::image::Steps steps({1, 8, 1 << 28, 8}, 2 * 8 * sizeof(float), 1, autohdr::image::kForwardBudget, 1);
+  return steps.rows == 1 && steps.images == 1;
+}
+
 __global__ void nothing() {}
 
 bool limits(dim3 grid, dim3 block, size_t shared) {
@@ -122,6 +164,10 @@ int main(int, char** argv) {
       {"sum", sums<Bug::none>},
       {"transpose", [] { return transposes(true); }},
       {"warp", warps},
+      {"pipeline", pipelines<Bug::none>},
+      {"wide rows", wide_rows},
+      {"no wait", pipelines<Bug::wait>},
+      {"early", pipelines<Bug::early>},
       {"offset", sums<Bug::offset>},
       {"tail", sums<Bug::tail>},
       {"barrier", sums<Bug::barrier>},

@@ -27,7 +27,7 @@ def run():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", ["sum", "transpose", "warp"])
+@pytest.mark.parametrize("case", ["sum", "transpose", "warp", "pipeline", "wide rows"])
 def test_right_kernels(run, case, seed):
     assert run(case, seed) == "right\n"
 
@@ -43,6 +43,8 @@ def test_right_kernels(run, case, seed):
         ("uninitialised", "wrong"),
         ("mask", "a lane is not in the mask"),
         ("misaligned", "misaligned address"),
+        ("no wait", "wrong"),
+        ("early", "wrong"),
         ("threads", "more than 1024 threads"),
         ("grid", "a grid beyond"),
         ("empty", "an empty grid"),
