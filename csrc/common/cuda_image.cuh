@@ -418,6 +418,16 @@ struct View {
   Rows<T> from(int y0, int64_t of_head = 0) const { return {at(0, y0, 0), of_image, channels, of_head}; }
 };
 
+// The mean of a pixel's channels, by a warp. Summed as differences from the first channel: the mean of equal channels is exact, whose
+// rounding 1 / √eps would multiply.
+template <class T>
+__device__ __forceinline__ float mean_of(const T* at, int channels) {
+  const float origin = to_float(at[0]);
+  float sum = 0;
+  for (int c = threadIdx.x % 32; c < channels; c += 32) sum += to_float(at[c]) - origin;
+  return origin + warp_sum(sum) / channels;
+}
+
 // Shift and factor of every pixel's norm: mean (0 without a bias) and 1 / sqrt(variance + eps). A warp owns a pixel.
 template <class T>
 __global__ void norm_stats(View<const T> x, int64_t pixels, int channels, bool with_mean, float eps, float2* stats) {
@@ -425,9 +435,8 @@ __global__ void norm_stats(View<const T> x, int64_t pixels, int channels, bool w
   const int64_t pixel = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   if (pixel >= pixels) return;
   const T* at = x.data + blockIdx.y * x.of_image + pixel * x.channels;
-  float sum = 0, squares = 0;
-  for (int c = lane; c < channels; c += 32) sum += to_float(at[c]);
-  const float mean = warp_sum(sum) / channels;
+  const float mean = mean_of(at, channels);
+  float squares = 0;
   for (int c = lane; c < channels; c += 32) {
     const float v = to_float(at[c]) - mean;
     squares += v * v;
@@ -564,16 +573,17 @@ __global__ void __launch_bounds__(256) depthwise_weight_grad(Walk walk, View<con
   }
 }
 
-// dx = dy + gradient of the norm, and slots[slot][2][channels] (+)= gradients of its weight and bias. A warp owns a pixel.
-constexpr int kNormSlots = 256, kNormWarps = 8;
+// dx = dy + gradient of the norm, and slots[slot][2][channels] (+)= gradients of its weight and bias. A warp owns kNormChannels of a
+// pixel, of which it reads all: their sums take 48 KB of shared memory, which every GPU gives.
+constexpr int kNormSlots = 256, kNormWarps = 8, kNormChannels = 768;
 template <class T>
 __global__ void __launch_bounds__(kNormWarps * 32)
     norm_backward(View<const T> x, View<const float> d_normal, View<const T> dy, View<T> dx, int64_t images, int64_t pixels, int channels,
                   bool biased, const float* weight, float eps, float* slots, bool add) {
-  AUTOHDR_DYNAMIC_SHARED(float, shared);  // [warp][2][channels]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float *d_weight = shared + warp * 2 * channels, *d_bias = d_weight + channels;
-  for (int c = lane; c < 2 * channels; c += 32) d_weight[c] = 0;
+  AUTOHDR_DYNAMIC_SHARED(float, shared);  // [warp][2][own channels]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * kNormChannels, own = min(channels - first, kNormChannels);
+  float *d_weight = shared + warp * 2 * own, *d_bias = d_weight + own;
+  for (int c = lane; c < 2 * own; c += 32) d_weight[c] = 0;
   __syncwarp();
   for (int64_t i = int64_t{blockIdx.x} * kNormWarps + warp; i < images * pixels; i += int64_t{gridDim.x} * kNormWarps) {
     const int64_t image = i / pixels, pixel = i % pixels;
@@ -581,9 +591,8 @@ __global__ void __launch_bounds__(kNormWarps * 32)
     const float* pd = d_normal.data + image * d_normal.of_image + pixel * d_normal.channels;
     const T* py = dy.data + image * dy.of_image + pixel * dy.channels;
     T* out = dx.data + image * dx.of_image + pixel * dx.channels;
-    float sum = 0, squares = 0, g_sum = 0, gx_sum = 0;
-    for (int c = lane; c < channels; c += 32) sum += to_float(px[c]);
-    const float mean = warp_sum(sum) / channels;
+    const float mean = mean_of(px, channels);
+    float squares = 0, g_sum = 0, gx_sum = 0;
     for (int c = lane; c < channels; c += 32) {
       const float centred = to_float(px[c]) - mean, g = pd[c] * weight[c];
       squares += centred * centred, g_sum += g, gx_sum += g * (biased ? centred : to_float(px[c]));
@@ -591,18 +600,19 @@ __global__ void __launch_bounds__(kNormWarps * 32)
     const float factor = 1.0f / sqrtf(warp_sum(squares) / channels + eps);
     g_sum = biased ? warp_sum(g_sum) / channels : 0.0f;
     gx_sum = warp_sum(gx_sum) / channels * factor * factor;
-    for (int c = lane; c < channels; c += 32) {
+    for (int i = lane; i < own; i += 32) {
+      const int c = first + i;
       const float value = to_float(px[c]), centred = value - mean, d = pd[c];
       out[c] = from_float<T>(to_float(py[c]) + factor * (d * weight[c] - g_sum - centred * gx_sum));
-      d_weight[c] += d * (biased ? centred : value) * factor;
-      d_bias[c] += d;
+      d_weight[i] += d * (biased ? centred : value) * factor;
+      d_bias[i] += d;
     }
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < 2 * channels; c += kNormWarps * 32) {
+  for (int i = threadIdx.x; i < 2 * own; i += kNormWarps * 32) {
     float sum = 0;
-    for (int w = 0; w < kNormWarps; ++w) sum += shared[w * 2 * channels + c];
-    float& slot = slots[int64_t{blockIdx.x} * 2 * channels + c];
+    for (int w = 0; w < kNormWarps; ++w) sum += shared[w * 2 * own + i];
+    float& slot = slots[(int64_t{blockIdx.x} * 2 + i / own) * channels + first + i % own];
     slot = add ? slot + sum : sum;
   }
 }
@@ -627,10 +637,11 @@ struct Steps {
   int64_t batch, images;
   int height, first, last, rows;
 
-  // So that rows of row_bytes each, and `halo` on each side, stay within `budget`; at most max_images at once.
-  Steps(const Shape& s, int64_t row_bytes, int halo, int64_t budget, int64_t max_images) : Steps(s, 0, s.height, row_bytes, halo, budget, max_images) {}
-  Steps(const Shape& s, int first, int last, int64_t row_bytes, int halo, int64_t budget, int64_t max_images)
+  // So that rows, of pixel_bytes a pixel, and `halo` on each side stay within `budget`; at most max_images at once.
+  Steps(const Shape& s, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images) : Steps(s, 0, s.height, pixel_bytes, halo, budget, max_images) {}
+  Steps(const Shape& s, int first, int last, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images)
       : batch(s.batch), images(1), height(s.height), first(first), last(last) {
+    const int64_t row_bytes = pixel_bytes * s.width;
     rows = static_cast<int>(std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, last - first));
     if (rows == last - first)
       images = std::clamp<int64_t>(budget / (row_bytes * buffer_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
@@ -729,7 +740,7 @@ struct HeadBackward {
     d_dwconv = memory.take<float>(kWeightSlots * 9 * h.hidden());
     d_norm = memory.take<float>(kNormSlots * 2 * h.shape.channels);
   }
-  static int64_t row_bytes(const Head& h) { return h.shape.width * (h.hidden() * static_cast<int64_t>(sizeof(T)) + round_up(h.shape.channels, 8) * 4); }
+  static int64_t pixel_bytes(const Head& h) { return h.hidden() * static_cast<int64_t>(sizeof(T)) + round_up(h.shape.channels, 8) * 4; }
 
   // Rows y .. y + rows of `images` images: dx, and the sums. hidden reaches two rows further, d one.
   void step(const Head& h, const HeadWeights<T>& w, int64_t images, int y, int rows, View<const T> x, View<const T> dy, View<T> dx,
@@ -749,7 +760,8 @@ struct HeadBackward {
     product<T, float>({dh.from(y), {w.transposed, 0, h.hidden(), 0}, {}, dn.from(y), {}, nullptr, pixels, static_cast<int>(h.hidden()), channels, 1}, images,
                stream);
     const View<const T> x_rows{x.at(0, y, 0), x.of_image, y, rows, width, channels}, dy_rows{dy.at(0, y, 0), dy.of_image, y, rows, width, channels};
-    launch(norm_backward<T>, dim3(kNormSlots), dim3(kNormWarps * 32), kNormWarps * 2 * channels * sizeof(float), stream, x_rows, dn, dy_rows,
+    launch(norm_backward<T>, dim3(kNormSlots, ceil_div(channels, kNormChannels)), dim3(kNormWarps * 32),
+           kNormWarps * 2 * std::min(channels, kNormChannels) * sizeof(float), stream, x_rows, dn, dy_rows,
            View<T>{dx.at(0, y, 0), dx.of_image, y, rows, width, channels}, images, pixels, channels, h.norm_bias != nullptr, h.norm_weight, h.eps,
            d_norm, !first);
   }

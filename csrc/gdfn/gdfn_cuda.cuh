@@ -53,7 +53,7 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   const Head h = head_of(a.shape, a.weights);
   const Shape& s = h.shape;
   const int64_t hidden = h.hidden(), padded = h.padded, channels = s.channels;
-  const Steps steps(s, s.width * (hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
+  const Steps steps(s, (hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
   const int64_t rows = steps.buffer_rows(1), pixels = steps.images * rows * s.width;
   const HeadWeights<T> weights(workspace, h, false);
   T* project_out = workspace.take<T>(channels * padded);
@@ -83,8 +83,8 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const Head h = head_of(a.shape, a.weights);
   const Shape& s = h.shape;
   const int64_t hidden = h.hidden(), padded = h.padded, channels = s.channels;
-  const int64_t row_bytes = s.width * (2 * hidden + padded) * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::row_bytes(h);
-  const Steps steps(s, row_bytes, 2, kBackwardBudget, kMostImages);
+  const int64_t pixel_bytes = (2 * hidden + padded) * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::pixel_bytes(h);
+  const Steps steps(s, pixel_bytes, 2, kBackwardBudget, kMostImages);
   const int64_t pixels = steps.images * steps.buffer_rows(2) * s.width, near = steps.images * steps.buffer_rows(1) * s.width;
   const int64_t splits = splits_of(channels, a.shape.hidden, 1, steps.images * steps.rows * s.width);
   const HeadWeights<T> weights(workspace, h, true);
