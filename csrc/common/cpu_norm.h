@@ -22,18 +22,18 @@ static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, b
   for (int64_t p = 0; p < pixels; ++p) {
     const T* in = x + p * channels;
     float* row = out + p * ld;
+    // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
+    const float origin = load_part(in, 1)[0];
     vf total = {};
     for (int64_t c = 0; c < whole; c += W) {
       const vf v = load(in + c);
       store(row + c, v);
-      total += v;
+      total += v - origin;
     }
-    for (int64_t c = whole; c < padded; c += W) {
-      const vf v = c < channels ? load_part(in + c, channels - c) : vf{};
-      store(row + c, v);
-      total += v;
-    }
-    const float mean = sum(total) * inverse;
+    float rest = 0;
+    for (int64_t c = whole; c < padded; c += W) store(row + c, c < channels ? load_part(in + c, channels - c) : vf{});
+    for (int64_t c = whole; c < channels; ++c) rest += row[c] - origin;
+    const float mean = origin + (sum(total) + rest) * inverse;
     vf squares = {};
     for (int64_t c = 0; c < whole; c += W) {
       const vf d = load(row + c) - mean;

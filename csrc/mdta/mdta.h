@@ -6,10 +6,14 @@
 
 namespace autohdr {
 
+// The least length that q and k are divided by.
+constexpr float kLeastLength = 1e-12f;
+
 struct MdtaShape {
   int64_t batch, height, width, channels, heads;
   float eps;
   int64_t head_size() const { return channels / heads; }
+  bool one_pixel() const { return height * width == 1; }
 };
 
 struct MdtaWeights {

@@ -15,19 +15,27 @@
 // The small matrices of one image, in double: they are few, and the gradient takes differences of nearly equal ones.
 struct Attention {
   int64_t heads, size, channels;
+  bool one_pixel;
   const float *gram, *q_norm, *k_norm;
   double* attention;  // [heads][size][size], softmax(temperature · cosine)
   double* cosine;     // [heads][size][size], gram / (|q| |k|)
   float* combined;    // [channels][channels], project_out · blockdiag(attention)
 
-  static Attention make(Scratch& scratch, int64_t heads, int64_t channels) {
-    const int64_t size = channels / heads, square = channels * size;
+  static Attention make(Scratch& scratch, const MdtaShape& s) {
+    const int64_t size = s.head_size(), square = s.channels * size;
     double* small = scratch.take<double>(2 * square);
-    return {heads, size, channels, nullptr, nullptr, nullptr, small, small + square, scratch.take<float>(channels * channels)};
+    return {s.heads, size, s.channels, s.one_pixel(), nullptr, nullptr, nullptr, small, small + square,
+            scratch.take<float>(s.channels * s.channels)};
   }
 
-  double q_length(int64_t c) const { return std::max<double>(q_norm[c], 1e-12); }
-  double k_length(int64_t c) const { return std::max<double>(k_norm[c], 1e-12); }
+  double q_length(int64_t c) const { return std::max(q_norm[c], kLeastLength); }
+  double k_length(int64_t c) const { return std::max(k_norm[c], kLeastLength); }
+
+  // Whether a q or k of this length is divided by it, and not by the constant kLeastLength. Its gradient is orthogonal to it then.
+  static bool normalised(float norm) { return !(norm < kLeastLength); }
+  // Whether it is ±1 after that, whatever it was. Its gradient is 0 then; P k and q_scale q, which cancel, would leave their rounding,
+  // divided by its length, as short as that may be.
+  bool constant(float norm) const { return one_pixel && normalised(norm); }
 
   // Of image b.
   void solve(const MdtaAttention& of, int64_t b, const MdtaWeights& weights) {
@@ -134,7 +142,7 @@ static void run(const MdtaApply<T>& a) {
   const Packed combined = Packed::make(scratch, s.channels, groups.channels());
   const int64_t out_width = combined.columns();
   const float* zeros = scratch.zeros<float>(out_width);
-  Attention attention = Attention::make(scratch, s.heads, s.channels);
+  Attention attention = Attention::make(scratch, s);
 
   const Steps steps(1, shape.rows(), s.width, groups.channels() * sizeof(float));
   const int64_t most = steps.most_columns();
@@ -226,8 +234,9 @@ static void run(const MdtaBackward<T>& a) {
   // 1. The small gradients.
   std::fill_n(a.d_temperature, s.heads, 0.0f);
   std::fill_n(a.d_project_out, channels * channels, 0.0f);
-  Attention attention = Attention::make(scratch, s.heads, channels);
-  float *d_attention = scratch.take<float>(3 * square), *d_gram = d_attention + square, *rounded = d_gram + square;
+  Attention attention = Attention::make(scratch, s);
+  double* d_attention = scratch.take<double>(square);
+  float *d_gram = scratch.take<float>(2 * square), *rounded = d_gram + square;
   AttentionGrad* grads = scratch.take<AttentionGrad>(s.batch);
   for (int64_t b = 0; b < s.batch; ++b) {
     attention.solve(a.attention, b, a.weights);
@@ -235,7 +244,7 @@ static void run(const MdtaBackward<T>& a) {
     g.q_scale = scratch.zeros<double>(heads.channels());
     g.k_scale = scratch.zeros<double>(heads.channels());
     sum_up(b);
-    std::fill_n(d_attention, square, 0.0f);
+    std::fill_n(d_attention, square, 0.0);
     std::copy_n(attention.attention, square, rounded);
     parallel_ranges(s.heads, [&](int64_t, int64_t first, int64_t end) {
       for (int64_t h = first; h < end; ++h)
@@ -243,15 +252,14 @@ static void run(const MdtaBackward<T>& a) {
           for (int64_t i = 0; i < size; ++i) {
             const float* d_row = d_combined + c * heads.channels() + h * padded;
             const int64_t row = (h * size + i) * size, at = c * channels + h * size + i;
+            const double weight = a.weights.project_out[at];
+            for (int64_t j = 0; j < size; ++j) d_attention[row + j] += d_row[j] * weight;
             vf dot = {};
-            for (int64_t j = 0; j < size; j += W) {
-              const vf value = load_at(d_row, j, size);
-              dot += value * load_at(rounded + row, j, size);
-              store_at(d_attention + row, j, size, load_at(d_attention + row, j, size) + value * a.weights.project_out[at]);
-            }
+            for (int64_t j = 0; j < size; j += W) dot += load_at(d_row, j, size) * load_at(rounded + row, j, size);
             a.d_project_out[at] += sum(dot);
           }
     });
+    const auto orthogonal = [&](float norm) { return attention.normalised(norm) && !s.one_pixel(); };
     for (int64_t h = 0; h < s.heads; ++h) {
       double d_temperature = 0;
       for (int64_t i = 0; i < size; ++i) {
@@ -264,8 +272,8 @@ static void run(const MdtaBackward<T>& a) {
           const double d_score = attention.attention[row + j] * (d_attention[row + j] - along);
           const double d_cosine = d_score * a.weights.temperature[h], through = d_cosine * attention.cosine[row + j];
           d_temperature += d_score * attention.cosine[row + j];
-          g.q_scale[h * padded + i] += through / (q * q);
-          g.k_scale[h * padded + j] += through / (k * k);
+          if (orthogonal(attention.q_norm[h * size + i])) g.q_scale[h * padded + i] += through / (q * q);
+          if (orthogonal(attention.k_norm[h * size + j])) g.k_scale[h * padded + j] += through / (k * k);
           d_gram[row + j] = static_cast<float>(d_cosine / (q * k));
         }
       }
@@ -275,11 +283,11 @@ static void run(const MdtaBackward<T>& a) {
       return Packed{scratch.take<float>(depth * panels * width), panels, heads.vecs, depth};
     };
     g.to_q = block(padded, part), g.to_k = block(padded, part), g.to_v = block(channels, part);
-    const auto entry = [&](int64_t h, int64_t i, int64_t j) {
-      return i < size && j < size ? d_gram[(h * size + i) * size + j] : 0.0f;
+    const auto entry = [&](int64_t h, int64_t i, int64_t j, const float* norm, int64_t of) {
+      return i < size && j < size && !attention.constant(norm[h * size + of]) ? d_gram[(h * size + i) * size + j] : 0.0f;
     };
-    pack(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k); });
-    pack(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded); });
+    pack(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k, attention.q_norm, n % padded); });
+    pack(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded, attention.k_norm, n % padded); });
     pack(g.to_v, [&](int64_t k, int64_t n) {
       const int64_t c = op.rows[n];  // the rows of q, the first group of heads, are the channels themselves
       return c < 0 ? 0.0f : attention.combined[k * channels + c];

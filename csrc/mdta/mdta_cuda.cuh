@@ -52,6 +52,7 @@ struct Heads {
   const float* temperature;  // [heads]
   int64_t matrices;
   int heads, size, padded;
+  bool one_pixel;
 };
 
 // Row i of a matrix's attention, softmax_j(temperature · cosine), by a warp; in double, as all of these small matrices: they are few,
@@ -68,7 +69,9 @@ struct AttentionRow {
     for (int j = threadIdx.x % 32; j < h.size; j += 32) total += exp(temperature * cosine(j) - top);
     total = warp_sum(total);
   }
-  static __device__ double length(float norm) { return norm < 1e-12f ? 1e-12 : norm; }
+  // Whether a vector of this length is divided by it, and not by the constant kLeastLength.
+  static __device__ bool normalised(float norm) { return !(norm < kLeastLength); }
+  static __device__ double length(float norm) { return normalised(norm) ? norm : kLeastLength; }
   __device__ double lengths(int j) const { return q * length(k_norm[j]); }
   __device__ double cosine(int j) const { return gram[j] / lengths(j); }
   __device__ double attention(int j) const { return exp(temperature * cosine(j) - top) / total; }
@@ -86,7 +89,7 @@ static __global__ void __launch_bounds__(kRowWarps * 32) attend(Heads h, float* 
   float* out = attention + matrix * h.padded * h.padded + i;
   const AttentionRow row(h, matrix, min(i, h.size - 1));
   for (int j = threadIdx.x % 32; j < h.padded; j += 32)
-    out[j * h.padded] = i < h.size && j < h.size ? static_cast<float>(row.attention(j)) : 0.0f;
+    out[int64_t{j} * h.padded] = i < h.size && j < h.size ? static_cast<float>(row.attention(j)) : 0.0f;
 }
 
 // The gradient of the Gram matrices and, row by row, of the temperature, given d_attention[matrix][padded j][padded i]. A warp owns
@@ -100,10 +103,10 @@ static __global__ void __launch_bounds__(kRowWarps * 32)
   const float* d = d_attention + matrix * h.padded * h.padded + i;
   double* out = d_gram + row_of_warp() * h.size;
   double along = 0, by_temperature = 0;
-  for (int j = lane; j < h.size; j += 32) along += d[j * h.padded] * row.attention(j);
+  for (int j = lane; j < h.size; j += 32) along += d[int64_t{j} * h.padded] * row.attention(j);
   along = warp_sum(along);
   for (int j = lane; j < h.size; j += 32) {
-    const double d_score = row.attention(j) * (d[j * h.padded] - along);
+    const double d_score = row.attention(j) * (d[int64_t{j} * h.padded] - along);
     by_temperature += d_score * row.cosine(j);
     out[j] = d_score * row.temperature / row.lengths(j);
   }
@@ -113,7 +116,9 @@ static __global__ void __launch_bounds__(kRowWarps * 32)
 
 // dq = factor ∘ (matrix · k) + scale ∘ q, and dk alike with k and q exchanged; [head of an image][padded]. The factors keep what
 // float16 cannot hold out of the matrices: over a million pixels the Gram matrix has gradients of 1e-6 of d_attention. The scales are
-// of the matrices as rounded, so that dq stays orthogonal to q where the two terms nearly cancel.
+// of the matrices as rounded, so that dq stays orthogonal to q where the two terms nearly cancel. A q shorter than kLeastLength is
+// divided by a constant, and its dq is not orthogonal to it. A longer q of one pixel is ±1 after that, whatever it was: its dq is 0,
+// which the two terms would miss by their rounding over q's length, as short as that may be.
 template <class T>
 struct AttentionGrad {
   T *to_q, *to_k;  // [matrix][padded][padded], rows are q's and k's channels
@@ -132,17 +137,18 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   const int64_t matrix = row_of_warp() / h.padded;
   const int row = row_of_warp() % h.padded, lane = threadIdx.x % 32;
   if (matrix >= h.matrices) return;
-  const bool real = row < h.size;
   // Element j of the row lies at first + j·step.
   const auto make = [&](int64_t first, int64_t step, const float* norm, T* to, float* factor, float* scale) {
     const double* d = d_gram + matrix * h.size * h.size + first;
     const float* gram = h.from.gram + matrix * h.size * h.size + first;
+    const float length = row < h.size ? norm[matrix * h.size + row] : 1.0f;
+    const bool normalised = AttentionRow::normalised(length), real = row < h.size && !(h.one_pixel && normalised);
     double largest = 0, through = 0;
     for (int j = lane; real && j < h.size; j += 32) largest = fmax(largest, fabs(d[j * step]));
     for (int i = 16; i > 0; i /= 2) largest = fmax(largest, __shfl_xor_sync(~0u, largest, i));
     int exponent = 0;
     frexp(largest, &exponent);
-    const double unit = ldexp(1.0, exponent), length = real ? AttentionRow::length(norm[matrix * h.size + row]) : 1.0;
+    const double unit = ldexp(1.0, exponent);
     for (int j = lane; j < h.padded; j += 32) {
       const bool inside = real && j < h.size;
       const T rounded = from_float<T>(inside ? static_cast<float>(d[j * step] / unit) : 0.0f);
@@ -150,7 +156,9 @@ __global__ void __launch_bounds__(kRowWarps * 32)
       if (inside) through += to_float(rounded) * unit * gram[j * step];
     }
     through = warp_sum(through);
-    if (lane == 0) factor[row_of_warp()] = static_cast<float>(unit), scale[row_of_warp()] = static_cast<float>(-through / (length * length));
+    if (lane > 0) return;
+    factor[row_of_warp()] = static_cast<float>(unit);
+    scale[row_of_warp()] = normalised ? static_cast<float>(-through / (double{length} * length)) : 0.0f;
   };
   make(int64_t{row} * h.size, 1, h.from.q_norm, grad.to_q, grad.q_factor, grad.q_scale);
   make(row, h.size, h.from.k_norm, grad.to_k, grad.k_factor, grad.k_scale);
@@ -181,7 +189,7 @@ struct Attention {
   Heads heads(int64_t b, int64_t images) const {
     const int64_t row = b * shape.channels;
     return {{from.gram + row * size, from.q_norm + row, from.k_norm + row}, weights.temperature, images * shape.heads,
-            static_cast<int>(shape.heads), size, padded};
+            static_cast<int>(shape.heads), size, padded, shape.one_pixel()};
   }
   void attend(int64_t b, int64_t images, cudaStream_t stream) const {
     launch(image::attend, row_blocks(images * width), dim3(kRowWarps * 32), 0, stream, heads(b, images), attention);
@@ -199,7 +207,7 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   const Head h = head_of(a.shape, a.weights, 0, 2);
   const Shape& s = h.shape;
   const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), hidden = static_cast<int>(h.hidden());
-  const Steps steps(s, static_cast<int>(a.first), static_cast<int>(a.end), s.width * 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
+  const Steps steps(s, static_cast<int>(a.first), static_cast<int>(a.end), 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
                     kMostImages / heads);
   const auto walk_of = [&](int y, int rows, int64_t images) { return Walk{y, y + rows, s.height, s.width, hidden, 0, images}; };
   const int64_t pixels = steps.images * steps.buffer_rows(1) * s.width, count = s.channels * h.size;
@@ -235,7 +243,7 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   const Head h = head_of(a.shape, a.weights, 2, 1);
   const Shape& s = h.shape;
   const int heads = static_cast<int>(a.shape.heads), hidden = static_cast<int>(h.hidden()), padded = static_cast<int>(h.padded);
-  const Steps steps(s, s.width * 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
+  const Steps steps(s, 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
   const int64_t pixels = steps.images * steps.buffer_rows(1) * s.width, square = int64_t{s.channels} * hidden;
   const HeadWeights<T> weights(workspace, h, false);
   const Attention attention(workspace, a.shape, a.weights, a.attention, steps.images);
@@ -287,8 +295,8 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   const Shape& s = h.shape;
   const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), padded = static_cast<int>(h.padded), channels = s.channels;
   const int hidden = static_cast<int>(h.hidden()), third = hidden / 3, columns = static_cast<int>(round_up(channels, 8));
-  const int64_t row_bytes = s.width * 8 * third * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::row_bytes(h);
-  const Steps steps(s, row_bytes, 2, kBackwardBudget, kMostImages / heads);
+  const int64_t pixel_bytes = 8 * third * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::pixel_bytes(h);
+  const Steps steps(s, pixel_bytes, 2, kBackwardBudget, kMostImages / heads);
   const int64_t pixels = steps.images * steps.buffer_rows(2) * s.width, near = steps.images * steps.buffer_rows(1) * s.width;
   const int64_t matrices = steps.images * heads, combined_size = int64_t{third} * channels;
   const int64_t splits = splits_of(third, channels, steps.images, int64_t{steps.rows} * s.width);

@@ -1,18 +1,65 @@
 """The tests that every image op passes, as a base class; an op's own test file adds its arguments, definition and refusals."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from backend import BACKEND, DEVICE, DTYPES, PLACE, SLOW, raw_op
-from gold import assert_as_good_as_reference, run
+from gold import assert_as_good_as_reference, neighbours, run
 from torch import library
 
 IMAGE_DTYPES = {name: dtype for name, dtype in DTYPES.items() if BACKEND != "cpu" or dtype != torch.float16}
 
 
+SIDES = ((1, 2),) if SLOW else ((1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (9, 1))  # of images of few pixels
+CONTENTS = [("random", "flat"), ("grey", "grey", "grey", "black")]  # of the images of a batch; see fill
+DRAWS, FEW = 8, 2048  # neighbours that are drawn, and of how many pixels at most; see gold.py
+
+
 def double(tensors):
     return [None if t is None else t.double() for t in tensors]
+
+
+def fill(x, contents):
+    """Makes images of x the same in every pixel (flat), in every channel too (grey), or zero (black). The norm without a bias
+    multiplies a grey image by a thousand, which leaves float16's range if it is not dark."""
+    for image, content in zip(x, contents, strict=True):
+        if content == "flat":
+            image.copy_(image[:, :1, :1].clone().expand_as(image))
+        elif content == "grey":
+            image.fill_(image[0, 0, 0].item() / (64 if x.dtype == torch.float16 else 1))
+        elif content == "black":
+            image.zero_()
+
+
+def reference_and_gold(op, tensors, dy, keywords):
+    return run(op, tensors, dy, **keywords, backend="reference"), run(op, double(tensors), dy.double(), **keywords)
+
+
+def draws(op, tensors, dy, keywords, contents=None):
+    """Pairs of reference and gold: of these arguments, and of neighbours whose images have the same contents."""
+    inputs = [tensors, *neighbours(tensors, DRAWS if dy[0, 0].numel() <= FEW else 0)]
+    for x, *_ in inputs if contents else []:
+        fill(x, contents)
+    return [reference_and_gold(op, t, dy, keywords) for t in inputs]
+
+
+def few_pixels():
+    """(contents, norm's bias, sides, dtype): all of them, or where a launch takes a second some that have each."""
+    some = [(True, ((1, 1),), "f32"), (False, ((1, 2),), "f32"), (True, ((1, 2),), "bf16"), (False, ((9, 1),), "f16")]
+    every = [(bias, SIDES, dtype) for bias in (True, False) for dtype in IMAGE_DTYPES]
+    for contents in CONTENTS:
+        for bias, sides, dtype in some if SLOW else every:
+            name = "-".join([*contents, "bias" if bias else "biasfree", dtype])
+            yield pytest.param(contents, bias, sides, IMAGE_DTYPES[dtype], id=name)
+
+
+@functools.cache
+def case(test, shape, contents, dtype):
+    """(arguments, draws), the same for every instruction set."""
+    arguments = test.arguments(shape, dtype)
+    return arguments, draws(test.op, *arguments, contents)
 
 
 def cases(shapes, names):
@@ -26,14 +73,21 @@ def cases(shapes, names):
 
 
 class ImageOpTests:
-    """A subclass sets ``name``, ``op`` and ``small`` (a shape), and has ``arguments(shape, dtype) -> (tensors, dy, keywords)``
-    and ``saved_bytes(shape)``, what the backward pass may keep beside the parameters."""
+    """A subclass sets ``name``, ``op``, ``small`` (a shape) and ``channels`` (of a shape, what stands between batch and height),
+    and has ``arguments(shape, dtype) -> (tensors, dy, keywords)`` and ``saved_bytes(shape)``, what the backward pass may keep
+    beside the parameters."""
 
-    def check(self, tensors, dy, keywords, dtype):
-        gold = run(self.op, double(tensors), dy.double(), **keywords)
-        reference = run(self.op, tensors, dy, **keywords, backend="reference")
+    def check(self, arguments, draws, few=False):
+        tensors, dy, keywords = arguments
+        (reference, gold), *others = draws
         actual = run(self.op, tensors, dy, **keywords, backend=BACKEND)
-        assert_as_good_as_reference(actual, reference, gold, dtype, dy[:, 0].numel())
+        assert_as_good_as_reference(actual, reference, gold, dy.dtype, dy[:, 0].numel(), others, few)
+
+    @pytest.mark.parametrize(("contents", "bias", "sides", "dtype"), few_pixels())
+    def test_few_pixels(self, contents, bias, sides, dtype, isa):
+        """One and two pixels, a row, a column; images without contrast."""
+        for height, width in sides:
+            self.check(*case(type(self), (len(contents), *self.channels, height, width, bias), contents, dtype), few=True)
 
     def test_gradcheck(self):
         tensors, _, keywords = self.arguments((1, 4, 2, 3, 4, True), torch.float32)

@@ -66,6 +66,20 @@ def test_forward_and_backward(shape, dtype, isa):
     assert_as_good_as_reference(actual, reference, gold, dtype, shape[0] * shape[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("features", ["bias", "bld reverse"])
+def test_short_and_constant_sequences(features, dtype, isa):
+    """Random sequences, constant ones and zeros, of one token, two and some."""
+    for length in (1, 2, 19):
+        tensors, keywords, dy = arguments((3, 5, length, 4, features), dtype)
+        x = tensors["x"]
+        x[1] = x[1, :1].clone() if "bld" in features else x[1, :, :1].clone()
+        x[2] = 0
+        gold = run({k: v.double() for k, v in tensors.items()}, keywords, dy, backend="reference")
+        reference, actual = (run(tensors, keywords, dy, backend=b) for b in ("reference", BACKEND))
+        assert_as_good_as_reference(actual, reference, gold, dtype, 3 * length)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_definition(reverse):
     """The reference against the formula, token by token."""

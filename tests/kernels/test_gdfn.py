@@ -4,7 +4,7 @@ import pytest
 import torch
 from backend import BACKEND, DEVICE, SLOW
 from calls import image_call
-from image_op import ImageOpTests, cases
+from image_op import ImageOpTests, case, cases, draws
 
 from autohdr.kernels import gdfn
 
@@ -54,6 +54,7 @@ class TestGdfn(ImageOpTests):
     name = "gdfn"
     op = staticmethod(gdfn)
     small = (2, 8, 21, 6, 5, True)
+    channels = (10, 21)
 
     @staticmethod
     def arguments(shape, dtype):
@@ -80,7 +81,7 @@ class TestGdfn(ImageOpTests):
 
     @pytest.mark.parametrize(("shape", "dtype"), CASES)
     def test_forward_and_backward(self, shape, dtype, isa):
-        self.check(*self.arguments(shape, dtype), dtype)
+        self.check(*case(type(self), shape, None, dtype))
 
     def test_definition(self):
         """The reference against the equations, written out with the exact gelu."""
@@ -102,7 +103,12 @@ class TestGdfn(ImageOpTests):
         side = 48 if SLOW else 640
         tensors, dy, keywords = self.arguments((1, 4, 5, side, side, True), torch.float32)
         tensors[0], dy = 3 + 0.01 * tensors[0], 1 + 0.01 * dy
-        self.check(tensors, dy, keywords, torch.float32)
+        self.check((tensors, dy, keywords), draws(self.op, tensors, dy, keywords))
+
+    def test_many_channels(self):
+        """Whose sums over the pixels do not fit the shared memory that a GPU gives a block."""
+        tensors, dy, keywords = self.arguments((1, 1600, 3, 1, 2, True), torch.float32)
+        self.check((tensors, dy, keywords), draws(self.op, tensors, dy, keywords))
 
     def test_nan_stays_in_its_neighbourhood(self):
         tensors, _, _ = self.arguments((1, 8, 21, 7, 9, True), torch.float32)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from backend import BACKEND, DEVICE, PLACE, SLOW
 from calls import image_call
-from image_op import ImageOpTests, cases
+from gold import run
+from image_op import CONTENTS, IMAGE_DTYPES, SIDES, ImageOpTests, case, cases, double, draws, fill
 
 from autohdr.kernels import mdta, mdta_apply, mdta_statistics
 
@@ -53,6 +54,7 @@ class TestMdta(ImageOpTests):
     name = "mdta"
     op = staticmethod(mdta)
     small = (2, 8, 2, 6, 5, True)
+    channels = (10, 2)
 
     @staticmethod
     def arguments(shape, dtype):
@@ -80,7 +82,42 @@ class TestMdta(ImageOpTests):
 
     @pytest.mark.parametrize(("shape", "dtype"), CASES)
     def test_forward_and_backward(self, shape, dtype, isa):
-        self.check(*self.arguments(shape, dtype), dtype)
+        self.check(*case(type(self), shape, None, dtype))
+
+    # Not float16, beyond whose range the gradient of so short a q lies.
+    @pytest.mark.parametrize("dtype", [torch.float32] if SLOW else [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", ["no temperature", "no q", "no q, no k", "short"])
+    def test_degenerate_attention(self, kind, dtype, isa):
+        """q and k that are zero, or shorter than the 1e-12 that they are divided by at least, or not much longer."""
+        for height, width in ((1, 1), (3, 4)):
+            tensors, dy, keywords = self.arguments((1, 8, 2, height, width, True), dtype)
+            if kind == "no temperature":
+                tensors[5].zero_()
+            elif kind == "short":
+                exponents = torch.arange(16, device=DEVICE) * 5 % 16  # of lengths around the least one, in no order
+                tensors[3][:16] *= 10.0 ** (-9 - 6 / 15 * exponents[:, None, None, None])
+            else:
+                tensors[3][: 8 if kind == "no q" else 16] = 0
+            self.check((tensors, dy, keywords), draws(self.op, tensors, dy, keywords), few=True)
+
+    @pytest.mark.parametrize("dtype", IMAGE_DTYPES.values(), ids=IMAGE_DTYPES)
+    def test_one_pixel_leaves_q_and_k_alone(self, dtype, isa):
+        """They are ±1 once they have their length, whatever they were."""
+        tensors, dy, keywords = self.arguments((3, 10, 2, 1, 1, True), dtype)
+        d_qkv, d_dwconv = run(mdta, tensors, dy, **keywords, backend=BACKEND)[4:6]
+        assert not d_qkv[:20].any() and not d_dwconv[:20].any() and d_qkv[20:].any() and d_dwconv[20:].any()
+
+    @pytest.mark.parametrize("contents", CONTENTS, ids="-".join)
+    def test_passes_over_few_pixels(self, contents, isa):
+        for height, width in SIDES:
+            (x, *parameters), _, keywords = self.arguments((len(contents), *self.channels, height, width, True), torch.float32)
+            fill(x, contents)
+            heads = keywords["num_heads"]
+            statistics = mdta_statistics(x, parameters, heads, 0, height, backend=BACKEND)
+            for actual, gold in zip(statistics, mdta_statistics(x.double(), double(parameters), heads, 0, height), strict=True):
+                torch.testing.assert_close(actual, gold, rtol=1e-5, atol=1e-5 * gold.abs().max().item())
+            y = mdta_apply(x, parameters, heads, statistics, backend=BACKEND)
+            assert torch.equal(y, mdta(x, *parameters, **keywords, backend=BACKEND))
 
     def test_definition(self):
         """The reference against the equations, written out for one head."""
@@ -102,7 +139,7 @@ class TestMdta(ImageOpTests):
         side = 48 if SLOW else 640
         tensors, dy, keywords = self.arguments((1, 4, 1, side, side, True), torch.float32)
         tensors[0], dy = 3 + 0.01 * tensors[0], 1 + 0.01 * dy
-        self.check(tensors, dy, keywords, torch.float32)
+        self.check((tensors, dy, keywords), draws(self.op, tensors, dy, keywords))
 
     def test_nan_reaches_the_whole_image(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)

@@ -142,6 +142,21 @@ def test_backward(shape, dtype, isa):
         assert_good([out, grad], dtype, shape[0] * shape[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld reverse rank1 bias softplus"])
+def test_short_and_constant_sequences(features, dtype, isa):
+    """Random sequences, constant ones and zeros, of one token, two and some."""
+    for length in (1, 2, 19):
+        tensors, keywords, grads = arguments((3, 5, length, 4, 1, features), dtype)
+        for t in (tensors[k] for k in SEQUENCES if k in tensors):
+            t[1] = t[1, :1].clone() if "bld" in features else t[1, ..., :1].clone()
+            t[2] = 0
+        gold = run({k: v.double() for k, v in tensors.items()}, keywords, grads, backend="reference")
+        reference, actual = (run(tensors, keywords, grads, backend=b) for b in ("reference", BACKEND))
+        for output in zip(actual, reference, gold, strict=True):
+            assert_good([output], dtype, 3 * length)
+
+
 def test_definition():
     """The reference against the equations, one channel, state and token at a time."""
     t, keywords, _ = arguments((1, 4, 5, 2, 2, "D z bias softplus initial"))

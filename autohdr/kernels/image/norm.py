@@ -34,6 +34,14 @@ class Norm(NamedTuple):
         return self._replace(shift=self.shift[:, first:end], factor=self.factor[:, first:end])
 
 
+@triton.jit
+def _mean(value, at, inside, there, channels):
+    """The means of pixels' channels. Summed as differences from the first channel, which lies `at`: the mean of equal channels is
+    exact, whose rounding 1 / √eps would multiply."""
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return first + tl.sum(tl.where(there, value - first[:, None], 0.0), 1) / channels
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _stats(x, shift, factor, pixels, channels, eps, BIASED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Of every pixel: the mean, or 0 without a bias, and 1 / sqrt(variance + eps). A program owns BM pixels of an image."""
@@ -43,7 +51,7 @@ def _stats(x, shift, factor, pixels, channels, eps, BIASED: tl.constexpr, BM: tl
     there = inside[:, None] & (channel < channels)[None, :]
     at = x.data + image * x.image + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     value = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 1) / channels
+    mean = _mean(value, x.data + image * x.image + pixel.to(tl.int64) * channels, inside, there, channels)
     centred = tl.where(there, value - mean[:, None], 0.0)
     place = image * pixels + pixel
     tl.store(factor + place, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps), mask=inside)
@@ -98,7 +106,8 @@ def _backward(
         at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
         value = tl.load(x.data + image * x.image + at, mask=there, other=0.0).to(tl.float32)
         d = tl.load(d_normal.data + image * d_normal.image + at, mask=there, other=0.0)
-        centred = tl.where(there, value - (tl.sum(value, 1) / channels)[:, None], 0.0)
+        mean = _mean(value, x.data + image * x.image + pixel.to(tl.int64) * channels, pixel < pixels, there, channels)
+        centred = tl.where(there, value - mean[:, None], 0.0)
         factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)[:, None]
         normal = tl.where(there, (centred if BIASED else value) * factor, 0.0)  # where nothing is, factor may be infinite
         g = d * w

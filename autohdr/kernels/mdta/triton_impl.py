@@ -15,6 +15,8 @@ from autohdr.kernels.image.repack import round_up
 from autohdr.kernels.image.steps import BACKWARD_BUDGET, FORWARD_BUDGET, Buffer, Steps
 from autohdr.kernels.image.view import View
 
+LEAST_LENGTH = 1e-12  # that q and k are divided by
+
 
 def forward(
     x: Tensor,
@@ -113,12 +115,12 @@ def backward(
     from_, back, to = View.of(x), View.of(dy), View.of(dx)
     small = _Attention(gram, q_norm, k_norm, temperature, project_out_weight)
     d_combined = _combined_grad(from_, back, norm_weight, norm_bias, qkv_weight, dwconv_weight, num_heads, eps)
-    d_gram, q_scale, k_scale, d_temperature, d_project_out = small.backward(d_combined)
+    to_q, q_scale, to_k, k_scale, d_temperature, d_project_out = small.backward(d_combined, one_pixel=from_.place.pixels == 1)
 
     expansion, channels = Expansion(from_, norm_weight, norm_bias, qkv_weight, dwconv_weight, 3 * num_heads, eps), x.shape[1]
     pad, part = expansion.groups.padding, num_heads * expansion.groups.padded
-    to_q, q_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)), F.pad(q_scale, (0, pad)), x.dtype)
-    to_k, k_scale = _scaled(F.pad(d_gram, (0, pad, 0, pad)).transpose(2, 3), F.pad(k_scale, (0, pad)), x.dtype)
+    to_q, q_scale = _scaled(F.pad(to_q, (0, pad, 0, pad)), F.pad(q_scale, (0, pad)), x.dtype)
+    to_k, k_scale = _scaled(F.pad(to_k, (0, pad, 0, pad)), F.pad(k_scale, (0, pad)), x.dtype)
     to_v = F.pad(small.combined, (0, pad, 0, 0, 0, round_up(channels) - channels)).flatten(2).transpose(1, 2)
     to_v = to_v.to(x.dtype).contiguous()[:, None]
 
@@ -176,7 +178,8 @@ class _Attention:
 
     def __init__(self, gram: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor, project_out_weight: Tensor):
         heads = gram.shape[1]
-        self.q, self.k = (n.double().clamp_min(1e-12).unflatten(1, (heads, -1)) for n in (q_norm, k_norm))
+        self.q_norm, self.k_norm = (n.unflatten(1, (heads, -1)) for n in (q_norm, k_norm))
+        self.q, self.k = (n.clamp_min(LEAST_LENGTH).double() for n in (self.q_norm, self.k_norm))
         self.temperature = temperature.double()
         self.cosine = gram.double() / (self.q[..., :, None] * self.k[..., None, :])
         self.attention = torch.softmax(self.cosine * self.temperature, -1)
@@ -184,14 +187,29 @@ class _Attention:
         self.combined = torch.einsum("ohi,bhij->bohj", self.project_out, self.attention)
         """project_out · blockdiag(attention) [batch, channels, heads, size]"""
 
-    def backward(self, d_combined: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The gradients of gram, of q and k through their lengths as multiples of q and k [batch, heads, size], of temperature
-        and of project_out."""
+    def backward(self, d_combined: Tensor, one_pixel: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """to_q, q_scale, to_k and k_scale, [batch, heads, size, size] and [batch, heads, size]: dq = to_q k + q_scale q, and dk =
+        to_k q + k_scale k; the gradients of temperature and of project_out."""
         d_project_out = torch.einsum("bohj,bhij->ohi", d_combined, self.attention)
         d_attention = torch.einsum("bohj,ohi->bhij", d_combined, self.project_out)
         d_score = self.attention * (d_attention - (d_attention * self.attention).sum(-1, keepdim=True))
         d_cosine = d_score * self.temperature
         through = d_cosine * self.cosine
         d_gram = d_cosine / (self.q[..., :, None] * self.k[..., None, :])
-        q_scale, k_scale = -through.sum(3) / self.q.square(), -through.sum(2) / self.k.square()
-        return d_gram, q_scale, k_scale, (d_score * self.cosine).sum((0, 2, 3)), d_project_out
+        q = _through_length(d_gram, through.sum(3) / self.q.square(), self.q_norm, one_pixel)
+        k = _through_length(d_gram.transpose(2, 3), through.sum(2) / self.k.square(), self.k_norm, one_pixel)
+        return *q, *k, (d_score * self.cosine).sum((0, 2, 3)), d_project_out
+
+
+def _through_length(d_gram: Tensor, along: Tensor, norm: Tensor, one_pixel: bool) -> tuple[Tensor, Tensor]:
+    """to_q and q_scale of vectors q of the lengths `norm`, given the gradient of q kᵀ and what it has along q.
+
+    A q shorter than LEAST_LENGTH is divided by a constant, and its gradient is not orthogonal to it. A longer q of one pixel
+    becomes ±1, whatever it was. Its gradient is 0 then; to_q k and q_scale q, which cancel, would leave their rounding, divided
+    by q's length, as short as that may be.
+    """
+    normalised = norm >= LEAST_LENGTH
+    if one_pixel:
+        d_gram = d_gram.masked_fill(normalised[..., None], 0)
+        along = torch.zeros_like(along)
+    return d_gram, -along.masked_fill(~normalised, 0)
