@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, free_bytes, measure, resident_bytes, seconds_by_pixels
 from autohdr.models import create_model, tiling
+from autohdr.models.layers import as_on_a_gpu
 from autohdr.models.network import Network
 from autohdr.models.registry import build
 
@@ -142,7 +143,7 @@ def plan(
     if max_memory is not None:
         held = resident_bytes(here) if here == device else 0
         return _plan_strips(network, shape, precision, here, max_memory, held, timed)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else as_on_a_gpu():
         network.to_empty(device=here)
         parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
     weights = sum(p.numel() * p.element_size() for p in network.parameters())

@@ -15,7 +15,7 @@ from autohdr import measure as measuring
 from autohdr.errors import UserError
 from autohdr.models import create_model
 from autohdr.models.tiling import make_plan
-from autohdr.plan import AVERAGE, GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, SCRATCH, plan
+from autohdr.plan import AVERAGE, GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, SCRATCH, plan, table
 
 # Freed memory goes back at once, as it does by itself from 32 MiB on: what is measured is what the pass needs.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -137,6 +137,17 @@ def test_a_gpu_is_planned_for_where_there_is_none():
         assert there.seconds is None
         half = plan("restormer_nano", 256, precision="bfloat16", mode="training")
         assert there.parts[SAVED] == half.parts[SAVED]  # the fused ops', of the same size
+
+
+def test_the_meta_device_counts_tensors_alone():
+    """As a GPU's, whose scratch memory comes on top; so does what a model on it is planned with elsewhere."""
+    for options in ({}, {"precision": "bfloat16", "mode": "training"}):
+        meta, gpu = (plan("restormer_nano", 128, device=device, timed=True, **options) for device in ("meta", "cuda"))
+        assert meta.parts == gpu.parts | {SCRATCH: 0} and meta.seconds is None
+    with torch.device("meta"):
+        model = create_model("restormer_nano")
+    assert plan(model, 128) == plan("restormer_nano", 128)
+    assert "There is no meta here" in table("restormer_nano", (64, 64), 1, "meta")
 
 
 def test_recomputing_keeps_a_block_of_many():

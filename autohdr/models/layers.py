@@ -1,10 +1,13 @@
 """What the networks share below the level of a block: padding, convolutions, and modules that are used without being called."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autohdr.errors import UserError
 
@@ -76,7 +79,7 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 STRIP_BYTES = 2 << 20
-"""Of a strip's float32 input or output in a half-precision convolution on a CPU, unless the weights are larger, which oneDNN
+"""Of a strip of a half-precision convolution on a CPU in float32, input or output, unless the weights are larger, which oneDNN
 reorders in each call."""
 
 
@@ -109,9 +112,23 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolve(x, weight, bias, dtype, 1, 0, 1, False)
 
 
+_as_on_a_gpu = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Convolutions on the CPU save and take what those of a GPU do: to plan for one where there is none."""
+    global _as_on_a_gpu
+    _as_on_a_gpu = True
+    try:
+        yield
+    finally:
+        _as_on_a_gpu = False
+
+
 def _half_on_cpu(x: Tensor) -> torch.dtype | None:
     """The half-precision dtype that a convolution of x is to return, where it is to compute in float32; None elsewhere."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or _as_on_a_gpu:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x.dtype
     return dtype if dtype.itemsize == 2 else None
@@ -181,10 +198,12 @@ def _new_image(like: Tensor, channels: int, shape, dtype: torch.dtype) -> Tensor
 
 
 def _strips(a: Tensor, b: Tensor, weight: Tensor):
-    """[first, end) of rows of a, so that as float32 neither they nor b's rows beside them take more than STRIP_BYTES."""
+    """[first, end) of the rows of a, where b is the convolution's other image."""
     height = a.shape[2]
     bytes_a_row = 4 * max(a.numel(), b.numel()) / height
     rows = max(int(max(STRIP_BYTES, 4 * weight.numel()) / bytes_a_row), 1)
+    if isinstance(a, FakeTensor):  # while planning: one strip takes what each of them takes
+        height = min(height, rows)
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from autohdr.errors import UserError
-from autohdr.models import create_model, in_strips
+from autohdr.models import create_model, in_strips, load_checkpoint, save_weights
 from autohdr.models.layers import Conv2d
 
 
@@ -179,16 +181,30 @@ def test_quantised_linear_layers_are_refused():
 
 
 class LowRank(nn.Module):
-    """LoRA as a parametrisation, as docs/fine_tuning.md has it."""
+    """As docs/fine_tuning.md has it."""
 
     def __init__(self, weight, rank=2):
         super().__init__()
         out, ins = weight.shape[0], math.prod(weight.shape[1:])
-        self.down = nn.Parameter(torch.randn(rank, ins) / ins**0.5)
+        self.down = nn.Parameter(torch.randn(rank, ins) / math.sqrt(ins))
         self.up = nn.Parameter(torch.zeros(out, rank))
 
     def forward(self, weight):
         return weight + (self.up @ self.down).view_as(weight)
+
+
+def test_the_example_of_the_docs(small, tmp_path, monkeypatch):
+    """Frozen but for the low-rank parts, and a plain network in the end, that differs in its pointwise weights alone."""
+    before = small()
+    save_weights(tmp_path / "weights.safetensors", before, {"epoch": 3})
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "fine_tuning.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    exec(compile(example, page, "exec"), {})
+    tuned = load_checkpoint("tuned.safetensors")
+    assert tuned.metadata == {"epoch": 3}
+    changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {name for name, p in before.named_parameters() if p.ndim == 4 and p.shape[2:] == (1, 1)}
 
 
 def test_a_parametrised_weight_is_what_is_computed_with(model):

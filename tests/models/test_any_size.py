@@ -94,3 +94,23 @@ def test_compiles_once_for_every_size_but_the_smallest(network, least):
     sizes = [(max(height, least), max(width, least)) for height, width in SIZES]
     assert largest_difference(program, network, sizes, batches=[2]) <= 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["restormer_base", "restormer_official", "mamba_diffusion_large"])
+def test_counting_parameters_takes_no_data(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert sum(p.numel() for p in model.parameters()) > 10**7 and {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "network", [("restormer_nano", {}), ("restormer_official", {}), ("mamba_diffusion_nano", {})], indirect=True, ids=str
+)
+def test_a_forward_pass_on_meta_gives_the_shape(network):
+    network = network.to("meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        image = torch.empty(2, 3, 21, 13, device="meta", dtype=dtype)
+        output = network.to(dtype)(image)
+        assert output.device.type == "meta" and output.shape == image.shape and output.dtype == dtype
+    assert isinstance(network.to(torch.float32).requires_grad_(True)(image.float()).sum().backward(), type(None))
+    assert all(p.grad.shape == p.shape for p in network.parameters())
