@@ -19,7 +19,8 @@ demo: install
 # A process a core, of one thread each; tests of several threads ask for them. What a test starts in another process is not counted
 # in the figure of coverage.
 test: install lint
-	$(PYTEST) --cov --cov-report=
+	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
+	  $(PYTEST) --cov --cov-report=
 	@echo "Lines of autohdr/ that the tests run: $$($(BIN)/coverage report --format=total) %"
 
 # For daily work: lint, reference, CPU kernels, models and command line, about a minute.
