@@ -17,8 +17,8 @@ def run(op, tensors, dy, **keywords):
 
 
 def neighbours(tensors, count):
-    """Yields tensors whose values differ from these by one eps or not at all. It is the eps of the first one's dtype, which the
-    reference rounds all of them to."""
+    """Yields tensors whose values differ from these by one eps or not at all, that of the first one's dtype, which the reference
+    rounds all of them to."""
     g, eps = torch.Generator().manual_seed(1), torch.finfo(tensors[0].dtype).eps
     for _ in range(count):
         moves = [None if t is None else torch.randint(-1, 2, t.shape, generator=g).to(t.device) for t in tensors]

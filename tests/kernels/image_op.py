@@ -83,7 +83,7 @@ class ImageOpTests:
         actual = run(self.op, tensors, dy, **keywords, backend=BACKEND)
         assert_as_good_as_reference(actual, reference, gold, dy.dtype, dy[:, 0].numel(), others, few)
 
-    @pytest.mark.parametrize(("contents", "bias", "sides", "dtype"), few_pixels())
+    @pytest.mark.parametrize(("contents", "bias", "sides", "dtype"), list(few_pixels()))
     def test_few_pixels(self, contents, bias, sides, dtype, isa):
         """One and two pixels, a row, a column; images without contrast."""
         for height, width in sides:
