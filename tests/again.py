@@ -59,4 +59,4 @@ def run_tests(*arguments: str | Path, env: dict[str, str], part: str = "0/1") ->
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
     env = os.environ | {"AUTOHDR_TEST_PART": part, "OMP_NUM_THREADS": "1"} | env
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
+    assert done.returncode == 0, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-20000:]}"
