@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.grad import conv2d_weight
 
 from autohdr.errors import UserError
 
@@ -17,7 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class Uncalled(UserError):
     """A module that is used without being called would do something else if it were called."""
 
-    def __init__(self, module: nn.Module, reason: str):
+    def __init__(self, module: object, reason: str):
         super().__init__(
             f"{reason}. It is not called for the whole image: a kernel takes its weight, or others call its parts. "
             "Parametrise the weight (torch.nn.utils.parametrize) or merge the adapter into it: docs/fine_tuning.md"
@@ -25,7 +26,7 @@ class Uncalled(UserError):
         self.module = module
 
 
-def reach(module: nn.Module, kind: type[Module], **expected: Any) -> Module:
+def reach(module: object, kind: type[Module], **expected: Any) -> Module:
     """The module, for who takes its weights or its parts without calling it.
 
     Raises Uncalled where a call would do anything else than `kind` does: hooks, a wrapper in its place (an adapter), a forward of
@@ -50,7 +51,8 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     height, width = image.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
     if torch.compiler.is_compiling():  # one program for all sizes: no branch may depend on them
-        reflects = torch.sym_min(torch.sym_max(torch.sym_min(height - bottom, width - right), 0), 1)  # 1 or 0
+        least = torch.sym_min(height - bottom, width - right)
+        reflects: int = torch.sym_min(torch.sym_max(least, 0), 1)  # pyright: ignore[reportAssignmentType]  1 or 0, no float
         rows, columns = _places(image, height, multiple, reflects), _places(image, width, multiple, reflects)
         return image.permute(0, 2, 3, 1).index_select(1, rows).index_select(2, columns).permute(0, 3, 1, 2)
     if not (bottom or right):
@@ -90,6 +92,8 @@ class Conv2d(nn.Conv2d):
     nine times its input's memory, with AVX512-BF16 half as fast as float32. Here strips of rows are widened one after the other.
     """
 
+    padding: tuple[int, int]
+
     def forward(self, x: Tensor) -> Tensor:
         if (dtype := _half_on_cpu(x)) is None:
             return super().forward(x)
@@ -98,6 +102,8 @@ class Conv2d(nn.Conv2d):
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d without output padding, in half precision as Conv2d."""
+
+    padding: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
         if (dtype := _half_on_cpu(x)) is None:
@@ -134,12 +140,14 @@ def _half_on_cpu(x: Tensor) -> torch.dtype | None:
     return dtype if dtype.itemsize == 2 else None
 
 
-def _convolve(x, weight, bias, dtype, stride: int, padding: int, groups: int, transposed: bool) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, stride: int, padding: int, groups: int, transposed: bool
+) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         if torch.compiler.is_compiling():  # how many strips there are would be a branch
             function = F.conv_transpose2d if transposed else F.conv2d
-            wide = (None if t is None else t.float() for t in (x, weight, bias))
-            return function(*wide, stride=stride, padding=padding, groups=groups).to(dtype)
+            wide_bias = None if bias is None else bias.float()
+            return function(x.float(), weight.float(), wide_bias, stride=stride, padding=padding, groups=groups).to(dtype)
         return _HalfConvolution.apply(x, weight, bias, dtype, stride, padding, groups, transposed)
 
 
@@ -183,8 +191,14 @@ class _HalfConvolution(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
             for first, end in _strips(small, large, weight):
                 rows = _rows_under(large, weight, first, end, stride, padding)
-                d_weight += torch.nn.grad.conv2d_weight(
-                    rows, weight.shape, small[:, :, first:end].float(), stride, (0, padding), 1, groups
+                d_weight += conv2d_weight(
+                    rows,
+                    weight.shape,
+                    small[:, :, first:end].float(),
+                    stride,
+                    (0, padding),  # pyright: ignore[reportArgumentType]  torch declares no pair
+                    1,
+                    groups,
                 )
             d_weight = d_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:

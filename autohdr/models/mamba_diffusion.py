@@ -207,6 +207,8 @@ class WindowAttention(nn.Module):
     forward(x): (B, C, H, W) to the same shape, any H and W: windows that stick out attend to their pixels inside the image alone.
     """
 
+    relative_position_index: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 2, HEADS))
@@ -295,6 +297,7 @@ class MambaDiffusion(Network):
     """
 
     Config = MambaDiffusionConfig
+    config: MambaDiffusionConfig
     shard_units = {Group: False}
     can_recompute = True
 

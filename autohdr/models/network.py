@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -40,13 +40,21 @@ class Embed(NamedTuple):
 class Half(NamedTuple):
     """Of a block: x = module(x, norm), with its residual. It reads one pixel around each.
 
-    kind: the class of the module, for who doesn't call it for a whole image. One that also sums over all pixels has `statistics`
-        and `attend`, as restormer.Attention.
+    kind: the class of the module, for who doesn't call it for a whole image. One that also sums over all pixels is
+        Summing too, as restormer.Attention.
     """
 
     module: nn.Module
     norm: nn.Module
     kind: type[nn.Module]
+
+
+class Summing(Protocol):
+    """The module of a half that sums over all pixels: `statistics` of each strip, added up, are what `attend` needs."""
+
+    def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]: ...
+
+    def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor: ...
 
 
 class Blocks(NamedTuple):
@@ -65,7 +73,7 @@ class Down(NamedTuple):
 class Up(NamedTuple):
     """Layers to twice the height and width; then x = join(x, what waited for it), pixel by pixel, perhaps in place."""
 
-    layers: list[Callable[[Tensor], Tensor]]
+    layers: Sequence[Callable[[Tensor], Tensor]]
     join: Callable[[Tensor, Tensor], Tensor]
     channels: int
 

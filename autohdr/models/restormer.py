@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
         self.project_out = _conv(channels, channels, 1)
 
-    def _weights(self, norm: nn.Module) -> tuple[Tensor | None, ...]:
+    def _weights(self, norm: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         """As kernels.mdta takes them."""
         norm, qkv = reach(norm, Norm), _weight(self.qkv, 1)
         dwconv = _weight(self.qkv_dwconv, 3, groups=len(qkv))
@@ -173,6 +173,7 @@ class Restormer(Network):
     """
 
     Config = RestormerConfig
+    config: RestormerConfig
     shard_units = {Attention: True, FeedForward: True}
     multiple = 8
 
@@ -205,7 +206,7 @@ class Restormer(Network):
 
     def stages(self) -> list[Stage]:
         c1, c2, c3, c4 = (self.config.dim << i for i in range(4))
-        found = [Embed([self.patch_embed], c1)]
+        found: list[Stage] = [Embed([self.patch_embed], c1)]
         for level, down, channels in (
             (self.encoder_level1, self.down1_2, c2),
             (self.encoder_level2, self.down2_3, c3),

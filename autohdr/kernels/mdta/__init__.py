@@ -94,7 +94,7 @@ def mdta_apply(
     x: Tensor,
     parameters: Sequence[Tensor | None],
     num_heads: int,
-    statistics: tuple[Tensor, Tensor, Tensor],
+    statistics: Sequence[Tensor],
     *,
     eps: float = 1e-6,
     backend: str = "auto",
