@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
 from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes, seconds_by_pixels
 from autohdr.models.layers import Conv2d, Uncalled, pad_to_multiple, reach
-from autohdr.models.network import Blocks, Down, Embed, Half, Network, Stage, Up
+from autohdr.models.network import Blocks, Down, Embed, Half, Network, Stage, Summing, Up
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Plan:
         return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}{seconds}"
 
 
-def works_in_strips(model: nn.Module | None) -> bool:
+def works_in_strips(model: nn.Module | None) -> TypeGuard[Network]:
     return isinstance(model, Network) and bool(model.stages())
 
 
@@ -217,7 +217,8 @@ class _Map:
         self.row_shape, self.like = (width, channels), like.new_empty(0, dtype=dtype)
         self.row_bytes = width * channels * dtype.itemsize
         self.file = tempfile.TemporaryFile() if place == FILED else None
-        self.rows = None if place == FILED else self.like.new_empty((height, *self.row_shape))
+        if self.file is None:
+            self.rows = self.like.new_empty((height, *self.row_shape))
 
     def read(self, first: int, end: int) -> Tensor:
         """Rows [first, end) as an image; a view of them where the map is in memory."""
@@ -226,7 +227,7 @@ class _Map:
         else:
             rows = torch.empty((end - first, *self.row_shape), dtype=self.like.dtype)
             self.file.seek(first * self.row_bytes)
-            self.file.readinto(rows.view(torch.uint8).numpy())
+            self.file.readinto(rows.view(torch.uint8).numpy().data)
             rows = rows.to(self.like.device)
         return rows.permute(2, 0, 1)[None]
 
@@ -237,7 +238,7 @@ class _Map:
             return
         self.file.seek(first * self.row_bytes)
         try:
-            self.file.write(rows.to("cpu", self.like.dtype).contiguous().view(torch.uint8).numpy())
+            self.file.write(rows.to("cpu", self.like.dtype).contiguous().view(torch.uint8).numpy().data)
         except OSError as error:
             raise UserError(f"a feature map can't be kept in {tempfile.gettempdir()} (TMPDIR): {error.strerror}") from error
 
@@ -246,7 +247,7 @@ class _Map:
         whole, self.file = self.rows, tempfile.TemporaryFile()
         for y in range(0, self.height, rows):
             self.write(y, whole[y : y + rows].permute(2, 0, 1)[None])
-        self.rows = None
+        del self.rows
 
 
 class _Run:
@@ -258,7 +259,7 @@ class _Run:
 
     def result(self) -> Tensor:
         padded = pad_to_multiple(self.image, self.model.multiple)
-        x = _Map(3, *padded.shape[-2:], MEMORY, padded, padded.dtype)
+        x = _Map(3, padded.shape[2], padded.shape[3], MEMORY, padded, padded.dtype)
         x.rows = padded[0].permute(1, 2, 0)
         del padded
         places, waiting = iter(self.plan.places), []
@@ -295,17 +296,19 @@ class _Run:
                 x = target
                 del skip, target
             else:
-                return self.output(x, stage.layers)
+                result = self.output(x, stage.layers)
+        return result
 
     def half(self, x: _Map, half: Half) -> None:
         module, norm, kind = half
         layer = partial(reach(module, kind), norm=norm)
         if _sums(half):
+            summing = cast(Summing, module)
 
             def of_strip(rows: Tensor, own: slice, y: int) -> tuple[Tensor, ...]:
-                return module.statistics(rows, norm, own.start, own.stop)
+                return summing.statistics(rows, norm, own.start, own.stop)
 
-            layer = partial(module.attend, norm=norm, statistics=_add(self.strips(x, of_strip)))
+            layer = partial(summing.attend, norm=norm, statistics=_add(self.strips(x, of_strip)))
         self.write(x, self.strips(x, lambda rows, own, y: layer(rows)[:, :, own]), 1)
 
     def convolve(self, source: _Map, target: _Map, layers: Sequence[nn.Module]) -> None:
@@ -329,12 +332,11 @@ class _Run:
 
     def write(self, target: _Map, strips: Iterator[tuple[int, Tensor]], scale: float) -> None:
         """Each strip only when the next one is made, which may read this one's rows as they were."""
-        late = None
+        first, late = next(strips)
         for y, out in strips:
-            if late:
-                target.write(*late)
-            late = int(y * scale), out
-        target.write(*late)
+            target.write(int(first * scale), late)
+            first, late = y, out
+        target.write(int(first * scale), late)
 
     def strips(self, source: _Map, step: Callable[[Tensor, slice, int], Any], scale: int = 1) -> Iterator[tuple[int, Any]]:
         """y, step(x, own, y) for strips from row y on: x has a row more above and below, where there are any; own: the strip's.
@@ -372,7 +374,7 @@ def _layers(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, own: slice,
 
 
 def _add(strips: Iterator[tuple[int, tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
-    total = None
+    _, total = next(strips)
     for _, sums in strips:
-        total = sums if total is None else tuple(map(torch.add, total, sums))
+        total = tuple(map(torch.add, total, sums))
     return total
