@@ -266,13 +266,14 @@ def _scratch_bytes(network: Network, training: bool, device: torch.device) -> in
 
 def _seconds(planned: Network, shape, precision, training, device) -> float | None:
     """From small images of growing size, the last one above a third of a second, on a network of its own."""
-    network = build(planned.config).to(device, memory_format=torch.channels_last)
+    network = build(planned.config)
+    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
     network.recompute = planned.recompute
     optimizer = torch.optim.AdamW(network.parameters()) if training else None
 
     def run(side: int) -> None:
         source = torch.rand(1, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        if training:
+        if optimizer is not None:
             optimizer.zero_grad()
             _step(network, source, source, precision)
             optimizer.step()

@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def _read_pickle(path: Path) -> WeightFile:
 
 
 def _unpickle(path: Path) -> Any:
-    allowed = _numpy_scalars()
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [*_numpy_scalars()]
     while True:
         try:
             # As a file: by a path that ends in .safetensors, torch.load expects that format.

@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
@@ -99,9 +99,7 @@ class _Weights:
     """Names in the same mapping that are not among them."""
 
 
-def save_weights(
-    path: str | Path, model: nn.Module, metadata: dict[str, Any], weights: Mapping[str, Tensor] | None = None
-) -> None:
+def save_weights(path: str | Path, model: Network, metadata: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes the model, its configuration and `metadata` (anything JSON can hold) as safetensors.
 
     weights: a state dict to write in the place of the model's own.
@@ -137,7 +135,7 @@ def load_checkpoint(path: str | Path) -> Network:
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(model: Network, path: str | Path) -> LoadReport:
     """Copies every tensor of a file that fits into the model, prints a summary and returns the report.
 
     Reads safetensors and PyTorch files, of ours, of the Restormer authors and of other trainers. The state dict may be plain or
@@ -236,7 +234,7 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 # Matching: names, shapes, kinds of numbers
 
 
-def _match(model: nn.Module, file: WeightFile) -> tuple[LoadReport, dict[str, Tensor]]:
+def _match(model: Network, file: WeightFile) -> tuple[LoadReport, dict[str, Tensor]]:
     """What of the file fits into the model, by the model's names without wrappers, and the report."""
     own = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
     weights = _find(file, own)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import autohdr
 from autohdr.errors import UserError
 from autohdr.files import leftovers, replacing
 from autohdr.models import read_metadata, save_weights
+from autohdr.models.network import Network
 from autohdr.train import record
 from autohdr.train.checkpoint import Background, load_newest, save_state
 from autohdr.train.config import TrainConfig, dump_config
@@ -94,11 +95,11 @@ class RunFolder:
             if triptychs:
                 record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
 
-    def save_best(self, model: nn.Module, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
         self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
 
-    def save_last(self, model: nn.Module, metadata: dict[str, Any], state: dict[str, Any]) -> None:
+    def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a state in the background, and then the weights in it: the average where there is one. state: a copy."""
         # A state of the same step, from before validation, is replaced: the states kept are to be of different steps.
         keep = self._config.keep if self._saved_step != state["step"] else 1

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from autohdr.errors import UserError
 from autohdr.models import Bridge, Sampler
 from autohdr.models.diffusion import STEPS
+from autohdr.models.network import Network
 from autohdr.train.config import TrainConfig
 
 
 class Objective:
     """Turns pairs into what the loss compares, and the network into a model that makes photos."""
 
-    def __init__(self, config: TrainConfig, network: nn.Module):
+    def __init__(self, config: TrainConfig, network: Network):
         """Raises UserError for a bridge if the network has no time embedding."""
         self.config, self.bridge = config, None
         if config.objective == "bridge":
@@ -40,7 +41,7 @@ class Objective:
         x = self.bridge.diffuse(target, source, t, noise).contiguous(memory_format=torch.channels_last)
         return self.bridge.predict(network, x, t), self.bridge.wanted(target, source, t, noise)
 
-    def photographer(self, network: nn.Module) -> nn.Module:
+    def photographer(self, network: Network) -> Network:
         """The model that maps source photos to edited ones. A bridge samples with a fixed seed."""
         return network if self.bridge is None else Sampler(network, self.bridge, self.config.sample_steps)
 
