@@ -88,8 +88,9 @@ static __global__ void __launch_bounds__(kRowWarps * 32) attend(Heads h, float* 
   if (matrix >= h.matrices) return;
   float* out = attention + matrix * h.padded * h.padded + i;
   const AttentionRow row(h, matrix, min(i, h.size - 1));
+  // 32 bits are enough for an element of one matrix; with 64 this kernel spills on sm_80.
   for (int j = threadIdx.x % 32; j < h.padded; j += 32)
-    out[int64_t{j} * h.padded] = i < h.size && j < h.size ? static_cast<float>(row.attention(j)) : 0.0f;
+    out[j * h.padded] = i < h.size && j < h.size ? static_cast<float>(row.attention(j)) : 0.0f;
 }
 
 // The gradient of the Gram matrices and, row by row, of the temperature, given d_attention[matrix][padded j][padded i]. A warp owns
