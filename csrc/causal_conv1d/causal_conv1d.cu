@@ -1,11 +1,14 @@
-// causal_conv1d on a GPU, forward and backward: bound by memory.
+// causal_conv1d on a GPU, forward and backward: bound by memory, so that each element is read by 16-byte loads and stays in registers.
 //
-// A block owns kChannels channels of kTokens tokens at a time, which lie in shared memory as float32 [token][channel], with the tokens
-// beside them that the taps reach: rows one float longer than they need be, so that neither layout meets a bank conflict when it is
-// loaded. A thread owns kOwn tokens of a channel, one behind the other, whose window stays in registers where the width is Mamba's 4.
-// Backward, a block walks kWalk such tiles and leaves its sums over their tokens in a slot; the slots are added up in order.
+// Tokens are counted in the order of the convolution: under `reverse` token 0 is the last one in memory. A piece is what a thread
+// loads at once, kSize elements beside each other. Where tokens are neighbours in memory, a warp owns kRuns · 32 pieces of a channel,
+// and a thread loads the pieces beside its own too, which its neighbours have just brought into the cache. Where channels are
+// neighbours, a thread owns a piece of channels and walks some tokens, with those that the taps reach in a window.
+// Backward, whoever walks leaves its sums over its tokens in a slot; slots are added up in order.
 #include "causal_conv1d/causal_conv1d.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 
 #include "common/cuda_launch.cuh"
@@ -15,174 +18,360 @@
 namespace autohdr {
 namespace conv {
 
-constexpr int kChannels = 64, kTokens = 64, kThreads = 256, kGroups = kThreads / kChannels, kOwn = kTokens / kGroups;
-constexpr int kRow = kChannels + 1, kWalk = 8, kBatch = 8;  // kBatch: loads that a thread has under way
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kRuns = 4;     // pieces of a thread, where tokens are neighbours
+constexpr int kChunk = 4;    // tokens loaded together, where channels are
+constexpr int kGroups = 32;  // of slots that a block of add_slots sums side by side
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a block owns.
-struct Place {
-  int64_t batch, piece, channel;
-  int channels;
-  __device__ Place(const ConvShape& s, int64_t pieces) {
-    const int64_t strips = ceil_div(s.dim, kChannels);
-    channel = blockIdx.x % strips * kChannels, piece = blockIdx.x / strips % pieces, batch = blockIdx.x / strips / pieces;
-    channels = static_cast<int>(min(s.dim - channel, int64_t{kChannels}));
+// What a kernel is compiled for. Width_: the most taps; a narrower op skips those in front of its first. Aligned: pieces are loaded
+// and stored whole, else element by element. Reverse: of pieces of tokens, whose order is that of the registers.
+template <class T_, int Width_, bool Aligned_, bool ChannelLast_, bool Reverse_>
+struct Case {
+  using T = T_;
+  static constexpr int Width = Width_, Before = Width_ - 1;
+  static constexpr bool Aligned = Aligned_, ChannelLast = ChannelLast_, Reverse = Reverse_;
+  // Backward, where each channel has a window of x and one of the gradient, a thread has registers for fewer channels.
+  static constexpr int kForward = !Aligned && ChannelLast ? 2 : 16 / sizeof(T);
+  static constexpr int kBackward = !Aligned && ChannelLast ? 1 : ChannelLast || !Aligned ? 4 : 16 / sizeof(T);
+};
+
+// v = elements [first, first + N) of a line of `extent`, zero where there are none.
+template <bool Aligned, int N, class T>
+__device__ __forceinline__ void load(const T* line, int64_t first, int64_t extent, float (&v)[N]) {
+  if constexpr (Aligned) {
+    Piece<T, N> piece = {};
+    if (first >= 0 && first < extent) piece = load_piece<N>(line + first);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = to_float(piece.v[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = first + k >= 0 && first + k < extent ? to_float(line[first + k]) : 0.0f;
+  }
+}
+
+template <bool Aligned, int N, class T>
+__device__ __forceinline__ void store(T* line, int64_t first, int64_t extent, const float (&v)[N]) {
+  if constexpr (Aligned) {
+    Piece<T, N> piece;
+#pragma unroll
+    for (int k = 0; k < N; ++k) piece.v[k] = from_float<T>(v[k]);
+    store_piece(line + first, piece);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (first + k >= 0 && first + k < extent) line[first + k] = from_float<T>(v[k]);
+  }
+}
+
+// A channel's taps, in the order of the tokens that they meet; zero in front of the first.
+template <int Width>
+__device__ __forceinline__ void load_taps(const ConvShape& s, const float* weight, int64_t channel, float (&tap)[Width]) {
+  const int width = static_cast<int>(s.width);
+#pragma unroll
+  for (int j = 0; j < Width; ++j) tap[j] = j >= Width - width ? weight[channel * width + j - (Width - width)] : 0.0f;
+}
+
+__device__ __forceinline__ float silu_slope(float v) {
+  const float gate = sigmoid(v);
+  return gate + v * gate * (1.0f - gate);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tokens are neighbours.
+
+// What a warp owns: pieces [first_run, first_run + kRuns) · 32 + lane of a channel.
+struct Line {
+  int64_t batch, part, channel;
+  bool exists;
+  __device__ Line(const ConvShape& s, int64_t parts) {
+    const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+    channel = warp % s.dim, part = warp / s.dim % parts, batch = warp / s.dim / parts;
+    exists = batch < s.batch;
   }
 };
 
-// The place of element i of so many rows: neighbours are neighbours in memory.
-struct Element {
-  int token, channel;
-  __device__ Element(int i, int rows, bool channel_last)
-      : token(channel_last ? i / kChannels : i % rows), channel(channel_last ? i % kChannels : i / rows) {}
-};
+__host__ __device__ constexpr int64_t parts_of(const ConvShape& s, int size) { return ceil_div(s.seqlen, int64_t{32} * kRuns * size); }
 
-__device__ __forceinline__ float widen(Dtype, uint32_t bits) { return bits_to_float(bits); }
-__device__ __forceinline__ float widen(Dtype dtype, uint16_t bits) {
-  return dtype == Dtype::bf16 ? bits_to_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+template <class T>
+__device__ __forceinline__ T* line_of(const Sequence& s, const Line& l) {
+  return static_cast<T*>(s.data) + l.batch * s.batch + l.channel * s.channel;
 }
 
-// Tokens [first, first + rows) of the block's channels, zero where there are none. Bits: unsigned of the elements' size.
-template <class Bits>
-__device__ void load_tile(const ConvShape& s, const Sequence& x, const Place& p, int64_t first, int rows, float* tile) {
-  const Bits* data = static_cast<const Bits*>(x.data) + p.batch * x.batch + p.channel * x.channel;
-  for (int base = threadIdx.x; base < rows * kChannels; base += kBatch * kThreads) {
-    Bits bits[kBatch];
+// v[k] = token begin - Lead + k, where begin is a piece's first; zero where there is none, and in the first `skip`.
+template <class C, int N, int Lead, int Count>
+__device__ __forceinline__ void load_tokens(const typename C::T* line, int64_t begin, int64_t seqlen, int skip, float (&v)[Count]) {
+  if constexpr (C::Aligned) {
+    static_assert(Lead <= N, "the tokens in front are of one piece");
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const Element e(base + k * kThreads, rows, s.channel_last);
-      const int64_t token = first + e.token;
-      const bool real = base + k * kThreads < rows * kChannels && token >= 0 && token < s.seqlen && e.channel < p.channels;
-      bits[k] = real ? data[token * x.token + e.channel * x.channel] : Bits{0};
-    }
+    for (int from = Lead ? -N : 0; from < Count - Lead; from += N) {
+      float piece[N];
+      load<true>(line, C::Reverse ? seqlen - N - begin - from : begin + from, seqlen, piece);
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const Element e(base + k * kThreads, rows, s.channel_last);
-      if (base + k * kThreads < rows * kChannels) tile[e.token * kRow + e.channel] = widen(x.dtype, bits[k]);
-    }
-  }
-}
-
-__device__ void store_tile(const ConvShape& s, const Sequence& y, const Place& p, int64_t first, const float* tile) {
-  for (int i = threadIdx.x; i < kTokens * kChannels; i += kThreads) {
-    const Element e(i, kTokens, s.channel_last);
-    const int64_t token = first + e.token;
-    if (token < s.seqlen && e.channel < p.channels)
-      store_one(y, p.batch * y.batch + (p.channel + e.channel) * y.channel + token * y.token, tile[e.token * kRow + e.channel]);
-  }
-}
-
-// f(i, Σ_j taps[j]·x[i + j]) for `count` rows of a column of a tile. Width 0: known at run time alone.
-template <int Width, class F>
-__device__ __forceinline__ void convolve(const float* x, const float* taps, int width, float bias, int count, const F& f) {
-  if constexpr (Width > 0) {
-    float window[Width], tap[Width];
-#pragma unroll
-    for (int j = 0; j < Width; ++j) tap[j] = taps[j * kChannels], window[j] = j > 0 ? x[(j - 1) * kRow] : 0.0f;
-    for (int i = 0; i < count; ++i) {
-      float v = bias;
-#pragma unroll
-      for (int j = 0; j < Width; ++j) {
-        window[j] = j + 1 < Width ? window[j + 1] : x[(i + j) * kRow];
-        v += tap[j] * window[j];
-      }
-      f(i, v);
+      for (int k = 0; k < N; ++k)
+        if (const int at = Lead + from + k; at >= 0 && at < Count) v[at] = piece[C::Reverse ? N - 1 - k : k];
     }
   } else {
-    for (int i = 0; i < count; ++i) {
-      float v = bias;
-      for (int j = 0; j < width; ++j) v += taps[j * kChannels] * x[(i + j) * kRow];
-      f(i, v);
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      const int64_t token = begin - Lead + k;
+      v[k] = k >= skip && token >= 0 && token < seqlen ? to_float(line[C::Reverse ? seqlen - 1 - token : token]) : 0.0f;
     }
   }
 }
 
-// The taps of the block's channels, in the order of the tokens they meet, or from the last to the first: [width][kChannels].
-__device__ void load_taps(const ConvShape& s, const float* weight, const Place& p, bool flipped, float* taps) {
-  for (int i = threadIdx.x; i < s.width * kChannels; i += kThreads) {
-    const int64_t j = i / kChannels, channel = i % kChannels;
-    taps[i] = channel < p.channels ? weight[(p.channel + channel) * s.width + s.tap(flipped ? s.width - 1 - j : j)] : 0.0f;
+template <class C, int N>
+__device__ __forceinline__ void store_tokens(typename C::T* line, int64_t begin, int64_t seqlen, const float (&v)[N]) {
+  float ordered[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) ordered[k] = v[C::Reverse ? N - 1 - k : k];
+  store<C::Aligned>(line, C::Reverse ? seqlen - N - begin : begin, seqlen, ordered);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads) forward_tokens(ConvForward a) {
+  constexpr int N = C::kForward;
+  const ConvShape& s = a.shape;
+  const Line line(s, parts_of(s, N));
+  if (!line.exists) return;
+  const int skip = C::Width - static_cast<int>(s.width);
+  const auto* x = line_of<const typename C::T>(a.x, line);
+  auto* y = line_of<typename C::T>(a.y, line);
+  float tap[C::Width];
+  load_taps(s, a.weight, line.channel, tap);
+  const float bias = a.bias ? a.bias[line.channel] : 0.0f;
+  for (int run = 0; run < kRuns; ++run) {
+    const int64_t begin = ((line.part * kRuns + run) * 32 + threadIdx.x % 32) * N;
+    if (begin >= s.seqlen) return;
+    float window[C::Before + N], v[N];
+    load_tokens<C, N, C::Before>(x, begin, s.seqlen, skip, window);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = bias;
+#pragma unroll
+    for (int j = 0; j < C::Width; ++j)
+      if (j >= skip)
+#pragma unroll
+        for (int k = 0; k < N; ++k) v[k] += tap[j] * window[k + j];
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] *= sigmoid(v[k]);
+    store_tokens<C>(y, begin, s.seqlen, v);
   }
 }
 
-template <class Bits, int Width>
-__global__ void __launch_bounds__(kThreads) forward(ConvForward a) {
-  AUTOHDR_DYNAMIC_SHARED(float, shared);
+template <class C>
+__global__ void __launch_bounds__(kThreads) backward_tokens(ConvBackward a, float* slots) {
+  constexpr int N = C::kBackward, Reach = N + C::Before;  // outputs that read one of a thread's tokens
   const ConvShape& s = a.shape;
-  const Place p(s, ceil_div(s.seqlen, kTokens));
-  const int width = static_cast<int>(s.width), rows = kTokens + width - 1;
-  const int c = threadIdx.x % kChannels, own = threadIdx.x / kChannels * kOwn;
-  float *x = shared, *y = x + rows * kRow, *taps = y + kTokens * kRow;
-  load_taps(s, a.weight, p, false, taps);
-  load_tile<Bits>(s, a.x, p, p.piece * kTokens - s.before(), rows, x);
-  __syncthreads();
-  convolve<Width>(x + own * kRow + c, taps + c, width, a.bias && c < p.channels ? a.bias[p.channel + c] : 0.0f, kOwn,
-                  [&](int i, float v) { y[(own + i) * kRow + c] = v * sigmoid(v); });
-  __syncthreads();
-  store_tile(s, a.y, p, p.piece * kTokens, y);
+  const int64_t parts = parts_of(s, N);
+  const Line line(s, parts);
+  if (!line.exists) return;
+  const int width = static_cast<int>(s.width), skip = C::Width - width;
+  const auto *x = line_of<const typename C::T>(a.x, line), *dy = line_of<const typename C::T>(a.dy, line);
+  auto* dx = line_of<typename C::T>(a.dx, line);
+  float tap[C::Width], sums[C::Width + 1] = {};
+  load_taps(s, a.weight, line.channel, tap);
+  const float bias = a.bias ? a.bias[line.channel] : 0.0f;
+  for (int run = 0; run < kRuns; ++run) {
+    const int64_t begin = ((line.part * kRuns + run) * 32 + threadIdx.x % 32) * N;
+    if (begin >= s.seqlen) break;
+    float window[Reach + C::Before], d[Reach], v[Reach];  // d: before SiLU
+    load_tokens<C, N, C::Before>(x, begin, s.seqlen, skip, window);
+    load_tokens<C, N, 0>(dy, begin, s.seqlen, 0, d);
+#pragma unroll
+    for (int k = 0; k < Reach; ++k) v[k] = bias;
+#pragma unroll
+    for (int j = 0; j < C::Width; ++j)
+      if (j >= skip)
+#pragma unroll
+        for (int k = 0; k < Reach; ++k) v[k] += tap[j] * window[k + j];
+#pragma unroll
+    for (int k = 0; k < Reach; ++k) d[k] = (C::Aligned && k < N) || begin + k < s.seqlen ? d[k] * silu_slope(v[k]) : 0.0f;
+    float out[N] = {};
+#pragma unroll
+    for (int j = 0; j < C::Width; ++j)
+      if (j >= skip)
+#pragma unroll
+        for (int k = 0; k < N; ++k) out[k] += tap[j] * d[k + C::Before - j], sums[j] += d[k] * window[k + j];
+#pragma unroll
+    for (int k = 0; k < N; ++k) sums[C::Width] += d[k];
+    store_tokens<C>(dx, begin, s.seqlen, out);
+  }
+  float* slot = slots + (line.batch * parts + line.part) * (width + 1) * s.dim + line.channel;
+#pragma unroll
+  for (int j = 0; j <= C::Width; ++j) {
+    if (j < skip) continue;
+    for (int distance = 16; distance > 0; distance /= 2) sums[j] += __shfl_xor_sync(~0u, sums[j], distance);
+    if (threadIdx.x % 32 == 0) slot[(j - skip) * s.dim] = sums[j];
+  }
 }
 
-template <class Bits, int Width>
-__global__ void __launch_bounds__(kThreads) backward(ConvBackward a, float* slots) {
-  AUTOHDR_DYNAMIC_SHARED(float, shared);
-  const ConvShape& s = a.shape;
-  const int64_t pieces = ceil_div(s.seqlen, kTokens * kWalk);
-  const Place p(s, pieces);
-  const int width = static_cast<int>(s.width), edge = width - 1, after = static_cast<int>(s.after());
-  const int c = threadIdx.x % kChannels, group = threadIdx.x / kChannels, own = group * kOwn;
-  float *x = shared, *dv = x + (kTokens + 2 * edge) * kRow, *taps = dv + (kTokens + edge) * kRow;
-  float *flipped = taps + width * kChannels, *sums = flipped + width * kChannels;  // sums: [group][width + 1][channel]
-  load_taps(s, a.weight, p, false, taps);
-  load_taps(s, a.weight, p, true, flipped);
-  for (int i = threadIdx.x; i < kGroups * (width + 1) * kChannels; i += kThreads) sums[i] = 0;
-  float* mine = sums + group * (width + 1) * kChannels + c;
-  const float bias = a.bias && c < p.channels ? a.bias[p.channel + c] : 0.0f;
-  for (int step = 0; step < kWalk; ++step) {
-    const int64_t first = (p.piece * kWalk + step) * kTokens;
-    if (first >= s.seqlen) break;
-    __syncthreads();
-    load_tile<Bits>(s, a.x, p, first - edge, kTokens + 2 * edge, x);
-    load_tile<Bits>(s, a.dy, p, first - after, kTokens + edge, dv);
-    __syncthreads();
-    // The gradient before SiLU, of every output that reads one of the tile's tokens; it is 0 where there is no output.
-    const int each = (kTokens + edge + kGroups - 1) / kGroups, from = group * each, count = min(each, kTokens + edge - from);
-    float* d = dv + from * kRow + c;
-    convolve<Width>(x + from * kRow + c, taps + c, width, bias, count, [&](int i, float v) {
-      const int64_t token = first - after + from + i;
-      const float gate = sigmoid(v);
-      d[i * kRow] = token >= 0 && token < s.seqlen ? d[i * kRow] * (gate + v * gate * (1.0f - gate)) : 0.0f;
-    });
-    __syncthreads();
-    const float *seen = x + (own + after) * kRow + c, *g = dv + (own + after) * kRow + c;
-    const int tokens = static_cast<int>(max(min(s.seqlen - first - own, int64_t{kOwn}), int64_t{0}));
-    for (int j = 0; j <= width; ++j) {
-      float sum = 0;
-      for (int i = 0; i < tokens; ++i) sum += g[i * kRow] * (j < width ? seen[(i + j) * kRow] : 1.0f);
-      mine[j * kChannels] += sum;
+// ---------------------------------------------------------------------------------------------------------------------
+// Channels are neighbours.
+
+// What a thread owns: N channels of the tokens [begin, end).
+template <int N>
+struct Column {
+  int64_t channel, run, batch, begin, end;
+  bool exists;
+  __device__ Column(const ConvShape& s, int64_t runs, int64_t walk) {
+    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, pieces = ceil_div(s.dim, N);
+    channel = thread % pieces * N, run = thread / pieces % runs, batch = thread / pieces / runs;
+    begin = run * walk, end = min(begin + walk, s.seqlen);
+    exists = batch < s.batch;
+  }
+};
+
+// A thread's channels of a sequence, token by token.
+template <class C, int N>
+struct Walk {
+  typename C::T* data;  // token 0
+  int64_t step, channel, dim;
+  __device__ Walk(const ConvShape& s, const Sequence& x, const Column<N>& c)
+      : data(static_cast<typename C::T*>(x.data) + c.batch * x.batch + (s.reverse ? (s.seqlen - 1) * x.token : 0)),
+        step(s.reverse ? -x.token : x.token), channel(c.channel), dim(s.dim) {}
+  __device__ void load_token(int64_t token, bool real, float (&v)[N]) const { load<C::Aligned>(data + token * step, channel, real ? dim : 0, v); }
+  __device__ void store_token(int64_t token, const float (&v)[N]) const { store<C::Aligned>(data + token * step, channel, dim, v); }
+};
+
+// The parameters of a thread's channels; those beyond the last channel repeat its.
+template <int Width, int N>
+struct Parameters {
+  float tap[N][Width], bias[N];
+  __device__ Parameters(const ConvShape& s, const float* weight, const float* shift, int64_t first) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int64_t channel = min(first + n, s.dim - 1);
+      load_taps(s, weight, channel, tap[n]);
+      bias[n] = shift ? shift[channel] : 0.0f;
     }
-    __syncthreads();  // dx takes the place of x
-    convolve<Width>(dv + own * kRow + c, flipped + c, width, 0.0f, kOwn, [&](int i, float v) { x[(own + i) * kRow + c] = v; });
-    __syncthreads();
-    store_tile(s, a.dx, p, first, x);
   }
-  __syncthreads();
-  float* slot = slots + (p.batch * pieces + p.piece) * (width + 1) * s.dim + p.channel;
-  for (int i = threadIdx.x; i < (width + 1) * kChannels; i += kThreads) {
-    float sum = 0;
-    for (int k = 0; k < kGroups; ++k) sum += sums[k * (width + 1) * kChannels + i];
-    const int j = i / kChannels;
-    if (i % kChannels < p.channels) slot[(j < width ? s.tap(j) : width) * s.dim + i % kChannels] = sum;
+  // v = bias + Σ_j tap_j row[j], j from skip on
+  __device__ void convolve(const float (*row)[N], int skip, float (&v)[N]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) v[n] = bias[n];
+#pragma unroll
+    for (int j = 0; j < Width; ++j)
+      if (j >= skip)
+#pragma unroll
+        for (int n = 0; n < N; ++n) v[n] += tap[n][j] * row[j][n];
+  }
+};
+
+// The last Before of so many rows become the first.
+template <int Before, int Rows, int N>
+__device__ __forceinline__ void move_up(float (&rows)[Rows][N]) {
+#pragma unroll
+  for (int b = 0; b < Before; ++b)
+#pragma unroll
+    for (int n = 0; n < N; ++n) rows[b][n] = rows[b + Rows - Before][n];
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads) forward_channels(ConvForward a, int64_t runs, int64_t walk) {
+  constexpr int N = C::kForward;
+  const ConvShape& s = a.shape;
+  const Column<N> c(s, runs, walk);
+  if (!c.exists) return;
+  const int skip = C::Width - static_cast<int>(s.width);
+  const Parameters<C::Width, N> parameters(s, a.weight, a.bias, c.channel);
+  const Walk<C, N> x(s, a.x, c), y(s, a.y, c);
+  float window[C::Before + kChunk][N];
+#pragma unroll
+  for (int b = 0; b < C::Before; ++b) x.load_token(c.begin - C::Before + b, b >= skip && c.begin - C::Before + b >= 0, window[b]);
+#pragma unroll 1
+  for (int64_t token = c.begin; token < c.end; token += kChunk) {
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) x.load_token(token + k, token + k < s.seqlen, window[C::Before + k]);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      float v[N];
+      parameters.convolve(window + k, skip, v);
+#pragma unroll
+      for (int n = 0; n < N; ++n) v[n] *= sigmoid(v[n]);
+      if (token + k < c.end) y.store_token(token + k, v);
+    }
+    move_up<C::Before>(window);
   }
 }
 
-// d_weight and d_bias: a thread sums one element over the slots.
-__global__ void __launch_bounds__(kThreads) add_slots(ConvBackward a, const float* slots, int64_t count) {
+template <class C>
+__global__ void __launch_bounds__(kThreads) backward_channels(ConvBackward a, float* slots, int64_t runs, int64_t walk) {
+  constexpr int N = C::kBackward;
   const ConvShape& s = a.shape;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, size = (s.width + 1) * s.dim;
-  if (i >= size) return;
+  const Column<N> c(s, runs, walk);
+  if (!c.exists) return;
+  const int width = static_cast<int>(s.width), skip = C::Width - width;
+  const Parameters<C::Width, N> parameters(s, a.weight, a.bias, c.channel);
+  const Walk<C, N> x(s, a.x, c), dy(s, a.dy, c), dx(s, a.dx, c);
+  float window[C::Before + kChunk][N], d[C::Before + kChunk][N], sums[C::Width + 1][N] = {};
+#pragma unroll
+  for (int b = 0; b < C::Before; ++b) {
+    x.load_token(c.begin - C::Before + b, b >= skip && c.begin - C::Before + b >= 0, window[b]);
+#pragma unroll
+    for (int n = 0; n < N; ++n) d[b][n] = 0;
+  }
+  // inner: all tokens are the thread's own. Else the gradient is 0 where there is no token, and others sum what they own.
+  const auto walk_chunk = [&](int64_t token, auto all_own) {
+    constexpr bool inner = decltype(all_own)::value;
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      x.load_token(token + k, inner || token + k < s.seqlen, window[C::Before + k]);
+      dy.load_token(token + k, inner || token + k < s.seqlen, d[C::Before + k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      float v[N], out[N] = {};
+      parameters.convolve(window + k, skip, v);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        float& slope = d[C::Before + k][n];
+        slope = inner || token + k < s.seqlen ? slope * silu_slope(v[n]) : 0.0f;
+        const float own = inner || token + k < c.end ? slope : 0.0f;
+        sums[C::Width][n] += own;
+#pragma unroll
+        for (int j = 0; j < C::Width; ++j)
+          if (j >= skip) {
+            sums[j][n] += own * window[k + j][n];
+            out[n] += parameters.tap[n][j] * d[k + C::Before - j][n];
+          }
+      }
+      // All outputs that read this token are known now.
+      const int64_t ready = token + k - C::Before;
+      if (ready >= c.begin && (inner || ready < c.end)) dx.store_token(ready, out);
+    }
+    move_up<C::Before>(window);
+    move_up<C::Before>(d);
+  };
+  int64_t token = c.begin;
+#pragma unroll 1
+  for (; token + kChunk <= c.end; token += kChunk) walk_chunk(token, std::true_type{});
+#pragma unroll 1
+  for (; token < c.end + C::Before; token += kChunk) walk_chunk(token, std::false_type{});
+  float* slot = slots + (c.batch * runs + c.run) * (width + 1) * s.dim + c.channel;
+#pragma unroll
+  for (int j = 0; j <= C::Width; ++j)
+    if (j >= skip)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (c.channel + n < s.dim) slot[(j - skip) * s.dim + n] = sums[j][n];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// d_weight and d_bias: a block sums 32 elements over the slots, kGroups slots side by side.
+__global__ void __launch_bounds__(32 * kGroups) add_slots(ConvBackward a, const float* slots, int64_t count) {
+  __shared__ double partial[kGroups][32];
+  const ConvShape& s = a.shape;
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
+  const int64_t i = int64_t{blockIdx.x} * 32 + lane, size = (s.width + 1) * s.dim;
   double sum = 0;
-  for (int64_t k = 0; k < count; ++k) sum += slots[k * size + i];
+  if (i < size)
+    for (int64_t k = group; k < count; k += kGroups) sum += slots[k * size + i];
+  partial[group][lane] = sum;
+  __syncthreads();
+  if (group || i >= size) return;
+  for (int k = 1; k < kGroups; ++k) sum += partial[k][lane];
   const int64_t j = i / s.dim, channel = i % s.dim;
   if (j < s.width)
     a.d_weight[channel * s.width + j] = static_cast<float>(sum);
@@ -190,13 +379,45 @@ __global__ void __launch_bounds__(kThreads) add_slots(ConvBackward a, const floa
     a.d_bias[channel] = static_cast<float>(sum);
 }
 
-// run(an unsigned integer of the elements' size, the width as a constant, or 0).
+// Tokens that a thread walks where channels are neighbours: few enough for 2^17 threads, some hundred for every multiprocessor,
+// and many beside those that two neighbours both read.
+int64_t walk_of(const ConvShape& s, int64_t size) {
+  const int64_t wanted = s.batch * s.seqlen * ceil_div(s.dim, size) >> 17;
+  return std::min<int64_t>(std::max<int64_t>(wanted / kChunk * kChunk, 16), 128);
+}
+
+// All pieces of `size` elements lie at multiples of their bytes.
+bool aligned(const ConvShape& s, const Sequence& x, int64_t size, int64_t element) {
+  const int64_t extent = s.channel_last ? s.dim : s.seqlen, lines = s.channel_last ? s.seqlen : s.dim;
+  const int64_t line = s.channel_last ? x.token : x.channel;
+  return extent % size == 0 && (lines == 1 || line % size == 0) && (s.batch == 1 || x.batch % size == 0) &&
+         reinterpret_cast<uintptr_t>(x.data) % (size * element) == 0;
+}
+
+// run(Case) for a shape and what it is loaded from.
 template <class F>
-void with_constants(const ConvShape& s, const Sequence& x, const F& run) {
-  const auto with_width = [&](auto bits) {
-    s.width == 4 ? run(bits, std::integral_constant<int, 4>{}) : run(bits, std::integral_constant<int, 0>{});
+void with_case(const ConvShape& s, std::initializer_list<Sequence> images, const F& run) {
+  const auto with_type = [&](auto zero) {
+    using T = decltype(zero);
+    const auto is_aligned = [&](const Sequence& x) { return aligned(s, x, 16 / sizeof(T), sizeof(T)); };
+    const auto with_width = [&](auto width, auto whole) {
+      constexpr int Width = decltype(width)::value;
+      constexpr bool Aligned = decltype(whole)::value;
+      if (s.channel_last)
+        run(Case<T, Width, Aligned, true, false>{});
+      else
+        s.reverse ? run(Case<T, Width, Aligned, false, true>{}) : run(Case<T, Width, Aligned, false, false>{});
+    };
+    if (s.width <= 4 && std::all_of(images.begin(), images.end(), is_aligned))
+      with_width(std::integral_constant<int, 4>{}, std::true_type{});
+    else
+      with_width(std::integral_constant<int, 16>{}, std::false_type{});
   };
-  x.dtype == Dtype::f32 ? with_width(uint32_t{}) : with_width(uint16_t{});
+  switch (images.begin()->dtype) {
+    case Dtype::f32: return with_type(float{});
+    case Dtype::bf16: return with_type(__nv_bfloat16{});
+    case Dtype::f16: return with_type(__half{});
+  }
 }
 
 }  // namespace conv
@@ -204,29 +425,43 @@ void with_constants(const ConvShape& s, const Sequence& x, const F& run) {
 int64_t queue(const ConvForward& a, void* memory, cudaStream_t stream) {
   const ConvShape& s = a.shape;
   if (!memory || s.batch == 0) return 0;
-  const int64_t blocks = s.batch * conv::ceil_div(s.seqlen, conv::kTokens) * conv::ceil_div(s.dim, conv::kChannels);
-  const int64_t floats = (2 * conv::kTokens + s.width - 1) * conv::kRow + s.width * conv::kChannels;
-  conv::with_constants(s, a.x, [&](auto bits, auto width) {
-    launch(conv::forward<decltype(bits), decltype(width)::value>, dim3(blocks), dim3(conv::kThreads), floats * sizeof(float), stream, a);
+  conv::with_case(s, {a.x, a.y}, [&](auto compiled) {
+    using C = decltype(compiled);
+    if constexpr (C::ChannelLast) {
+      const int64_t walk = conv::walk_of(s, C::kForward), runs = conv::ceil_div(s.seqlen, walk);
+      const int64_t threads = s.batch * runs * conv::ceil_div(s.dim, C::kForward);
+      launch(conv::forward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, runs, walk);
+    } else {
+      const int64_t warps = s.batch * conv::parts_of(s, C::kForward) * s.dim;
+      launch(conv::forward_tokens<C>, dim3(conv::ceil_div(warps, conv::kWarps)), dim3(conv::kThreads), 0, stream, a);
+    }
   });
   return 0;
 }
 
 int64_t queue(const ConvBackward& a, void* memory, cudaStream_t stream) {
   const ConvShape& s = a.shape;
-  const int64_t pieces = s.batch * conv::ceil_div(s.seqlen, conv::kTokens * conv::kWalk), size = (s.width + 1) * s.dim;
-  const int64_t bytes = pieces * size * static_cast<int64_t>(sizeof(float));
-  if (!memory) return bytes;
+  const int64_t size = (s.width + 1) * s.dim;
   float* slots = static_cast<float*>(memory);
-  const int64_t floats = (2 * conv::kTokens + 3 * (s.width - 1)) * conv::kRow + 2 * s.width * conv::kChannels +
-                         conv::kGroups * (s.width + 1) * conv::kChannels;
-  if (pieces)
-    conv::with_constants(s, a.x, [&](auto bits, auto width) {
-      launch(conv::backward<decltype(bits), decltype(width)::value>, dim3(pieces * conv::ceil_div(s.dim, conv::kChannels)),
-             dim3(conv::kThreads), floats * sizeof(float), stream, a, slots);
-    });
-  launch(conv::add_slots, dim3(conv::ceil_div(size, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, slots, pieces);
-  return bytes;
+  int64_t count = 0;  // of slots
+  conv::with_case(s, {a.x, a.dy, a.dx}, [&](auto compiled) {
+    using C = decltype(compiled);
+    if constexpr (C::ChannelLast) {
+      const int64_t walk = conv::walk_of(s, C::kBackward), runs = conv::ceil_div(s.seqlen, walk);
+      const int64_t threads = s.batch * runs * conv::ceil_div(s.dim, C::kBackward);
+      count = s.batch * runs;
+      if (memory && count)
+        launch(conv::backward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, slots,
+               runs, walk);
+    } else {
+      count = s.batch * conv::parts_of(s, C::kBackward);
+      if (memory && count)
+        launch(conv::backward_tokens<C>, dim3(conv::ceil_div(count * s.dim, conv::kWarps)), dim3(conv::kThreads), 0, stream, a, slots);
+    }
+  });
+  if (memory)
+    launch(conv::add_slots, dim3(conv::ceil_div(size, 32)), dim3(32 * conv::kGroups), 0, stream, a, slots, count);
+  return count * size * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace autohdr

@@ -3,7 +3,8 @@
 
 namespace autohdr {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.92596299e-8f;  // log2(e) as a float, and what that leaves
+constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kNormalDensity = 0.398942280401432678f;  // 1 / √(2π), the standard normal's at 0
 
 }  // namespace autohdr

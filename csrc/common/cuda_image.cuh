@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/cuda_async.cuh"
+#include "common/cuda_math.cuh"
 #include "common/cuda_mma.cuh"
 
 namespace autohdr {
@@ -17,16 +18,6 @@ namespace image {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-template <class T>
-__device__ __forceinline__ T from_float(float v) {
-  if constexpr (sizeof(T) == 4) return v;
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
-  else return __float2bfloat16_rn(v);
-}
 
 // The sum over a warp, the same in every lane.
 template <class V>

@@ -6,10 +6,21 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/constants.h"
 
 namespace autohdr {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+template <class T>
+__device__ __forceinline__ T from_float(float v) {
+  if constexpr (sizeof(T) == 4) return v;
+  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
+  else return __float2bfloat16_rn(v);
+}
 
 // 2^x within 2 units in the last place; one instruction of the exponential unit, which takes subnormals for zero.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -42,7 +53,13 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return divide_approx(1.0f, 1.0f + expf(fminf(-x, 87.0f))); }
+// 1 / (1 + exp(-x)) within a few units in the last place; below -87 it stays what it is there. exp2 has not the digits of a product
+// with log2(e), so that what the product rounds off multiplies its result.
+__device__ __forceinline__ float sigmoid(float x) {
+  const float y = fminf(-x, 87.0f), power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest;
+  const float e = exp2_approx(power);
+  return reciprocal_approx(1.0f + fmaf(e, rest * kLn2, e));
+}
 
 // log(1 + exp(x)), the identity above 20, as in PyTorch; relative error of a few units in the last place for every x.
 __device__ __forceinline__ float softplus(float x) {

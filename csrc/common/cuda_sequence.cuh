@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/sequence.h"
 
@@ -38,6 +39,26 @@ __device__ __forceinline__ void store_one(const Sequence& s, int64_t at, float v
     static_cast<float*>(s.data)[at] = v;
   else
     static_cast<uint16_t*>(s.data)[at] = static_cast<uint16_t>(narrow(s.dtype, v));
+}
+
+// N neighbours in memory, 8 or 16 bytes, of which their address is a multiple: loaded and stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Piece {
+  T v[N];
+};
+template <int N, class T>
+__device__ __forceinline__ Piece<T, N> load_piece(const T* at) {
+  return *reinterpret_cast<const Piece<T, N>*>(at);
+}
+template <class T, int N>
+__device__ __forceinline__ void store_piece(T* at, const Piece<T, N>& piece) {
+  std::conditional_t<sizeof piece == 16, uint4, uint2> word;
+  memcpy(&word, &piece, sizeof word);
+#ifdef AUTOHDR_EMULATION
+  *reinterpret_cast<decltype(word)*>(at) = word;
+#else
+  __stcg(reinterpret_cast<decltype(word)*>(at), word);  // of a plain assignment the compiler makes several stores
+#endif
 }
 
 }  // namespace autohdr

@@ -15,6 +15,7 @@ SHAPES = [  # batch, dim, seqlen, width, what else
     (2, 3, 2, 3, "reverse"),
     (2, 130, 63, 4, "bld bias reverse"),
     (1, 33, 600, 4, "bias reverse"),
+    (1, 3, 1160, 3, "bias"),
     (2, 40, 530, 2, "bld bias"),
     (1, 7, 60, 16, "bld"),
     (3, 2, 40, 1, "bias"),
