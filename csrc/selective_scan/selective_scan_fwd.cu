@@ -14,8 +14,11 @@ int64_t queue(const ScanForward& a, void* memory, cudaStream_t stream) {
     if (!memory) return;
     float* carries = static_cast<float*>(memory);
     if (p.segments > 1) scan::find_carries<C, false>(a.shape, a.in, Sequence{}, p, a.in.initial_state, carries, stream);
-    launch(scan::scan_forward<C>, dim3(p.blocks(a.shape)), dim3(C::kThreads), scan::forward_shared<C>(), stream, a, p,
-           static_cast<const float*>(carries));
+    const ScanInputs& in = a.in;
+    scan::with_layout<C>({in.u, in.delta_weight ? Sequence{} : in.delta, in.B, in.C, in.z}, [&](auto layout) {
+      launch(scan::scan_forward<C, decltype(layout)>, dim3(p.blocks(a.shape)), dim3(C::kThreads), scan::forward_shared<C>(), stream, a, p,
+             static_cast<const float*>(carries));
+    });
   });
   return floats * static_cast<int64_t>(sizeof(float));
 }

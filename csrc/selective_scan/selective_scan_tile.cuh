@@ -6,11 +6,13 @@
 // for 8 tokens at a time by exchanging halves, where each step halves what is left to add.
 //
 // Tiles of kTokens tokens lie in shared memory as float32 [token in the scan's order][channel], rows one float longer than they
-// need be: then neither channel-first nor channel-last input meets a bank conflict. Dtypes are told apart when a tile is loaded,
-// 4 elements at a time, which costs one uniform branch in 4 elements of the 16 exponentials each of them causes: a template for
-// every combination of six sequences would buy nothing. Tokens and channels beyond the end are zero, Δ included: their gate is 1
-// and their input 0, so that the scan runs over them without a condition.
+// need be: then neither channel-first nor channel-last input meets a bank conflict. Where the sequences are of one dtype and in one
+// order, a kernel is compiled for these (Known); else (Mixed) they are told apart 4 elements at a time, which takes a hundred
+// instructions where 20 would do. Tokens and channels beyond the end are zero, Δ included: their gate is 1 and their input 0, so
+// that the scan runs over them without a condition.
 #pragma once
+#include <initializer_list>
+
 #include "common/cuda_launch.cuh"
 #include "common/cuda_math.cuh"
 #include "common/cuda_sequence.cuh"
@@ -26,6 +28,7 @@ struct Config {
   static constexpr int kRow = kChannels + 1;     // floats of a row of channels
   static constexpr int kStateRow = kPadded + 4;  // floats of a row of states, aligned to 16 bytes
   static constexpr int kBlocks = Lanes == 4 ? 4 : Lanes < 4 ? 3 : 2;  // on a multiprocessor, by registers
+  static constexpr int kEndsBlocks = Lanes <= 4 ? 3 : 2;              // the same of segment_ends
   static constexpr int kSub = 8;                 // tokens whose sums are taken together
   static constexpr int kTile = kTokens * kRow, kStateTile = kTokens * kStateRow;
 };
@@ -86,13 +89,26 @@ struct Window {
       : first(s.reverse ? s.seqlen - from - C::kTokens : from), seqlen(s.seqlen), reverse(s.reverse) {}
   __device__ int row(int i) const { return reverse ? C::kTokens - 1 - i : i; }
   __device__ bool inside(int i) const { return first + i >= 0 && first + i < seqlen; }
+  __device__ bool whole() const { return first >= 0 && first + C::kTokens <= seqlen; }
+};
+
+// What a kernel knows of its sequences when it is compiled: nothing, or that all are of type T and have their tokens (Along) or their
+// channels beside each other.
+struct Mixed {};
+template <class T_, bool Along_>
+struct Known {
+  using T = T_;
+  static constexpr bool Along = Along_;
 };
 
 // A tile of a sequence: the tokens of a window, `Columns` channels (or states) of which `columns` exist. A unit is 4 neighbours in
 // memory, along the tokens or along the columns; a thread has kUnits of them. A tile that is whole and aligned is loaded by vectors:
 // one condition for the whole block. Nothing is loaded ahead: the other blocks of the multiprocessor scan meanwhile.
+template <class C, int Columns, class L>
+struct Tile;
+
 template <class C, int Columns>
-struct Tile {
+struct Tile<C, Columns, Mixed> {
   static constexpr int kAcross = Columns < 4 ? Columns : 4;  // elements of a unit along the columns
   static constexpr int kUnits = (C::kTokens * Columns / kAcross + C::kThreads - 1) / C::kThreads;
   struct Unit {
@@ -120,7 +136,7 @@ struct Tile {
   }
   // f(row, column, value, whether there is such an element).
   template <class F>
-  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, const F& f) {
+  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool, const F& f) {
     const bool wide = s.dtype == Dtype::f32, vectors = by_vectors(s, offset, w, columns);
 #pragma unroll 1
     for (int k = 0; k < kUnits; ++k) {
@@ -151,7 +167,7 @@ struct Tile {
   }
   // Stores value(row, column).
   template <class F>
-  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, const F& value) {
+  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool, const F& value) {
     const bool wide = s.dtype == Dtype::f32, vectors = by_vectors(s, offset, w, columns);
 #pragma unroll 1
     for (int k = 0; k < kUnits; ++k) {
@@ -173,13 +189,81 @@ struct Tile {
   }
 };
 
+template <class C, int Columns, class T, bool Along>
+struct Tile<C, Columns, Known<T, Along>> {
+  static constexpr int kElements = C::kTokens * Columns, kUnits = (kElements / 4 + C::kThreads - 1) / C::kThreads;
+  static_assert(Columns % 4 == 0 && C::kTokens % 4 == 0);
+  // f(k, the first element of its k-th unit), for a thread's units.
+  template <class F>
+  __device__ static __forceinline__ void each_unit(const F& f) {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k)
+      if (const int e = 4 * (threadIdx.x + k * C::kThreads); kElements % (4 * C::kThreads) == 0 || e < kElements) f(k, e);
+  }
+  // Element e, counted along the axis that is contiguous in memory.
+  __device__ static __forceinline__ int token(int e) { return Along ? e % C::kTokens : e / Columns; }
+  __device__ static __forceinline__ int column(int e) { return Along ? e / C::kTokens : e % Columns; }
+  __device__ static __forceinline__ int64_t place(const Sequence& s, const Window<C>& w, int e) {
+    return (w.first + token(e)) * (Along ? 1 : s.token) + column(e) * (Along ? s.channel : 1);
+  }
+  // aligned: units of 4 elements lie at multiples of their size, in every window, and no column is missing.
+  template <class F>
+  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& f) {
+    const T* data = static_cast<const T*>(s.data) + offset;
+    if (aligned && w.whole()) {
+      Piece<T, 4> pieces[kUnits];
+      each_unit([&](int k, int e) { pieces[k] = load_piece<4>(data + place(s, w, e)); });
+      each_unit([&](int k, int e) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) f(w.row(token(e + j)), column(e + j), to_float(pieces[k].v[j]), true);
+      });
+    } else {
+#pragma unroll 1
+      for (int e = threadIdx.x; e < kElements; e += C::kThreads) {
+        const bool real = column(e) < columns && w.inside(token(e));
+        f(w.row(token(e)), column(e), real ? to_float(data[place(s, w, e)]) : 0.0f, real);
+      }
+    }
+  }
+  template <class F>
+  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& value) {
+    s.dtype == Dtype::f32 ? store_as<float>(s, offset, w, columns, aligned, value) : store_as<T>(s, offset, w, columns, aligned, value);
+  }
+
+ private:
+  template <class Out, class F>
+  __device__ static __forceinline__ void store_as(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& value) {
+    Out* data = static_cast<Out*>(s.data) + offset;
+    if (aligned && w.whole()) {
+      each_unit([&](int, int e) {
+        Piece<Out, 4> piece;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) piece.v[j] = from_float<Out>(value(w.row(token(e + j)), column(e + j)));
+        store_piece(data + place(s, w, e), piece);
+      });
+    } else {
+#pragma unroll 1
+      for (int e = threadIdx.x; e < kElements; e += C::kThreads)
+        if (column(e) < columns && w.inside(token(e))) data[place(s, w, e)] = from_float<Out>(value(w.row(token(e)), column(e)));
+    }
+  }
+};
+
+// Whether a tile of `columns` of `Columns` is loaded by units of 4, where its window is whole; the same for all windows from w on.
+template <class C, int Columns, class L>
+__device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, const Window<C>& w, int columns) {
+  const int64_t size = s.dtype == Dtype::f32 ? 4 : 2, row = s.token == 1 ? s.channel : s.token;
+  return !std::is_same_v<L, Mixed> && columns == Columns && row % 4 == 0 &&
+         (reinterpret_cast<uintptr_t>(s.data) + (offset + w.first * s.token) * size) % (4 * size) == 0;
+}
+
 // The tile of Δ; with rank one its row goes into `rank_one`, and there is a barrier inside.
-template <class C>
-__device__ __forceinline__ void put_delta(const ScanShape& s, const ScanInputs& in, int64_t offset, const Window<C>& w, int channels,
+template <class C, class L>
+__device__ __forceinline__ void put_delta(const ScanShape& s, const ScanInputs& in, int64_t offset, const Window<C>& w, int channels, bool aligned,
                                           const float* weight, const float* bias, float* rank_one, float* delta) {
   const auto finish = [&](float v) { return s.softplus ? softplus(v) : v; };
   if (!in.delta_weight)
-    return Tile<C, C::kChannels>::each(in.delta, offset, w, channels, [&](int row, int c, float v, bool real) {
+    return Tile<C, C::kChannels, L>::each(in.delta, offset, w, channels, aligned, [&](int row, int c, float v, bool real) {
       delta[row * C::kRow + c] = real ? finish(v + bias[c]) : 0.0f;
     });
   const int i = threadIdx.x;
@@ -279,8 +363,8 @@ __device__ __forceinline__ bool owns_sum() {
 
 // A segment from zero: the scan's end state, or with Adjoint the gradient of the state before it, by the outputs in it. Blocks
 // and threads as above; shared memory three tiles of channels and one of states.
-template <class C, bool Adjoint>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+template <class C, class L, bool Adjoint>
+__global__ void __launch_bounds__(C::kThreads, C::kEndsBlocks)
     segment_ends(ScanShape s, ScanInputs in, Sequence d_out, Split p, float* ends, float* steps) {
   AUTOHDR_DYNAMIC_SHARED(float, shared);
   float *projection = shared, *delta = projection + C::kStateTile, *input = delta + C::kTile;
@@ -297,19 +381,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     ch.parameters(in, weight, bias, D);
     const Sequence& of = Adjoint ? d_out : in.u;
     const Sequence& by = Adjoint ? in.C : in.B;
+    using Channels = Tile<C, C::kChannels, L>;
+    const Window<C> start(s, b.first_chunk * kChunk);
+    const int dstate = static_cast<int>(s.dstate);
+    const auto are_aligned = [&](const Sequence& q) { return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, t), start, ch.count); };
+    const bool of_aligned = are_aligned(of), delta_aligned = are_aligned(in.delta), z_aligned = Adjoint && in.z.data && are_aligned(in.z);
+    const bool by_aligned = is_aligned<C, C::kPadded, L>(by, state_offset(b, by), start, dstate);
     for (int i = 0; i < tiles; ++i) {
       const Window<C> w(s, b.first_chunk * kChunk + static_cast<int64_t>(Adjoint ? tiles - 1 - i : i) * C::kTokens);
-      using Channels = Tile<C, C::kChannels>;
       __syncthreads();
-      put_delta<C>(s, in, ch.delta_offset(b, in, t), w, ch.count, weight, bias, rank_one, delta);
-      Tile<C, C::kPadded>::each(by, state_offset(b, by), w, static_cast<int>(s.dstate),
+      put_delta<C, L>(s, in, ch.delta_offset(b, in, t), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
+      Tile<C, C::kPadded, L>::each(by, state_offset(b, by), w, dstate, by_aligned,
                                 [&](int row, int n, float v, bool) { projection[row * C::kStateRow + n] = v; });
       __syncthreads();
-      Channels::each(of, ch.offset(b, of, t), w, ch.count,
+      Channels::each(of, ch.offset(b, of, t), w, ch.count, of_aligned,
                      [&](int row, int c, float v, bool) { input[row * C::kRow + c] = Adjoint ? v : v * delta[row * C::kRow + c]; });
       __syncthreads();
       if (Adjoint && in.z.data) {
-        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, [&](int row, int c, float v, bool) { input[row * C::kRow + c] *= v * sigmoid(v); });
+        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, z_aligned, [&](int row, int c, float v, bool) { input[row * C::kRow + c] *= v * sigmoid(v); });
         __syncthreads();
       }
 #pragma unroll 4
@@ -358,11 +447,32 @@ static __global__ void __launch_bounds__(256)
   }
 }
 
+// f(Known, what all these sequences are), or f(Mixed). Most models have 16 states: for other numbers the kernels are not compiled twice.
+template <class C, class F>
+void with_layout(std::initializer_list<Sequence> sequences, const F& f) {
+  const Sequence& first = *sequences.begin();
+  bool same = C::kPadded == 16;
+  for (const Sequence& q : sequences) same &= !q.data || (q.dtype == first.dtype && (q.token == 1) == (first.token == 1));
+  if constexpr (C::kPadded == 16) {
+    const auto with_type = [&](auto zero) {
+      using T = decltype(zero);
+      first.token == 1 ? f(Known<T, true>{}) : f(Known<T, false>{});
+    };
+    if (same && first.dtype == Dtype::f32) return with_type(float{});
+    if (same && first.dtype == Dtype::bf16) return with_type(__nv_bfloat16{});
+    if (same) return with_type(__half{});
+  }
+  f(Mixed{});
+}
+
 template <class C, bool Adjoint>
 void find_carries(const ScanShape& s, const ScanInputs& in, const Sequence& d_out, const Split& p, const float* first, float* ends,
                   cudaStream_t stream) {
   float* steps = ends + s.batch * p.segments * s.dstate * s.dim();
-  launch(segment_ends<C, Adjoint>, dim3(p.blocks(s)), dim3(C::kThreads), segment_ends_shared<C>(), stream, s, in, d_out, p, ends, steps);
+  with_layout<C>({Adjoint ? d_out : in.u, in.delta_weight ? Sequence{} : in.delta, Adjoint ? in.C : in.B, Adjoint ? in.z : Sequence{}}, [&](auto layout) {
+    launch(segment_ends<C, decltype(layout), Adjoint>, dim3(p.blocks(s)), dim3(C::kThreads), segment_ends_shared<C>(), stream, s, in, d_out, p,
+           ends, steps);
+  });
   launch(carry_over, dim3((s.batch * s.dstate * s.dim() + 255) / 256), dim3(256), 0, stream, s, p.segments, Adjoint, in.A, first,
          static_cast<const float*>(steps), ends);
 }
