@@ -35,7 +35,8 @@ std::vector<std::tuple<std::string, std::string, std::string>> signatures() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "autohdr's compiled kernels";
   m.def("build_info", &build_info, "What was compiled, and the CPU instruction set the kernels run with here.");
-  m.def("signatures", &signatures, "Each registered kernel as (dispatch key, op, C++ signature in the words of torch's schemas).");
+  m.def("signatures", &signatures,
+        "Each registered kernel as (dispatch key, op, C++ signature in the words of torch's schemas).");
   m.def("poison_scratch", &autohdr::Scratch::poison, "Makes the CPU kernels' scratch memory hold NaN before use, for tests.");
   m.def("use_cpu_isa", &autohdr::use_isa, "Makes the CPU kernels run with one of build_info()['cpu_isas_here'].");
 }

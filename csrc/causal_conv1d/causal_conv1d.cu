@@ -92,7 +92,9 @@ struct Line {
   }
 };
 
-__host__ __device__ constexpr int64_t parts_of(const ConvShape& s, int size) { return ceil_div(s.seqlen, int64_t{32} * kRuns * size); }
+__host__ __device__ constexpr int64_t parts_of(const ConvShape& s, int size) {
+  return ceil_div(s.seqlen, int64_t{32} * kRuns * size);
+}
 
 template <class T>
 __device__ __forceinline__ T* line_of(const Sequence& s, const Line& l) {
@@ -101,7 +103,8 @@ __device__ __forceinline__ T* line_of(const Sequence& s, const Line& l) {
 
 // v[k] = token begin - Lead + k, where begin is a piece's first; zero where there is none, and in the first `skip`.
 template <class C, int N, int Lead, int Count>
-__device__ __forceinline__ void load_tokens(const typename C::T* line, int64_t begin, int64_t seqlen, int skip, float (&v)[Count]) {
+__device__ __forceinline__ void load_tokens(const typename C::T* line, int64_t begin, int64_t seqlen, int skip,
+                                            float (&v)[Count]) {
   if constexpr (C::Aligned) {
     static_assert(Lead <= N, "the tokens in front are of one piece");
 #pragma unroll
@@ -230,8 +233,12 @@ struct Walk {
   __device__ Walk(const ConvShape& s, const Sequence& x, const Column<N>& c)
       : data(static_cast<typename C::T*>(x.data) + c.batch * x.batch + (s.reverse ? (s.seqlen - 1) * x.token : 0)),
         step(s.reverse ? -x.token : x.token), channel(c.channel), dim(s.dim) {}
-  __device__ void load_token(int64_t token, bool real, float (&v)[N]) const { load<C::Aligned>(data + token * step, channel, real ? dim : 0, v); }
-  __device__ void store_token(int64_t token, const float (&v)[N]) const { store<C::Aligned>(data + token * step, channel, dim, v); }
+  __device__ void load_token(int64_t token, bool real, float (&v)[N]) const {
+    load<C::Aligned>(data + token * step, channel, real ? dim : 0, v);
+  }
+  __device__ void store_token(int64_t token, const float (&v)[N]) const {
+    store<C::Aligned>(data + token * step, channel, dim, v);
+  }
 };
 
 // The parameters of a thread's channels; those beyond the last channel repeat its.
@@ -430,7 +437,8 @@ int64_t queue(const ConvForward& a, void* memory, cudaStream_t stream) {
     if constexpr (C::ChannelLast) {
       const int64_t walk = conv::walk_of(s, C::kForward), runs = conv::ceil_div(s.seqlen, walk);
       const int64_t threads = s.batch * runs * conv::ceil_div(s.dim, C::kForward);
-      launch(conv::forward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, runs, walk);
+      launch(conv::forward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, runs,
+             walk);
     } else {
       const int64_t warps = s.batch * conv::parts_of(s, C::kForward) * s.dim;
       launch(conv::forward_tokens<C>, dim3(conv::ceil_div(warps, conv::kWarps)), dim3(conv::kThreads), 0, stream, a);
@@ -451,16 +459,16 @@ int64_t queue(const ConvBackward& a, void* memory, cudaStream_t stream) {
       const int64_t threads = s.batch * runs * conv::ceil_div(s.dim, C::kBackward);
       count = s.batch * runs;
       if (memory && count)
-        launch(conv::backward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a, slots,
-               runs, walk);
+        launch(conv::backward_channels<C>, dim3(conv::ceil_div(threads, conv::kThreads)), dim3(conv::kThreads), 0, stream, a,
+               slots, runs, walk);
     } else {
       count = s.batch * conv::parts_of(s, C::kBackward);
       if (memory && count)
-        launch(conv::backward_tokens<C>, dim3(conv::ceil_div(count * s.dim, conv::kWarps)), dim3(conv::kThreads), 0, stream, a, slots);
+        launch(conv::backward_tokens<C>, dim3(conv::ceil_div(count * s.dim, conv::kWarps)), dim3(conv::kThreads), 0, stream, a,
+               slots);
     }
   });
-  if (memory)
-    launch(conv::add_slots, dim3(conv::ceil_div(size, 32)), dim3(32 * conv::kGroups), 0, stream, a, slots, count);
+  if (memory) launch(conv::add_slots, dim3(conv::ceil_div(size, 32)), dim3(32 * conv::kGroups), 0, stream, a, slots, count);
   return count * size * static_cast<int64_t>(sizeof(float));
 }
 

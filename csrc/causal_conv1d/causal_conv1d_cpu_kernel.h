@@ -123,9 +123,7 @@ static void forward_lines(const ConvForward& a) {
   });
 }
 
-static void run(const ConvForward& a) {
-  a.shape.channel_last ? forward_lines<true>(a) : forward_lines<false>(a);
-}
+static void run(const ConvForward& a) { a.shape.channel_last ? forward_lines<true>(a) : forward_lines<false>(a); }
 
 // Sums over a line's tokens of its dv (and for taps, times the x they meet): up to Count taps from the j-th on, or the bias.
 template <bool ChannelLast, int Count>
@@ -133,7 +131,7 @@ AUTOHDR_INLINE void add_tap_sums(const ConvShape& s, const Line& line, const flo
   for (int64_t c = 0; c < line.row; c += ChannelLast ? W : 1) {
     vf total[Count] = {};
     const auto add = [&](int64_t i, vf g) {
-      AUTOHDR_UNROLL for (int n = 0; n < Count; ++n) total[n] += g * (x ? load(x + i + (j + n) * line.row) : splat(1.0f));
+  AUTOHDR_UNROLL for (int n = 0; n < Count; ++n) total[n] += g * (x ? load(x + i + (j + n) * line.row) : splat(1.0f));
     };
     if (ChannelLast)
       for (int64_t t = 0; t < line.tokens; ++t) add(t * line.row + c, load(dv + t * line.row + c));

@@ -8,10 +8,11 @@ AUTOHDR_INLINE int64_t column_block(int64_t bytes_per_pixel) { return std::max<i
 // A depthwise 3×3 convolution of one panel along a row: rows[r] points at the pixel left of the first output.
 // With Squares, squares[c] += Σ out².
 template <bool Squares>
-static void depthwise_row(const float* const* rows, const float* taps, int64_t width, int64_t pixels, float* out, float* squares) {
+static void depthwise_row(const float* const* rows, const float* taps, int64_t width, int64_t pixels, float* out,
+                          float* squares) {
   for (int64_t c = 0; c < width; c += W) {
     vf w[9];
-    AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) w[t] = load(taps + t * width + c);
+  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) w[t] = load(taps + t * width + c);
     const float *r0 = rows[0] + c, *r1 = rows[1] + c, *r2 = rows[2] + c;
     vf total = {};
     for (int64_t p = 0; p < pixels; ++p) {

@@ -47,14 +47,11 @@ namespace autohdr::avx512 {
 #pragma GCC pop_options
 
 // Calls the chosen instruction set's version of a function.
-#define AUTOHDR_CALL(function, ...)                                  \
-  switch (::autohdr::current_isa()) {                                \
-    case ::autohdr::Isa::baseline:                                   \
-      return ::autohdr::baseline::function(__VA_ARGS__);             \
-    case ::autohdr::Isa::avx2:                                       \
-      return ::autohdr::avx2::function(__VA_ARGS__);                 \
-    case ::autohdr::Isa::avx512:                                     \
-      return ::autohdr::avx512::function(__VA_ARGS__);               \
+#define AUTOHDR_CALL(function, ...)                                                   \
+  switch (::autohdr::current_isa()) {                                                 \
+    case ::autohdr::Isa::baseline: return ::autohdr::baseline::function(__VA_ARGS__); \
+    case ::autohdr::Isa::avx2: return ::autohdr::avx2::function(__VA_ARGS__);         \
+    case ::autohdr::Isa::avx512: return ::autohdr::avx512::function(__VA_ARGS__);     \
   }
 #else
 #define AUTOHDR_CALL(function, ...) return ::autohdr::baseline::function(__VA_ARGS__)

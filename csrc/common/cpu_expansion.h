@@ -117,9 +117,7 @@ struct ExpansionBackward {
 
   ExpansionBackward(Scratch& scratch, const Groups& groups_, const Expansion& op_, const ExpansionWeights& w,
                     const ImageShape& shape_)
-      : groups(groups_),
-        op(op_),
-        shape(shape_),
+      : groups(groups_), op(op_), shape(shape_),
         // Hidden rows and their gradients are held: twice the bytes of the forward pass.
         steps(shape_.batch, shape_.rows(), shape_.width, 2 * groups_.channels() * static_cast<int64_t>(sizeof(float))),
         transposed(Packed::make(scratch, shape_.channels, groups_.channels())) {
@@ -159,9 +157,9 @@ struct ExpansionBackward {
       Hidden<T> hidden(op, op.weight, op.bias, x, steps.rows + 4, most + 4, mine);
       const Range around = tile.columns.around(1), near = around.within(shape.columns());
       const Ring grad{mine + hidden_size, steps.rows + 2, panels, most + 2, width, around.first};
-      float* d_hidden = mine + hidden_size + grad_size;      // [panel][pixel of the step][width]
-      float* d_normal = d_hidden + panels * panel;           // [pixel of the step][padded]
-      float* normal = d_normal + steps.rows * most * padded; // [pixel of the step][ld]
+      float* d_hidden = mine + hidden_size + grad_size;       // [panel][pixel of the step][width]
+      float* d_normal = d_hidden + panels * panel;            // [pixel of the step][padded]
+      float* normal = d_normal + steps.rows * most * padded;  // [pixel of the step][ld]
       const ExpansionSums total = sums_of(worker);
       const int64_t columns = tile.columns.size(), left_column = tile.columns.first;
       hidden.start(tile.image, tile.rows.first - 2, tile.columns.around(2));

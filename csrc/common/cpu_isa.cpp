@@ -17,13 +17,11 @@ bool runs_here(Isa isa) {
 #if AUTOHDR_X86
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::baseline:
-      return true;
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::baseline: return true;
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
   }
   return false;
 #else
@@ -41,7 +39,7 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
-constexpr size_t kAlign = 64;             // bytes: a cache line and the widest vector
+constexpr size_t kAlign = 64;            // bytes: a cache line and the widest vector
 constexpr size_t kLeastBlock = 1 << 20;  // bytes that are asked of the system at once
 
 struct Arena {

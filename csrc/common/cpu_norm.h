@@ -16,7 +16,8 @@ struct Stats {
 // Without weight and bias, which are folded into the 1×1 convolution. In the bias-free norm, not `centre`, the variance is centred
 // and the value is not.
 template <class T>
-static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, bool centre, float* out, int64_t ld, Stats* stats) {
+static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, bool centre, float* out, int64_t ld,
+                      Stats* stats) {
   const float inverse = 1.0f / static_cast<float>(channels);
   const int64_t whole = channels / W * W, padded = round_up(channels, 16);
   for (int64_t p = 0; p < pixels; ++p) {
@@ -52,7 +53,7 @@ static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, b
 // dx = dy + the gradient through `normalize`, given the gradient d [pixels][ldd] at its output `normal` [pixels][ld].
 template <class T>
 static void norm_backward(const T* dy, const float* d, int64_t ldd, const float* normal, int64_t ld, const Stats* stats,
-                               int64_t pixels, int64_t channels, bool centre, T* dx) {
+                          int64_t pixels, int64_t channels, bool centre, T* dx) {
   const float inverse = 1.0f / static_cast<float>(channels);
   for (int64_t p = 0; p < pixels; ++p) {
     const float *g = d + p * ldd, *h = normal + p * ld;

@@ -43,7 +43,7 @@ struct Groups {
   int64_t count, size, vecs, panels_each;
   Groups(int64_t count_, int64_t size_)
       : count(count_), size(size_), vecs(panel_vecs(size_)), panels_each(ceil_div(size_, 16 * vecs)) {}
-  int64_t width() const { return 16 * vecs; }          // of a panel
+  int64_t width() const { return 16 * vecs; }               // of a panel
   int64_t padded() const { return panels_each * width(); }  // of a group
   int64_t panels() const { return count * panels_each; }
   int64_t channels() const { return count * padded(); }

@@ -37,12 +37,12 @@ struct Steps {
 
   Steps(int64_t batch_, const Range& all_rows_, int64_t width_, int64_t bytes_a_pixel)
       : batch(batch_), all_rows(all_rows_), width(width_) {
-    constexpr int64_t kBudget = 1 << 19;   // bytes of hidden rows that a worker holds: a quarter of a common L2 cache
-    constexpr int64_t kPixels = 192;       // of a step: enough for a matrix product, which fetches its weights once a step
-    constexpr int64_t kHeldRows = 4 + 2;   // of a step and its halo: so many should fit the budget
+    constexpr int64_t kBudget = 1 << 19;  // bytes of hidden rows that a worker holds: a quarter of a common L2 cache
+    constexpr int64_t kPixels = 192;      // of a step: enough for a matrix product, which fetches its weights once a step
+    constexpr int64_t kHeldRows = 4 + 2;  // of a step and its halo: so many should fit the budget
     constexpr int64_t kNarrow = 96 - 2, kWide = 192 - 2;  // with their halo both are whole register blocks of 8, 6 or 4 pixels
-    constexpr int64_t kBandRows = 4;       // at least, for the two rows of halo that a band computes again
-    constexpr int64_t kTilesEach = 8;      // for a thread, where tiles do not divide evenly among them
+    constexpr int64_t kBandRows = 4;                      // at least, for the two rows of halo that a band computes again
+    constexpr int64_t kTilesEach = 8;                     // for a thread, where tiles do not divide evenly among them
     tiles_across = ceil_div(width, std::clamp<int64_t>(kBudget / (kHeldRows * bytes_a_pixel), kNarrow, kWide));
     const int64_t fitting = kBudget / (most_columns() * bytes_a_pixel) - 2;
     rows = std::clamp<int64_t>(std::max(fitting, kPixels / most_columns()), 1, kMostRows);

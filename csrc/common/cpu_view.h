@@ -20,8 +20,7 @@ template <class T>
 static void read_pixels(const T* x, int64_t pixels, int64_t channels, float* out, int64_t ld) {
   const int64_t padded = round_up(channels, 16);
   for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < padded; c += W)
-      store(out + p * ld + c, c < channels ? load_at(x + p * channels, c, channels) : vf{});
+    for (int64_t c = 0; c < padded; c += W) store(out + p * ld + c, c < channels ? load_at(x + p * channels, c, channels) : vf{});
 }
 
 // out = base + add, T [pixels][channels] from add [pixels][ld].
@@ -38,7 +37,9 @@ struct Ring {
   float* data;
   int64_t slots, panels, columns, width;
   int64_t left = 0;  // the column that is the first here
-  static int64_t floats(int64_t slots, int64_t panels, int64_t columns, int64_t width) { return slots * panels * columns * width; }
+  static int64_t floats(int64_t slots, int64_t panels, int64_t columns, int64_t width) {
+    return slots * panels * columns * width;
+  }
   int64_t slot(int64_t y) const { return (y % slots + slots) % slots; }
   float* row(int64_t y) const { return data + slot(y) * panels * columns * width; }
   int64_t panel_stride() const { return columns * width; }

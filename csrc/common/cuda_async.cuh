@@ -13,8 +13,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef AUTOHDR_EMULATION
   emulation::copy_later(static_cast<T*>(shared), static_cast<const T*>(global));
 #else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
-               "n"(sizeof(T))
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "n"(sizeof(T))
                : "memory");
 #endif
 }

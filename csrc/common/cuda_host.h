@@ -31,7 +31,8 @@ class __attribute__((visibility("hidden"))) OnDevice {
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* current = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == AOTI_TORCH_SUCCESS, "torch names no stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
+                    "torch names no stream");
     stream = static_cast<cudaStream_t>(current);
   }
 #endif

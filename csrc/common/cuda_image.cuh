@@ -53,7 +53,9 @@ struct Rows {
   __host__ __device__ T* of(int64_t image, int64_t head) const { return data + image * of_image + head * of_head; }
   Rows shifted(int64_t elements) const { return {data + elements, of_image, of_row, of_head}; }
   template <class U, class = std::enable_if_t<std::is_same_v<U, const T>>>
-  operator Rows<U>() const { return {data, of_image, of_row, of_head}; }
+  operator Rows<U>() const {
+    return {data, of_image, of_row, of_head};
+  }
   bool aligned() const {  // 16 bytes at a time can be taken from the start of every row
     const int64_t size = sizeof(T);
     return (reinterpret_cast<uintptr_t>(data) | of_image * size | of_row * size | of_head * size) % 16 == 0;
@@ -109,11 +111,11 @@ template <class T, class Out = T>
 struct Product {
   Rows<const T> a, w, residual;  // residual.data may be null
   Rows<Out> out;
-  Normal normal;                 // of a
-  const float* scale;            // [image][head][n], or null: 1
+  Normal normal;       // of a
+  const float* scale;  // [image][head][n], or null: 1
   int64_t pixels;
   int k, n, heads;
-  const float* factor = nullptr; // [image][head][n], or null: 1
+  const float* factor = nullptr;  // [image][head][n], or null: 1
   bool a_vectors = false, out_vectors = false;
 };
 
@@ -126,7 +128,8 @@ template <class T, class Out, int kN>
 __global__ void __launch_bounds__(256, sizeof(T) == 2 ? 2 : 1) multiply(Product<T, Out> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   using P = Piece<T>;
-  constexpr int kBuffer = (kProductRows + kN) * kTileRow, kWarpsN = kN / 32, kWarpM = kProductRows * kWarpsN / 8, kM = kWarpM / 16;
+  constexpr int kBuffer = (kProductRows + kN) * kTileRow, kWarpsN = kN / 32, kWarpM = kProductRows * kWarpsN / 8,
+                kM = kWarpM / 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = threadIdx.x / 4, piece = threadIdx.x % 4;
   const int m0 = warp / kWarpsN * kWarpM, n0 = warp % kWarpsN * 32, first_n = blockIdx.y * kN;
   const int64_t image = blockIdx.z / p.heads, head = blockIdx.z % p.heads, first_pixel = int64_t{blockIdx.x} * kProductRows;
@@ -155,7 +158,8 @@ __global__ void __launch_bounds__(256, sizeof(T) == 2 ? 2 : 1) multiply(Product<
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t pixel = first_pixel + row + 64 * i;
-      if (p.normal.stats && pixel < p.pixels) next_a[i].normalise(p.normal, p.normal.stats[image * p.normal.of_image + pixel], at, left);
+      if (p.normal.stats && pixel < p.pixels)
+        next_a[i].normalise(p.normal, p.normal.stats[image * p.normal.of_image + pixel], at, left);
       *reinterpret_cast<P*>(tile + (row + 64 * i) * kTileRow + piece * 16) = next_a[i];
     }
   };
@@ -207,7 +211,8 @@ __global__ void __launch_bounds__(256, sizeof(T) == 2 ? 2 : 1) multiply(Product<
           P added;
           added.load(residual + pixel * p.residual.of_row + n + from, p.n - n - from, p.out_vectors);
 #pragma unroll
-          for (int e = 0; e < P::kSize; ++e) v[from + e] += to_float(added.v[e]) * (scale && n + from + e < p.n ? scale[n + from + e] : 1.0f);
+          for (int e = 0; e < P::kSize; ++e)
+            v[from + e] += to_float(added.v[e]) * (scale && n + from + e < p.n ? scale[n + from + e] : 1.0f);
         }
 #pragma unroll
       for (int from = 0; from < 8; from += Piece<Out>::kSize) {
@@ -235,10 +240,10 @@ void product(Product<T, Out> p, int64_t images, cudaStream_t stream) {
 template <class T>
 struct Outer {
   Rows<const T> a, b;
-  Normal normal;        // of b
+  Normal normal;  // of b
   float* sums;
-  int64_t images;       // that one matrix sums over
-  int64_t pixels;       // of an image
+  int64_t images;  // that one matrix sums over
+  int64_t pixels;  // of an image
   int m, n, heads;
   bool add, a_vectors, b_vectors;
 };
@@ -253,9 +258,11 @@ template <class T>
 __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   using P = Piece<T>;
-  constexpr int kRow = kOuterRow<T>, kTile = kOuterPixels * kRow, kAcross = kOuterTile / P::kSize, kPieces = kOuterPixels * kAcross / 128;
+  constexpr int kRow = kOuterRow<T>, kTile = kOuterPixels * kRow, kAcross = kOuterTile / P::kSize,
+                kPieces = kOuterPixels * kAcross / 128;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = (p.n + kOuterTile - 1) / kOuterTile, first_m = blockIdx.x / tiles * kOuterTile, first_n = blockIdx.x % tiles * kOuterTile;
+  const int tiles = (p.n + kOuterTile - 1) / kOuterTile, first_m = blockIdx.x / tiles * kOuterTile,
+            first_n = blockIdx.x % tiles * kOuterTile;
   const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
   const int64_t chunks_each = (p.pixels + kOuterPixels - 1) / kOuterPixels, chunks = chunks_each * p.images;
   const int64_t begin = blockIdx.z * chunks / gridDim.z, end = (blockIdx.z + 1) * chunks / gridDim.z;
@@ -272,7 +279,8 @@ __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
       next_a[i].load(a + pixel * p.a.of_row + first_m + column, inside ? p.m - first_m - column : 0, p.a_vectors);
       next_b[i].load(b + pixel * p.b.of_row + first_n + column, inside ? p.n - first_n - column : 0, p.b_vectors);
       if (p.normal.stats && inside)
-        next_b[i].normalise(p.normal, p.normal.stats[image * p.normal.of_image + pixel], first_n + column, p.n - first_n - column);
+        next_b[i].normalise(p.normal, p.normal.stats[image * p.normal.of_image + pixel], first_n + column,
+                            p.n - first_n - column);
     }
   };
   const auto put = [&](unsigned char* tile) {
@@ -353,7 +361,7 @@ struct Gather {
   Axis rows, columns;
   int64_t count, width;  // elements and columns of the copy
   int64_t offset = 0, slot = 0;
-  int slots = 1;         // copies that are added up
+  int slots = 1;  // copies that are added up
 };
 
 // A block owns blockDim.x elements at a time, a thread every blockDim.y-th slot of one.
@@ -377,15 +385,18 @@ __global__ void __launch_bounds__(256) gather_elements(Gather g, const float* fr
       __syncthreads();
     }
     if (threadIdx.y > 0 || i >= g.count) continue;
-    if constexpr (std::is_same_v<T, double>) to[i] = sum;
-    else to[i] = from_float<T>(static_cast<float>(sum));
+    if constexpr (std::is_same_v<T, double>)
+      to[i] = sum;
+    else
+      to[i] = from_float<T>(static_cast<float>(sum));
   }
 }
 
 template <class T>
 void gather(const Gather& g, const float* from, T* to, cudaStream_t stream) {
   const dim3 block = g.slots > kSlotThreads ? dim3(32, kSlotThreads) : dim3(256);
-  if (g.count) launch(gather_elements<T>, dim3(std::min<int64_t>(ceil_div(g.count, block.x), 8192)), block, 0, stream, g, from, to);
+  if (g.count)
+    launch(gather_elements<T>, dim3(std::min<int64_t>(ceil_div(g.count, block.x), 8192)), block, 0, stream, g, from, to);
 }
 
 // to[i] = Σ_slot from[slot][i].
@@ -397,14 +408,16 @@ void add_up(const float* from, int64_t slots, int64_t count, T* to, cudaStream_t
 // Rows first .. first + rows of each image of a step, in a buffer or in the image itself.
 template <class T>
 struct View {
-  T* data;               // row `first` of the step's first image
+  T* data;  // row `first` of the step's first image
   int64_t of_image;
   int first, rows, width, channels;  // channels: from a pixel to the next
   __host__ __device__ T* at(int64_t image, int y, int x) const {
     return data + image * of_image + ((y - first) * int64_t{width} + x) * channels;
   }
   template <class U, class = std::enable_if_t<std::is_same_v<U, const T>>>
-  operator View<U>() const { return {data, of_image, first, rows, width, channels}; }
+  operator View<U>() const {
+    return {data, of_image, first, rows, width, channels};
+  }
   // Rows y0 .. of the view as matrices of pixels × channels.
   Rows<T> from(int y0, int64_t of_head = 0) const { return {at(0, y0, 0), of_image, channels, of_head}; }
 };
@@ -444,17 +457,19 @@ __device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
 }
 __device__ __forceinline__ float2 load_pair(const __half* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
 __device__ __forceinline__ void store_pair(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
-__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) { *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y); }
+__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
+}
 __device__ __forceinline__ void store_pair(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y); }
 __device__ __forceinline__ void add_product(float2& sum, float2 a, float2 b) { sum.x += a.x * b.x, sum.y += a.y * b.y; }
 
 // How the depthwise kernels share a step: lanes own pairs of channels, a warp walks a segment of two rows from left to right.
 constexpr int kSegment = 32;
 struct Walk {
-  int first, last;            // rows
+  int first, last;  // rows
   int height, width;
-  int channels;               // of one part, even
-  int part;                   // channels from a part to the next
+  int channels;  // of one part, even
+  int part;      // channels from a part to the next
   int64_t images;
   __host__ __device__ int64_t segments() const { return (width + kSegment - 1) / kSegment; }
   __host__ __device__ int64_t units() const { return (last - first + 1) / 2 * segments(); }
@@ -462,11 +477,13 @@ struct Walk {
 
 // f(y, x, channel, 3×3 convolution of each part there). in: its rows must reach from first - 1 to last + 1, where the image does.
 template <int kParts, class T, class F>
-__device__ __forceinline__ void convolve(const Walk& walk, const View<const T>& in, const float* weight /* [9][in.channels] */, const F& f) {
+__device__ __forceinline__ void convolve(const Walk& walk, const View<const T>& in, const float* weight /* [9][in.channels] */,
+                                         const F& f) {
   const int64_t unit = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const int channel = (blockIdx.y * 32 + threadIdx.x) * 2;
   if (unit >= walk.units() || channel >= walk.channels) return;
-  const int y0 = walk.first + static_cast<int>(unit / walk.segments()) * 2, x0 = static_cast<int>(unit % walk.segments()) * kSegment;
+  const int y0 = walk.first + static_cast<int>(unit / walk.segments()) * 2,
+            x0 = static_cast<int>(unit % walk.segments()) * kSegment;
   const int x1 = min(x0 + kSegment, walk.width);
   float2 w[kParts][9], before[kParts][2] = {}, here[kParts][2] = {};
 #pragma unroll
@@ -517,13 +534,15 @@ void launch_walk(void (*kernel)(Walk, Parameters...), const Walk& walk, cudaStre
 // out = 3×3 convolution of in.
 template <class T>
 __global__ void __launch_bounds__(256) depthwise(Walk walk, View<const T> in, const float* weight, View<T> out) {
-  convolve<1>(walk, in, weight, [&](int y, int x, int channel, const float2(&v)[1]) { store_pair(out.at(blockIdx.z, y, x) + channel, v[0]); });
+  convolve<1>(walk, in, weight,
+              [&](int y, int x, int channel, const float2(&v)[1]) { store_pair(out.at(blockIdx.z, y, x) + channel, v[0]); });
 }
 
 // slots[slot][9][channels] (+)= Σ d(y, x)·in(y + i - 1, x + j - 1): the convolution's weight gradient.
 constexpr int kWeightSlots = 64;
 template <class T>
-__global__ void __launch_bounds__(256) depthwise_weight_grad(Walk walk, View<const T> in, View<const T> d, float* slots, bool add) {
+__global__ void __launch_bounds__(256)
+    depthwise_weight_grad(Walk walk, View<const T> in, View<const T> d, float* slots, bool add) {
   AUTOHDR_DYNAMIC_SHARED(float2, shared);  // [warp][9][32]
   const int channel = (blockIdx.x * 32 + threadIdx.x) * 2;
   float2 sums[9] = {};
@@ -531,14 +550,16 @@ __global__ void __launch_bounds__(256) depthwise_weight_grad(Walk walk, View<con
   if (channel < walk.channels)
     for (int64_t unit = int64_t{blockIdx.y} * 8 + threadIdx.y; unit < units; unit += int64_t{gridDim.y} * 8) {
       const int64_t image = unit / (rows * walk.segments());
-      const int y = walk.first + static_cast<int>(unit / walk.segments() % rows), x0 = static_cast<int>(unit % walk.segments()) * kSegment;
+      const int y = walk.first + static_cast<int>(unit / walk.segments() % rows),
+                x0 = static_cast<int>(unit % walk.segments()) * kSegment;
       const int x1 = min(x0 + kSegment, walk.width);
       float2 left[3] = {}, here[3] = {};
       for (int x = x0 - 1; x <= x1; ++x) {
         float2 right[3] = {};
 #pragma unroll
         for (int i = 0; i < 3; ++i)
-          if (x >= 0 && x < walk.width && y + i >= 1 && y + i <= walk.height) right[i] = load_pair(in.at(image, y + i - 1, x) + channel);
+          if (x >= 0 && x < walk.width && y + i >= 1 && y + i <= walk.height)
+            right[i] = load_pair(in.at(image, y + i - 1, x) + channel);
         if (x > x0) {
           const float2 g = load_pair(d.at(image, y, x - 1) + channel);
 #pragma unroll
@@ -558,7 +579,8 @@ __global__ void __launch_bounds__(256) depthwise_weight_grad(Walk walk, View<con
   for (int t = threadIdx.y; t < 9; t += 8) {
     if (channel >= walk.channels) continue;
     float2 sum = make_float2(0, 0);
-    for (int w = 0; w < 8; ++w) sum.x += shared[(w * 9 + t) * 32 + threadIdx.x].x, sum.y += shared[(w * 9 + t) * 32 + threadIdx.x].y;
+    for (int w = 0; w < 8; ++w)
+      sum.x += shared[(w * 9 + t) * 32 + threadIdx.x].x, sum.y += shared[(w * 9 + t) * 32 + threadIdx.x].y;
     float2& slot = *reinterpret_cast<float2*>(slots + (int64_t{blockIdx.y} * 9 + t) * in.channels + channel);
     slot = add ? make_float2(slot.x + sum.x, slot.y + sum.y) : sum;
   }
@@ -569,10 +591,11 @@ __global__ void __launch_bounds__(256) depthwise_weight_grad(Walk walk, View<con
 constexpr int kNormSlots = 256, kNormWarps = 8, kNormChannels = 768;
 template <class T>
 __global__ void __launch_bounds__(kNormWarps * 32)
-    norm_backward(View<const T> x, View<const float> d_normal, View<const T> dy, View<T> dx, int64_t images, int64_t pixels, int channels,
-                  bool biased, const float* weight, float eps, float* slots, bool add) {
+    norm_backward(View<const T> x, View<const float> d_normal, View<const T> dy, View<T> dx, int64_t images, int64_t pixels,
+                  int channels, bool biased, const float* weight, float eps, float* slots, bool add) {
   AUTOHDR_DYNAMIC_SHARED(float, shared);  // [warp][2][own channels]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * kNormChannels, own = min(channels - first, kNormChannels);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * kNormChannels,
+            own = min(channels - first, kNormChannels);
   float *d_weight = shared + warp * 2 * own, *d_bias = d_weight + own;
   for (int c = lane; c < 2 * own; c += 32) d_weight[c] = 0;
   __syncwarp();
@@ -629,13 +652,15 @@ struct Steps {
   int height, first, last, rows;
 
   // So that rows, of pixel_bytes a pixel, and `halo` on each side stay within `budget`; at most max_images at once.
-  Steps(const Shape& s, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images) : Steps(s, 0, s.height, pixel_bytes, halo, budget, max_images) {}
+  Steps(const Shape& s, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images)
+      : Steps(s, 0, s.height, pixel_bytes, halo, budget, max_images) {}
   Steps(const Shape& s, int first, int last, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images)
       : batch(s.batch), images(1), height(s.height), first(first), last(last) {
     const int64_t row_bytes = pixel_bytes * s.width;
     rows = static_cast<int>(std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, last - first));
     if (rows == last - first)
-      images = std::clamp<int64_t>(budget / (row_bytes * buffer_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
+      images =
+          std::clamp<int64_t>(budget / (row_bytes * buffer_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
   }
   int buffer_rows(int halo) const { return std::min(rows + 2 * halo, height); }
   // f(first image, images), all rows of them: one step or, image by image, several.
@@ -681,10 +706,10 @@ struct Head {
 // The head's weights as its kernels want them.
 template <class T>
 struct HeadWeights {
-  T* weight;          // [hidden][C padded]
-  T* transposed;      // [C][hidden]; backward only
-  float* dwconv;      // [9][hidden]
-  float* flipped;     // [9][hidden]; backward only
+  T* weight;       // [hidden][C padded]
+  T* transposed;   // [C][hidden]; backward only
+  float* dwconv;   // [9][hidden]
+  float* flipped;  // [9][hidden]; backward only
 
   HeadWeights(Workspace& memory, const Head& h, bool backward) {
     const int64_t columns = round_up(h.shape.channels, 8);
@@ -706,12 +731,22 @@ struct HeadWeights {
 
 // hidden, rows of its view; stats of the same rows.
 template <class T>
-void expand(const Head& h, const HeadWeights<T>& w, View<const T> x, int64_t images, float2* stats, View<T> hidden, cudaStream_t stream) {
+void expand(const Head& h, const HeadWeights<T>& w, View<const T> x, int64_t images, float2* stats, View<T> hidden,
+            cudaStream_t stream) {
   const int64_t pixels = int64_t{hidden.rows} * hidden.width, columns = round_up(h.shape.channels, 8);
   const View<const T> rows{x.at(0, hidden.first, 0), x.of_image, hidden.first, hidden.rows, x.width, x.channels};
-  launch(norm_stats<T>, dim3(ceil_div(pixels, 8), images), dim3(256), 0, stream, rows, pixels, h.shape.channels, h.norm_bias != nullptr, h.eps, stats);
-  product<T>({rows.from(hidden.first), {w.weight, 0, columns, 0}, {}, hidden.from(hidden.first),
-              {stats, pixels, h.norm_weight, h.norm_bias}, nullptr, pixels, h.shape.channels, hidden.channels, 1},
+  launch(norm_stats<T>, dim3(ceil_div(pixels, 8), images), dim3(256), 0, stream, rows, pixels, h.shape.channels,
+         h.norm_bias != nullptr, h.eps, stats);
+  product<T>({rows.from(hidden.first),
+              {w.weight, 0, columns, 0},
+              {},
+              hidden.from(hidden.first),
+              {stats, pixels, h.norm_weight, h.norm_bias},
+              nullptr,
+              pixels,
+              h.shape.channels,
+              hidden.channels,
+              1},
              images, stream);
 }
 
@@ -731,37 +766,55 @@ struct HeadBackward {
     d_dwconv = memory.take<float>(kWeightSlots * 9 * h.hidden());
     d_norm = memory.take<float>(kNormSlots * 2 * h.shape.channels);
   }
-  static int64_t pixel_bytes(const Head& h) { return h.hidden() * static_cast<int64_t>(sizeof(T)) + round_up(h.shape.channels, 8) * 4; }
+  static int64_t pixel_bytes(const Head& h) {
+    return h.hidden() * static_cast<int64_t>(sizeof(T)) + round_up(h.shape.channels, 8) * 4;
+  }
 
   // Rows y .. y + rows of `images` images: dx, and the sums. hidden reaches two rows further, d one.
-  void step(const Head& h, const HeadWeights<T>& w, int64_t images, int y, int rows, View<const T> x, View<const T> dy, View<T> dx,
-            const float2* stats, View<const T> hidden, View<const T> d, bool first, cudaStream_t stream) const {
+  void step(const Head& h, const HeadWeights<T>& w, int64_t images, int y, int rows, View<const T> x, View<const T> dy,
+            View<T> dx, const float2* stats, View<const T> hidden, View<const T> d, bool first, cudaStream_t stream) const {
     const int channels = h.shape.channels, width = h.shape.width;
     const int64_t pixels = int64_t{rows} * width;
     const View<T> dh = buffer_view(d_hidden, h.shape, y, rows, 0, h.hidden());
     const View<float> dn = buffer_view(d_normal, h.shape, y, rows, 0, round_up(channels, 8));
     const Walk walk{y, y + rows, h.shape.height, width, static_cast<int>(h.hidden()), 0, images};
     launch_walk(depthwise<T>, walk, stream, d, w.flipped, dh);
-    launch(depthwise_weight_grad<T>, dim3(ceil_div(h.hidden(), 64), kWeightSlots), dim3(32, 8), 8 * 9 * 32 * sizeof(float2), stream, walk, hidden, d,
-           d_dwconv, !first);
+    launch(depthwise_weight_grad<T>, dim3(ceil_div(h.hidden(), 64), kWeightSlots), dim3(32, 8), 8 * 9 * 32 * sizeof(float2),
+           stream, walk, hidden, d, d_dwconv, !first);
     const int64_t stats_image = int64_t{hidden.rows} * width;
     const Rows<const T> normal_of{x.at(0, y, 0), x.of_image, x.channels, 0};
     const Normal normal{stats + int64_t{y - hidden.first} * width, stats_image, h.norm_weight, h.norm_bias};
-    outer<T>({dh.from(y), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.hidden()), channels, 1, !first}, 1, splits, stream);
-    product<T, float>({dh.from(y), {w.transposed, 0, h.hidden(), 0}, {}, dn.from(y), {}, nullptr, pixels, static_cast<int>(h.hidden()), channels, 1}, images,
-               stream);
-    const View<const T> x_rows{x.at(0, y, 0), x.of_image, y, rows, width, channels}, dy_rows{dy.at(0, y, 0), dy.of_image, y, rows, width, channels};
+    outer<T>({dh.from(y), normal_of, normal, d_weight, images, pixels, static_cast<int>(h.hidden()), channels, 1, !first}, 1,
+             splits, stream);
+    product<T, float>({dh.from(y),
+                       {w.transposed, 0, h.hidden(), 0},
+                       {},
+                       dn.from(y),
+                       {},
+                       nullptr,
+                       pixels,
+                       static_cast<int>(h.hidden()),
+                       channels,
+                       1},
+                      images, stream);
+    const View<const T> x_rows{x.at(0, y, 0), x.of_image, y, rows, width, channels},
+        dy_rows{dy.at(0, y, 0), dy.of_image, y, rows, width, channels};
     launch(norm_backward<T>, dim3(kNormSlots, ceil_div(channels, kNormChannels)), dim3(kNormWarps * 32),
            kNormWarps * 2 * std::min(channels, kNormChannels) * sizeof(float), stream, x_rows, dn, dy_rows,
-           View<T>{dx.at(0, y, 0), dx.of_image, y, rows, width, channels}, images, pixels, channels, h.norm_bias != nullptr, h.norm_weight, h.eps,
-           d_norm, !first);
+           View<T>{dx.at(0, y, 0), dx.of_image, y, rows, width, channels}, images, pixels, channels, h.norm_bias != nullptr,
+           h.norm_weight, h.eps, d_norm, !first);
   }
 
   // any: whether there was a step; without one the gradients are 0.
-  void finish(const Head& h, bool any, float* norm_weight, float* norm_bias, float* weight, float* dwconv, cudaStream_t stream) const {
+  void finish(const Head& h, bool any, float* norm_weight, float* norm_bias, float* weight, float* dwconv,
+              cudaStream_t stream) const {
     const int64_t c = h.shape.channels, real = h.groups * h.size;
-    gather<float>({{h.size, h.padded, h.groups, c}, {c, c, 1, 1}, real * c, c, 0, h.hidden() * c, any ? static_cast<int>(splits) : 0}, d_weight, weight, stream);
-    gather<float>({{h.size, h.padded, h.groups, 1}, {9, 9, 1, h.hidden()}, real * 9, 9, 0, 9 * h.hidden(), any ? kWeightSlots : 0}, d_dwconv, dwconv, stream);
+    gather<float>(
+        {{h.size, h.padded, h.groups, c}, {c, c, 1, 1}, real * c, c, 0, h.hidden() * c, any ? static_cast<int>(splits) : 0},
+        d_weight, weight, stream);
+    gather<float>(
+        {{h.size, h.padded, h.groups, 1}, {9, 9, 1, h.hidden()}, real * 9, 9, 0, 9 * h.hidden(), any ? kWeightSlots : 0},
+        d_dwconv, dwconv, stream);
     const Gather norm{{1, 1, 1, 0}, {c, c, 1, 1}, c, c, 0, 2 * c, any ? kNormSlots : 0};
     gather<float>(norm, d_norm, norm_weight, stream);
     if (h.norm_bias) gather<float>(norm, d_norm + c, norm_bias, stream);

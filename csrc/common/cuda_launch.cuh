@@ -18,7 +18,7 @@ constexpr size_t kMaxShared = 99 << 10;
 #define AUTOHDR_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::emulation::block.shared)
 #else
 // A kernel's dynamic shared memory as type* name, aligned to 16 bytes.
-#define AUTOHDR_DYNAMIC_SHARED(type, name)                      \
+#define AUTOHDR_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char autohdr_shared[]; \
   type* name = reinterpret_cast<type*>(autohdr_shared)
 #endif
@@ -43,7 +43,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   if (shared_bytes > 48 * 1024)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
                "shared memory of a CUDA kernel");
+  // clang-format off: it takes the angle brackets apart
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   cuda_check(cudaGetLastError(), "launch of a CUDA kernel");
 #endif
 }

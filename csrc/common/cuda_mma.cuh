@@ -95,7 +95,9 @@ void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
         const auto two = products(left.a[part * 2 + e / 2], right.b[part]);
         for (int i = 0; i < 2; ++i) terms[1 + 2 * k + i] = two[i], largest = std::fmax(largest, std::fabs(two[i]));
       }
-      const auto cut = [](double v, double unit) { return unit > 0 ? static_cast<double>(static_cast<int64_t>(v / unit)) * unit : v; };
+      const auto cut = [](double v, double unit) {
+        return unit > 0 ? static_cast<double>(static_cast<int64_t>(v / unit)) * unit : v;
+      };
       const double unit = unit_below(largest, 24);
       bool finite = true;
       for (const double term : terms) finite &= std::isfinite(term);
@@ -106,9 +108,9 @@ void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
 #define AUTOHDR_MMA(instruction, ...) emulate_mma(d, a, b, __VA_ARGS__)
 using Products = std::array<double, 2>;
 #else
-#define AUTOHDR_MMA(instruction, ...)                                                                                    \
-  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+#define AUTOHDR_MMA(instruction, ...)                                                         \
+  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #endif
 

@@ -27,7 +27,8 @@ __device__ __forceinline__ float half_to_float(uint32_t bits) {
   return __half2float(__half(h));
 }
 __device__ __forceinline__ uint32_t narrow(Dtype dtype, float v) {
-  return dtype == Dtype::bf16 ? static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(v)).x : static_cast<__half_raw>(__float2half_rn(v)).x;
+  return dtype == Dtype::bf16 ? static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(v)).x
+                              : static_cast<__half_raw>(__float2half_rn(v)).x;
 }
 __device__ __forceinline__ float load_one(const Sequence& s, int64_t at) {
   if (s.dtype == Dtype::f32) return static_cast<const float*>(s.data)[at];

@@ -23,8 +23,8 @@ inline Sequence sequence_from(const char* op, const char* name, const Tensor& t,
   STD_TORCH_CHECK(batch == 0 || t.stride(channel) == 1 || t.stride(token) == 1, op, ": ", name,
                   " must have its channels or its tokens one element apart, got strides ", t.stride(0), ", ", t.stride(1), ", ",
                   t.stride(2));
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.stride(0), t.stride(channel) * group_channels,
-          t.stride(channel), t.stride(token)};
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.stride(0),
+          t.stride(channel) * group_channels,    t.stride(channel),     t.stride(token)};
 }
 
 inline Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }

@@ -50,8 +50,9 @@ inline void check_image(const char* op, const char* name, const Tensor& t) {
   if (t.numel() == 0) return;  // nothing lies in memory
   int64_t expected = 1;
   for (int64_t d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == expected, op, ": ", name, " must be contiguous in channels_last, got stride ",
-                    t.stride(d), " instead of ", expected, " in dimension ", d, " of ", shape_of(t));
+    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == expected, op, ": ", name,
+                    " must be contiguous in channels_last, got stride ", t.stride(d), " instead of ", expected, " in dimension ",
+                    d, " of ", shape_of(t));
     expected *= t.size(d);
   }
 }

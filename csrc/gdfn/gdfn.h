@@ -31,9 +31,9 @@ template <class T>
 struct GdfnBackward {
   GdfnShape shape;
   GdfnWeights weights;
-  const T *dy, *x;                     // [B, H, W, C]
-  T* dx;                               // [B, H, W, C]
-  float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
+  const T *dy, *x;                                 // [B, H, W, C]
+  T* dx;                                           // [B, H, W, C]
+  float *d_norm_weight, *d_norm_bias;              // [C]; the bias's unused without one
   float *d_project_in, *d_dwconv, *d_project_out;  // as the weights
 };
 

@@ -22,7 +22,7 @@ static void gate_row(const float* const* a_rows, const float* const* b_rows, con
                      int64_t width, int64_t pixels, float* out) {
   for (int64_t c = 0; c < width; c += W) {
     vf wa[9], wb[9];
-    AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);
+  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);
     const float *a0 = a_rows[0] + c, *a1 = a_rows[1] + c, *a2 = a_rows[2] + c;
     const float *b0 = b_rows[0] + c, *b1 = b_rows[1] + c, *b2 = b_rows[2] + c;
     for (int64_t o = 0; o < pixels * width; o += width) {

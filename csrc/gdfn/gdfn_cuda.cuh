@@ -11,7 +11,14 @@ namespace image {
 
 inline Head head_of(const GdfnShape& s, const GdfnWeights& w) {
   return {{s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)},
-          w.norm_weight, w.norm_bias, w.project_in, w.dwconv, s.eps, 2, s.hidden, round_up(s.hidden, 8)};
+          w.norm_weight,
+          w.norm_bias,
+          w.project_in,
+          w.dwconv,
+          s.eps,
+          2,
+          s.hidden,
+          round_up(s.hidden, 8)};
 }
 
 __device__ __forceinline__ float normal_cdf(float v) { return 0.5f * (1.0f + erff(v * 0.707106781186547524f)); }
@@ -27,7 +34,8 @@ __global__ void __launch_bounds__(256) gate(Walk walk, View<const T> hidden, con
 
 // d: the gradients of a and b; gated again. d_gated and gated may be the same buffer.
 template <class T>
-__global__ void __launch_bounds__(256) gate_backward(Walk walk, View<const T> hidden, const float* weight, View<T> d_gated, View<T> d) {
+__global__ void __launch_bounds__(256)
+    gate_backward(Walk walk, View<const T> hidden, const float* weight, View<T> d_gated, View<T> d) {
   convolve<2>(walk, hidden, weight, [&](int y, int x, int channel, const float2(&v)[2]) {
     T* at = d_gated.at(blockIdx.z, y, x) + channel;
     const float2 g = load_pair(at);
@@ -62,15 +70,25 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   if (workspace.counts_only()) return workspace.used();
 
   weights.fill(h, stream);
-  gather<T>({{channels, channels, 1, a.shape.hidden}, {padded, a.shape.hidden, 1, 1}, channels * padded, padded}, a.weights.project_out, project_out, stream);
+  gather<T>({{channels, channels, 1, a.shape.hidden}, {padded, a.shape.hidden, 1, 1}, channels * padded, padded},
+            a.weights.project_out, project_out, stream);
   steps.each([&](int64_t b, int64_t images, int y, int count) {
     const View<const T> x = view_of(a.x, s, b, 0);
-    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 1, hidden), gated = buffer_view(gated_data, s, y, count, 0, padded);
+    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 1, hidden),
+                  gated = buffer_view(gated_data, s, y, count, 0, padded);
     expand<T>(h, weights, x, images, stats, hidden_rows, stream);
     const Walk walk{y, y + count, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded), images};
     launch_walk(gate<T>, walk, stream, hidden_rows, weights.dwconv, gated);
-    product<T>({gated.from(y), {project_out, 0, padded, 0}, x.from(y), view_of(a.y, s, b, 0).from(y), {}, nullptr, int64_t{count} * s.width,
-                static_cast<int>(padded), static_cast<int>(channels), 1},
+    product<T>({gated.from(y),
+                {project_out, 0, padded, 0},
+                x.from(y),
+                view_of(a.y, s, b, 0).from(y),
+                {},
+                nullptr,
+                int64_t{count} * s.width,
+                static_cast<int>(padded),
+                static_cast<int>(channels),
+                1},
                images, stream);
   });
   return workspace.used();
@@ -91,26 +109,45 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const int64_t columns = round_up(channels, 8);
   T* project_out = workspace.take<T>(padded * columns);  // [padded][C], transposed
   float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *gated_data = workspace.take<T>(near * padded), *d_data = workspace.take<T>(near * hidden);
+  T *hidden_data = workspace.take<T>(pixels * hidden), *gated_data = workspace.take<T>(near * padded),
+    *d_data = workspace.take<T>(near * hidden);
   float* d_project_out = workspace.take<float>(splits * channels * a.shape.hidden);
   const HeadBackward<T> head(workspace, h, steps.images, steps.rows);
   if (workspace.counts_only()) return workspace.used();
 
   weights.fill(h, stream);
-  gather<T>({{padded, a.shape.hidden, 1, 1}, {columns, channels, 1, a.shape.hidden}, padded * columns, columns}, a.weights.project_out, project_out, stream);
+  gather<T>({{padded, a.shape.hidden, 1, 1}, {columns, channels, 1, a.shape.hidden}, padded * columns, columns},
+            a.weights.project_out, project_out, stream);
   bool first = true;
   steps.each([&](int64_t b, int64_t images, int y, int count) {
     const View<const T> x = view_of(a.x, s, b, 0), dy = view_of(a.dy, s, b, 0);
-    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 2, hidden), gated = buffer_view(gated_data, s, y, count, 1, padded),
-                  d = buffer_view(d_data, s, y, count, 1, hidden);
+    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 2, hidden),
+                  gated = buffer_view(gated_data, s, y, count, 1, padded), d = buffer_view(d_data, s, y, count, 1, hidden);
     expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-    product<T>({dy.from(gated.first), {project_out, 0, columns, 0}, {}, gated.from(gated.first), {}, nullptr, int64_t{gated.rows} * s.width,
-                static_cast<int>(channels), static_cast<int>(padded), 1},
+    product<T>({dy.from(gated.first),
+                {project_out, 0, columns, 0},
+                {},
+                gated.from(gated.first),
+                {},
+                nullptr,
+                int64_t{gated.rows} * s.width,
+                static_cast<int>(channels),
+                static_cast<int>(padded),
+                1},
                images, stream);
-    const Walk walk{gated.first, gated.first + gated.rows, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded), images};
+    const Walk walk{gated.first, gated.first + gated.rows, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded),
+                    images};
     launch_walk(gate_backward<T>, walk, stream, hidden_rows, weights.dwconv, gated, d);
-    outer<T>({dy.from(y), gated.from(y), {}, d_project_out, images, int64_t{count} * s.width, static_cast<int>(channels),
-              static_cast<int>(a.shape.hidden), 1, !first},
+    outer<T>({dy.from(y),
+              gated.from(y),
+              {},
+              d_project_out,
+              images,
+              int64_t{count} * s.width,
+              static_cast<int>(channels),
+              static_cast<int>(a.shape.hidden),
+              1,
+              !first},
              1, splits, stream);
     head.step(h, weights, images, y, count, x, dy, view_of(a.dx, s, b, 0), stats, hidden_rows, d, first, stream);
     first = false;

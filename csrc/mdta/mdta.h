@@ -17,12 +17,12 @@ struct MdtaShape {
 };
 
 struct MdtaWeights {
-  const float* norm_weight;    // [C]
-  const float* norm_bias;      // [C], or null: the bias-free norm
-  const float* qkv;            // [3C, C]
-  const float* dwconv;         // [3C, 3, 3]
-  const float* temperature;    // [heads]
-  const float* project_out;    // [C, C]
+  const float* norm_weight;  // [C]
+  const float* norm_bias;    // [C], or null: the bias-free norm
+  const float* qkv;          // [3C, C]
+  const float* dwconv;       // [3C, 3, 3]
+  const float* temperature;  // [heads]
+  const float* project_out;  // [C, C]
 };
 
 // What the attention of every image is made of.
@@ -57,17 +57,17 @@ struct MdtaApply {
   MdtaWeights weights;
   const T* x;  // [B, H, W, C]
   MdtaAttention attention;
-  T* y;        // [B, H, W, C]
+  T* y;  // [B, H, W, C]
 };
 
 template <class T>
 struct MdtaBackward {
   MdtaShape shape;
   MdtaWeights weights;
-  const T *dy, *x;                     // [B, H, W, C]
-  MdtaAttention attention;             // as the forward pass left it
-  T* dx;                               // [B, H, W, C]
-  float *d_norm_weight, *d_norm_bias;  // [C]; the bias's unused without one
+  const T *dy, *x;                                          // [B, H, W, C]
+  MdtaAttention attention;                                  // as the forward pass left it
+  T* dx;                                                    // [B, H, W, C]
+  float *d_norm_weight, *d_norm_bias;                       // [C]; the bias's unused without one
   float *d_qkv, *d_dwconv, *d_temperature, *d_project_out;  // as the weights
 };
 

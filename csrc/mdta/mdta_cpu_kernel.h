@@ -24,8 +24,8 @@ struct Attention {
   static Attention make(Scratch& scratch, const MdtaShape& s) {
     const int64_t size = s.head_size(), square = s.channels * size;
     double* small = scratch.take<double>(2 * square);
-    return {s.heads, size, s.channels, s.one_pixel(), nullptr, nullptr, nullptr, small, small + square,
-            scratch.take<float>(s.channels * s.channels)};
+    return {s.heads, size,    s.channels, s.one_pixel(),  nullptr,
+            nullptr, nullptr, small,      small + square, scratch.take<float>(s.channels * s.channels)};
   }
 
   double q_length(int64_t c) const { return std::max(q_norm[c], kLeastLength); }
@@ -97,8 +97,8 @@ static void run(const MdtaStatistics<T>& a) {
     steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
       Hidden<T> hidden(op, op.weight, op.bias, View<const T>{a.x, shape}, steps.rows + 2, most + 2, mine);
-      float* qk = mine + hidden_size;                   // [panel][pixel of the step][width]
-      float* gram = qk + groups.panels() * panel;       // the step's share of the sums
+      float* qk = mine + hidden_size;              // [panel][pixel of the step][width]
+      float* gram = qk + groups.panels() * panel;  // the step's share of the sums
       float* squares = gram + gram_size;
       hidden.start(b, tile.rows.first - 1, tile.columns.around(1));
       for (int64_t y = tile.rows.first; y < tile.rows.end; y += steps.rows) {
@@ -157,8 +157,8 @@ static void run(const MdtaApply<T>& a) {
     steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
       Hidden<T> hidden(op, op.weight, op.bias, in, steps.rows + 2, most + 2, mine);
-      float* values = mine + hidden_size;           // [panel][pixel of the step][width]
-      float* projected = values + panels * panel;   // [pixel of the step][out_width]
+      float* values = mine + hidden_size;          // [panel][pixel of the step][width]
+      float* projected = values + panels * panel;  // [pixel of the step][out_width]
       const int64_t columns = tile.columns.size();
       hidden.start(b, tile.rows.first - 1, tile.columns.around(1));
       for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
@@ -178,10 +178,10 @@ static void run(const MdtaApply<T>& a) {
 
 // The small matrices of the backward pass, of one image, packed for the products that use them.
 struct AttentionGrad {
-  Packed to_q;       // [heads] of them: dq = k · to_q − q ∘ q_scale
-  Packed to_k;       // dk = q · to_k − k ∘ k_scale
-  Packed to_v;       // dv = dy · to_v
-  double* q_scale;   // [padded q channels]
+  Packed to_q;      // [heads] of them: dq = k · to_q − q ∘ q_scale
+  Packed to_k;      // dk = q · to_k − k ∘ k_scale
+  Packed to_v;      // dv = dy · to_v
+  double* q_scale;  // [padded q channels]
   double* k_scale;
 };
 
@@ -297,48 +297,49 @@ static void run(const MdtaBackward<T>& a) {
   // 2. Everything else in one pass.
   const int64_t reach = expansion.most_pixels(), middle_size = reach * (2 * heads.channels() + ldd);
   float* middles = scratch.take<float>(expansion.steps.workers * middle_size);
-  expansion.run(
-      scratch, in, d_out, View<T>{a.dx, shape},
-      [&](int64_t worker, const Hidden<T>& hidden, const Range& rows, const Range& columns, const Ring& grad, const Tile& tile) {
-        float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
-        const AttentionGrad& g = grads[tile.image];
-        const int64_t count = columns.size(), height = rows.size(), panel = reach * width;
-        Left lefts[Hidden<T>::kMostRows];
-        float* outs[Hidden<T>::kMostRows];
-        // outs = lefts · b, a row at a time, into grad from panel p on.
-        const auto into_grad = [&](const Packed& b, int64_t p) {
-          for (int64_t r = 0; r < height; ++r) outs[r] = grad.at(rows.first + r, p, columns.first);
-          product(b, lefts, height, expansion.zeros, 0, outs, width, grad.panel_stride());
-        };
-        for (int64_t p = 0; p < 2 * part; ++p)
-          depthwise<false>(hidden.ring, p, rows, columns, op.taps + p * 9 * width, qk + p * panel, nullptr);
-        const auto heads_of = [&](int64_t p) {
-          for (int64_t r = 0; r < height; ++r) lefts[r] = {qk + p * panel + r * count * width, width, count, each, panel};
-        };
-        for (int64_t h = 0; h < s.heads; ++h) {
-          heads_of(part + h * each);
-          into_grad(g.to_q.slice(h * each, (h + 1) * each), h * each);
-          heads_of(h * each);
-          into_grad(g.to_k.slice(h * each, (h + 1) * each), part + h * each);
-        }
-        for (int64_t p = 0; p < 2 * part; ++p) {  // less q or k times its scale
-          const double* scale = p < part ? g.q_scale + p * width : g.k_scale + (p - part) * width;
-          for (int64_t c = 0; c < width; c += W) {
-            float factors[W];
-            std::copy_n(scale + c, W, factors);
-            const vf factor = load(factors);
-            for (int64_t r = 0; r < height; ++r) {
-              const float* value = qk + p * panel + r * count * width;
-              float* d = grad.at(rows.first + r, p, columns.first);
-              for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
-            }
-          }
-        }
-        for (int64_t r = 0; r < height; ++r) {
-          lefts[r] = {dy + r * count * ldd, ldd, count};
-          read_pixels(d_out.at(tile.image, rows.first + r, columns.first), count, channels, dy + r * count * ldd, ldd);
-        }
-        into_grad(g.to_v, 2 * part);
-      });
+  expansion.run(scratch, in, d_out, View<T>{a.dx, shape},
+                [&](int64_t worker, const Hidden<T>& hidden, const Range& rows, const Range& columns, const Ring& grad,
+                    const Tile& tile) {
+                  float *qk = middles + worker * middle_size, *dy = qk + reach * 2 * heads.channels();
+                  const AttentionGrad& g = grads[tile.image];
+                  const int64_t count = columns.size(), height = rows.size(), panel = reach * width;
+                  Left lefts[Hidden<T>::kMostRows];
+                  float* outs[Hidden<T>::kMostRows];
+                  // outs = lefts · b, a row at a time, into grad from panel p on.
+                  const auto into_grad = [&](const Packed& b, int64_t p) {
+                    for (int64_t r = 0; r < height; ++r) outs[r] = grad.at(rows.first + r, p, columns.first);
+                    product(b, lefts, height, expansion.zeros, 0, outs, width, grad.panel_stride());
+                  };
+                  for (int64_t p = 0; p < 2 * part; ++p)
+                    depthwise<false>(hidden.ring, p, rows, columns, op.taps + p * 9 * width, qk + p * panel, nullptr);
+                  const auto heads_of = [&](int64_t p) {
+                    for (int64_t r = 0; r < height; ++r)
+                      lefts[r] = {qk + p * panel + r * count * width, width, count, each, panel};
+                  };
+                  for (int64_t h = 0; h < s.heads; ++h) {
+                    heads_of(part + h * each);
+                    into_grad(g.to_q.slice(h * each, (h + 1) * each), h * each);
+                    heads_of(h * each);
+                    into_grad(g.to_k.slice(h * each, (h + 1) * each), part + h * each);
+                  }
+                  for (int64_t p = 0; p < 2 * part; ++p) {  // less q or k times its scale
+                    const double* scale = p < part ? g.q_scale + p * width : g.k_scale + (p - part) * width;
+                    for (int64_t c = 0; c < width; c += W) {
+                      float factors[W];
+                      std::copy_n(scale + c, W, factors);
+                      const vf factor = load(factors);
+                      for (int64_t r = 0; r < height; ++r) {
+                        const float* value = qk + p * panel + r * count * width;
+                        float* d = grad.at(rows.first + r, p, columns.first);
+                        for (int64_t i = c; i < count * width; i += width) store(d + i, load(d + i) - load(value + i) * factor);
+                      }
+                    }
+                  }
+                  for (int64_t r = 0; r < height; ++r) {
+                    lefts[r] = {dy + r * count * ldd, ldd, count};
+                    read_pixels(d_out.at(tile.image, rows.first + r, columns.first), count, channels, dy + r * count * ldd, ldd);
+                  }
+                  into_grad(g.to_v, 2 * part);
+                });
   expansion.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
 }

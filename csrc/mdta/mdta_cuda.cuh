@@ -15,12 +15,20 @@ namespace image {
 inline Head head_of(const MdtaShape& s, const MdtaWeights& w, int64_t first, int64_t parts) {
   const int64_t c = s.channels, size = s.head_size();
   return {{s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(c)},
-          w.norm_weight, w.norm_bias, w.qkv + first * c * c, w.dwconv + first * c * 9, s.eps, parts * s.heads, size, round_up(size, 8)};
+          w.norm_weight,
+          w.norm_bias,
+          w.qkv + first * c * c,
+          w.dwconv + first * c * 9,
+          s.eps,
+          parts * s.heads,
+          size,
+          round_up(size, 8)};
 }
 
 // qk = 3×3 convolution of hidden, and squares[image][block][channels] (+)= the sums of its squares, as rounded.
 template <class T>
-__global__ void __launch_bounds__(256) convolve_qk(Walk walk, View<const T> hidden, const float* weight, View<T> qk, float* squares, bool add) {
+__global__ void __launch_bounds__(256)
+    convolve_qk(Walk walk, View<const T> hidden, const float* weight, View<T> qk, float* squares, bool add) {
   __shared__ float2 sums[8][32];
   float2 sum = make_float2(0, 0);
   convolve<1>(walk, hidden, weight, [&](int y, int x, int channel, const float2(&v)[1]) {
@@ -38,8 +46,8 @@ __global__ void __launch_bounds__(256) convolve_qk(Walk walk, View<const T> hidd
 }
 
 // The sums of all pixels as the attention takes them.
-static __global__ void round_statistics(int64_t count, int64_t rows, const double* gram, const double* q_square, const double* k_square,
-                                        float* rounded, float* q_norm, float* k_norm) {
+static __global__ void round_statistics(int64_t count, int64_t rows, const double* gram, const double* q_square,
+                                        const double* k_square, float* rounded, float* q_norm, float* k_norm) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
     rounded[i] = static_cast<float>(gram[i]);
     if (i < rows) q_norm[i] = static_cast<float>(sqrt(q_square[i])), k_norm[i] = static_cast<float>(sqrt(k_square[i]));
@@ -96,7 +104,8 @@ static __global__ void __launch_bounds__(kRowWarps * 32) attend(Heads h, float* 
 // The gradient of the Gram matrices and, row by row, of the temperature, given d_attention[matrix][padded j][padded i]. A warp owns
 // an i.
 static __global__ void __launch_bounds__(kRowWarps * 32)
-    attend_backward(Heads h, const float* d_attention, double* d_gram /* [matrix][i][j] */, double* d_temperature /* [matrix][i] */) {
+    attend_backward(Heads h, const float* d_attention, double* d_gram /* [matrix][i][j] */,
+                    double* d_temperature /* [matrix][i] */) {
   const int64_t matrix = row_of_warp() / h.size;
   const int i = row_of_warp() % h.size, lane = threadIdx.x % 32;
   if (matrix >= h.matrices) return;
@@ -134,7 +143,8 @@ struct AttentionGrad {
 // A warp owns a row of to_q and the same of to_k.
 template <class T>
 __global__ void __launch_bounds__(kRowWarps * 32)
-    make_attention_grad(Heads h, const double* d_gram, const double* d_temperature, AttentionGrad<T> grad, float* temperature_sums /* [matrix] */) {
+    make_attention_grad(Heads h, const double* d_gram, const double* d_temperature, AttentionGrad<T> grad,
+                        float* temperature_sums /* [matrix] */) {
   const int64_t matrix = row_of_warp() / h.padded;
   const int row = row_of_warp() % h.padded, lane = threadIdx.x % 32;
   if (matrix >= h.matrices) return;
@@ -189,8 +199,13 @@ struct Attention {
   }
   Heads heads(int64_t b, int64_t images) const {
     const int64_t row = b * shape.channels;
-    return {{from.gram + row * size, from.q_norm + row, from.k_norm + row}, weights.temperature, images * shape.heads,
-            static_cast<int>(shape.heads), size, padded, shape.one_pixel()};
+    return {{from.gram + row * size, from.q_norm + row, from.k_norm + row},
+            weights.temperature,
+            images * shape.heads,
+            static_cast<int>(shape.heads),
+            size,
+            padded,
+            shape.one_pixel()};
   }
   void attend(int64_t b, int64_t images, cudaStream_t stream) const {
     launch(image::attend, row_blocks(images * width), dim3(kRowWarps * 32), 0, stream, heads(b, images), attention);
@@ -208,29 +223,38 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   const Head h = head_of(a.shape, a.weights, 0, 2);
   const Shape& s = h.shape;
   const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), hidden = static_cast<int>(h.hidden());
-  const Steps steps(s, static_cast<int>(a.first), static_cast<int>(a.end), 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
-                    kMostImages / heads);
+  const Steps steps(s, static_cast<int>(a.first), static_cast<int>(a.end), 2 * hidden * static_cast<int64_t>(sizeof(T)), 1,
+                    kForwardBudget, kMostImages / heads);
   const auto walk_of = [&](int y, int rows, int64_t images) { return Walk{y, y + rows, s.height, s.width, hidden, 0, images}; };
   const int64_t pixels = steps.images * steps.buffer_rows(1) * s.width, count = s.channels * h.size;
-  const int64_t splits = splits_of(size, size, steps.images * heads, int64_t{steps.rows} * s.width), slots = walk_blocks(walk_of(0, steps.rows, 1));
+  const int64_t splits = splits_of(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
+                slots = walk_blocks(walk_of(0, steps.rows, 1));
   const HeadWeights<T> weights(workspace, h, false);
   float2* stats = workspace.take<float2>(pixels);
   T *hidden_data = workspace.take<T>(pixels * hidden), *qk_data = workspace.take<T>(steps.images * steps.rows * s.width * hidden);
-  float *gram = workspace.take<float>(splits * steps.images * count), *squares = workspace.take<float>(steps.images * slots * hidden);
+  float *gram = workspace.take<float>(splits * steps.images * count),
+        *squares = workspace.take<float>(steps.images * slots * hidden);
   if (workspace.counts_only()) return workspace.used();
 
   weights.fill(h, stream);
   steps.each_group([&](int64_t b, int64_t images) {
     steps.each_strip([&](int y, int rows) {
       const bool add = y > steps.first;
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, hidden), qk = buffer_view(qk_data, s, y, rows, 0, hidden);
+      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, hidden),
+                    qk = buffer_view(qk_data, s, y, rows, 0, hidden);
       expand<T>(h, weights, view_of(a.x, s, b, 0), images, stats, hidden_rows, stream);
       launch_walk(convolve_qk<T>, walk_of(y, rows, images), stream, hidden_rows, weights.dwconv, qk, squares, add);
       const Rows<const T> q = qk.from(y, h.padded), k = q.shifted(hidden / 2);
       outer<T>({q, k, {}, gram, 1, int64_t{rows} * s.width, size, size, heads, add}, images * heads, splits, stream);
     });
     add_up(gram, splits, images * count, a.gram + b * count, stream);
-    const Gather each{{images, images, 1, slots * hidden}, {h.size, h.padded, heads, 1}, images * s.channels, s.channels, 0, hidden, static_cast<int>(slots)};
+    const Gather each{{images, images, 1, slots * hidden},
+                      {h.size, h.padded, heads, 1},
+                      images * s.channels,
+                      s.channels,
+                      0,
+                      hidden,
+                      static_cast<int>(slots)};
     gather<double>(each, squares, a.q_square + b * s.channels, stream);
     gather<double>(each, squares + hidden / 2, a.k_square + b * s.channels, stream);
   });
@@ -257,16 +281,32 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   attention.fill(stream);
   steps.each_group([&](int64_t b, int64_t images) {
     attention.attend(b, images, stream);
-    product<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), {}, {combined, square, hidden, padded}, {}, nullptr,
-                       s.channels, padded, padded, heads},
+    product<float, T>({attention.project_out_rows(),
+                       attention.rows_of(attention.attention),
+                       {},
+                       {combined, square, hidden, padded},
+                       {},
+                       nullptr,
+                       s.channels,
+                       padded,
+                       padded,
+                       heads},
                       images, stream);
     steps.each_strip([&](int y, int rows) {
       const View<const T> x = view_of(a.x, s, b, 0);
       const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, hidden), v = buffer_view(v_data, s, y, rows, 0, hidden);
       expand<T>(h, weights, x, images, stats, hidden_rows, stream);
       launch_walk(depthwise<T>, Walk{y, y + rows, s.height, s.width, hidden, 0, images}, stream, hidden_rows, weights.dwconv, v);
-      product<T>({v.from(y), {combined, square, hidden, 0}, x.from(y), view_of(a.y, s, b, 0).from(y), {}, nullptr, int64_t{rows} * s.width, hidden,
-                  s.channels, 1},
+      product<T>({v.from(y),
+                  {combined, square, hidden, 0},
+                  x.from(y),
+                  view_of(a.y, s, b, 0).from(y),
+                  {},
+                  nullptr,
+                  int64_t{rows} * s.width,
+                  hidden,
+                  s.channels,
+                  1},
                  images, stream);
     });
   });
@@ -279,13 +319,15 @@ int64_t queue(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
   Workspace workspace(memory);
   const MdtaShape& s = a.shape;
   const int64_t rows = s.batch * s.channels, count = rows * s.head_size();
-  double *gram = workspace.take<double>(count), *q_square = workspace.take<double>(rows), *k_square = workspace.take<double>(rows);
+  double *gram = workspace.take<double>(count), *q_square = workspace.take<double>(rows),
+         *k_square = workspace.take<double>(rows);
   void* rest = workspace.take<double>(0);
   const int64_t first = queue(MdtaStatistics<T>{s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
   if (!workspace.counts_only() && count)
-    launch(round_statistics, dim3(std::min<int64_t>(ceil_div(count, 256), 4096)), dim3(256), 0, stream, count, rows, gram, q_square, k_square, a.gram,
-           a.q_norm, a.k_norm);
-  return workspace.used() + std::max(first, queue(MdtaApply<T>{s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
+    launch(round_statistics, dim3(std::min<int64_t>(ceil_div(count, 256), 4096)), dim3(256), 0, stream, count, rows, gram,
+           q_square, k_square, a.gram, a.q_norm, a.k_norm);
+  return workspace.used() +
+         std::max(first, queue(MdtaApply<T>{s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
 }
 
 template <class T>
@@ -294,7 +336,8 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   Workspace workspace(memory);
   const Head h = head_of(a.shape, a.weights, 0, 3), value_head = head_of(a.shape, a.weights, 2, 1);
   const Shape& s = h.shape;
-  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), padded = static_cast<int>(h.padded), channels = s.channels;
+  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), padded = static_cast<int>(h.padded),
+            channels = s.channels;
   const int hidden = static_cast<int>(h.hidden()), third = hidden / 3, columns = static_cast<int>(round_up(channels, 8));
   const int64_t pixel_bytes = 8 * third * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::pixel_bytes(h);
   const Steps steps(s, pixel_bytes, 2, kBackwardBudget, kMostImages / heads);
@@ -304,24 +347,26 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   const int64_t out_splits = splits_of(channels, size, heads, steps.images * size);
   const HeadWeights<T> weights(workspace, h, true), value_weights(workspace, value_head, false);
   const Attention attention(workspace, a.shape, a.weights, a.attention, steps.images);
-  float* transposed = workspace.take<float>(int64_t{channels} * columns);               // project_out, [q's channel][C]
+  float* transposed = workspace.take<float>(int64_t{channels} * columns);  // project_out, [q's channel][C]
   float* combined_slots = workspace.take<float>(splits * steps.images * combined_size);
-  float* d_combined = workspace.take<float>(steps.images * combined_size);              // [image][third][C], transposed
-  float* d_attention = workspace.take<float>(matrices * padded * padded);               // [matrix][j][i], transposed
+  float* d_combined = workspace.take<float>(steps.images * combined_size);  // [image][third][C], transposed
+  float* d_attention = workspace.take<float>(matrices * padded * padded);   // [matrix][j][i], transposed
   double *d_gram = workspace.take<double>(matrices * size * size), *d_temperature = workspace.take<double>(matrices * size);
   float* temperature_sums = workspace.take<float>(s.batch * heads);
-  float* d_project_out = workspace.take<float>(out_splits * channels * channels);       // [split][head][C][size]
+  float* d_project_out = workspace.take<float>(out_splits * channels * channels);  // [split][head][C][size]
   const AttentionGrad<T> grad(workspace, matrices, padded);
-  T* to_v = workspace.take<T>(steps.images * third * columns);                          // [image][third][C]: dv = to_v · dy
+  T* to_v = workspace.take<T>(steps.images * third * columns);  // [image][third][C]: dv = to_v · dy
   float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *qk_data = workspace.take<T>(near * 2 * third), *d_data = workspace.take<T>(near * hidden);
+  T *hidden_data = workspace.take<T>(pixels * hidden), *qk_data = workspace.take<T>(near * 2 * third),
+    *d_data = workspace.take<T>(near * hidden);
   const HeadBackward<T> head(workspace, h, steps.images, steps.rows);
   if (workspace.counts_only()) return workspace.used();
 
   weights.fill(h, stream);
   value_weights.fill(value_head, stream);
   attention.fill(stream);
-  gather<float>({{channels, channels, 1, 1}, {columns, channels, 1, channels}, int64_t{channels} * columns, columns}, a.weights.project_out, transposed, stream);
+  gather<float>({{channels, channels, 1, 1}, {columns, channels, 1, channels}, int64_t{channels} * columns, columns},
+                a.weights.project_out, transposed, stream);
   bool first = true;
   steps.each_group([&](int64_t b, int64_t images) {
     const View<const T> x = view_of(a.x, s, b, 0), dy = view_of(a.dy, s, b, 0);
@@ -330,8 +375,10 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
     steps.each_strip([&](int y, int rows) {
       const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, third), v = buffer_view(qk_data, s, y, rows, 0, third);
       expand<T>(value_head, value_weights, x, images, stats, hidden_rows, stream);
-      launch_walk(depthwise<T>, Walk{y, y + rows, s.height, s.width, third, 0, images}, stream, hidden_rows, value_weights.dwconv, v);
-      outer<T>({v.from(y), dy.from(y), {}, combined_slots, 1, int64_t{rows} * s.width, third, channels, 1, y > 0}, images, splits, stream);
+      launch_walk(depthwise<T>, Walk{y, y + rows, s.height, s.width, third, 0, images}, stream, hidden_rows, value_weights.dwconv,
+                  v);
+      outer<T>({v.from(y), dy.from(y), {}, combined_slots, 1, int64_t{rows} * s.width, third, channels, 1, y > 0}, images, splits,
+               stream);
     });
     add_up(combined_slots, splits, images * combined_size, d_combined, stream);
 
@@ -339,38 +386,83 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
     const Rows<const float> d_combined_rows{d_combined, combined_size, channels, int64_t{padded} * channels};
     const Rows<const float> attention_rows = attention.rows_of(attention.attention);
     attention.attend(b, images, stream);
-    product<float>({d_combined_rows, {transposed, 0, columns, int64_t{size} * columns}, {}, attention.rows_of(d_attention), {}, nullptr, size, channels,
-                    size, heads},
+    product<float>({d_combined_rows,
+                    {transposed, 0, columns, int64_t{size} * columns},
+                    {},
+                    attention.rows_of(d_attention),
+                    {},
+                    nullptr,
+                    size,
+                    channels,
+                    size,
+                    heads},
                    images, stream);
-    outer<float>({d_combined_rows, attention_rows, {}, d_project_out, images, size, channels, size, heads, !first}, heads, out_splits, stream);
+    outer<float>({d_combined_rows, attention_rows, {}, d_project_out, images, size, channels, size, heads, !first}, heads,
+                 out_splits, stream);
     const Heads of = attention.heads(b, images);
-    launch(attend_backward, row_blocks(of.matrices * size), dim3(kRowWarps * 32), 0, stream, of, d_attention, d_gram, d_temperature);
-    launch(make_attention_grad<T>, row_blocks(of.matrices * padded), dim3(kRowWarps * 32), 0, stream, of, d_gram, d_temperature, grad,
-           temperature_sums + b * heads);
-    product<float, T>({attention_rows, attention.project_out_rows(), {}, {to_v, int64_t{third} * columns, columns, int64_t{padded} * columns}, {}, nullptr,
-                       padded, padded, columns, heads},
+    launch(attend_backward, row_blocks(of.matrices * size), dim3(kRowWarps * 32), 0, stream, of, d_attention, d_gram,
+           d_temperature);
+    launch(make_attention_grad<T>, row_blocks(of.matrices * padded), dim3(kRowWarps * 32), 0, stream, of, d_gram, d_temperature,
+           grad, temperature_sums + b * heads);
+    product<float, T>({attention_rows,
+                       attention.project_out_rows(),
+                       {},
+                       {to_v, int64_t{third} * columns, columns, int64_t{padded} * columns},
+                       {},
+                       nullptr,
+                       padded,
+                       padded,
+                       columns,
+                       heads},
                       images, stream);
 
     // Everything else.
     steps.each_strip([&](int y, int rows) {
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 2, hidden), qk = buffer_view(qk_data, s, y, rows, 1, 2 * third),
-                    d = buffer_view(d_data, s, y, rows, 1, hidden);
+      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 2, hidden),
+                    qk = buffer_view(qk_data, s, y, rows, 1, 2 * third), d = buffer_view(d_data, s, y, rows, 1, hidden);
       const int64_t of_image = int64_t{third} * padded, of_head = int64_t{padded} * padded, count = int64_t{d.rows} * s.width;
       expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-      launch_walk(depthwise<T>, Walk{d.first, d.first + d.rows, s.height, s.width, 2 * third, 0, images}, stream, hidden_rows, weights.dwconv, qk);
+      launch_walk(depthwise<T>, Walk{d.first, d.first + d.rows, s.height, s.width, 2 * third, 0, images}, stream, hidden_rows,
+                  weights.dwconv, qk);
       const Rows<const T> q = qk.from(d.first, padded), k = q.shifted(third);
       const Rows<T> dq = d.from(d.first, padded);
-      product<T>({k, {grad.to_q, of_image, padded, of_head}, q, dq, {}, grad.q_scale, count, padded, padded, heads, grad.q_factor}, images, stream);
-      product<T>({q, {grad.to_k, of_image, padded, of_head}, k, dq.shifted(third), {}, grad.k_scale, count, padded, padded, heads, grad.k_factor}, images,
-                 stream);
-      product<T>({dy.from(d.first), {to_v, int64_t{third} * columns, columns, 0}, {}, dq.shifted(2 * third), {}, nullptr, count, channels, third, 1}, images,
-                 stream);
+      product<T>(
+          {k, {grad.to_q, of_image, padded, of_head}, q, dq, {}, grad.q_scale, count, padded, padded, heads, grad.q_factor},
+          images, stream);
+      product<T>({q,
+                  {grad.to_k, of_image, padded, of_head},
+                  k,
+                  dq.shifted(third),
+                  {},
+                  grad.k_scale,
+                  count,
+                  padded,
+                  padded,
+                  heads,
+                  grad.k_factor},
+                 images, stream);
+      product<T>({dy.from(d.first),
+                  {to_v, int64_t{third} * columns, columns, 0},
+                  {},
+                  dq.shifted(2 * third),
+                  {},
+                  nullptr,
+                  count,
+                  channels,
+                  third,
+                  1},
+                 images, stream);
       head.step(h, weights, images, y, rows, x, dy, view_of(a.dx, s, b, 0), stats, hidden_rows, d, first, stream);
       first = false;
     });
   });
-  gather<float>({{channels, channels, 1, size}, {size, int64_t{channels} * size, heads, 1}, int64_t{channels} * channels, channels, 0,
-                 int64_t{channels} * channels, first ? 0 : static_cast<int>(out_splits)},
+  gather<float>({{channels, channels, 1, size},
+                 {size, int64_t{channels} * size, heads, 1},
+                 int64_t{channels} * channels,
+                 channels,
+                 0,
+                 int64_t{channels} * channels,
+                 first ? 0 : static_cast<int>(out_splits)},
                 d_project_out, a.d_project_out, stream);
   add_up(temperature_sums, s.batch, heads, a.d_temperature, stream);
   head.finish(h, !first, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv, stream);

@@ -16,14 +16,14 @@ struct ScanShape {
 
 // A sequence's c counts the channels of group g; of B and C, the states.
 struct ScanInputs {
-  Sequence u, delta;          // with delta_weight, delta has one channel
+  Sequence u, delta;  // with delta_weight, delta has one channel
   Sequence B, C;
-  Sequence z;                 // optional
-  const float* A;             // [dim, dstate]
-  const float* D;             // [dim], or null
-  const float* delta_bias;    // [dim], or null
-  const float* delta_weight;  // [dim], or null: delta has every channel
-  const float* initial_state; // [batch, dim, dstate], or null
+  Sequence z;                  // optional
+  const float* A;              // [dim, dstate]
+  const float* D;              // [dim], or null
+  const float* delta_bias;     // [dim], or null
+  const float* delta_weight;   // [dim], or null: delta has every channel
+  const float* initial_state;  // [batch, dim, dstate], or null
 };
 
 struct ScanForward {
@@ -37,7 +37,7 @@ struct ScanForward {
 struct ScanBackward {
   ScanShape shape;
   ScanInputs in;
-  const float* states;        // as the forward pass left them
+  const float* states;  // as the forward pass left them
   Sequence d_out;
   const float* d_last_state;  // [batch, dim, dstate], or null
   Sequence du, d_delta, dB, dC, dz;

@@ -12,7 +12,7 @@ constexpr int64_t kPartFloats = 3 << 14;  // so that small tests take several la
 #else
 constexpr int64_t kPartFloats = 12 << 20;
 #endif
-constexpr int64_t kResident = 3;           // blocks on a multiprocessor
+constexpr int64_t kResident = 3;  // blocks on a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t v, int64_t least, int64_t most) { return v < least ? least : v > most ? most : v; }
@@ -46,7 +46,8 @@ struct Sizes {
 };
 
 void sum_over_segments(const ScanBackward& a, int64_t segments, const float* sums, cudaStream_t stream) {
-  launch(sum_parameters, dim3(ceil_div((a.shape.dstate + kMoreSums) * a.shape.dim(), 256)), dim3(256), 0, stream, a, segments, sums);
+  launch(sum_parameters, dim3(ceil_div((a.shape.dstate + kMoreSums) * a.shape.dim(), 256)), dim3(256), 0, stream, a, segments,
+         sums);
 }
 
 template <class C, bool Gated>
@@ -67,10 +68,10 @@ void backward(const ScanBackward& a, float* workspace, int multiprocessors, cuda
     for (int64_t round = 0; round < p.rounds(); ++round) {
       const int64_t entries = (first + p.batches < s.batch ? p.batches : s.batch - first) * p.split.segments;
       const int64_t tokens = p.round_chunks * kChunk;
-      launch(scan_backward<C, Gated>, dim3(entries * s.groups * p.split.tiles), dim3(C::kThreads), backward_shared<C, Gated>(), stream, a,
-             p, ws, first, round);
-      launch(sum_projections<C>, dim3(entries * s.groups * (tokens / 32) * ceil_div(C::kColumns, 32)), dim3(256), 0, stream, s, p, a.dB, a.dC,
-             static_cast<const float*>(ws.parts), first, round);
+      launch(scan_backward<C, Gated>, dim3(entries * s.groups * p.split.tiles), dim3(C::kThreads), backward_shared<C, Gated>(),
+             stream, a, p, ws, first, round);
+      launch(sum_projections<C>, dim3(entries * s.groups * (tokens / 32) * ceil_div(C::kColumns, 32)), dim3(256), 0, stream, s, p,
+             a.dB, a.dC, static_cast<const float*>(ws.parts), first, round);
       if (a.in.delta_weight)
         launch(sum_weighted, dim3(ceil_div(entries * tokens, 256)), dim3(256), 0, stream, s, p, a.d_delta,
                static_cast<const float*>(ws.weighted), first, round);

@@ -14,13 +14,14 @@ struct BackwardConfig {
   static constexpr int kOwn = Own, kStates = States, kLanes = Lanes, kTokens = Tokens, kThreads = 64;
   static constexpr int kWarps = kThreads / 32, kChannelLanes = 32 / Lanes, kPadded = States * Lanes;
   static constexpr int kChannels = kThreads / Lanes * Own;
-  static constexpr int kHelpers = kChannels * Tokens / 4 < kThreads ? kChannels * Tokens / 4 : kThreads;  // threads with tokens of a channel
-  static constexpr int kSub = 8;                      // tokens whose gates and states are in registers
-  static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;  // of the states in a thread; see sum_over_channels
-  static constexpr int kRow = kChannels + 2;          // floats of a row of channels
-  static constexpr int kPairRow = 2 * kChannels + 4;  // of a row of (Δ, Δ u)
+  static constexpr int kHelpers =
+      kChannels * Tokens / 4 < kThreads ? kChannels * Tokens / 4 : kThreads;  // threads with tokens of a channel
+  static constexpr int kSub = 8;                                              // tokens whose gates and states are in registers
+  static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;       // of the states in a thread; see sum_over_channels
+  static constexpr int kRow = kChannels + 2;                                  // floats of a row of channels
+  static constexpr int kPairRow = 2 * kChannels + 4;                          // of a row of (Δ, Δ u)
   static constexpr int kStateRow = kOrders * kPadded + 4;
-  static constexpr int kColumns = 2 * kPadded;        // of a row of dB and dC
+  static constexpr int kColumns = 2 * kPadded;  // of a row of dB and dC
   static constexpr int kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
   static constexpr int kSaved = static_cast<int>(kChunk) / kSub * kOwn * kStates * kThreads;  // floats of states
   static constexpr int kSums = kWarps * kTokens * kColumns;
@@ -47,10 +48,10 @@ struct BackwardPlan {
 };
 
 struct BackwardWorkspace {
-  float* carry;    // [batch, segments, dstate, dim], the gradient of the state after a segment's tokens of this round
-  float* sums;     // [batch, segments, dstate + kMoreSums, dim], over tokens
-  float* parts;    // [batches, groups, segments, tiles, round_chunks · kChunk, kColumns] of dB and dC
-  float* weighted; // [batches, segments, groups, tiles, round_chunks · kChunk] of a rank-one d_delta, or null
+  float* carry;     // [batch, segments, dstate, dim], the gradient of the state after a segment's tokens of this round
+  float* sums;      // [batch, segments, dstate + kMoreSums, dim], over tokens
+  float* parts;     // [batches, groups, segments, tiles, round_chunks · kChunk, kColumns] of dB and dC
+  float* weighted;  // [batches, segments, groups, tiles, round_chunks · kChunk] of a rank-one d_delta, or null
 };
 
 // What a launch covers of a segment: chunks [first, last) of the scan.
@@ -85,12 +86,12 @@ AUTOHDR_ANYWHERE constexpr int log2_of(int v) { return v < 2 ? 0 : 1 + log2_of(v
 // Where a sequence's tile goes in shared memory: as it is in the tensor, in rows along the axis that is contiguous there. Strides in
 // bytes.
 struct alignas(16) Place {
-  char* origin;        // of the block's first column and token 0
-  int64_t token, row;  // in the tensor
-  int along, size;     // whether tokens are contiguous; bytes of an element
-  int bfloat, piece;   // log2 of the bytes that may be copied at once, 0 if not even 4
+  char* origin;                                // of the block's first column and token 0
+  int64_t token, row;                          // in the tensor
+  int along, size;                             // whether tokens are contiguous; bytes of an element
+  int bfloat, piece;                           // log2 of the bytes that may be copied at once, 0 if not even 4
   int columns, log2_length, log2_rows, pitch;  // columns that exist; elements of a row, rows, bytes from row to row
-  int at;              // in shared memory, in floats
+  int at;                                      // in shared memory, in floats
 };
 
 // The place of a tile of `Columns` channels or states.
@@ -101,7 +102,8 @@ struct Tiling {
 
   __device__ static Place place(const ScanShape& s, const Sequence& q, int64_t offset, int columns, int at) {
     Place p;
-    p.along = q.token == 1, p.size = q.dtype == Dtype::f32 ? 4 : 2, p.bfloat = q.dtype == Dtype::bf16, p.columns = columns, p.at = at;
+    p.along = q.token == 1, p.size = q.dtype == Dtype::f32 ? 4 : 2, p.bfloat = q.dtype == Dtype::bf16, p.columns = columns,
+    p.at = at;
     p.origin = static_cast<char*>(q.data) + offset * p.size;
     p.token = q.token * p.size, p.row = (p.along ? q.channel : q.token) * p.size;
     p.log2_length = log2_of(p.along ? C::kTokens : Columns), p.log2_rows = log2_of(p.along ? Columns : C::kTokens);
@@ -117,7 +119,8 @@ struct Tiling {
 // One warp: f(place in shared memory, in the tensor, token of the window if `along`, ...) for the pieces of a tile that exist.
 template <class C, class F>
 __device__ __forceinline__ void each_piece(const Place& p, float* shared, const Window<C>& w, int log2_piece, const F& f) {
-  const int shift = p.log2_length + (p.size == 4 ? 2 : 1) - log2_piece, across = shift < 5 ? shift : 5;  // log2 of pieces, of lanes in a row
+  const int shift = p.log2_length + (p.size == 4 ? 2 : 1) - log2_piece,
+            across = shift < 5 ? shift : 5;  // log2 of pieces, of lanes in a row
   const int lane = threadIdx.x % 32, first = lane >> across, rows = p.along ? p.columns : C::kTokens;
   const int begin = (lane & ((1 << across) - 1)) << log2_piece, end = p.along ? C::kTokens * p.size : p.columns * p.size;
   char* inside = reinterpret_cast<char*>(shared + p.at) + first * p.pitch;
@@ -158,8 +161,10 @@ __device__ __forceinline__ void fetch(const Place p, float* shared, const Window
 }
 template <class C>
 __device__ __forceinline__ void flush(const Place p, float* shared, const Window<C>& w, bool inside) {
-  if (inside && p.piece == 4) return each_piece<C>(p, shared, w, 4, [](const char* from, char* to, int) { copy<uint4>(to, from); });
-  if (inside && p.piece == 3) return each_piece<C>(p, shared, w, 3, [](const char* from, char* to, int) { copy<uint2>(to, from); });
+  if (inside && p.piece == 4)
+    return each_piece<C>(p, shared, w, 4, [](const char* from, char* to, int) { copy<uint4>(to, from); });
+  if (inside && p.piece == 3)
+    return each_piece<C>(p, shared, w, 3, [](const char* from, char* to, int) { copy<uint2>(to, from); });
   each_piece<C>(p, shared, w, p.size == 4 ? 2 : 1, [&](const char* from, char* to, int token) {
     if (w.inside(token)) p.size == 4 ? copy<uint32_t>(to, from) : copy<uint16_t>(to, from);
   });
@@ -257,11 +262,13 @@ template <class C, bool Gated>
 struct BackwardShared {
   static constexpr int kRaw = Tiling<C, C::kChannels>::kFloats, kRawStates = Tiling<C, C::kPadded>::kFloats;
   static constexpr int kTile = round_up(C::kTokens * C::kRow, 4), kBoth = kTile > kRaw ? kTile : kRaw;
-  static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kB = kSums + C::kSums, kC = kB + C::kStateTile;
+  static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kB = kSums + C::kSums,
+                       kC = kB + C::kStateTile;
   static constexpr int kGy = kC + C::kStateTile, kDecay = kGy + kTile, kU = kDecay + kTile, kSlope = kU + kBoth;
   static constexpr int kY = kSlope + kBoth, kGate = kY + (Gated ? kTile : 0), kRankOne = kGate + (Gated ? kBoth : 0);
   static constexpr int kOwn = kRankOne + C::kTokens;
-  static constexpr int kRawDelta = kOwn + kOwnValues * C::kHelpers, kRawU = kRawDelta + kRaw, kRawOut = kRawU + kRaw, kRawZ = kRawOut + kRaw;
+  static constexpr int kRawDelta = kOwn + kOwnValues * C::kHelpers, kRawU = kRawDelta + kRaw, kRawOut = kRawU + kRaw,
+                       kRawZ = kRawOut + kRaw;
   static constexpr int kRawB = kRawZ + (Gated ? kRaw : 0), kRawC = kRawB + kRawStates, kPlaces = kRawC + kRawStates;
   static constexpr int kSequences = 9, kFloats = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4 + 8;
 };
@@ -287,11 +294,14 @@ __global__ void __launch_bounds__(C::kThreads)
 
   const int dstate = static_cast<int>(s.dstate), lane = threadIdx.x % C::kLanes, own = threadIdx.x / C::kLanes * R;
   const int order = threadIdx.x / C::kLanes % C::kOrders;
-  const int count = static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)));
+  const int count =
+      static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)));
   const int64_t dim = s.dim(), row0 = group * s.channels + static_cast<int64_t>(tile) * C::kChannels;
   const auto state = [&](int j) { return lane * S + (j ^ order); };
   const auto has = [&](int i, int j) { return own + i < count && state(j) < dstate; };
-  const auto state_at = [&](int64_t of, int64_t columns, int i, int j) { return (of * columns + state(j)) * dim + row0 + own + i; };
+  const auto state_at = [&](int64_t of, int64_t columns, int i, int j) {
+    return (of * columns + state(j)) * dim + row0 + own + i;
+  };
   const int64_t part = batch * p.split.segments + segment;
 
   float a2[R][S], carry[R][S], dA[R][S];
@@ -331,7 +341,9 @@ __global__ void __launch_bounds__(C::kThreads)
   Place* const places = reinterpret_cast<Place*>(shared + M::kPlaces);
   Here* const here = reinterpret_cast<Here*>(places + M::kSequences);
   const auto channels = [&](int i, const Sequence& q, int at) {
-    if (threadIdx.x == i) places[i] = Tiling<C, C::kChannels>::place(s, q, batch * q.batch + group * q.group + tile * (C::kChannels * q.channel), count, at);
+    if (threadIdx.x == i)
+      places[i] =
+          Tiling<C, C::kChannels>::place(s, q, batch * q.batch + group * q.group + tile * (C::kChannels * q.channel), count, at);
   };
   const auto states = [&](int i, const Sequence& q, int at) {
     if (threadIdx.x == i) places[i] = Tiling<C, C::kPadded>::place(s, q, batch * q.batch + group * q.group, dstate, at);
@@ -348,7 +360,8 @@ __global__ void __launch_bounds__(C::kThreads)
   if (threadIdx.x == 0) {
     const int64_t tokens = p.round_chunks * kChunk;
     here->states = a.states + batch * s.chunks() * s.dstate * dim + row0;
-    here->parts = ws.parts + (((local * s.groups + group) * p.split.segments + segment) * p.split.tiles + tile) * tokens * C::kColumns;
+    here->parts =
+        ws.parts + (((local * s.groups + group) * p.split.segments + segment) * p.split.tiles + tile) * tokens * C::kColumns;
     here->weighted = ws.weighted + (((local * p.split.segments + segment) * s.groups + group) * p.split.tiles + tile) * tokens;
   }
   __syncthreads();
@@ -410,7 +423,8 @@ __global__ void __launch_bounds__(C::kThreads)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-          for (int k = 0; k < C::kOrders; ++k) shared[to + (row_of(token) + j * forward) * C::kStateRow + k * C::kPadded + (n ^ k)] = v[j];
+          for (int k = 0; k < C::kOrders; ++k)
+            shared[to + (row_of(token) + j * forward) * C::kStateRow + k * C::kPadded + (n ^ k)] = v[j];
       }
     };
     put(kB, M::kB);
@@ -472,7 +486,8 @@ __global__ void __launch_bounds__(C::kThreads)
           for (int i = 0; i < R; ++i)
 #pragma unroll
             for (int j = 0; j < S; j += 4)
-              *reinterpret_cast<float4*>(saved_at(at * kSubs + sub, i, j)) = make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
+              *reinterpret_cast<float4*>(saved_at(at * kSubs + sub, i, j)) =
+                  make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
           if (backward && sub + 1 == kSubs) break;
 #pragma unroll
           for (int t = 0; t < T; ++t) {
@@ -542,7 +557,8 @@ __global__ void __launch_bounds__(C::kThreads)
 #pragma unroll
             for (int v = 0; v < kLeft<2 * R, C::kLanes>; ++v) {
               const int i = (first + v) % R;
-              shared[first + v < R ? M::kPairs + row * C::kPairRow + 2 * (own + i) + 1 : M::kDecay + row * kRow + own + i] = across[v];
+              shared[first + v < R ? M::kPairs + row * C::kPairRow + 2 * (own + i) + 1 : M::kDecay + row * kRow + own + i] =
+                  across[v];
             }
           sum_over_channels<C>(products);
           float* to = shared + M::kSums + ((threadIdx.x / 32) * K + row) * C::kColumns + lane * S;
@@ -578,7 +594,8 @@ __global__ void __launch_bounds__(C::kThreads)
           du[k][j] = pair.y * pair.x + D * gy, dd[k][j] = v;
           if (Gated) dz[k][j] = shared[M::kGate + e] * (shared[M::kY + e] + D * u);
           sum_D += gy * u, sum_bias += v;
-          if (in.delta_weight) shared[M::kDecay + e] = v * weight, sum_weight += v * shared[M::kRankOne + row_of(token) + j * forward];
+          if (in.delta_weight)
+            shared[M::kDecay + e] = v * weight, sum_weight += v * shared[M::kRankOne + row_of(token) + j * forward];
         }
       }
       if (helps) value(kSumD) += sum_D, value(kSumBias) += sum_bias, value(kSumWeight) += sum_weight;
@@ -627,8 +644,7 @@ __global__ void __launch_bounds__(C::kThreads)
       if (!has(i, j)) continue;
       ws.carry[state_at(part, dstate, i, j)] = carry[i][j];
       ws.sums[state_at(part, dstate + kMoreSums, i, j)] = dA[i][j];
-      if (r.first == 0 && in.initial_state)
-        a.d_initial_state[(batch * dim + row0 + own + i) * s.dstate + state(j)] = carry[i][j];
+      if (r.first == 0 && in.initial_state) a.d_initial_state[(batch * dim + row0 + own + i) * s.dstate + state(j)] = carry[i][j];
     }
   __syncthreads();
   if (my_quad > 0 || mine >= count) return;
@@ -650,8 +666,8 @@ constexpr size_t backward_shared() {
 
 // dB and dC of a round: the sums over the tiles of a group, in order. A block takes 32 tokens and 32 of the columns.
 template <class C>
-static __global__ void __launch_bounds__(256)
-    sum_projections(ScanShape s, BackwardPlan p, Sequence dB, Sequence dC, const float* parts, int64_t first_batch, int64_t round) {
+static __global__ void __launch_bounds__(256) sum_projections(ScanShape s, BackwardPlan p, Sequence dB, Sequence dC,
+                                                              const float* parts, int64_t first_batch, int64_t round) {
   __shared__ float tile[32][33];
   constexpr int kColumnBlocks = (C::kColumns + 31) / 32;
   const int64_t tokens = p.round_chunks * kChunk;
@@ -660,7 +676,8 @@ static __global__ void __launch_bounds__(256)
   index /= kColumnBlocks;
   const int64_t token0 = index % (tokens / 32) * 32;
   index /= tokens / 32;
-  const int64_t segment = index % p.split.segments, group = index / p.split.segments % s.groups, local = index / p.split.segments / s.groups;
+  const int64_t segment = index % p.split.segments, group = index / p.split.segments % s.groups,
+                local = index / p.split.segments / s.groups;
   const Round r(s, p, segment, round);
   const int64_t begin = r.first * kChunk + token0, end = min(r.last * kChunk, s.seqlen);
   if (begin >= end) return;
@@ -699,7 +716,8 @@ static __global__ void __launch_bounds__(256)
   if (t >= min(r.last * kChunk, s.seqlen)) return;
   float sum = 0;
 #pragma unroll 4
-  for (int64_t k = 0; k < s.groups * p.split.tiles; ++k) sum += weighted[(index * s.groups * p.split.tiles + k) * tokens + i % tokens];
+  for (int64_t k = 0; k < s.groups * p.split.tiles; ++k)
+    sum += weighted[(index * s.groups * p.split.tiles + k) * tokens + i % tokens];
   store_one(d_delta, (first_batch + local) * d_delta.batch + (s.reverse ? s.seqlen - 1 - t : t) * d_delta.token, sum);
 }
 

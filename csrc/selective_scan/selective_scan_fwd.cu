@@ -16,8 +16,8 @@ int64_t queue(const ScanForward& a, void* memory, cudaStream_t stream) {
     if (p.segments > 1) scan::find_carries<C, false>(a.shape, a.in, Sequence{}, p, a.in.initial_state, carries, stream);
     const ScanInputs& in = a.in;
     scan::with_layout<C>({in.u, in.delta_weight ? Sequence{} : in.delta, in.B, in.C, in.z}, [&](auto layout) {
-      launch(scan::scan_forward<C, decltype(layout)>, dim3(p.blocks(a.shape)), dim3(C::kThreads), scan::forward_shared<C>(), stream, a, p,
-             static_cast<const float*>(carries));
+      launch(scan::scan_forward<C, decltype(layout)>, dim3(p.blocks(a.shape)), dim3(C::kThreads), scan::forward_shared<C>(),
+             stream, a, p, static_cast<const float*>(carries));
     });
   });
   return floats * static_cast<int64_t>(sizeof(float));

@@ -38,9 +38,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
   using Channels = Tile<C, C::kChannels, L>;
   using States = Tile<C, C::kPadded, L>;
   const Window<C> start(s, b.first_chunk * kChunk);
-  const auto aligned = [&](const Sequence& q) { return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, b.worker), start, ch.count); };
-  const auto states_aligned = [&](const Sequence& q) { return is_aligned<C, C::kPadded, L>(q, state_offset(b, q), start, dstate); };
-  const bool u_aligned = aligned(in.u), delta_aligned = aligned(in.delta), out_aligned = aligned(a.out), z_aligned = in.z.data && aligned(in.z);
+  const auto aligned = [&](const Sequence& q) {
+    return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, b.worker), start, ch.count);
+  };
+  const auto states_aligned = [&](const Sequence& q) {
+    return is_aligned<C, C::kPadded, L>(q, state_offset(b, q), start, dstate);
+  };
+  const bool u_aligned = aligned(in.u), delta_aligned = aligned(in.delta), out_aligned = aligned(a.out),
+             z_aligned = in.z.data && aligned(in.z);
   const bool B_aligned = states_aligned(in.B), C_aligned = states_aligned(in.C);
   const int64_t end = min(b.last_chunk * kChunk, s.seqlen);
   for (int64_t from = b.first_chunk * kChunk; from < end; from += C::kTokens) {
@@ -51,8 +56,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
         if (ch.has(s, j)) a.states[((b.batch * s.chunks() + from / kChunk) * dstate + ch.state(j)) * dim + channel] = h[j];
     __syncthreads();
     put_delta<C, L>(s, in, ch.delta_offset(b, in, b.worker), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
-    States::each(in.B, state_offset(b, in.B), w, dstate, B_aligned, [&](int row, int n, float v, bool) { Bs[row * C::kStateRow + n] = v; });
-    States::each(in.C, state_offset(b, in.C), w, dstate, C_aligned, [&](int row, int n, float v, bool) { Cs[row * C::kStateRow + n] = v; });
+    States::each(in.B, state_offset(b, in.B), w, dstate, B_aligned,
+                 [&](int row, int n, float v, bool) { Bs[row * C::kStateRow + n] = v; });
+    States::each(in.C, state_offset(b, in.C), w, dstate, C_aligned,
+                 [&](int row, int n, float v, bool) { Cs[row * C::kStateRow + n] = v; });
     __syncthreads();
     Channels::each(in.u, ch.offset(b, in.u, b.worker), w, ch.count, u_aligned, [&](int row, int c, float v, bool) {
       input[row * C::kRow + c] = v * delta[row * C::kRow + c];
@@ -82,7 +89,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
     }
     __syncthreads();
     if (in.z.data) {
-      Channels::each(in.z, ch.offset(b, in.z, b.worker), w, ch.count, z_aligned, [&](int row, int c, float v, bool) { y[row * C::kRow + c] *= v * sigmoid(v); });
+      Channels::each(in.z, ch.offset(b, in.z, b.worker), w, ch.count, z_aligned,
+                     [&](int row, int c, float v, bool) { y[row * C::kRow + c] *= v * sigmoid(v); });
       __syncthreads();
     }
     Channels::store(a.out, ch.offset(b, a.out, b.worker), w, ch.count, out_aligned,

@@ -25,11 +25,11 @@ template <int States, int Lanes, int Threads, int Tokens>
 struct Config {
   static constexpr int kStates = States, kLanes = Lanes, kThreads = Threads, kTokens = Tokens;
   static constexpr int kChannels = Threads / Lanes, kWarps = Threads / 32, kPadded = States * Lanes;
-  static constexpr int kRow = kChannels + 1;     // floats of a row of channels
-  static constexpr int kStateRow = kPadded + 4;  // floats of a row of states, aligned to 16 bytes
+  static constexpr int kRow = kChannels + 1;                          // floats of a row of channels
+  static constexpr int kStateRow = kPadded + 4;                       // floats of a row of states, aligned to 16 bytes
   static constexpr int kBlocks = Lanes == 4 ? 4 : Lanes < 4 ? 3 : 2;  // on a multiprocessor, by registers
   static constexpr int kEndsBlocks = Lanes <= 4 ? 3 : 2;              // the same of segment_ends
-  static constexpr int kSub = 8;                 // tokens whose sums are taken together
+  static constexpr int kSub = 8;                                      // tokens whose sums are taken together
   static constexpr int kTile = kTokens * kRow, kStateTile = kTokens * kStateRow;
 };
 
@@ -127,16 +127,19 @@ struct Tile<C, Columns, Mixed> {
   }
   // f(element j, its place in memory) for those elements of a unit that exist.
   template <class F>
-  __device__ static __forceinline__ void each_real(const Sequence& s, const Unit& u, const Window<C>& w, int columns, const F& f) {
+  __device__ static __forceinline__ void each_real(const Sequence& s, const Unit& u, const Window<C>& w, int columns,
+                                                   const F& f) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int token = s.token == 1 ? u.token + j : u.token, column = s.token == 1 ? u.column : u.column + j;
-      if (u.real && (s.token == 1 || j < kAcross) && w.inside(token) && column < columns) f(j, (w.first + token) * s.token + column * s.channel);
+      if (u.real && (s.token == 1 || j < kAcross) && w.inside(token) && column < columns)
+        f(j, (w.first + token) * s.token + column * s.channel);
     }
   }
   // f(row, column, value, whether there is such an element).
   template <class F>
-  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool, const F& f) {
+  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool,
+                                              const F& f) {
     const bool wide = s.dtype == Dtype::f32, vectors = by_vectors(s, offset, w, columns);
 #pragma unroll 1
     for (int k = 0; k < kUnits; ++k) {
@@ -152,8 +155,10 @@ struct Tile<C, Columns, Mixed> {
         raw[0] = v.x, raw[1] = v.y;
       } else {
         each_real(s, u, w, columns, [&](int j, int64_t e) {
-          if (wide) raw[j] = float_to_bits(__ldg(static_cast<const float*>(s.data) + offset + e));
-          else raw[j / 2] |= static_cast<uint32_t>(__ldg(static_cast<const uint16_t*>(s.data) + offset + e)) << 16 * (j % 2);
+          if (wide)
+            raw[j] = float_to_bits(__ldg(static_cast<const float*>(s.data) + offset + e));
+          else
+            raw[j / 2] |= static_cast<uint32_t>(__ldg(static_cast<const uint16_t*>(s.data) + offset + e)) << 16 * (j % 2);
         });
       }
 #pragma unroll
@@ -167,7 +172,8 @@ struct Tile<C, Columns, Mixed> {
   }
   // Stores value(row, column).
   template <class F>
-  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool, const F& value) {
+  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool,
+                                               const F& value) {
     const bool wide = s.dtype == Dtype::f32, vectors = by_vectors(s, offset, w, columns);
 #pragma unroll 1
     for (int k = 0; k < kUnits; ++k) {
@@ -177,7 +183,8 @@ struct Tile<C, Columns, Mixed> {
       float v[4] = {};
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (s.token == 1 || j < kAcross) v[j] = s.token == 1 ? value(w.row(u.token + j), u.column) : value(w.row(u.token), u.column + j);
+        if (s.token == 1 || j < kAcross)
+          v[j] = s.token == 1 ? value(w.row(u.token + j), u.column) : value(w.row(u.token), u.column + j);
       if (vectors && wide)
         *reinterpret_cast<float4*>(static_cast<float*>(s.data) + at) = make_float4(v[0], v[1], v[2], v[3]);
       else if (vectors)
@@ -208,7 +215,8 @@ struct Tile<C, Columns, Known<T, Along>> {
   }
   // aligned: units of 4 elements lie at multiples of their size, in every window, and no column is missing.
   template <class F>
-  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& f) {
+  __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned,
+                                              const F& f) {
     const T* data = static_cast<const T*>(s.data) + offset;
     if (aligned && w.whole()) {
       Piece<T, 4> pieces[kUnits];
@@ -226,13 +234,16 @@ struct Tile<C, Columns, Known<T, Along>> {
     }
   }
   template <class F>
-  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& value) {
-    s.dtype == Dtype::f32 ? store_as<float>(s, offset, w, columns, aligned, value) : store_as<T>(s, offset, w, columns, aligned, value);
+  __device__ static __forceinline__ void store(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned,
+                                               const F& value) {
+    s.dtype == Dtype::f32 ? store_as<float>(s, offset, w, columns, aligned, value)
+                          : store_as<T>(s, offset, w, columns, aligned, value);
   }
 
  private:
   template <class Out, class F>
-  __device__ static __forceinline__ void store_as(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool aligned, const F& value) {
+  __device__ static __forceinline__ void store_as(const Sequence& s, int64_t offset, const Window<C>& w, int columns,
+                                                  bool aligned, const F& value) {
     Out* data = static_cast<Out*>(s.data) + offset;
     if (aligned && w.whole()) {
       each_unit([&](int, int e) {
@@ -259,8 +270,9 @@ __device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, co
 
 // The tile of Δ; with rank one its row goes into `rank_one`, and there is a barrier inside.
 template <class C, class L>
-__device__ __forceinline__ void put_delta(const ScanShape& s, const ScanInputs& in, int64_t offset, const Window<C>& w, int channels, bool aligned,
-                                          const float* weight, const float* bias, float* rank_one, float* delta) {
+__device__ __forceinline__ void put_delta(const ScanShape& s, const ScanInputs& in, int64_t offset, const Window<C>& w,
+                                          int channels, bool aligned, const float* weight, const float* bias, float* rank_one,
+                                          float* delta) {
   const auto finish = [&](float v) { return s.softplus ? softplus(v) : v; };
   if (!in.delta_weight)
     return Tile<C, C::kChannels, L>::each(in.delta, offset, w, channels, aligned, [&](int row, int c, float v, bool real) {
@@ -287,7 +299,7 @@ template <class C>
 struct Channel {
   int64_t row;  // of the block's first channel, in all channels
   int count, lane, channel;
-  bool real;    // whether this thread's channel exists
+  bool real;  // whether this thread's channel exists
 
   __device__ Channel(const ScanShape& s, const Block& b, int64_t tile)
       : row(b.group * s.channels + tile * C::kChannels),
@@ -314,7 +326,9 @@ struct Channel {
     return in.delta_weight ? b.batch * in.delta.batch : offset(b, in.delta, tile);
   }
 };
-__device__ __forceinline__ int64_t state_offset(const Block& b, const Sequence& s) { return b.batch * s.batch + b.group * s.group; }
+__device__ __forceinline__ int64_t state_offset(const Block& b, const Sequence& s) {
+  return b.batch * s.batch + b.group * s.group;
+}
 
 template <class C>
 __device__ __forceinline__ void load_states(const float* from, float (&v)[C::kStates]) {  // from shared memory, aligned
@@ -372,7 +386,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kEndsBlocks)
   const Block b(s, p);
   // The segment whose result nobody needs: the last in the direction of the walk.
   if (b.segment == (Adjoint ? 0 : p.segments - 1)) return;
-  const int tiles = static_cast<int>((min(b.last_chunk * kChunk, s.seqlen) - b.first_chunk * kChunk + C::kTokens - 1) / C::kTokens);
+  const int tiles =
+      static_cast<int>((min(b.last_chunk * kChunk, s.seqlen) - b.first_chunk * kChunk + C::kTokens - 1) / C::kTokens);
   for (int64_t t = b.worker; t < p.tiles; t += p.workers) {
     const Channel<C> ch(s, b, t);
     float a2[C::kStates], h[C::kStates] = {}, total = 0;
@@ -384,21 +399,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kEndsBlocks)
     using Channels = Tile<C, C::kChannels, L>;
     const Window<C> start(s, b.first_chunk * kChunk);
     const int dstate = static_cast<int>(s.dstate);
-    const auto are_aligned = [&](const Sequence& q) { return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, t), start, ch.count); };
-    const bool of_aligned = are_aligned(of), delta_aligned = are_aligned(in.delta), z_aligned = Adjoint && in.z.data && are_aligned(in.z);
+    const auto are_aligned = [&](const Sequence& q) {
+      return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, t), start, ch.count);
+    };
+    const bool of_aligned = are_aligned(of), delta_aligned = are_aligned(in.delta),
+               z_aligned = Adjoint && in.z.data && are_aligned(in.z);
     const bool by_aligned = is_aligned<C, C::kPadded, L>(by, state_offset(b, by), start, dstate);
     for (int i = 0; i < tiles; ++i) {
       const Window<C> w(s, b.first_chunk * kChunk + static_cast<int64_t>(Adjoint ? tiles - 1 - i : i) * C::kTokens);
       __syncthreads();
       put_delta<C, L>(s, in, ch.delta_offset(b, in, t), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
       Tile<C, C::kPadded, L>::each(by, state_offset(b, by), w, dstate, by_aligned,
-                                [&](int row, int n, float v, bool) { projection[row * C::kStateRow + n] = v; });
+                                   [&](int row, int n, float v, bool) { projection[row * C::kStateRow + n] = v; });
       __syncthreads();
-      Channels::each(of, ch.offset(b, of, t), w, ch.count, of_aligned,
-                     [&](int row, int c, float v, bool) { input[row * C::kRow + c] = Adjoint ? v : v * delta[row * C::kRow + c]; });
+      Channels::each(of, ch.offset(b, of, t), w, ch.count, of_aligned, [&](int row, int c, float v, bool) {
+        input[row * C::kRow + c] = Adjoint ? v : v * delta[row * C::kRow + c];
+      });
       __syncthreads();
       if (Adjoint && in.z.data) {
-        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, z_aligned, [&](int row, int c, float v, bool) { input[row * C::kRow + c] *= v * sigmoid(v); });
+        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, z_aligned,
+                       [&](int row, int c, float v, bool) { input[row * C::kRow + c] *= v * sigmoid(v); });
         __syncthreads();
       }
 #pragma unroll 4
@@ -466,13 +486,15 @@ void with_layout(std::initializer_list<Sequence> sequences, const F& f) {
 }
 
 template <class C, bool Adjoint>
-void find_carries(const ScanShape& s, const ScanInputs& in, const Sequence& d_out, const Split& p, const float* first, float* ends,
-                  cudaStream_t stream) {
+void find_carries(const ScanShape& s, const ScanInputs& in, const Sequence& d_out, const Split& p, const float* first,
+                  float* ends, cudaStream_t stream) {
   float* steps = ends + s.batch * p.segments * s.dstate * s.dim();
-  with_layout<C>({Adjoint ? d_out : in.u, in.delta_weight ? Sequence{} : in.delta, Adjoint ? in.C : in.B, Adjoint ? in.z : Sequence{}}, [&](auto layout) {
-    launch(segment_ends<C, decltype(layout), Adjoint>, dim3(p.blocks(s)), dim3(C::kThreads), segment_ends_shared<C>(), stream, s, in, d_out, p,
-           ends, steps);
-  });
+  with_layout<C>({Adjoint ? d_out : in.u, in.delta_weight ? Sequence{} : in.delta, Adjoint ? in.C : in.B,
+                  Adjoint ? in.z : Sequence{}},
+                 [&](auto layout) {
+                   launch(segment_ends<C, decltype(layout), Adjoint>, dim3(p.blocks(s)), dim3(C::kThreads),
+                          segment_ends_shared<C>(), stream, s, in, d_out, p, ends, steps);
+                 });
   launch(carry_over, dim3((s.batch * s.dstate * s.dim() + 255) / 256), dim3(256), 0, stream, s, p.segments, Adjoint, in.A, first,
          static_cast<const float*>(steps), ends);
 }

@@ -144,7 +144,9 @@ inline uint64_t draw() {
 
 // Ends the launch with an error.
 inline void fail(const std::string& what) {
-  const auto text = [](const uint3& i) { return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")"; };
+  const auto text = [](const uint3& i) {
+    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+  };
   block.error = what + ", block " + text(block.index) + ", thread " + text(self->thread);
   resume(block.launcher);
 }
@@ -153,7 +155,8 @@ inline void fail(const std::string& what) {
 inline void wait() {
   if (block.ready.empty())
     return fail("deadlock: " + std::to_string(block.barrier.waiting.size()) + " of " + std::to_string(block.threads) +
-                " threads wait at __syncthreads, " + std::to_string(block.returned) + " have returned, the others wait for their warp");
+                " threads wait at __syncthreads, " + std::to_string(block.returned) +
+                " have returned, the others wait for their warp");
   Fiber*& chosen = block.ready[block.seed ? draw() % block.ready.size() : block.ready.size() - 1];
   Fiber* next = chosen;
   chosen = block.ready.back();
@@ -244,8 +247,10 @@ __attribute__((no_sanitize_address)) inline void fiber_main() {
 
 inline void prepare(Fiber& f) {
   if (!f.stack) {
-    f.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (f.stack == MAP_FAILED || mprotect(f.stack, kGuard, PROT_NONE)) throw std::runtime_error("emulation: no memory for stacks");
+    f.stack =
+        static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (f.stack == MAP_FAILED || mprotect(f.stack, kGuard, PROT_NONE))
+      throw std::runtime_error("emulation: no memory for stacks");
   }
   __asan_unpoison_memory_region(f.stack + kGuard, kStack - kGuard);
   void** sp = reinterpret_cast<void**>(f.stack + kStack - 64);
@@ -309,7 +314,8 @@ inline void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t k = 0; k < blocks && b.error.empty(); ++k) {
     const uint64_t i = b.seed % 2 ? blocks - 1 - k : k;
-    b.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};
+    b.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+               static_cast<unsigned>(i / grid.x / grid.y)};
     b.shared = static_cast<char*>(std::malloc(shared_bytes));  // of exactly this size, between red zones
     memset(b.shared, 0xff, shared_bytes);                      // NaN in every float type
     run_block();
@@ -371,11 +377,17 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcs(T* p, T v) { *p = v; }
+void __stcs(T* p, T v) {
+  *p = v;
+}
 
 template <class A, class B>
 emulation::Common<A, B> min(A a, B b) {

@@ -106,7 +106,8 @@ bool transposes(bool right) {
   constexpr int kRows = 64, kColumns = 70;
   std::vector<float> x(kRows * kColumns), y(x.size());
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
-  autohdr::launch(right ? transpose<33> : transpose<34>, dim3(3, 2), dim3(32, 8), 0, nullptr, x.data(), y.data(), kRows, kColumns);
+  autohdr::launch(right ? transpose<33> : transpose<34>, dim3(3, 2), dim3(32, 8), 0, nullptr, x.data(), y.data(), kRows,
+                  kColumns);
   for (int r = 0; r < kRows; ++r)
     for (int c = 0; c < kColumns; ++c)
       if (y[c * kRows + r] != x[r * kColumns + c]) return false;
@@ -125,7 +126,8 @@ __global__ void warp_functions(double2* sums, unsigned* votes, int* counts) {
   votes[t] = __ballot_sync(~0u, lane % 3 == 0);
   __syncwarp();
   counts[t] = __syncthreads_count(t % 5 == 0) + 1000 * __syncthreads_or(t == 3) + 10000 * __syncthreads_and(t != 3) +
-              100 * __any_sync(~0u, lane == 7) + 200 * __all_sync(~0u, lane != 50) + 400 * (__shfl_down_sync(~0u, lane, 1, 8) == lane);
+              100 * __any_sync(~0u, lane == 7) + 200 * __all_sync(~0u, lane != 50) +
+              400 * (__shfl_down_sync(~0u, lane, 1, 8) == lane);
 }
 
 bool warps() {
@@ -136,8 +138,8 @@ bool warps() {
   autohdr::launch(warp_functions, dim3(1), dim3(kCount), 0, nullptr, sums.data(), votes.data(), counts.data());
   for (int t = 0; t < kCount; ++t) {
     const int lane = t % 32;
-    const bool right = sums[t].x == lane + 1 && sums[t].y == lane * (lane + 1) / 2 && votes[t] == (t < 64 ? 0x49249249u : 0x49u) &&
-                       counts[t] == 15 + 1000 + 100 + 200 + 400 * (lane % 8 == 7);
+    const bool right = sums[t].x == lane + 1 && sums[t].y == lane * (lane + 1) / 2 &&
+                       votes[t] == (t < 64 ? 0x49249249u : 0x49u) && counts[t] == 15 + 1000 + 100 + 200 + 400 * (lane % 8 == 7);
     if (!right) return false;
   }
   return true;
