@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from autohdr import create_model, list_models
+from autohdr.kernels import OPS
 from autohdr.models.network import Blocks, Down, Up
 from autohdr.models.restormer import Attention, FeedForward
 
@@ -94,23 +95,30 @@ def scan_backward(batch: int, dim: int, seqlen: int, dstate: int, size: int) -> 
     return Work(bytes=size * (7 * e + 4 * batch * dstate * seqlen), fma=(15 * dstate + 8) * e, special=(dstate + 4) * e)
 
 
+def selective_scan(batch: int, dim: int, seqlen: int, size: int, dstate: int) -> tuple[Work, Work]:
+    """Forward and backward."""
+    return scan_forward(batch, dim, seqlen, dstate, size), scan_backward(batch, dim, seqlen, dstate, size)
+
+
 def causal_conv1d(batch: int, dim: int, seqlen: int, size: int) -> tuple[Work, Work]:
     """Forward and backward: x in, y out; x and dy in, dx out. Four taps; an exponential and a reciprocal for SiLU."""
     e = batch * dim * seqlen
     return Work(2 * size * e, fma=4 * e, special=2 * e), Work(3 * size * e, fma=12 * e, special=2 * e)
 
 
-def mdta(channels: int, pixels: int, size: int) -> tuple[Work, Work]:
+def mdta(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]:
     """Forward and backward. x is read twice, since attention needs sums over the whole image; x and dy too on the way back.
     Attention and the output projection are one matrix an image."""
+    pixels = height * width
     e = size * channels * pixels
     gram = channels * HEAD
     forward = Work(3 * e, (4 * channels**2 + gram) * pixels, 27 * channels * pixels)
     return forward, Work(5 * e, (8 * channels**2 + 2 * gram) * pixels, 54 * channels * pixels)
 
 
-def gdfn(channels: int, pixels: int, size: int) -> tuple[Work, Work]:
+def gdfn(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]:
     """Forward and backward."""
+    pixels = height * width
     e = size * channels * pixels
     hidden = int(channels * 2.66)
     return Work(2 * e, 3 * channels * hidden * pixels, 18 * hidden * pixels), Work(
@@ -130,20 +138,15 @@ def work(row: dict) -> list[Work]:
         m, n, k = sizes
         return [Work(size * (m * n + n * k + m * k), m * n * k)]
     training = row["mode"] == "training"
-    if row["op"] == "selective_scan":
-        arguments = (*sizes, row["dstate"], size)
-        return [scan_forward(*arguments), *([scan_backward(*arguments)] if training else [])]
-    if row["op"] == "causal_conv1d":
-        return list(causal_conv1d(*sizes, size)[: 1 + training])
-    if row["op"] in ("mdta", "gdfn"):
-        channels, height, width = sizes
-        return list({"mdta": mdta, "gdfn": gdfn}[row["op"]](channels, height * width, size)[: 1 + training])
+    if row["op"] in OPS:  # the function of that name
+        more = [row["dstate"]] if row["op"] == "selective_scan" else []
+        return list(globals()[row["op"]](*sizes, size, *more)[: 1 + training])
     return [w for op, *shape in _ops(row["op"], *sizes[1:]) for w in op(*shape, size)[: 1 + training]]
 
 
 @cache
 def _ops(model: str, height: int, width: int) -> list[tuple]:
-    """(op, channels, pixels) of each half of a block, in the order of a forward pass; empty for a network without stages."""
+    """(op, channels, pixels, 1) of each half of a block, in the order of a forward pass; empty for a network without stages."""
     found, channels, level = [], 0, 0
     if model not in list_models():
         return found
@@ -153,7 +156,7 @@ def _ops(model: str, height: int, width: int) -> list[tuple]:
     for stage in network.stages():
         if isinstance(stage, Blocks):
             ops = ({Attention: mdta, FeedForward: gdfn}[half.kind] for half in stage.halves)
-            found += [(op, channels, pixels >> 2 * level) for op in ops]
+            found += [(op, channels, pixels >> 2 * level, 1) for op in ops]
         channels = getattr(stage, "channels", channels)
         level += isinstance(stage, Down) - isinstance(stage, Up)
     return found

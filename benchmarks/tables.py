@@ -2,6 +2,8 @@
 
 import floors
 
+from autohdr.kernels import OPS
+
 MALLOCS = ("tuned", "default")
 MISSING = "not measured"
 MODES = {"forward": "forward", "training": "training step"}
@@ -43,7 +45,7 @@ def cpu(results: dict) -> str:
     parts = [table([title, "tuned malloc", "default malloc"], lines)]
 
     lines = []
-    for op in ("mdta", "gdfn"):
+    for op in [op for op in OPS if op != "selective_scan"]:
         for shape in dict.fromkeys(r["shape"] for r in rows if r["op"] == op):
             lines.append([f"{op} {shape}", *(speed("tuned", op=op, shape=shape, mode=m, dtype="float32") for m in MODES)])
     parts.append(table(["one op, float32, against eager with tuned malloc", *MODES.values()], lines))
@@ -55,12 +57,6 @@ def cpu(results: dict) -> str:
         lines.append([shape, *cells])
     against = [f"{name}, {mode}" for name in SCANS.values() for mode in MODES.values()]
     parts.append(table(["selective_scan, float32, tuned malloc, against", *against], lines))
-
-    lines = []
-    for shape in ("1×192×4096", "2×96×9216"):
-        facts = {"op": "causal_conv1d", "shape": shape, "dtype": "float32"}
-        lines.append([f"causal_conv1d {shape}", *(speed("tuned", **facts, mode=mode) for mode in MODES)])
-    parts.append(table(["float32, tuned malloc, against PyTorch's convolution and SiLU", *MODES.values()], lines))
 
     m, v = results["machine"], results["versions"]
     parts.append(
