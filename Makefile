@@ -35,7 +35,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 # The pages of docs/ and the reference, into build/docs; a dead link ends it.
 docs: install
