@@ -24,7 +24,7 @@ static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, b
     const T* in = x + p * channels;
     float* row = out + p * ld;
     // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
-    const float origin = load_part(in, 1)[0];
+    const float origin = load_at(in, 0, channels)[0];
     vf total = {};
     for (int64_t c = 0; c < whole; c += W) {
       const vf v = load(in + c);
