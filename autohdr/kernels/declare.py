@@ -115,7 +115,8 @@ def declare(
         grads = list(prepare_gradients(*grads[:differentiable]))
         if all(d is None for d in grads):
             return (None,) * len(arguments)
-        saved, tensors = ctx.saved_tensors, ctx.saved_tensors[:count]
+        saved = ctx.saved_tensors  # once: a checkpoint computes again what it hands out, and does not do so twice
+        tensors = saved[:count]
         if grads[0] is None:
             grads[0] = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
         found = backward_op(*grads, *saved, *ctx.flags)
