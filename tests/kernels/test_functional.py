@@ -1,11 +1,14 @@
 """torch.func over every op: gradients, Jacobians and vmap as plain autograd and loops give them; what has no formula raises,
 where PyTorch would hand out zeros."""
 
+from functools import partial
+
 import pytest
 import torch
 from calls import call
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from autohdr import create_model
 from autohdr.kernels import OPS, mdta_apply, mdta_statistics
@@ -36,6 +39,12 @@ def assert_equal(actual, expected):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_computes_the_same_again(problem):
+    function, tensors, dy = problem
+    again = partial(checkpoint, loss_of(function, dy), use_reentrant=False)
+    assert_equal(usual(again, tensors), usual(loss_of(function, dy), tensors))
 
 
 def test_grad_and_vjp_of_every_argument(problem):
