@@ -27,6 +27,7 @@ class NetworkConfig:
 
 
 def is_whole(value: Any, least: int) -> bool:
+    """Whether a setting is a whole number of at least that."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
