@@ -65,6 +65,8 @@ def _places(image: Tensor, size: int, multiple: int, reflects: int) -> Tensor:
     """Where each row (or column) of the padded image is in the image: 0 ... size - 1, then back, or size - 1 again and again."""
     count = (size + multiple - 1) // multiple
     if torch.compiler.is_exporting():
+        # PyTorch takes a number out of a tensor for any number. Of one that it can follow back to the image's sides it would ask
+        # whether the deepest level is one row high, and the program would be for images like the example alone.
         count = torch.tensor(count).item()
         torch._check(count >= 1)
     places = torch.arange(multiple * count, device=image.device)
