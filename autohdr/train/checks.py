@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def check_config(config: TrainConfig) -> None:
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
-    for name in ("train_pairs", "val_pairs", "init_weights"):
+    for name in ("out", "train_pairs", "val_pairs", "init_weights"):
         file = getattr(config, name)
-        if file is not None and not file.is_file():
+        if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes
+            raise UserError(f"{name}: expected a path in UTF-8, as config.toml is; got {str(file)!r}")
+        if name != "out" and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
 
 

@@ -66,7 +66,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
 
 
 def test_dump_reads_back_to_the_same(tmp_path, make_config):
-    config = make_config(out='a "quoted" näme 🏠', model_args={"dim": 8, "num_blocks": [1, 2, 3, 4], "norm_bias": False})
+    config = make_config(out='a "quoted" näme 🏠\x7f\t', model_args={"dim": 8, "num_blocks": [1, 2, 3, 4], "norm_bias": False})
     (tmp_path / "config.toml").write_text(dump_config(config, "two\nlines"), encoding="utf-8")
     assert asdict(load_config(tmp_path / "config.toml")) == asdict(config)
 
@@ -129,6 +129,11 @@ def test_rejects_missing_config():
         ({"resize": "fit"}, "batch_size: expected 1.*got 2"),
         ({"val_pairs": None}, "val_pairs: required; give --val-pairs PATH"),
         ({"train_pairs": Path("nowhere.jsonl")}, "train_pairs: no such file: nowhere.jsonl"),
+        (
+            {"train_pairs": Path("🏠/caf\udce9.jsonl")},
+            r"train_pairs: expected a path in UTF-8, as config.toml is; got '🏠/caf\\udce9",
+        ),
+        ({"out": Path("caf\udce9")}, r"out: expected a path in UTF-8, as config.toml is; got '.*caf\\udce9'"),
     ],
 )
 def test_rejects_settings(make_config, changes, message):
