@@ -98,14 +98,11 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
-struct alignas(8) Slot {  // shuffles take at most 8 bytes, a lane's share of a tensor core's operands is 24
-  unsigned char bytes[24];
-};
-
-// The shuffles of one mask: what the lanes bring to this one, and to the one before, which some may not have read yet.
+// The shuffles of one mask: what the lanes bring to this one, and to the one before, which some may not have read yet. A shuffle
+// takes at most 8 bytes of a lane, a tensor core 24.
 struct Exchange {
   Barrier barrier;
-  Slot slots[2][kWarp];
+  alignas(8) unsigned char slots[2][kWarp * 24];
 };
 
 struct Warp {
@@ -175,13 +172,15 @@ inline void arrive(Barrier& barrier, size_t expected) {
 }
 
 // Waits for all lanes of the mask; what each of them brought.
-inline const Slot* exchange(unsigned& mask, const void* value, size_t size) {
+template <class T>
+const T* exchange(unsigned& mask, const T& value) {
+  static_assert(sizeof(T) * kWarp <= sizeof Exchange::slots[0] && std::is_trivially_copyable_v<T>);
   Warp& warp = block.warps[self->warp];
   mask &= warp.lanes;
   if (!(mask >> self->lane & 1)) fail("a lane is not in the mask of its own warp function");
   Exchange& e = warp.exchanges[mask];
-  Slot* slots = e.slots[e.barrier.generation % 2];
-  memcpy(slots + self->lane, value, size);
+  T* slots = reinterpret_cast<T*>(e.slots[e.barrier.generation % 2]);
+  slots[self->lane] = value;
   arrive(e.barrier, __builtin_popcount(mask));
   return slots;
 }
@@ -189,13 +188,10 @@ inline const Slot* exchange(unsigned& mask, const void* value, size_t size) {
 // The value of lane `source`, the caller's own if not `inside` its segment, NaN from a lane that takes no part.
 template <class T>
 T shuffle(unsigned mask, T value, int source, bool inside) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
-  const Slot* slots = exchange(mask, &value, sizeof value);
+  const T* values = exchange(mask, value);
   if (!inside) return value;
-  if (mask >> source & 1)
-    memcpy(&value, slots + source, sizeof value);
-  else
-    memset(&value, 0xff, sizeof value);
+  if (mask >> source & 1) return values[source];
+  memset(&value, 0xff, sizeof value);
   return value;
 }
 
@@ -340,7 +336,7 @@ inline void __syncthreads() { emulation::arrive(emulation::block.barrier, emulat
 inline int __syncthreads_count(int p) { return emulation::count_predicates(p); }
 inline int __syncthreads_or(int p) { return emulation::count_predicates(p) > 0; }
 inline int __syncthreads_and(int p) { return emulation::count_predicates(p) == emulation::block.threads; }
-inline void __syncwarp(unsigned mask = ~0u) { emulation::exchange(mask, "", 0); }
+inline void __syncwarp(unsigned mask = ~0u) { emulation::exchange(mask, '\0'); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -364,13 +360,10 @@ T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32) {
   return emulation::shuffle(mask, v, source, source < (lane & -width) + width);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const emulation::Slot* slots = emulation::exchange(mask, &predicate, sizeof predicate);
+  const int* predicates = emulation::exchange(mask, predicate);
   unsigned votes = 0;
-  for (int i = 0; i < emulation::kWarp; ++i) {
-    int vote = 0;
-    if (mask >> i & 1) memcpy(&vote, slots + i, sizeof vote);
-    votes |= static_cast<unsigned>(vote != 0) << i;
-  }
+  for (int i = 0; i < emulation::kWarp; ++i)
+    if (mask >> i & 1) votes |= static_cast<unsigned>(predicates[i] != 0) << i;
   return votes;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
