@@ -15,6 +15,9 @@ from autohdr.models import create_model, in_strips, load_checkpoint, save_weight
 from autohdr.models.layers import Conv2d
 
 
+pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch takes as long again
+
+
 @pytest.fixture(params=["restormer_nano", "restormer_official", "mamba_diffusion_nano"])
 def model(request, small):
     torch.manual_seed(0)
@@ -35,8 +38,10 @@ HOOKS = {
 
 @pytest.mark.parametrize("kind", HOOKS)
 def test_a_hook_on_any_module_runs_or_is_refused(model, kind):
+    # One of the modules of a class whose names differ in numbers alone: the same lines call them, or don't.
+    kinds = {(type(module), re.sub(r"\d+", "", name)): (name, module) for name, module in model.named_modules()}
     refused = 0
-    for name, module in model.named_modules():
+    for name, module in kinds.values():
         if isinstance(module, nn.Identity):  # where another layer of the layout would be
             continue
         ran = []
@@ -48,7 +53,7 @@ def test_a_hook_on_any_module_runs_or_is_refused(model, kind):
             refused += 1
             assert f"{model.config.name}: {name} has a hook." in str(error) and "docs/fine_tuning.md" in str(error)
         handle.remove()
-    assert refused > 20
+    assert refused > 10
     model(IMAGE)
 
 
