@@ -9,8 +9,10 @@ from autohdr.kernels import OPS
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 BASELINE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
 NO_BFLOAT16 = {"AUTOHDR_TEST_ONEDNN": "0"}
-KERNELS = [*(f"tests/kernels/test_{op}.py" for op in OPS), "-k", "forward or backward"]
+KERNELS = [f"tests/kernels/test_{op}.py" for op in OPS]
+ON = "(forward or backward) and {}"  # by our kernels for that processor; those for the others are compared without this
 MODELS = [f"tests/models/test_{name}.py" for name in ("restormer", "mamba_diffusion", "tiling")]
+COMPUTES = "not parameter_count and not layout and not (test_plan and not measured)"
 PLAN = "tests/test_plan.py"  # not below AVX2, where oneDNN's convolutions take memory that the plan does not count
 
 
@@ -18,10 +20,10 @@ PLAN = "tests/test_plan.py"  # not below AVX2, where oneDNN's convolutions take 
 @pytest.mark.parametrize(
     ("processor", "tests"),
     [
-        pytest.param(AVX2, KERNELS, id="avx2-kernels"),
-        pytest.param(AVX2, [*MODELS, PLAN, "-k", "not test_plan or measured"], id="avx2-models"),
-        pytest.param(BASELINE, KERNELS, id="baseline-kernels"),
-        pytest.param(BASELINE, MODELS, id="baseline-models"),
+        pytest.param(AVX2, [*KERNELS, "-k", ON.format("avx2")], id="avx2-kernels"),
+        pytest.param(AVX2, [*MODELS, PLAN, "-k", COMPUTES], id="avx2-models"),
+        pytest.param(BASELINE, [*KERNELS, "-k", ON.format("baseline")], id="baseline-kernels"),
+        pytest.param(BASELINE, [*MODELS, "-k", COMPUTES], id="baseline-models"),
         pytest.param(NO_BFLOAT16, [*MODELS, PLAN, "-k", "bf16 or bfloat16"], id="no-bfloat16-models"),
     ],
 )

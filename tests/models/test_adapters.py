@@ -14,7 +14,6 @@ from autohdr.errors import UserError
 from autohdr.models import create_model, in_strips, load_checkpoint, save_weights
 from autohdr.models.layers import Conv2d
 
-
 pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch takes as long again
 
 
