@@ -32,7 +32,7 @@ class Op:
     """A declared op, or a pass of one: called with the reference's arguments, it runs them on a backend.
 
     op: whose backends run it. returned: how many of the compiled op's outputs a caller gets; the others are kept for the backward
-    pass.
+    pass. more: what the compiled op takes behind the reference's arguments.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Op:
     reference: Callable
     prepare: Callable
     returned: int
+    more: tuple[bool, ...] = ()
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
         backend = resolve(self.op, backend, arguments[0])
@@ -47,7 +48,7 @@ class Op:
             with autocast_off(arguments[0].device):
                 return self.reference(*arguments)
         compiled = getattr(torch.ops.autohdr, self.name + "_triton" * (backend == "triton"))
-        outputs = compiled(*self.prepare(*arguments))
+        outputs = compiled(*self.prepare(*arguments, *self.more))
         if isinstance(outputs, Tensor):
             return outputs
         return outputs[0] if self.returned == 1 else outputs[: self.returned]
@@ -64,6 +65,7 @@ def declare(
     outputs: tuple[str, ...] = ("y",),
     differentiable: int = 1,
     forward_only: int = 0,
+    keep: str | None = None,
     like: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> Op:
     """Defines the op that has the name and the arguments of `reference`.
@@ -80,11 +82,15 @@ def declare(
         layout: how the kernels want the first tensor and its output's gradient.
         prepare: the arguments as the kernels want them; by default the first tensor in `layout`, the others as parameters.
         outputs: the first `differentiable` ones have gradients, the others are kept for the backward pass.
+        keep: the name of one more argument, the last, of the op, `fake`, `flops` and `prepare`: whether there will be a backward
+            pass. Autograd says so; where there is none, what is kept for it may be empty.
         like: a gradient's memory, for the tensor that it is of.
     """
     op = reference.__name__
     OPS[op] = dtypes
     arguments = _arguments(reference)
+    if keep:
+        arguments, forward_only = [*arguments, f"bool {keep}"], forward_only + 1
     count = sum(a.startswith("Tensor") for a in arguments)
     kept = outputs[differentiable:]
     flags = arguments[count : len(arguments) - forward_only]
@@ -141,12 +147,13 @@ def declare(
             f"{op}: a forward-mode derivative",
             save,
             partial(differentiate, backward_op=backward_op),
+            bool(keep),
         )
         for packet, count_flops in ((forward_op, flops), (backward_op, flops_backward)):
             register_flop_formula(packet)(lambda *shapes, count_flops=count_flops, out_shape=None, **_: count_flops(*shapes))
     _add_kernel(op, op, "forward")
     _add_kernel(f"{op}_backward", op, "backward")
-    return Op(op, op, reference, prepare, differentiable)
+    return Op(op, op, reference, prepare, differentiable, (False,) if keep else ())
 
 
 def declare_pass(op: Op, reference: Callable, *, outputs: tuple[str, ...] = ("y",), fake: Callable) -> Op:
@@ -186,6 +193,7 @@ def _define(
     refused: str,
     save: Callable = lambda ctx, inputs, output: None,
     differentiate: Callable | None = None,
+    keeps: bool = False,
 ) -> Callable:
     """Defines autohdr::<name> and returns it.
 
@@ -194,6 +202,7 @@ def _define(
     Args:
         refused: the derivative that there is none of, in the error's words: PyTorch would hand out zeros for it.
         save, differentiate: called as ``save(ctx, inputs, output)`` and ``differentiate(ctx, *grads)``.
+        keeps: whether the last argument says if there will be a backward pass.
     """
     _LIBRARY.define(name + schema, tags=TAGS)
     packet = getattr(torch.ops.autohdr, name)
@@ -223,6 +232,9 @@ def _define(
     function: Any = type(name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()})
 
     def autograd(keys, *inputs):
+        if keeps:  # each level of torch.func's transforms that takes derivatives comes here
+            needed = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+            inputs = *inputs[:-1], inputs[-1] or needed
         with enable_single_level_autograd_function():
             return function.apply(keys, *inputs)
 

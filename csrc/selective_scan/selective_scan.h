@@ -31,7 +31,7 @@ struct ScanForward {
   ScanInputs in;
   Sequence out;
   float* last_state;  // [batch, dim, dstate]
-  float* states;      // [batch, chunks, dstate, dim], before each chunk in the scan's order
+  float* states;      // [batch, chunks, dstate, dim], before each chunk in the scan's order; null: they are not kept
 };
 
 struct ScanBackward {

@@ -402,7 +402,7 @@ static void run(const ScanForward& a) {
       for (int64_t i = g.first; i < g.end; ++i) {
         const Block b(s, g, i);
         float *h = state + (i - g.first) * N * W, *a2 = A2 + (i - g.first) * N * W;
-        for (int64_t n = 0; n < N; ++n)
+        for (int64_t n = 0; a.states && n < N; ++n)
           store_at(a.states + ((b.batch * s.chunks() + k) * N + n) * s.dim() + b.row, 0, b.lanes, load(h + n * W));
         load_delta(s, in, b, c, delta, nullptr);
         load_tile(in.u, b.offset(in.u, c), b.lanes, c.tokens, u);

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
   const int64_t end = min(b.last_chunk * kChunk, s.seqlen);
   for (int64_t from = b.first_chunk * kChunk; from < end; from += C::kTokens) {
     const Window<C> w(s, from);
-    if (from % kChunk == 0)
+    if (a.states && from % kChunk == 0)
 #pragma unroll
       for (int j = 0; j < C::kStates; ++j)
         if (ch.has(s, j)) a.states[((b.batch * s.chunks() + from / kChunk) * dstate + ch.state(j)) * dim + channel] = h[j];

@@ -66,15 +66,16 @@ struct Arguments {
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
                                                   Optional delta_bias, Optional delta_weight, Optional initial_state,
-                                                  bool delta_softplus, bool reverse, bool channel_last, bool float_out) {
+                                                  bool delta_softplus, bool reverse, bool channel_last, bool float_out,
+                                                  bool keep_states) {
   const Arguments args{u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, delta_softplus, reverse, channel_last};
   const ScanShape s = args.shape();
   const ScanInputs in = args.inputs(s);
   Tensor out = float_out ? torch::stable::new_empty(u, u.sizes(), ScalarType::Float) : contiguous_like(u);
   Tensor last_state = new_float(u, {s.batch, s.dim(), s.dstate});
-  Tensor states = new_float(u, {s.batch * s.chunks() * s.dstate * s.dim()});
+  Tensor states = new_float(u, {keep_states ? s.batch * s.chunks() * s.dstate * s.dim() : 0});
   Kernels::run(ScanForward{s, in, channels_from("out", out, channel_last, s, s.dim()), write<float>(last_state),
-                           write<float>(states)},
+                           keep_states ? write<float>(states) : nullptr},
                u);
   return {out, last_state, states};
 }

@@ -186,7 +186,7 @@ def test_opcheck(features):
     t, keywords, _ = arguments((BATCH, 6, tokens(150), 4, 2, features))
     t = {k: v.requires_grad_() for k, v in t.items()}
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state")
-    flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False)
+    flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False, False)
     library.opcheck(raw_op("selective_scan"), (*(t.get(n) for n in names), *flags))
 
 
@@ -372,6 +372,29 @@ def test_saved_for_backward(dtype):
     inputs = {t.data_ptr() for t in leaves.values()}
     beside = sum(t.numel() * t.element_size() for pointer, t in saved.items() if pointer not in inputs)
     assert beside == 4 * 2 * 24 * 16 * math.ceil(tokens(300) / CHUNK)
+
+
+@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld rank1"])
+def test_nothing_is_kept_without_a_backward_pass(features):
+    """No states where nothing has a gradient, under no_grad, and in inference mode; the outputs are the same."""
+    tensors, keywords, _ = arguments((BATCH, 6, tokens(150), 4, 2, features))
+    op, names = raw_op("selective_scan"), ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state")
+    flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False, False)
+
+    def run(**given):
+        return op(*({**tensors, **given}.get(n) for n in names), *flags)
+
+    A = tensors["A"].clone().requires_grad_()
+    *expected, states = run(A=A)
+    assert states.shape == (BATCH * 6 * 4 * math.ceil(tokens(150) / CHUNK),)
+    with torch.no_grad():
+        results = [run(A=A)]
+    with torch.inference_mode():
+        results.append(run())
+    for *outputs, states in (run(), *results):
+        assert states.shape == (0,)
+        for a, e in zip(outputs, expected, strict=True):
+            assert torch.equal(a, e)
 
 
 def test_gradient_through_one_output_alone():

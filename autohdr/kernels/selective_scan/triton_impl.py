@@ -272,7 +272,8 @@ def _forward(
     state = n[:, None].to(tl.int64) * s.dim + channel[None, :] * unit
     h = tl.load(entry + (batch * s.segments + segment) * DSTATE * s.dim + state, mask=both, other=0.0)
     for chunk in range(segment * s.segment_chunks, tl.minimum((segment + 1) * s.segment_chunks, chunks)):
-        tl.store(states + (batch * chunks + chunk) * DSTATE * s.dim + state, h, mask=both)
+        if states is not None:
+            tl.store(states + (batch * chunks + chunk) * DSTATE * s.dim + state, h, mask=both)
         for k in range((tl.minimum(s.seqlen - chunk * _CHUNK, _CHUNK) + T - 1) // T):
             first, real = _window(chunk * _CHUNK + k * T, s.seqlen, exists, T, REVERSE)
             u_tile = _load(u_at, first, real)
@@ -513,19 +514,22 @@ class _Scan:
         return entry
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, delta_softplus, reverse, channel_last, float_out):
-    """(out, last_state, states [batch, chunks, dstate, dim], flat), as the op's schema says."""
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state,
+    delta_softplus, reverse, channel_last, float_out, keep_states,
+):  # fmt: skip
+    """(out, last_state, states [batch, chunks, dstate, dim], flat, or empty), as the op's schema says."""
     s = _Scan(u, A, B, delta_weight, channel_last, per_thread=16)
     out = u.new_empty(u.shape, dtype=torch.float32 if float_out else u.dtype)
     last_state = A.new_empty((s.batch, s.dim, s.dstate))
-    states = A.new_empty((s.batch * s.chunks * s.dstate * s.dim,))
+    states = A.new_empty((s.batch * s.chunks * s.dstate * s.dim if keep_states else 0,))
     if u.numel() == 0:
         return out, last_state, states
     options = s.options(4, delta_softplus, reverse)
     entry = s.carry_over(initial_state, A, u, delta, B, None, delta_bias, delta_weight, options, adjoint=False)
     _forward[(s.batch * s.segments * s.tiles,)](
         s.sequence(u), s.delta(delta), A, s.sequence(B), s.sequence(C), D, s.sequence(z), delta_bias, delta_weight,
-        entry, s.sequence(out), last_state, states, *s.shape(), **options,
+        entry, s.sequence(out), last_state, states if keep_states else None, *s.shape(), **options,
     )  # fmt: skip
     return out, last_state, states
 
