@@ -102,7 +102,7 @@ def test_definition(reverse):
             if 0 <= s < 7:
                 total += weight[:, k] * x[0, :, s]
         expected[0, :, t] = F.silu(total)
-    torch.testing.assert_close(causal_conv1d(x, weight, bias, reverse, backend="reference"), expected)
+    torch.testing.assert_close(causal_conv1d(x, weight, bias, reverse=reverse, backend="reference"), expected)
 
 
 def test_reverse_is_flipped():

@@ -13,9 +13,9 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    *,
     reverse: bool = False,
     layout: str = "bdl",
-    *,
     backend: str = "auto",
 ) -> Tensor:
     """Depthwise causal convolution and SiLU: ``y_t = silu(bias + Σ_k weight_k x_{t - (width - 1) + k})``, zeros before the first
