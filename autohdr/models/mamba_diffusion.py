@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.kernels.common import autocast
 from autohdr.models.diffusion import STEPS, cosine_schedule
 from autohdr.models.layers import Conv2d, ConvTranspose2d, crop, pad_to_multiple, pointwise, reach
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
@@ -117,11 +118,15 @@ class SSM(nn.Module):
         # Two products, not one cut in half: the backward pass then need not put the halves' gradients together.
         u_weight, z_weight = reach(self.in_proj, nn.Linear, bias=None).weight.chunk(2)
         conv1d = reach(self.conv1d, nn.Conv1d, stride=(1,), padding=(0,), dilation=(1,), groups=len(self.D))
-        dt_proj = reach(self.dt_proj, nn.Linear)
+        x_proj, dt_proj = reach(self.x_proj, nn.Linear, bias=None), reach(self.dt_proj, nn.Linear)
         u = F.linear(x, u_weight)
         u = kernels.causal_conv1d(u, conv1d.weight[:, 0], conv1d.bias, reverse=self.reverse, layout="bld")
         dstate = self.A_log.shape[0]
-        delta, B, C = self.x_proj(u).split((1, dstate, dstate), dim=-1)
+        # B and C begin at multiples of 8 elements, so that kernels load them in pieces of 16 bytes.
+        gap, zeros = -dstate % 8, x_proj.weight.new_zeros(8, len(self.D))
+        delta_row, B_rows, C_rows = x_proj.weight.split((1, dstate, dstate))
+        rows = torch.cat((B_rows, zeros[:gap], C_rows, zeros[:gap], delta_row, zeros[1:]))
+        B, _, C, _, delta, _ = F.linear(u, rows).split((dstate, gap, dstate, gap, 1, 7), dim=-1)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         A = -self.A_log.to(wide).exp().expand(self.D.shape[0], dstate)
         y = kernels.selective_scan(
@@ -174,7 +179,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = _tokens(x)
-        normed = self.norm1(tokens)
+        normed = autocast(self.norm1(tokens))  # once for all that read it
         both = self.ssm_forward(normed) + self.ssm_backward(normed)
         weight = self.channel_attn(_image(both, x))[:, None]
         local = _tokens(self.local_enhance(_image(normed, x)))

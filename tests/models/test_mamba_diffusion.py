@@ -3,11 +3,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.models import create_model, list_models, load_checkpoint, load_weights, save_weights
 from autohdr.models.diffusion import cosine_schedule
+from autohdr.models.layers import as_on_a_gpu
 from autohdr.models.mamba_diffusion import (
     SSM,
     Block,
@@ -175,6 +177,44 @@ def test_backward_ssm_is_the_forward_one_flipped(length):
     forward.load_state_dict(backward.state_dict())
     x = torch.randn(2, length, 8, dtype=torch.float64)
     torch.testing.assert_close(backward(x), forward(x.flip(1)).flip(1))
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of what is copied, cast and put together meanwhile, of all pixels."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels, self.bytes = pixels, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        kinds = "_to_copy", "clone", "copy_", "cat", "constant_pad_nd"
+        if function._schema.name.removeprefix("aten::") in kinds and out.numel() % self.pixels == 0:
+            self.bytes.append(out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "forward", "backward"),
+    [
+        (torch.float32, [], [40 * 4] * 2),  # what x_proj's gradient is put together from
+        # Under autocast: each norm's output once, and Δ, which stays float32.
+        (torch.bfloat16, [16 * 2] * 2 + [4] * 2, [16 * 2] * 2 + [16 * 4] * 2 + [2] * 2 + [40 * 2] * 2),
+    ],
+    ids=["float32", "autocast"],
+)
+def test_copies_of_a_block(dtype, forward, backward):
+    """In bytes a pixel: each must be there for a reason."""
+    pixels = 7 * 11
+    block, x = Block(16, MambaDiffusionConfig("one", 16, 1, 1)), channels_last(1, 16, 7, 11, dtype=torch.float32).requires_grad_()
+    d_y = channels_last(1, 16, 7, 11, dtype=torch.float32)
+    with as_on_a_gpu(), Copies(pixels) as copies:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = block(x)
+        found, copies.bytes = copies.bytes, []
+        y.backward(d_y)
+    assert sorted(n / pixels for n in found) == sorted(forward)
+    assert sorted(n / pixels for n in copies.bytes) == sorted(backward)
 
 
 def test_block_matches_its_formula():
