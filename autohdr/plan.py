@@ -260,7 +260,7 @@ def _scratch_bytes(network: Network, training: bool, device: torch.device) -> in
     if device.type == "meta":
         return 0
     if device.type == "cuda":
-        return (96 if training else 32) << 20  # the budgets in csrc/common/cuda_image.cuh
+        return (192 if training else 64) << 20  # the budgets in csrc/common/cuda_steps.cuh
     return RUNTIME_BYTES + torch.get_num_threads() * network.scratch_bytes() // (1 if training else 2)
 
 

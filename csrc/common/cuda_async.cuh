@@ -19,6 +19,18 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
+// 16 bytes, or zeros in their place.
+__device__ __forceinline__ void copy_async_or_zero(void* shared, const void* global, bool there) {
+#ifdef AUTOHDR_EMULATION
+  static const uint4 zero{};
+  emulation::copy_later(static_cast<uint4*>(shared), there ? static_cast<const uint4*>(global) : &zero);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+#endif
+}
+
 // Makes a group of this thread's copies since the last one.
 __device__ __forceinline__ void commit_copies() {
 #ifdef AUTOHDR_EMULATION

@@ -160,23 +160,38 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   for (int i = 0; i < 4; ++i) d[i] += sums[i];
 }
 
-// 16 rows × one step of a tile whose rows run along k, `stride` bytes apart; as the left operand of mma(). As right operands it
-// is two of 8 rows: registers 0 and 2, and 1 and 3.
-__device__ __forceinline__ void load_rows(uint32_t (&out)[4], const unsigned char* tile, int stride) {
+// An operand of mma() in a tile whose rows run along k: where this lane begins to read its 16 rows × one step, for load_matrices. A
+// right operand is two of 8 rows, in registers 0 and 1, and 2 and 3.
+struct LaneOfRows {
+  int row, piece;  // of 16 bytes
+};
+__device__ __forceinline__ LaneOfRows left_lane() {
   const int lane = threadIdx.x % 32;
-  load_matrices(out, tile + lane % 16 * stride + lane / 16 * 16);
+  return {lane % 16, lane / 16};
+}
+__device__ __forceinline__ LaneOfRows right_lane() {
+  const int lane = threadIdx.x % 32;
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
 }
 
-// The same of a tile whose rows are k and run along the 16 rows wanted.
-template <class T>
-__device__ __forceinline__ void load_columns(uint32_t (&out)[4], const unsigned char* tile, int stride) {
+// The same of a tile whose rows are k, `stride` bytes apart, and run along the 16 rows wanted: load_columns from columns_lane bytes on.
+template <class T, bool kRight>
+__device__ __forceinline__ int columns_lane(int stride) {
   const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 4) return lane % 4 * stride + lane / 4 * 4;
+  const int k = kRight ? lane / 8 % 2 : lane / 16, column = kRight ? lane / 16 : lane / 8 % 2;
+  return (k * 8 + lane % 8) * stride + column * 16;
+}
+template <class T, bool kRight>
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4], const unsigned char* tile, int stride) {
   if constexpr (sizeof(T) == 2) {
-    load_matrices_transposed(out, tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 16);
+    load_matrices_transposed(out, tile);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out[i] = *reinterpret_cast<const uint32_t*>(tile + (lane % 4 + i / 2 * 4) * stride + (lane / 4 + i % 2 * 8) * 4);
+    for (int i = 0; i < 4; ++i) {
+      const int k = kRight ? i % 2 : i / 2, column = kRight ? i / 2 : i % 2;
+      out[i] = *reinterpret_cast<const uint32_t*>(tile + k * 4 * stride + column * 32);
+    }
   }
 }
 

@@ -1,54 +1,56 @@
-// gdfn on a GPU, for one dtype; what its steps share with mdta is in common/cuda_image.cuh.
+// gdfn on a GPU, for one dtype; what its steps share with mdta is in common/cuda_expansion.cuh.
 //
-// Forward, a step: norm statistics, 1×1 (hidden), 3×3 and gate (gated), 1×1 with the residual. Backward, a step: hidden again, the
-// gradient of gated, 3×3 and the gate's derivative (d, and gated for project_out's gradient), then the head's backward pass.
+// Forward, a step: norm, 1×1 (hidden), 3×3 and gate (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of
+// gated, 3×3 and the gate's derivative (d, and gated for project_out's gradient), then the expansion's backward pass.
 #pragma once
-#include "common/cuda_image.cuh"
+#include "common/cuda_expansion.cuh"
 #include "gdfn/gdfn.h"
 
 namespace autohdr {
 namespace image {
 
-inline Head head_of(const GdfnShape& s, const GdfnWeights& w) {
-  return {{s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)},
-          w.norm_weight,
-          w.norm_bias,
-          w.project_in,
-          w.dwconv,
-          s.eps,
-          2,
-          s.hidden,
-          round_up(s.hidden, 8)};
+inline ImageShape image_of(const GdfnShape& s) {
+  return {s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)};
 }
-
-__device__ __forceinline__ float normal_cdf(float v) { return 0.5f * (1.0f + erff(v * 0.707106781186547524f)); }
+inline ExpansionWeights expansion_of(const GdfnShape& s, const GdfnWeights& w) {
+  return {w.norm_weight, w.norm_bias, w.project_in, w.dwconv, s.eps, {2, s.hidden, 2}};
+}
 
 // gated = gelu(a) ⊙ b.
 template <class T>
-__global__ void __launch_bounds__(256) gate(Walk walk, View<const T> hidden, const float* weight, View<T> gated) {
-  convolve<2>(walk, hidden, weight, [&](int y, int x, int channel, const float2(&v)[2]) {
-    store_pair(gated.at(blockIdx.z, y, x) + channel,
-               make_float2(v[0].x * normal_cdf(v[0].x) * v[1].x, v[0].y * normal_cdf(v[0].y) * v[1].y));
+__global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, const float* taps, View<T> gated) {
+  if (!has_unit(walk)) return;
+  const Segment<2> s(walk, blockIdx.z, unit_of_warp());
+  Along<1, 2, T> to(gated, s);
+  convolve<2>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[2]) {
+    const float2 product[1] = {
+        make_float2(v[0].x * standard_normal<T>(v[0].x).cdf * v[1].x, v[0].y * standard_normal<T>(v[0].y).cdf * v[1].y)};
+    to.store(o, product), to.next(o);
   });
 }
 
-// d: the gradients of a and b; gated again. d_gated and gated may be the same buffer.
+// d: the gradients of a and b; gated again, in place of its gradient.
 template <class T>
-__global__ void __launch_bounds__(256)
-    gate_backward(Walk walk, View<const T> hidden, const float* weight, View<T> d_gated, View<T> d) {
-  convolve<2>(walk, hidden, weight, [&](int y, int x, int channel, const float2(&v)[2]) {
-    T* at = d_gated.at(blockIdx.z, y, x) + channel;
-    const float2 g = load_pair(at);
+__global__ void __launch_bounds__(128)
+    gate_backward(Walk<2> walk, View<const T> hidden, const float* taps, View<T> gated, View<T> d) {
+  if (!has_unit(walk)) return;
+  const Segment<2> s(walk, blockIdx.z, unit_of_warp());
+  Along<1, 2, T> at(gated, s);
+  Along<2, 2, T> to(d, s);
+  Pairs<T, 1> ahead[2] = {at.load(0), at.load(1)};
+  convolve<2>(walk, s, hidden, taps, hidden.channels, [&](int o, int x, const float2(&v)[2]) {
+    const float2 g = to_float2(ahead[o].v[0]);
+    if (x + 1 < s.columns()) ahead[o] = load_pairs<1>(at.at[o] + at.step);
     const auto backward = [](float a, float b, float g, float& da, float& db, float& gated) {
-      const float cdf = normal_cdf(a), density = expf(-0.5f * a * a) * 0.398942280401432678f;
-      da = g * b * (cdf + a * density), db = g * a * cdf, gated = a * cdf * b;
+      const StandardNormal n = standard_normal<T>(a);
+      const float along = a * n.cdf;
+      da = g * b * fmaf(a, n.density, n.cdf), db = g * along, gated = along * b;
     };
-    float2 da, db, gated;
-    backward(v[0].x, v[1].x, g.x, da.x, db.x, gated.x);
-    backward(v[0].y, v[1].y, g.y, da.y, db.y, gated.y);
-    store_pair(at, gated);
-    store_pair(d.at(blockIdx.z, y, x) + channel, da);
-    store_pair(d.at(blockIdx.z, y, x) + walk.part + channel, db);
+    float2 both[2], product[1];
+    backward(v[0].x, v[1].x, g.x, both[0].x, both[1].x, product[0].x);
+    backward(v[0].y, v[1].y, g.y, both[0].y, both[1].y, product[0].y);
+    at.store(o, product), at.next(o);
+    to.store(o, both), to.next(o);
   });
 }
 
@@ -58,38 +60,33 @@ template <class T>
 int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const Head h = head_of(a.shape, a.weights);
-  const Shape& s = h.shape;
-  const int64_t hidden = h.hidden(), padded = h.padded, channels = s.channels;
-  const Steps steps(s, (hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
-  const int64_t rows = steps.buffer_rows(1), pixels = steps.images * rows * s.width;
-  const HeadWeights<T> weights(workspace, h, false);
-  T* project_out = workspace.take<T>(channels * padded);
-  float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *gated_data = workspace.take<T>(pixels * padded);
+  const ImageShape s = image_of(a.shape);
+  const Layout layout = Layout::of<T>(s, {a.x, a.y});
+  const ExpansionWeights w = expansion_of(a.shape, a.weights);
+  const int hidden = w.groups.channels(), padded = w.groups.padded(), columns = layout.channels;
+  const Steps steps(s, s.rows(), (columns + hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
+  T* project_out = workspace.take<T>(int64_t{columns} * padded);
+  const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
+  const Image<T> y_image(workspace, a.y, layout, steps, s, 0);
+  const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
+      gated_rows(workspace, steps, s, padded, 0);
   if (workspace.counts_only()) return workspace.used();
 
-  weights.fill(h, stream);
-  gather<T>({{channels, channels, 1, a.shape.hidden}, {padded, a.shape.hidden, 1, 1}, channels * padded, padded},
-            a.weights.project_out, project_out, stream);
-  steps.each([&](int64_t b, int64_t images, int y, int count) {
-    const View<const T> x = view_of(a.x, s, b, 0);
-    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 1, hidden),
-                  gated = buffer_view(gated_data, s, y, count, 0, padded);
-    expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-    const Walk walk{y, y + count, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded), images};
-    launch_walk(gate<T>, walk, stream, hidden_rows, weights.dwconv, gated);
-    product<T>({gated.from(y),
-                {project_out, 0, padded, 0},
-                x.from(y),
-                view_of(a.y, s, b, 0).from(y),
-                {},
-                nullptr,
-                int64_t{count} * s.width,
-                static_cast<int>(padded),
-                static_cast<int>(channels),
-                1},
-               images, stream);
+  const int64_t real = a.shape.hidden;
+  repack.add({Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded}, a.weights.project_out,
+             project_out);
+  repack.run();
+  steps.each([&](int64_t b, int64_t images, const Range& rows) {
+    const Range near = steps.around(rows, 1);
+    const View<const T> x = x_image.read(b, images, near, stream);
+    const View<T> h = hidden_rows.view(near), gated = gated_rows.view(rows), y = y_image.write(b, rows);
+    expansion.expand(x, normal.view(near), h, images, stream);
+    launch_walk(gate<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated);
+    product<T, T>({gated.matrices(), {project_out, 0, padded, 0}, y.pixels(), padded, columns, 1}, y.matrices(), images, stream,
+                  Plus<T>{x.of(rows).matrices()});
+    y_image.written(b, images, rows, stream);
   });
   return workspace.used();
 }
@@ -98,62 +95,51 @@ template <class T>
 int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const Head h = head_of(a.shape, a.weights);
-  const Shape& s = h.shape;
-  const int64_t hidden = h.hidden(), padded = h.padded, channels = s.channels;
-  const int64_t pixel_bytes = (2 * hidden + padded) * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::pixel_bytes(h);
-  const Steps steps(s, pixel_bytes, 2, kBackwardBudget, kMostImages);
-  const int64_t pixels = steps.images * steps.buffer_rows(2) * s.width, near = steps.images * steps.buffer_rows(1) * s.width;
-  const int64_t splits = splits_of(channels, a.shape.hidden, 1, steps.images * steps.rows * s.width);
-  const HeadWeights<T> weights(workspace, h, true);
-  const int64_t columns = round_up(channels, 8);
-  T* project_out = workspace.take<T>(padded * columns);  // [padded][C], transposed
-  float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *gated_data = workspace.take<T>(near * padded),
-    *d_data = workspace.take<T>(near * hidden);
-  float* d_project_out = workspace.take<float>(splits * channels * a.shape.hidden);
-  const HeadBackward<T> head(workspace, h, steps.images, steps.rows);
+  const ImageShape s = image_of(a.shape);
+  const Layout layout = Layout::of<T>(s, {a.x, a.dy, a.dx});
+  const ExpansionWeights w = expansion_of(a.shape, a.weights);
+  const int hidden = w.groups.channels(), padded = w.groups.padded(), columns = layout.channels;
+  const int64_t real = a.shape.hidden;
+  const int64_t pixel_bytes =
+      (2 * hidden + padded + columns) * static_cast<int64_t>(sizeof(T)) + ExpansionBackward<T>::pixel_bytes(hidden, columns);
+  const Steps steps(s, s.rows(), pixel_bytes, 2, kBackwardBudget, kMostImages);
+  const int64_t splits = splits_of(columns, padded, 1, steps.images * steps.rows * s.width);
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, w, s.channels, columns, true, repack);
+  T* project_out = workspace.take<T>(int64_t{padded} * columns);  // transposed
+  const Image<const T> x_image(workspace, a.x, layout, steps, s, 2), dy_image(workspace, a.dy, layout, steps, s, 1);
+  const Image<T> dx_image(workspace, a.dx, layout, steps, s, 0);
+  const Buffer<T> normal_rows(workspace, steps, s, columns, 2), hidden_rows(workspace, steps, s, hidden, 2),
+      gated_rows(workspace, steps, s, padded, 1), d_rows(workspace, steps, s, hidden, 1);
+  float* d_project_out = workspace.take<float>(splits * columns * padded);
+  const ExpansionBackward<T> backward(workspace, expansion, steps, s);
   if (workspace.counts_only()) return workspace.used();
 
-  weights.fill(h, stream);
-  gather<T>({{padded, a.shape.hidden, 1, 1}, {columns, channels, 1, a.shape.hidden}, padded * columns, columns},
-            a.weights.project_out, project_out, stream);
+  repack.add({Axis::plain(real, 1), Axis::plain(s.channels, real), int64_t{padded} * columns, columns}, a.weights.project_out,
+             project_out);
+  repack.run();
   bool first = true;
-  steps.each([&](int64_t b, int64_t images, int y, int count) {
-    const View<const T> x = view_of(a.x, s, b, 0), dy = view_of(a.dy, s, b, 0);
-    const View<T> hidden_rows = buffer_view(hidden_data, s, y, count, 2, hidden),
-                  gated = buffer_view(gated_data, s, y, count, 1, padded), d = buffer_view(d_data, s, y, count, 1, hidden);
-    expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-    product<T>({dy.from(gated.first),
-                {project_out, 0, columns, 0},
-                {},
-                gated.from(gated.first),
-                {},
-                nullptr,
-                int64_t{gated.rows} * s.width,
-                static_cast<int>(channels),
-                static_cast<int>(padded),
-                1},
-               images, stream);
-    const Walk walk{gated.first, gated.first + gated.rows, s.height, s.width, static_cast<int>(padded), static_cast<int>(padded),
-                    images};
-    launch_walk(gate_backward<T>, walk, stream, hidden_rows, weights.dwconv, gated, d);
-    outer<T>({dy.from(y),
-              gated.from(y),
-              {},
-              d_project_out,
-              images,
-              int64_t{count} * s.width,
-              static_cast<int>(channels),
-              static_cast<int>(a.shape.hidden),
-              1,
-              !first},
+  steps.each([&](int64_t b, int64_t images, const Range& rows) {
+    const Range near = steps.around(rows, 1), far = steps.around(rows, 2);
+    const View<const T> x = x_image.read(b, images, far, stream), dy = dy_image.read(b, images, near, stream);
+    const View<T> normal = normal_rows.view(far), h = hidden_rows.view(far), gated = gated_rows.view(near), d = d_rows.view(near),
+                  dx = dx_image.write(b, rows);
+    expansion.expand(x, normal, h, images, stream);
+    product<T, T>({dy.matrices(), {project_out, 0, columns, 0}, gated.pixels(), columns, padded, 1}, gated.matrices(), images,
+                  stream);
+    launch_walk(gate_backward<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated, d);
+    outer<T>({dy.of(rows).matrices(), gated.of(rows).matrices(), d_project_out, images, dx.pixels(), columns, padded, 1, !first},
              1, splits, stream);
-    head.step(h, weights, images, y, count, x, dy, view_of(a.dx, s, b, 0), stats, hidden_rows, d, first, stream);
+    backward.step(x, dy, dx, normal, h, d, images, first, stream);
+    dx_image.written(b, images, rows, stream);
     first = false;
   });
-  add_up(d_project_out, first ? 0 : splits, channels * a.shape.hidden, a.d_project_out, stream);  // all zero for no image
-  head.finish(h, !first, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv, stream);
+  // All zero for no image.
+  repack.add({Axis::plain(columns, padded), Axis::plain(padded, 1), s.channels * real, real, int64_t{columns} * padded,
+              first ? 0 : static_cast<int>(splits)},
+             d_project_out, a.d_project_out);
+  backward.finish(!first, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv, repack);
+  repack.run();
   return workspace.used();
 }
 

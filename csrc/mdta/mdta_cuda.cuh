@@ -1,47 +1,51 @@
-// mdta on a GPU, for one dtype; what its steps share with gdfn is in common/cuda_image.cuh.
+// mdta on a GPU, for one dtype; what its steps share with gdfn is in common/cuda_expansion.cuh.
 //
 // Forward: pass 1 (statistics), a step: norm statistics, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix. Then the
 // attention and project_out · attention, one matrix an image. Pass 2 (apply), a step: norm statistics, 1×1 (hidden, of v), 3×3, 1×1
 // with the residual. Backward, image by image or some small ones at once: a pass over v for the gradient of that matrix, some small
 // matrices, and a pass that computes q and k again for everything else. Channels of q, k and v are padded head by head.
 #pragma once
-#include "common/cuda_image.cuh"
+#include "common/cuda_expansion.cuh"
 #include "mdta/mdta.h"
 
 namespace autohdr {
 namespace image {
 
-// The head of `parts` thirds of q, k, v, from third `first` on.
-inline Head head_of(const MdtaShape& s, const MdtaWeights& w, int64_t first, int64_t parts) {
-  const int64_t c = s.channels, size = s.head_size();
-  return {{s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(c)},
-          w.norm_weight,
+inline ImageShape image_of(const MdtaShape& s) {
+  return {s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)};
+}
+// Of `parts` thirds of q, k, v, from third `first` on.
+inline ExpansionWeights expansion_of(const MdtaShape& s, const MdtaWeights& w, int64_t first, int64_t parts) {
+  const int64_t c = s.channels;
+  return {w.norm_weight,
           w.norm_bias,
           w.qkv + first * c * c,
           w.dwconv + first * c * 9,
           s.eps,
-          parts * s.heads,
-          size,
-          round_up(size, 8)};
+          Groups::one_by_one(parts * s.heads, s.head_size())};
 }
 
 // qk = 3×3 convolution of hidden, and squares[image][block][channels] (+)= the sums of its squares, as rounded.
 template <class T>
-__global__ void __launch_bounds__(256)
-    convolve_qk(Walk walk, View<const T> hidden, const float* weight, View<T> qk, float* squares, bool add) {
-  __shared__ float2 sums[8][32];
+__global__ void __launch_bounds__(128)
+    convolve_qk(Walk<kDepthwiseRows> walk, View<const T> hidden, const float* taps, View<T> qk, float* squares, bool add) {
+  __shared__ float2 sums[kWalkWarps][32];
   float2 sum = make_float2(0, 0);
-  convolve<1>(walk, hidden, weight, [&](int y, int x, int channel, const float2(&v)[1]) {
-    store_pair(qk.at(blockIdx.z, y, x) + channel, v[0]);
-    const float2 rounded = make_float2(to_float(from_float<T>(v[0].x)), to_float(from_float<T>(v[0].y)));
-    add_product(sum, rounded, rounded);
-  });
+  if (has_unit(walk)) {
+    const Segment<kDepthwiseRows> s(walk, blockIdx.z, unit_of_warp());
+    Along<1, kDepthwiseRows, T> to(qk, s);
+    convolve<1>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[1]) {
+      to.store(o, v), to.next(o);
+      const float2 rounded = to_float2(to_pair<T>(v[0]));
+      add_product(sum, rounded, rounded);
+    });
+  }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  const int channel = (blockIdx.y * 32 + threadIdx.x) * 2;
-  if (threadIdx.y > 0 || channel >= walk.channels) return;
-  for (int w = 1; w < 8; ++w) sum.x += sums[w][threadIdx.x].x, sum.y += sums[w][threadIdx.x].y;
-  float2& slot = *reinterpret_cast<float2*>(squares + (blockIdx.z * int64_t{gridDim.x} + blockIdx.x) * walk.channels + channel);
+  if (threadIdx.y > 0 || !has_channels(walk)) return;
+  for (int w = 1; w < kWalkWarps; ++w) sum.x += sums[w][threadIdx.x].x, sum.y += sums[w][threadIdx.x].y;
+  float2& slot =
+      *reinterpret_cast<float2*>(squares + (blockIdx.z * int64_t{gridDim.x} + blockIdx.x) * walk.channels + pair_of_lane() * 2);
   slot = add ? make_float2(slot.x + sum.x, slot.y + sum.y) : sum;
 }
 
@@ -75,7 +79,7 @@ struct AttentionRow {
     for (int j = threadIdx.x % 32; j < h.size; j += 32) top = fmax(top, temperature * cosine(j));
     for (int d = 16; d > 0; d /= 2) top = fmax(top, __shfl_xor_sync(~0u, top, d));
     for (int j = threadIdx.x % 32; j < h.size; j += 32) total += exp(temperature * cosine(j) - top);
-    total = warp_sum(total);
+    total = sum_over(32, total);
   }
   // Whether a vector of this length is divided by it, and not by the constant kLeastLength.
   static __device__ bool normalised(float norm) { return !(norm < kLeastLength); }
@@ -114,13 +118,13 @@ static __global__ void __launch_bounds__(kRowWarps * 32)
   double* out = d_gram + row_of_warp() * h.size;
   double along = 0, by_temperature = 0;
   for (int j = lane; j < h.size; j += 32) along += d[int64_t{j} * h.padded] * row.attention(j);
-  along = warp_sum(along);
+  along = sum_over(32, along);
   for (int j = lane; j < h.size; j += 32) {
     const double d_score = row.attention(j) * (d[int64_t{j} * h.padded] - along);
     by_temperature += d_score * row.cosine(j);
     out[j] = d_score * row.temperature / row.lengths(j);
   }
-  by_temperature = warp_sum(by_temperature);
+  by_temperature = sum_over(32, by_temperature);
   if (lane == 0) d_temperature[row_of_warp()] = by_temperature;
 }
 
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
       to[row_of_warp() * h.padded + j] = rounded;
       if (inside) through += to_float(rounded) * unit * gram[j * step];
     }
-    through = warp_sum(through);
+    through = sum_over(32, through);
     if (lane > 0) return;
     factor[row_of_warp()] = static_cast<float>(unit);
     scale[row_of_warp()] = normalised ? static_cast<float>(-through / (double{length} * length)) : 0.0f;
@@ -176,26 +180,28 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   if (row > 0) return;
   double sum = 0;
   for (int i = lane; i < h.size; i += 32) sum += d_temperature[matrix * h.size + i];
-  sum = warp_sum(sum);
+  sum = sum_over(32, sum);
   if (lane == 0) temperature_sums[matrix] = static_cast<float>(sum);
 }
 
 // project_out and the attention of a group of images, as the products want them.
+template <class T>
 struct Attention {
   MdtaShape shape;
   MdtaWeights weights;
   MdtaAttention from;
-  int size, padded, width, columns;  // width: of all heads, padded; columns: channels, padded
+  Groups groups;                     // the heads
+  int size, padded, width, columns;  // width: of all heads, padded; columns: channels of x's view
   float* project_out;                // [columns][width]
   float* attention;                  // [image][head][padded j][padded i], transposed
 
-  Attention(Workspace& memory, const MdtaShape& s, const MdtaWeights& w, const MdtaAttention& from, int64_t images)
-      : shape(s), weights(w), from(from), size(static_cast<int>(s.head_size())), padded(static_cast<int>(round_up(size, 8))),
-        width(static_cast<int>(s.heads) * padded), columns(static_cast<int>(round_up(s.channels, 8))),
-        project_out(memory.take<float>(int64_t{columns} * width)), attention(memory.take<float>(images * width * padded)) {}
-  void fill(cudaStream_t stream) const {
-    gather<float>({{columns, shape.channels, 1, shape.channels}, {padded, size, shape.heads, 1}, int64_t{columns} * width, width},
-                  weights.project_out, project_out, stream);
+  Attention(Workspace& memory, const MdtaShape& s, const MdtaWeights& w, const MdtaAttention& from_, int columns_, int64_t images,
+            Repack<T>& repack)
+      : shape(s), weights(w), from(from_), groups(Groups::one_by_one(s.heads, s.head_size())),
+        size(static_cast<int>(s.head_size())), padded(groups.padded()), width(groups.channels()), columns(columns_),
+        project_out(memory.take<float>(int64_t{columns} * width)), attention(memory.take<float>(images * width * padded)) {
+    repack.add({Axis::plain(s.channels, s.channels), Axis::pad(groups, 1), int64_t{columns} * width, width}, w.project_out,
+               project_out);
   }
   Heads heads(int64_t b, int64_t images) const {
     const int64_t row = b * shape.channels;
@@ -210,8 +216,8 @@ struct Attention {
   void attend(int64_t b, int64_t images, cudaStream_t stream) const {
     launch(image::attend, row_blocks(images * width), dim3(kRowWarps * 32), 0, stream, heads(b, images), attention);
   }
-  Rows<const float> project_out_rows() const { return {project_out, 0, width, padded}; }
-  Rows<float> rows_of(float* matrices) const { return {matrices, int64_t{width} * padded, padded, int64_t{padded} * padded}; }
+  Matrices<const float> project_out_rows() const { return {project_out, 0, width, padded}; }
+  Matrices<float> rows_of(float* matrices) const { return {matrices, int64_t{width} * padded, padded, int64_t{padded} * padded}; }
 };
 
 }  // namespace image
@@ -220,43 +226,47 @@ template <class T>
 int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const Head h = head_of(a.shape, a.weights, 0, 2);
-  const Shape& s = h.shape;
-  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), hidden = static_cast<int>(h.hidden());
-  const Steps steps(s, static_cast<int>(a.first), static_cast<int>(a.end), 2 * hidden * static_cast<int64_t>(sizeof(T)), 1,
-                    kForwardBudget, kMostImages / heads);
-  const auto walk_of = [&](int y, int rows, int64_t images) { return Walk{y, y + rows, s.height, s.width, hidden, 0, images}; };
-  const int64_t pixels = steps.images * steps.buffer_rows(1) * s.width, count = s.channels * h.size;
-  const int64_t splits = splits_of(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
-                slots = walk_blocks(walk_of(0, steps.rows, 1));
-  const HeadWeights<T> weights(workspace, h, false);
-  float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *qk_data = workspace.take<T>(steps.images * steps.rows * s.width * hidden);
+  const ImageShape s = image_of(a.shape);
+  const Layout layout = Layout::of<T>(s, {a.x});
+  const ExpansionWeights w = expansion_of(a.shape, a.weights, 0, 2);
+  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(a.shape.head_size()), hidden = w.groups.channels(),
+            padded = w.groups.padded(), columns = layout.channels;
+  const Steps steps(s, {static_cast<int>(a.first), static_cast<int>(a.end)},
+                    (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
+  const int64_t count = s.channels * int64_t{size},
+                splits = splits_of(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
+                slots = Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks();
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
+  const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
+  const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
+      qk_rows(workspace, steps, s, hidden, 0);
   float *gram = workspace.take<float>(splits * steps.images * count),
         *squares = workspace.take<float>(steps.images * slots * hidden);
   if (workspace.counts_only()) return workspace.used();
 
-  weights.fill(h, stream);
+  repack.run();
   steps.each_group([&](int64_t b, int64_t images) {
-    steps.each_strip([&](int y, int rows) {
-      const bool add = y > steps.first;
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, hidden),
-                    qk = buffer_view(qk_data, s, y, rows, 0, hidden);
-      expand<T>(h, weights, view_of(a.x, s, b, 0), images, stats, hidden_rows, stream);
-      launch_walk(convolve_qk<T>, walk_of(y, rows, images), stream, hidden_rows, weights.dwconv, qk, squares, add);
-      const Rows<const T> q = qk.from(y, h.padded), k = q.shifted(hidden / 2);
-      outer<T>({q, k, {}, gram, 1, int64_t{rows} * s.width, size, size, heads, add}, images * heads, splits, stream);
+    steps.each_strip([&](const Range& rows) {
+      const Range near = steps.around(rows, 1);
+      const bool add = rows.first > a.first;
+      const View<T> h = hidden_rows.view(near), qk = qk_rows.view(rows);
+      expansion.expand(x_image.read(b, images, near, stream), normal.view(near), h, images, stream);
+      launch_walk(convolve_qk<T>, Walk<kDepthwiseRows>(qk, s.height, hidden, images), stream, h, expansion.taps, qk, squares,
+                  add);
+      const Matrices<const T> q = qk.matrices(padded), k = q.shifted(hidden / 2);
+      outer<T>({q, k, gram, 1, qk.pixels(), size, size, heads, add}, images * heads, splits, stream);
     });
-    add_up(gram, splits, images * count, a.gram + b * count, stream);
-    const Gather each{{images, images, 1, slots * hidden},
-                      {h.size, h.padded, heads, 1},
+    repack.add_up(gram, splits, images * count, a.gram + b * count);
+    const Gather each{Axis::plain(images, slots * hidden),
+                      Axis::unpad(Groups::one_by_one(heads, size), 1),
                       images * s.channels,
                       s.channels,
-                      0,
                       hidden,
                       static_cast<int>(slots)};
-    gather<double>(each, squares, a.q_square + b * s.channels, stream);
-    gather<double>(each, squares + hidden / 2, a.k_square + b * s.channels, stream);
+    repack.add(each, squares, a.q_square + b * s.channels);
+    repack.add(each, squares + hidden / 2, a.k_square + b * s.channels);
+    repack.run();
   });
   return workspace.used();
 }
@@ -265,49 +275,38 @@ template <class T>
 int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const Head h = head_of(a.shape, a.weights, 2, 1);
-  const Shape& s = h.shape;
-  const int heads = static_cast<int>(a.shape.heads), hidden = static_cast<int>(h.hidden()), padded = static_cast<int>(h.padded);
-  const Steps steps(s, 2 * hidden * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
-  const int64_t pixels = steps.images * steps.buffer_rows(1) * s.width, square = int64_t{s.channels} * hidden;
-  const HeadWeights<T> weights(workspace, h, false);
-  const Attention attention(workspace, a.shape, a.weights, a.attention, steps.images);
-  T* combined = workspace.take<T>(steps.images * square);  // [image][C][hidden], project_out · attention
-  float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *v_data = workspace.take<T>(steps.images * steps.rows * s.width * hidden);
+  const ImageShape s = image_of(a.shape);
+  const Layout layout = Layout::of<T>(s, {a.x, a.y});
+  const ExpansionWeights w = expansion_of(a.shape, a.weights, 2, 1);
+  const int heads = static_cast<int>(a.shape.heads), hidden = w.groups.channels(), padded = w.groups.padded(),
+            columns = layout.channels;
+  const Steps steps(s, s.rows(), (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
+                    kMostImages / heads);
+  const int64_t square = int64_t{columns} * hidden;
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
+  const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
+  T* combined = workspace.take<T>(steps.images * square);  // [image][columns][hidden], project_out · attention
+  const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
+  const Image<T> y_image(workspace, a.y, layout, steps, s, 0);
+  const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
+      v_rows(workspace, steps, s, hidden, 0);
   if (workspace.counts_only()) return workspace.used();
 
-  weights.fill(h, stream);
-  attention.fill(stream);
+  repack.run();
   steps.each_group([&](int64_t b, int64_t images) {
     attention.attend(b, images, stream);
-    product<float, T>({attention.project_out_rows(),
-                       attention.rows_of(attention.attention),
-                       {},
-                       {combined, square, hidden, padded},
-                       {},
-                       nullptr,
-                       s.channels,
-                       padded,
-                       padded,
-                       heads},
-                      images, stream);
-    steps.each_strip([&](int y, int rows) {
-      const View<const T> x = view_of(a.x, s, b, 0);
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, hidden), v = buffer_view(v_data, s, y, rows, 0, hidden);
-      expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-      launch_walk(depthwise<T>, Walk{y, y + rows, s.height, s.width, hidden, 0, images}, stream, hidden_rows, weights.dwconv, v);
-      product<T>({v.from(y),
-                  {combined, square, hidden, 0},
-                  x.from(y),
-                  view_of(a.y, s, b, 0).from(y),
-                  {},
-                  nullptr,
-                  int64_t{rows} * s.width,
-                  hidden,
-                  s.channels,
-                  1},
-                 images, stream);
+    product<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
+                      {combined, square, hidden, padded}, images, stream);
+    steps.each_strip([&](const Range& rows) {
+      const Range near = steps.around(rows, 1);
+      const View<const T> x = x_image.read(b, images, near, stream);
+      const View<T> h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
+      expansion.expand(x, normal.view(near), h, images, stream);
+      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, hidden, images), stream, h, expansion.taps, hidden, v);
+      product<T, T>({v.matrices(), {combined, square, hidden, 0}, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
+                    Plus<T>{x.of(rows).matrices()});
+      y_image.written(b, images, rows, stream);
     });
   });
   return workspace.used();
@@ -334,138 +333,103 @@ template <class T>
 int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const Head h = head_of(a.shape, a.weights, 0, 3), value_head = head_of(a.shape, a.weights, 2, 1);
-  const Shape& s = h.shape;
-  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(h.size), padded = static_cast<int>(h.padded),
-            channels = s.channels;
-  const int hidden = static_cast<int>(h.hidden()), third = hidden / 3, columns = static_cast<int>(round_up(channels, 8));
-  const int64_t pixel_bytes = 8 * third * static_cast<int64_t>(sizeof(T)) + HeadBackward<T>::pixel_bytes(h);
-  const Steps steps(s, pixel_bytes, 2, kBackwardBudget, kMostImages / heads);
-  const int64_t pixels = steps.images * steps.buffer_rows(2) * s.width, near = steps.images * steps.buffer_rows(1) * s.width;
-  const int64_t matrices = steps.images * heads, combined_size = int64_t{third} * channels;
-  const int64_t splits = splits_of(third, channels, steps.images, int64_t{steps.rows} * s.width);
-  const int64_t out_splits = splits_of(channels, size, heads, steps.images * size);
-  const HeadWeights<T> weights(workspace, h, true), value_weights(workspace, value_head, false);
-  const Attention attention(workspace, a.shape, a.weights, a.attention, steps.images);
-  float* transposed = workspace.take<float>(int64_t{channels} * columns);  // project_out, [q's channel][C]
+  const ImageShape s = image_of(a.shape);
+  const Layout layout = Layout::of<T>(s, {a.x, a.dy, a.dx});
+  const ExpansionWeights w = expansion_of(a.shape, a.weights, 0, 3);
+  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(a.shape.head_size()), padded = w.groups.padded(),
+            channels = s.channels, hidden = w.groups.channels(), third = hidden / 3, columns = layout.channels;
+  const int64_t pixel_bytes =
+      (columns + 8 * third) * static_cast<int64_t>(sizeof(T)) + ExpansionBackward<T>::pixel_bytes(hidden, columns);
+  const Steps steps(s, s.rows(), pixel_bytes, 2, kBackwardBudget, kMostImages / heads);
+  const int64_t matrices = steps.images * heads, combined_size = int64_t{third} * columns;
+  const int64_t splits = splits_of(third, columns, steps.images, int64_t{steps.rows} * s.width);
+  const int64_t out_splits = splits_of(columns, padded, heads, steps.images * size);
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, w, channels, columns, true, repack);
+  const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
+  float* transposed = workspace.take<float>(int64_t{third} * columns);  // project_out, [q's channel][C]
   float* combined_slots = workspace.take<float>(splits * steps.images * combined_size);
-  float* d_combined = workspace.take<float>(steps.images * combined_size);  // [image][third][C], transposed
+  float* d_combined = workspace.take<float>(steps.images * combined_size);  // [image][third][columns], transposed
   float* d_attention = workspace.take<float>(matrices * padded * padded);   // [matrix][j][i], transposed
   double *d_gram = workspace.take<double>(matrices * size * size), *d_temperature = workspace.take<double>(matrices * size);
   float* temperature_sums = workspace.take<float>(s.batch * heads);
-  float* d_project_out = workspace.take<float>(out_splits * channels * channels);  // [split][head][C][size]
+  float* d_project_out = workspace.take<float>(out_splits * heads * columns * padded);  // [split][head][columns][padded]
   const AttentionGrad<T> grad(workspace, matrices, padded);
-  T* to_v = workspace.take<T>(steps.images * third * columns);  // [image][third][C]: dv = to_v · dy
-  float2* stats = workspace.take<float2>(pixels);
-  T *hidden_data = workspace.take<T>(pixels * hidden), *qk_data = workspace.take<T>(near * 2 * third),
-    *d_data = workspace.take<T>(near * hidden);
-  const HeadBackward<T> head(workspace, h, steps.images, steps.rows);
+  T* to_v = workspace.take<T>(steps.images * combined_size);  // [image][third][columns]: dv = to_v · dy
+  const Image<const T> x_image(workspace, a.x, layout, steps, s, 2), dy_image(workspace, a.dy, layout, steps, s, 1);
+  const Image<T> dx_image(workspace, a.dx, layout, steps, s, 0);
+  const Buffer<T> normal_rows(workspace, steps, s, columns, 2), hidden_rows(workspace, steps, s, hidden, 2),
+      qk_rows(workspace, steps, s, 2 * third, 1), d_rows(workspace, steps, s, hidden, 1);
+  const ExpansionBackward<T> backward(workspace, expansion, steps, s);
   if (workspace.counts_only()) return workspace.used();
 
-  weights.fill(h, stream);
-  value_weights.fill(value_head, stream);
-  attention.fill(stream);
-  gather<float>({{channels, channels, 1, 1}, {columns, channels, 1, channels}, int64_t{channels} * columns, columns},
-                a.weights.project_out, transposed, stream);
+  repack.add({Axis::pad(attention.groups, 1), Axis::plain(channels, channels), int64_t{third} * columns, columns},
+             a.weights.project_out, transposed);
+  repack.run();
   bool first = true;
   steps.each_group([&](int64_t b, int64_t images) {
-    const View<const T> x = view_of(a.x, s, b, 0), dy = view_of(a.dy, s, b, 0);
-
     // The gradient of combined = project_out · attention: Σ dy vᵀ.
-    steps.each_strip([&](int y, int rows) {
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 1, third), v = buffer_view(qk_data, s, y, rows, 0, third);
-      expand<T>(value_head, value_weights, x, images, stats, hidden_rows, stream);
-      launch_walk(depthwise<T>, Walk{y, y + rows, s.height, s.width, third, 0, images}, stream, hidden_rows, value_weights.dwconv,
+    steps.each_strip([&](const Range& rows) {
+      const Range near = steps.around(rows, 1);
+      const View<T> h = hidden_rows.view(near, third), v = qk_rows.view(rows, third);
+      expansion.expand(x_image.read(b, images, near, stream), normal_rows.view(near), h, images, stream, 2 * third);
+      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, third, images), stream, h, expansion.taps + 2 * third, hidden,
                   v);
-      outer<T>({v.from(y), dy.from(y), {}, combined_slots, 1, int64_t{rows} * s.width, third, channels, 1, y > 0}, images, splits,
+      const View<const T> dy = dy_image.read(b, images, rows, stream);
+      outer<T>({v.matrices(), dy.matrices(), combined_slots, 1, v.pixels(), third, columns, 1, rows.first > 0}, images, splits,
                stream);
     });
-    add_up(combined_slots, splits, images * combined_size, d_combined, stream);
+    repack.add_up(combined_slots, splits, images * combined_size, d_combined);
+    repack.run();
 
     // The small gradients.
-    const Rows<const float> d_combined_rows{d_combined, combined_size, channels, int64_t{padded} * channels};
-    const Rows<const float> attention_rows = attention.rows_of(attention.attention);
+    const Matrices<const float> d_combined_rows{d_combined, combined_size, columns, int64_t{padded} * columns};
+    const Matrices<const float> attention_rows = attention.rows_of(attention.attention);
     attention.attend(b, images, stream);
-    product<float>({d_combined_rows,
-                    {transposed, 0, columns, int64_t{size} * columns},
-                    {},
-                    attention.rows_of(d_attention),
-                    {},
-                    nullptr,
-                    size,
-                    channels,
-                    size,
-                    heads},
-                   images, stream);
-    outer<float>({d_combined_rows, attention_rows, {}, d_project_out, images, size, channels, size, heads, !first}, heads,
+    product<float, float>({d_combined_rows, {transposed, 0, columns, int64_t{padded} * columns}, padded, columns, padded, heads},
+                          attention.rows_of(d_attention), images, stream);
+    outer<float>({d_combined_rows, attention_rows, d_project_out, images, size, columns, padded, heads, !first}, heads,
                  out_splits, stream);
     const Heads of = attention.heads(b, images);
     launch(attend_backward, row_blocks(of.matrices * size), dim3(kRowWarps * 32), 0, stream, of, d_attention, d_gram,
            d_temperature);
     launch(make_attention_grad<T>, row_blocks(of.matrices * padded), dim3(kRowWarps * 32), 0, stream, of, d_gram, d_temperature,
            grad, temperature_sums + b * heads);
-    product<float, T>({attention_rows,
-                       attention.project_out_rows(),
-                       {},
-                       {to_v, int64_t{third} * columns, columns, int64_t{padded} * columns},
-                       {},
-                       nullptr,
-                       padded,
-                       padded,
-                       columns,
-                       heads},
-                      images, stream);
+    product<float, T>({attention_rows, attention.project_out_rows(), padded, padded, columns, heads},
+                      {to_v, combined_size, columns, int64_t{padded} * columns}, images, stream);
 
     // Everything else.
-    steps.each_strip([&](int y, int rows) {
-      const View<T> hidden_rows = buffer_view(hidden_data, s, y, rows, 2, hidden),
-                    qk = buffer_view(qk_data, s, y, rows, 1, 2 * third), d = buffer_view(d_data, s, y, rows, 1, hidden);
-      const int64_t of_image = int64_t{third} * padded, of_head = int64_t{padded} * padded, count = int64_t{d.rows} * s.width;
-      expand<T>(h, weights, x, images, stats, hidden_rows, stream);
-      launch_walk(depthwise<T>, Walk{d.first, d.first + d.rows, s.height, s.width, 2 * third, 0, images}, stream, hidden_rows,
-                  weights.dwconv, qk);
-      const Rows<const T> q = qk.from(d.first, padded), k = q.shifted(third);
-      const Rows<T> dq = d.from(d.first, padded);
-      product<T>(
-          {k, {grad.to_q, of_image, padded, of_head}, q, dq, {}, grad.q_scale, count, padded, padded, heads, grad.q_factor},
-          images, stream);
-      product<T>({q,
-                  {grad.to_k, of_image, padded, of_head},
-                  k,
-                  dq.shifted(third),
-                  {},
-                  grad.k_scale,
-                  count,
-                  padded,
-                  padded,
-                  heads,
-                  grad.k_factor},
-                 images, stream);
-      product<T>({dy.from(d.first),
-                  {to_v, int64_t{third} * columns, columns, 0},
-                  {},
-                  dq.shifted(2 * third),
-                  {},
-                  nullptr,
-                  count,
-                  channels,
-                  third,
-                  1},
-                 images, stream);
-      head.step(h, weights, images, y, rows, x, dy, view_of(a.dx, s, b, 0), stats, hidden_rows, d, first, stream);
+    steps.each_strip([&](const Range& rows) {
+      const Range near = steps.around(rows, 1), far = steps.around(rows, 2);
+      const View<const T> x = x_image.read(b, images, far, stream), dy = dy_image.read(b, images, near, stream);
+      const View<T> normal = normal_rows.view(far), h = hidden_rows.view(far), qk = qk_rows.view(near), d = d_rows.view(near),
+                    dx = dx_image.write(b, rows);
+      const int64_t of_image = int64_t{third} * padded, of_head = int64_t{padded} * padded;
+      expansion.expand(x, normal, h, images, stream);
+      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(qk, s.height, 2 * third, images), stream, h, expansion.taps, hidden, qk);
+      const Matrices<const T> q = qk.matrices(padded), k = q.shifted(third);
+      const Matrices<T> dq = d.matrices(padded);
+      const auto through = [&](const Matrices<const T>& from, const T* matrix, const Matrices<const T>& own,
+                               const Matrices<T>& to, const float* factor, const float* scale) {
+        product<T, T>({from, {matrix, of_image, padded, of_head}, d.pixels(), padded, padded, heads}, to, images, stream,
+                      ScaledPlus<T>{{own}, factor, scale});
+      };
+      through(k, grad.to_q, q, dq, grad.q_factor, grad.q_scale);
+      through(q, grad.to_k, k, dq.shifted(third), grad.k_factor, grad.k_scale);
+      product<T, T>({dy.matrices(), {to_v, combined_size, columns, 0}, d.pixels(), columns, third, 1},
+                    d.matrices().shifted(2 * third), images, stream);
+      backward.step(x, dy, dx, normal, h, d, images, first, stream);
+      dx_image.written(b, images, rows, stream);
       first = false;
     });
   });
-  gather<float>({{channels, channels, 1, size},
-                 {size, int64_t{channels} * size, heads, 1},
-                 int64_t{channels} * channels,
-                 channels,
-                 0,
-                 int64_t{channels} * channels,
-                 first ? 0 : static_cast<int>(out_splits)},
-                d_project_out, a.d_project_out, stream);
-  add_up(temperature_sums, s.batch, heads, a.d_temperature, stream);
-  head.finish(h, !first, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv, stream);
+  repack.add({Axis::plain(columns, padded), Axis::unpad({heads, size, int64_t{columns} * padded}, 1),
+              int64_t{channels} * channels, channels, int64_t{heads} * columns * padded,
+              first ? 0 : static_cast<int>(out_splits)},
+             d_project_out, a.d_project_out);
+  repack.add_up(temperature_sums, s.batch, heads, a.d_temperature);
+  backward.finish(!first, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv, repack);
+  repack.run();
   return workspace.used();
 }
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/cuda_async.cuh"
-#include "common/cuda_image.cuh"
+#include "common/cuda_steps.cuh"
 
 enum class Bug { none, offset, tail, barrier, divergent, short_shared, uninitialised, mask, misaligned, wait, early };
 constexpr int kThreads = 128, kSize = 1000;
@@ -147,7 +147,7 @@ bool warps() {
 
 // A row beyond any int's bytes is a step of its own.
 bool wide_rows() {
-  const autohdr::image::Steps steps({1, 8, 1 << 28, 8}, 2 * 8 * sizeof(float), 1, autohdr::image::kForwardBudget, 1);
+  const autohdr::image::Steps steps({1, 8, 1 << 28, 8}, {0, 8}, 2 * 8 * sizeof(float), 1, autohdr::image::kForwardBudget, 1);
   return steps.rows == 1 && steps.images == 1;
 }
 

@@ -1,0 +1,108 @@
+// The expansion that both ops begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads. And its
+// backward pass. Every sum has a fixed order: a block adds to its own slot, and slots are added up in order.
+#pragma once
+#include "common/cuda_depthwise.cuh"
+#include "common/cuda_norm.cuh"
+#include "common/cuda_product.cuh"
+#include "common/cuda_repack.cuh"
+
+namespace autohdr {
+namespace image {
+
+// Its parameters as the caller has them.
+struct ExpansionWeights {
+  const float *norm_weight, *norm_bias /* [C] */, *weight /* [groups·size, C] */, *dwconv /* [groups·size, 9] */;
+  float eps;
+  Groups groups;
+};
+
+// The same as the kernels want them; columns: channels of x's view.
+template <class T>
+struct Expansion {
+  Groups groups;
+  int channels, columns, hidden;
+  Norm norm;
+  const T *weight, *transposed;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only, as flipped
+  const float *taps, *flipped;   // [9][hidden]
+
+  Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
+      : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()) {
+    const int64_t c = channels;
+    const Axis rows = Axis::pad(groups, c), each = Axis::pad(groups, 9), row = Axis::plain(1, 0);
+    const auto make = [&](auto* to, const Gather& g, const float* from) {
+      using To = std::remove_pointer_t<decltype(to)>;
+      to = memory.take<To>(g.count);
+      repack.add(g, from, to);
+      return to;
+    };
+    const Gather vector{row, Axis::plain(c, 1), columns, columns};
+    norm = {make(static_cast<float*>(nullptr), vector, w.norm_weight),
+            w.norm_bias ? make(static_cast<float*>(nullptr), vector, w.norm_bias) : nullptr, w.eps, channels};
+    const int64_t size = int64_t{hidden} * columns;
+    weight = make(static_cast<T*>(nullptr), {rows, Axis::plain(c, 1), size, columns}, w.weight);
+    taps = make(static_cast<float*>(nullptr), {Axis::plain(9, 1), each, 9 * hidden, hidden}, w.dwconv);
+    transposed = nullptr, flipped = nullptr;
+    if (!backward) return;
+    transposed = make(static_cast<T*>(nullptr), {Axis::plain(c, 1), rows, size, hidden}, w.weight);
+    flipped = make(static_cast<float*>(nullptr), {Axis::plain(9, -1), each, 9 * hidden, hidden}, w.dwconv + 8);
+  }
+  // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.
+  void expand(View<const T> x, View<T> normal, View<T> out, int64_t images, cudaStream_t stream, int first = 0) const {
+    image::norm<T>(norm, x, normal, images, stream);
+    product<T, T>({normal.matrices(), {weight + int64_t{first} * columns, 0, columns, 0}, out.pixels(), columns, out.channels, 1},
+                  out.matrices(), images, stream);
+  }
+};
+
+// The backward pass of an expansion, given the gradient d of its 3×3 convolution's result.
+template <class T>
+struct ExpansionBackward {
+  const Expansion<T>& op;
+  int height;
+  int64_t splits, tap_slots, norm_slots;
+  Buffer<T> d_hidden;
+  Buffer<float> d_normal;
+  float *d_weight, *d_taps, *d_norm;  // of splits and slots
+
+  ExpansionBackward(Workspace& memory, const Expansion<T>& op_, const Steps& steps, const ImageShape& s)
+      : op(op_), height(s.height), d_hidden(memory, steps, s, op.hidden, 0), d_normal(memory, steps, s, op.columns, 0) {
+    const int64_t pixels = steps.images * steps.rows * s.width;
+    splits = splits_of(op.hidden, op.columns, 1, pixels);
+    tap_slots = depthwise_slots(op.hidden, pixels);
+    norm_slots = image::norm_slots<T>(op.columns, pixels);
+    d_weight = memory.take<float>(splits * op.hidden * op.columns);
+    d_taps = memory.take<float>(tap_slots * 9 * op.hidden);
+    d_norm = memory.take<float>(norm_slots * 2 * op.channels);
+  }
+  static int64_t pixel_bytes(int64_t hidden, int64_t columns) { return hidden * static_cast<int64_t>(sizeof(T)) + columns * 4; }
+
+  // dx of its rows, and the sums. hidden and d reach a row further.
+  void step(View<const T> x, View<const T> dy, View<T> dx, View<const T> normal, View<const T> hidden, View<const T> d,
+            int64_t images, bool first, cudaStream_t stream) const {
+    const View<T> dh = d_hidden.view(dx.rows);
+    const View<float> dn = d_normal.view(dx.rows);
+    depthwise_backward<T>(Walk<2>(dh, height, op.hidden, images), hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
+    outer<T>({dh.matrices(), normal.of(dx.rows).matrices(), d_weight, images, dh.pixels(), op.hidden, op.columns, 1, !first}, 1,
+             splits, stream);
+    product<T, float>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(),
+                      images, stream);
+    norm_backward<T>(op.norm, x.of(dx.rows), dn, dy.of(dx.rows), dx, images, d_norm, norm_slots, !first, stream);
+  }
+
+  // any: whether there was a step; without one the gradients are 0.
+  void finish(bool any, float* norm_weight, float* norm_bias, float* weight, float* dwconv, Repack<T>& repack) const {
+    const int64_t c = op.channels, real = op.groups.count * op.groups.size;
+    const auto count = [&](int64_t n) { return any ? static_cast<int>(n) : 0; };
+    repack.add({Axis::unpad(op.groups, op.columns), Axis::plain(c, 1), real * c, c, int64_t{op.hidden} * op.columns,
+                count(splits)},
+               d_weight, weight);
+    repack.add({Axis::unpad(op.groups, 1), Axis::plain(9, op.hidden), real * 9, 9, 9 * int64_t{op.hidden}, count(tap_slots)},
+               d_taps, dwconv);
+    const Gather norm{Axis::plain(1, 0), Axis::plain(c, 1), c, c, 2 * c, count(norm_slots)};
+    repack.add(norm, d_norm, norm_weight);
+    if (op.norm.bias) repack.add(norm, d_norm + c, norm_bias);
+  }
+};
+
+}  // namespace image
+}  // namespace autohdr

@@ -1,0 +1,224 @@
+// Layer norm over the channels of a pixel, and its backward pass. Some lanes of a warp own a pixel, kPieces pieces of it each: with
+// 48, 96, 192 or 384 channels no lane is idle. More channels than 32 lanes take are gone through in rounds, read again every time.
+#pragma once
+#include "common/cuda_view.cuh"
+
+namespace autohdr {
+namespace image {
+
+// What a layer norm over the channels takes.
+struct Norm {
+  const float* weight;  // [channels of x's view], zeros beyond x's
+  const float* bias;    // the same, or null: the bias-free norm
+  float eps;
+  int channels;
+};
+
+// The sum over `lanes` neighbouring lanes, a power of two; the same in all of them.
+template <class V>
+__device__ __forceinline__ V sum_over(int lanes, V v) {
+  for (int d = lanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+
+template <class T>
+struct NormLanes {
+  static constexpr int kPieces = 3, kSize = Piece<T>::kSize;
+  int lanes, log_lanes, rounds;
+  explicit NormLanes(int channels) : lanes(1), log_lanes(0) {
+    while (lanes < 32 && lanes * kPieces * kSize < channels) lanes *= 2, ++log_lanes;
+    rounds = static_cast<int>(ceil_div(channels, lanes * kPieces * kSize));
+  }
+  __device__ int lane() const { return threadIdx.x & (lanes - 1); }
+  __device__ int group() const { return threadIdx.x >> log_lanes; }
+};
+
+// What a lane holds of a pixel of `view` channels, of which the norm's are real.
+template <class T>
+struct NormPixel {
+  static constexpr int kPieces = NormLanes<T>::kPieces, kSize = Piece<T>::kSize;
+  float v[kPieces][kSize];
+
+  static __device__ __forceinline__ int channel(const NormLanes<T>& l, int round, int i) {
+    return ((round * kPieces + i) * l.lanes + l.lane()) * kSize;
+  }
+  // Channels that there are not get the value of `rest`.
+  __device__ __forceinline__ void load(const NormLanes<T>& l, int round, const T* x, int view) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (channel(l, round, i) < view) load_floats(x + channel(l, round, i), v[i]);
+  }
+  __device__ __forceinline__ void set_rest(const NormLanes<T>& l, int round, int channels, float rest) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int left = channels - channel(l, round, i);
+      if (left >= kSize) continue;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e)
+        if (e >= left) v[i][e] = rest;
+    }
+  }
+  // The pixel's mean and 1 / sqrt(variance + eps); afterwards v holds the last round, and the mean where no channels are. Summed as
+  // differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
+  __device__ __forceinline__ float2 statistics(const NormLanes<T>& l, const T* x, int view, const Norm& norm) {
+    const float origin = to_float(x[0]);
+    float sum = 0, squares = 0;
+    for (int round = 0; round < l.rounds; ++round) {
+      load(l, round, x, view);
+      set_rest(l, round, norm.channels, origin);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sum += v[i][e] - origin;
+    }
+    const float mean = origin + sum_over(l.lanes, sum) / norm.channels;
+    for (int round = 0; round < l.rounds; ++round) {
+      if (l.rounds > 1) load(l, round, x, view);
+      set_rest(l, round, norm.channels, mean);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) squares += (v[i][e] - mean) * (v[i][e] - mean);
+    }
+    return make_float2(mean, 1.0f / sqrtf(sum_over(l.lanes, squares) / norm.channels + norm.eps));
+  }
+};
+
+// out = the norm of x, rounded, and zeros in channels that x has not.
+template <class T>
+__global__ void __launch_bounds__(256)
+    normalize(Matrices<const T> x, Norm norm, NormLanes<T> l, int64_t pixels, Matrices<T> out) {
+  using P = NormPixel<T>;
+  const int64_t pixel = (int64_t{blockIdx.x} * 256 + threadIdx.x) >> l.log_lanes, there = pixel < pixels ? pixel : pixels - 1;
+  const T* at = x.of(blockIdx.y, 0) + there * x.of_row;
+  T* to = out.of(blockIdx.y, 0) + there * out.of_row;
+  const int view = static_cast<int>(x.of_row);
+  P p;
+  const float2 stats = p.statistics(l, at, view, norm);
+  const float shift = norm.bias ? stats.x : 0.0f;
+  if (pixel >= pixels) return;
+  for (int round = 0; round < l.rounds; ++round) {
+    if (l.rounds > 1) p.load(l, round, at, view);
+#pragma unroll
+    for (int i = 0; i < P::kPieces; ++i) {
+      const int channel = P::channel(l, round, i);
+      if (channel >= view) continue;
+      float weight[P::kSize], bias[P::kSize] = {};
+      load_floats(norm.weight + channel, weight);
+      if (norm.bias) load_floats(norm.bias + channel, bias);
+#pragma unroll
+      for (int e = 0; e < P::kSize; ++e) bias[e] += (p.v[i][e] - shift) * stats.y * weight[e];
+      store_floats(to + channel, bias);
+    }
+  }
+}
+
+template <class T>
+void norm(const Norm& norm, View<const T> x, View<T> out, int64_t images, cudaStream_t stream) {
+  const NormLanes<T> l(x.channels);
+  launch(normalize<T>, dim3(ceil_div(x.pixels() * l.lanes, 256), images), dim3(256), 0, stream, x.matrices(), norm, l, x.pixels(),
+         out.matrices());
+}
+
+// dx = dy + the norm's gradient, and slots[slot][2][channels] (+)= the gradients of its weight and bias. A block writes a round's
+// channels.
+constexpr int kNormThreads = 128;
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    differentiate_norm(Matrices<const T> x, Matrices<const float> d_normal, Matrices<const T> dy, Norm norm, NormLanes<T> l,
+                       int64_t images, int64_t pixels, Matrices<T> dx, float* slots, bool add) {
+  AUTOHDR_DYNAMIC_SHARED(float, shared);  // [thread][2][pieces][piece]
+  using P = NormPixel<T>;
+  constexpr int kOwn = P::kPieces * P::kSize;
+  const int view = static_cast<int>(x.of_row), own_round = blockIdx.y, groups = kNormThreads >> l.log_lanes;
+  const uint32_t count = images * pixels, each = pixels, stride = gridDim.x * groups;  // a step's pixels fit 32 bits
+  float d_weight[P::kPieces][P::kSize] = {}, d_bias[P::kPieces][P::kSize] = {};
+  for (uint32_t first = blockIdx.x * groups; first < count; first += stride) {
+    const bool inside = first + l.group() < count;
+    const uint32_t index = inside ? first + l.group() : 0, image = index / each, pixel = index - image * each;
+    const T* at = x.of(image, 0) + pixel * x.of_row;
+    const float* d_at = d_normal.of(image, 0) + pixel * d_normal.of_row;
+    P p;
+    const float2 stats = p.statistics(l, at, view, norm);
+    const float mean = stats.x, factor = stats.y;
+    float d[P::kPieces][P::kSize] = {}, sum = 0, along = 0;
+    const auto load = [&](int round) {
+#pragma unroll
+      for (int i = 0; i < P::kPieces; ++i)
+        if (P::channel(l, round, i) < view) load_floats(d_at + P::channel(l, round, i), d[i]);
+    };
+    const auto weight_of = [&](int round, int i, float (&weight)[P::kSize]) {
+      if (P::channel(l, round, i) < view) load_floats(norm.weight + P::channel(l, round, i), weight);
+    };
+    for (int round = 0; round < l.rounds; ++round) {
+      if (l.rounds > 1) p.load(l, round, at, view), p.set_rest(l, round, norm.channels, mean);
+      load(round);
+#pragma unroll
+      for (int i = 0; i < P::kPieces; ++i) {
+        float weight[P::kSize] = {};
+        weight_of(round, i, weight);
+#pragma unroll
+        for (int e = 0; e < P::kSize; ++e) {
+          const float g = d[i][e] * weight[e];
+          sum += g, along += g * (norm.bias ? p.v[i][e] - mean : p.v[i][e]);
+        }
+      }
+    }
+    sum = norm.bias ? sum_over(l.lanes, sum) / norm.channels : 0.0f;
+    along = sum_over(l.lanes, along) / norm.channels * factor * factor;
+    if (!inside) continue;
+    if (l.rounds > 1) p.load(l, own_round, at, view), p.set_rest(l, own_round, norm.channels, mean), load(own_round);
+#pragma unroll
+    for (int i = 0; i < P::kPieces; ++i) {
+      const int channel = P::channel(l, own_round, i);
+      if (channel >= view) continue;
+      float weight[P::kSize], result[P::kSize];
+      weight_of(own_round, i, weight);
+      load_floats(dy.of(image, 0) + pixel * dy.of_row + channel, result);
+#pragma unroll
+      for (int e = 0; e < P::kSize; ++e) {
+        const float value = p.v[i][e], centred = value - mean;
+        result[e] += factor * (d[i][e] * weight[e] - sum - centred * along);
+        d_weight[i][e] += d[i][e] * (norm.bias ? centred : value) * factor;
+        d_bias[i][e] += d[i][e];
+      }
+      store_floats(dx.of(image, 0) + pixel * dx.of_row + channel, result);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < P::kPieces; ++i)
+#pragma unroll
+    for (int e = 0; e < P::kSize; ++e) {
+      shared[(0 * kOwn + i * P::kSize + e) * kNormThreads + threadIdx.x] = d_weight[i][e];
+      shared[(1 * kOwn + i * P::kSize + e) * kNormThreads + threadIdx.x] = d_bias[i][e];
+    }
+  __syncthreads();
+  const int own = l.lanes * kOwn;
+  for (int at = threadIdx.x; at < 2 * own; at += kNormThreads) {
+    const int which = at / own, i = at % own / (l.lanes * P::kSize), lane = at % own / P::kSize % l.lanes, e = at % P::kSize;
+    const int channel = ((own_round * P::kPieces + i) * l.lanes + lane) * P::kSize + e;
+    if (channel >= norm.channels) continue;
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) sum += shared[(which * kOwn + i * P::kSize + e) * kNormThreads + g * l.lanes + lane];
+    float& slot = slots[(int64_t{blockIdx.x} * 2 + which) * norm.channels + channel];
+    slot = add ? slot + sum : sum;
+  }
+}
+
+// For those gradients, of steps of up to `pixels`.
+template <class T>
+int64_t norm_slots(int channels, int64_t pixels) {
+  return std::min<int64_t>(1024, ceil_div(pixels * NormLanes<T>(channels).lanes, 4 * kNormThreads));
+}
+
+template <class T>
+void norm_backward(const Norm& norm, View<const T> x, View<const float> d_normal, View<const T> dy, View<T> dx, int64_t images,
+                   float* sums, int64_t slots, bool add, cudaStream_t stream) {
+  const NormLanes<T> l(x.channels);
+  launch(differentiate_norm<T>, dim3(slots, l.rounds), dim3(kNormThreads),
+         kNormThreads * 2 * NormPixel<T>::kPieces * Piece<T>::kSize * sizeof(float), stream, x.matrices(), d_normal.matrices(),
+         dy.matrices(), norm, l, images, x.pixels(), dx.matrices(), sums, add);
+}
+
+}  // namespace image
+}  // namespace autohdr

@@ -1,0 +1,324 @@
+// Matrix products between pixels and channels on the tensor cores: product over the channels, outer over the pixels. Both operands
+// come by asynchronous copies, two tiles ahead. Operands' rows lie on 16 bytes and hold zeros up to a whole piece.
+#pragma once
+#include <algorithm>
+
+#include "common/cuda_async.cuh"
+#include "common/cuda_mma.cuh"
+#include "common/cuda_view.cuh"
+
+namespace autohdr {
+namespace image {
+
+constexpr int kStages = 3;  // tiles of a product in shared memory: one is multiplied, the others are on their way
+
+// ---------------------------------------------------------------------------------------------------------------------
+// product: Σ_k a[p][k]·w[n][k] for every image and head, of which an epilogue makes the output.
+
+template <class T>
+struct Product {
+  Matrices<const T> a, w;
+  int64_t pixels;
+  int k, n, heads;
+};
+
+// Epilogues: what becomes of the sums of 8 neighbouring columns of a pixel. Held is what they need from memory, which is loaded for
+// kAtOnce of a thread's 8 pixels together; columns beyond n are not touched.
+struct Plain {
+  static constexpr int kAtOnce = 8;
+  struct Held {};
+  struct Columns {};
+  __device__ Columns columns(int64_t, int64_t, int64_t, int, int) const { return {}; }
+  __device__ Held load(const Columns&, int64_t, int) const { return {}; }
+  static __device__ void apply(const Columns&, const Held&, float (&)[8]) {}
+};
+
+// + residual.
+template <class T>
+struct Plus {
+  static constexpr int kAtOnce = 8, kSize = Piece<T>::kSize;
+  Matrices<const T> residual;
+  struct Held {
+    Piece<T> pieces[8 / kSize];
+    __device__ __forceinline__ float at(int e) const { return to_float(pieces[e / kSize].v[e % kSize]); }
+  };
+  struct Columns {
+    const T* at;
+    int64_t of_row;
+  };
+  __device__ __forceinline__ Columns columns(int64_t image, int64_t head, int64_t row, int column, int) const {
+    return {residual.of(image, head) + row * residual.of_row + column, residual.of_row};
+  }
+  __device__ __forceinline__ Held load(const Columns& c, int64_t row, int count) const {
+    Held held;
+#pragma unroll
+    for (int i = 0; i < 8; i += kSize)
+      if (i < count) held.pieces[i / kSize] = *reinterpret_cast<const Piece<T>*>(c.at + row * c.of_row + i);
+    return held;
+  }
+  static __device__ __forceinline__ void apply(const Columns&, const Held& held, float (&v)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] += held.at(e);
+  }
+};
+
+// · factor, + scale · residual; factor and scale are [image][head][n].
+template <class T>
+struct ScaledPlus {
+  static constexpr int kAtOnce = 2;
+  Plus<T> plus;
+  const float *factor, *scale;
+  using Held = typename Plus<T>::Held;
+  struct Columns {
+    typename Plus<T>::Columns plus;
+    float factor[8], scale[8];
+  };
+  __device__ __forceinline__ Columns columns(int64_t image, int64_t head, int64_t row, int column, int n) const {
+    Columns c{plus.columns(image, head, row, column, n), {}, {}};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int64_t at = static_cast<int64_t>(blockIdx.z) * n + column + e;
+      if (column + e < n) c.factor[e] = factor[at], c.scale[e] = scale[at];
+    }
+    return c;
+  }
+  __device__ __forceinline__ Held load(const Columns& c, int64_t row, int count) const { return plus.load(c.plus, row, count); }
+  static __device__ __forceinline__ void apply(const Columns& c, const Held& held, float (&v)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = v[e] * c.factor[e] + held.at(e) * c.scale[e];
+  }
+};
+
+// A block owns 128 pixels × kN columns, a warp 64 × 32 of them. A tile's rows are 64 bytes along k, whose pieces change places by row
+// so that no two that are read together share banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread.
+constexpr int kProductRows = 128, kTileBytes = 64;
+template <class T, class Out, int kN, class Epilogue>
+__global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN))
+    multiply(Product<T> p, Matrices<Out> out, Epilogue epilogue) {
+  AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
+  constexpr int kThreads = 2 * kN, kStage = (kProductRows + kN) * kTileBytes, kLoadRows = kThreads / 4,
+                kLoads = kProductRows / kLoadRows;
+  constexpr int kChunk = kTileBytes / static_cast<int>(sizeof(T)), kSize = Piece<T>::kSize;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 2 * 64, n0 = warp / 2 * 32;
+  const int tiles = (p.n + kN - 1) / kN, first_n = blockIdx.x % tiles * kN;
+  const int64_t image = blockIdx.z / p.heads, head = blockIdx.z % p.heads,
+                first_pixel = int64_t{blockIdx.x / tiles} * kProductRows;
+  const int pixels = static_cast<int>(p.pixels - first_pixel < kProductRows ? p.pixels - first_pixel : kProductRows);
+
+  // What this thread copies: a piece of kLoads rows of a, and of two of w.
+  const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
+  const auto place = [](int row, int piece) { return row * kTileBytes + (piece ^ row / 2 % 4) * 16; };
+  const T* a = p.a.of(image, head) + (first_pixel + row) * p.a.of_row + piece * kSize;
+  const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
+  const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * kLoadRows;
+  const int m = row % 32, w_row = row - m + m % 8 / 2 * 8 + m / 8 * 2 + m % 2;
+  unsigned char *a_place = shared + place(row, piece), *w_place = shared + kProductRows * kTileBytes + place(w_row, piece);
+  int loaded = 0;  // along k
+  const auto load = [&](int stage) {
+    if (loaded < p.k) {
+      const bool inside = loaded + piece * kSize < p.k;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        copy_async_or_zero(a_place + stage + i * kLoadRows * kTileBytes, a + i * a_step, inside && row + i * kLoadRows < pixels);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        copy_async_or_zero(w_place + stage + i * kLoadRows * kTileBytes, w + i * w_step,
+                           inside && first_n + row + i * kLoadRows < p.n);
+      a += kChunk, w += kChunk, loaded += kChunk;
+    }
+    commit_copies();
+  };
+
+  float sums[4][4][4] = {};
+  const unsigned char *left_rows[2], *right_rows[2];
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    left_rows[step] = shared + place(m0 + left_lane().row, left_lane().piece + step * 2);
+    right_rows[step] = shared + place(kProductRows + n0 + right_lane().row, right_lane().piece + step * 2);
+  }
+  load(0);
+  load(kStage);
+  for (int k = 0, now = 0, next = 2 * kStage; k < p.k; k += kChunk) {
+    wait_for_groups<kStages - 2>();
+    __syncthreads();
+    load(next);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t right[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + now + j * 16 * kTileBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t left[4];
+        load_matrices(left, left_rows[step] + now + i * 16 * kTileBytes);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+      }
+    }
+    now = now == 2 * kStage ? 0 : now + kStage;
+    next = next == 2 * kStage ? 0 : next + kStage;
+  }
+
+  // The thread's rows are 8 apart.
+  const int first_row = m0 + lane / 4, column = first_n + n0 + lane % 4 * 8, count = p.n - column;
+  if (count <= 0) return;
+  const auto columns = epilogue.columns(image, head, first_pixel + first_row, column, p.n);
+  Out* to = out.of(image, head) + (first_pixel + first_row) * out.of_row + column;
+  constexpr int kAtOnce = Epilogue::kAtOnce, kOut = Piece<Out>::kSize;
+#pragma unroll
+  for (int first = 0; first < 8; first += kAtOnce) {
+    typename Epilogue::Held held[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first_row + (first + i) * 8 < pixels) held[i] = epilogue.load(columns, (first + i) * 8, count);
+#pragma unroll
+    for (int i = first; i < first + kAtOnce; ++i) {
+      if (first_row + i * 8 >= pixels) continue;
+      float v[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][c / 2][i % 2 * 2 + c % 2];
+      Epilogue::apply(columns, held[i - first], v);
+#pragma unroll
+      for (int c = 0; c < 8; c += kOut)
+        if (c < count) store_floats<kOut>(to + i * 8 * out.of_row + c, reinterpret_cast<float (&)[kOut]>(v[c]));
+    }
+  }
+}
+
+template <class T, class Out, class Epilogue = Plain>
+void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cudaStream_t stream, const Epilogue& epilogue = {}) {
+  const auto run = [&](auto kernel, int width) {
+    const dim3 grid(ceil_div(p.pixels, kProductRows) * ceil_div(p.n, width), 1, images * p.heads);
+    launch(kernel, grid, dim3(2 * width), kStages * (kProductRows + width) * kTileBytes, stream, p, out, epilogue);
+  };
+  const int over = p.n % 128;  // columns of a last tile: wide ones only where they are mostly full
+  over == 0 || over > 64 ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// outer: sums[split][matrix][m][n] (+)= Σ_p a[p][m]·b[p][n]. A matrix is a head of an image, or of all images together.
+
+template <class T>
+struct Outer {
+  Matrices<const T> a, b;
+  float* sums;
+  int64_t images;  // that one matrix sums over
+  int64_t pixels;  // of an image
+  int m, n, heads;
+  bool add;
+};
+
+constexpr int kOuterTile = 64, kOuterPixels = 32;
+template <class T>
+constexpr int kOuterRow = kOuterTile * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);  // bytes, against bank conflicts
+
+// A block owns 64 × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
+// pixels: they cut instead of rounding, and a long sum would drift.
+template <class T>
+__global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
+  AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
+  constexpr int kRow = kOuterRow<T>, kTile = kOuterPixels * kRow, kStage = 2 * kTile, kSize = Piece<T>::kSize,
+                kAcross = kOuterTile / kSize, kLoadRows = 128 / kAcross;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles = (p.n + kOuterTile - 1) / kOuterTile, first_m = blockIdx.x / tiles * kOuterTile,
+            first_n = blockIdx.x % tiles * kOuterTile;
+  const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
+  const int64_t chunks_each = (p.pixels + kOuterPixels - 1) / kOuterPixels, chunks = chunks_each * p.images;
+  const int64_t begin = blockIdx.z * chunks / gridDim.z, end = (blockIdx.z + 1) * chunks / gridDim.z;
+
+  // What this thread copies: a piece of some rows of a and of b.
+  const int row = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kSize;
+  const bool has_m = first_m + column < p.m, has_n = first_n + column < p.n;
+  unsigned char* place = shared + row * kRow + column * static_cast<int>(sizeof(T));
+  int64_t image = first_image + begin / chunks_each, pixel = begin % chunks_each * kOuterPixels + row;
+  const T *a, *b;
+  const auto start = [&] {
+    a = p.a.of(image, head) + pixel * p.a.of_row + first_m + column;
+    b = p.b.of(image, head) + pixel * p.b.of_row + first_n + column;
+  };
+  start();
+  const int all = static_cast<int>(end - begin);
+  int to_load = all;
+  const auto load = [&](int stage) {
+    if (to_load > 0) {
+      const int left = static_cast<int>(p.pixels - pixel < kOuterPixels ? p.pixels - pixel : kOuterPixels);
+#pragma unroll
+      for (int i = 0; i < kOuterPixels; i += kLoadRows) {
+        copy_async_or_zero(place + stage + i * kRow, a + i * p.a.of_row, has_m && i < left);
+        copy_async_or_zero(place + stage + kTile + i * kRow, b + i * p.b.of_row, has_n && i < left);
+      }
+      --to_load;
+      pixel += kOuterPixels;
+      a += kOuterPixels * p.a.of_row, b += kOuterPixels * p.b.of_row;
+      if (pixel - row >= p.pixels) pixel = row, ++image, start();
+    }
+    commit_copies();
+  };
+
+  float sums[2][4][4] = {}, total[2][4][4] = {};
+  const auto move_sums = [&] {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float& sum = sums[i / 16][i / 4 % 4][i % 4];
+      total[i / 16][i / 4 % 4][i % 4] += sum;
+      sum = 0;
+    }
+  };
+  const int m0 = warp / 2 * 32, n0 = warp % 2 * 32;
+  const unsigned char *left_columns = shared + columns_lane<T, false>(kRow) + m0 * sizeof(T),
+                      *right_columns = shared + kTile + columns_lane<T, true>(kRow) + n0 * sizeof(T);
+  load(0);
+  load(kStage);
+  int now = 0, next = 2 * kStage, summed = 0;
+  for (int chunk = 0; chunk < all; ++chunk) {
+    wait_for_groups<kStages - 2>();
+    __syncthreads();
+    load(next);
+    const unsigned char *left_tile = left_columns + now, *right_tile = right_columns + now;
+#pragma unroll
+    for (int k = 0; k < kOuterPixels; k += kStep<T>) {
+      uint32_t left[2][4], right[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        load_columns<T, false>(left[i], left_tile + k * kRow + i * 16 * sizeof(T), kRow);
+        load_columns<T, true>(right[i], right_tile + k * kRow + i * 16 * sizeof(T), kRow);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma(sums[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+    }
+    if (++summed == 8) move_sums(), summed = 0;
+    now = now == 2 * kStage ? 0 : now + kStage;
+    next = next == 2 * kStage ? 0 : next + kStage;
+  }
+  move_sums();
+  float* out = p.sums + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * p.m * p.n;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int m = first_m + m0 + i * 16 + e / 2 * 8 + lane / 4, n = first_n + n0 + j * 8 + lane % 4 * 2 + e % 2;
+        if (m >= p.m || n >= p.n) continue;
+        float& sum = out[int64_t{m} * p.n + n];
+        sum = p.add ? sum + total[i][j][e] : total[i][j][e];
+      }
+}
+
+// In how many parts a sum of m × n products over the pixels is taken, to fill the device; independent of it, so that results are
+// the same on all.
+inline int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
+  const int64_t blocks = ceil_div(m, kOuterTile) * ceil_div(n, kOuterTile) * matrices;
+  return std::clamp<int64_t>(ceil_div(512, blocks), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
+}
+
+template <class T>
+void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.m, kOuterTile) * ceil_div(p.n, kOuterTile), matrices, splits);
+  launch(multiply_outer<T>, grid, dim3(128), kStages * 2 * kOuterPixels * kOuterRow<T>, stream, p);
+}
+
+}  // namespace image
+}  // namespace autohdr
