@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -33,12 +34,31 @@ inline void cuda_check(cudaError_t error, const char* what) {
 #endif
 }
 
+// A size that host code chooses for a GPU, and the one in the emulation, which takes several steps of its small images so.
+inline int64_t size_for(int64_t gpu, [[maybe_unused]] int64_t emulated) {
+#ifdef AUTOHDR_EMULATION
+  if (!emulation::recording()) return emulated;
+#endif
+  return gpu;
+}
+
+inline int64_t multiprocessors() {
+#ifdef AUTOHDR_EMULATION
+  return emulation::multiprocessors();
+#else
+  int device = 0, count = 0;
+  cuda_check(cudaGetDevice(&device), "the current GPU");
+  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of a GPU's multiprocessors");
+  return count;
+#endif
+}
+
 // Throws std::runtime_error if the launch is refused, or an earlier one has failed since. A grid without blocks is refused.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
 #ifdef AUTOHDR_EMULATION
-  emulation::run(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::launch(kernel, grid, block, shared_bytes, static_cast<Parameters>(arguments)...);
 #else
   if (shared_bytes > 48 * 1024)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),

@@ -45,11 +45,7 @@ class Workspace {
 };
 
 // Bytes of a step's buffers. The emulation takes several steps of its small images.
-#ifdef AUTOHDR_EMULATION
-constexpr int64_t kForwardBudget = 48 << 10, kBackwardBudget = 320 << 10;
-#else
-constexpr int64_t kForwardBudget = 64 << 20, kBackwardBudget = 192 << 20;
-#endif
+inline const int64_t kForwardBudget = size_for(64 << 20, 48 << 10), kBackwardBudget = size_for(192 << 20, 320 << 10);
 constexpr int64_t kMostImages = 65535;  // of a step: a grid's z
 
 struct Steps {

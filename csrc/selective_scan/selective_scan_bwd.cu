@@ -7,11 +7,7 @@ namespace scan {
 namespace {
 
 // At most so many floats of parts, if one chunk of one entry of the batch does not take more.
-#ifdef AUTOHDR_EMULATION
-constexpr int64_t kPartFloats = 3 << 14;  // so that small tests take several launches
-#else
-constexpr int64_t kPartFloats = 12 << 20;
-#endif
+const int64_t kPartFloats = size_for(12 << 20, 3 << 14);
 constexpr int64_t kResident = 3;  // blocks on a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,7 +80,7 @@ void backward(const ScanBackward& a, float* workspace, int multiprocessors, cuda
 
 int64_t queue(const ScanBackward& a, void* memory, cudaStream_t stream) {
   int64_t floats = 0;
-  const int multiprocessors = static_cast<int>(scan::multiprocessors());
+  const int multiprocessors = static_cast<int>(autohdr::multiprocessors());
   if (a.shape.dim() == 0) return 0;
   if (a.shape.batch == 0) {
     if (memory) scan::sum_over_segments(a, 0, nullptr, stream);

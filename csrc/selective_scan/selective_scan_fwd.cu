@@ -9,7 +9,7 @@ int64_t queue(const ScanForward& a, void* memory, cudaStream_t stream) {
   int64_t floats = 0;
   scan::with_config(a.shape.dstate, [&](auto config) {
     using C = decltype(config);
-    const scan::Split p = scan::split_of<C>(a.shape, a.shape.channels, scan::multiprocessors());
+    const scan::Split p = scan::split_of<C>(a.shape, a.shape.channels, multiprocessors());
     floats = p.segments > 1 ? scan::carry_floats(a.shape, p) : 0;
     if (!memory) return;
     float* carries = static_cast<float*>(memory);

@@ -502,16 +502,5 @@ inline int64_t carry_floats(const ScanShape& s, const Split& p) {
   return p.segments > 1 ? s.batch * p.segments * (s.dstate + 1) * s.dim() : 0;
 }
 
-inline int64_t multiprocessors() {
-#ifdef AUTOHDR_EMULATION
-  return 2;  // so that small tests are split in some shapes and not in others
-#else
-  int device = 0, count = 0;
-  cuda_check(cudaGetDevice(&device), "the current GPU");
-  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of a GPU's multiprocessors");
-  return count;
-#endif
-}
-
 }  // namespace scan
 }  // namespace autohdr

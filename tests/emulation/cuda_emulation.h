@@ -8,6 +8,9 @@
 //   around if odd. Every launch has another one, its number, unless AUTOHDR_EMULATION_SEED gives all of them the same;
 // - an asynchronous copy that nobody waited for: its bytes arrive at the wait, and are NaN until then;
 // - launches beyond the hardware's limits.
+// With AUTOHDR_RECORD_LAUNCHES, a file's name, nothing runs: every launch becomes a line of it, "kernel grid block shared parameters"
+// (its place in the library; 3 and 3 numbers; bytes; hexadecimal, as they lie in a GPU's memory), and host code chooses sizes as for
+// a GPU of AUTOHDR_MULTIPROCESSORS.
 // Stricter than the hardware: a thread that has returned counts as missing from barriers and masks.
 // Not seen: races within a warp that lockstep execution would hide, memory ordering between blocks, speed.
 //
@@ -16,11 +19,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -248,7 +253,7 @@ inline void prepare(Fiber& f) {
     if (f.stack == MAP_FAILED || mprotect(f.stack, kGuard, PROT_NONE))
       throw std::runtime_error("emulation: no memory for stacks");
   }
-  __asan_unpoison_memory_region(f.stack + kGuard, kStack - kGuard);
+  ASAN_UNPOISON_MEMORY_REGION(f.stack + kGuard, kStack - kGuard);
   void** sp = reinterpret_cast<void**>(f.stack + kStack - 64);
   *--sp = nullptr;
   *--sp = reinterpret_cast<void*>(&fiber_main);
@@ -319,6 +324,39 @@ inline void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
   }
   b.body = nullptr;
   if (!b.error.empty()) throw std::runtime_error("emulation: " + b.error);
+}
+
+inline bool recording() { return std::getenv("AUTOHDR_RECORD_LAUNCHES") != nullptr; }
+
+inline int64_t multiprocessors() {  // 2: small tests are split in some shapes and not in others
+  const char* count = std::getenv("AUTOHDR_MULTIPROCESSORS");
+  return count ? std::atoll(count) : 2;
+}
+
+inline void record(void* kernel, dim3 grid, dim3 size, size_t shared_bytes, const std::vector<unsigned char>& parameters) {
+  Dl_info library{};
+  dladdr(kernel, &library);
+  FILE* file = std::fopen(std::getenv("AUTOHDR_RECORD_LAUNCHES"), "a");
+  if (!file) throw std::runtime_error("emulation: the file of launches cannot be written");
+  const auto place = static_cast<char*>(kernel) - static_cast<char*>(library.dli_fbase);
+  std::fprintf(file, "%td %u %u %u %u %u %u %zu ", place, grid.x, grid.y, grid.z, size.x, size.y, size.z, shared_bytes);
+  for (unsigned char byte : parameters) std::fprintf(file, "%02x", byte);
+  std::fprintf(file, "\n");
+  std::fclose(file);
+}
+
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, dim3 size, size_t shared_bytes, P... parameters) {
+  if (!recording()) return run(grid, size, shared_bytes, [=] { kernel(parameters...); });
+  check_limits(grid, size, shared_bytes);
+  std::vector<unsigned char> bytes;
+  const auto add = [&](const auto& parameter) {
+    bytes.resize((bytes.size() + alignof(decltype(parameter)) - 1) / alignof(decltype(parameter)) * alignof(decltype(parameter)));
+    const auto* begin = reinterpret_cast<const unsigned char*>(&parameter);
+    bytes.insert(bytes.end(), begin, begin + sizeof parameter);
+  };
+  (add(parameters), ...);
+  record(reinterpret_cast<void*>(kernel), grid, size, shared_bytes, bytes);
 }
 
 template <class A, class B>

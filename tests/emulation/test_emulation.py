@@ -1,6 +1,7 @@
 """The emulation of CUDA runs right kernels right and finds planted bugs."""
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ SEEDS = range(4)
 def run():
     program = build.build("samples", [build.HERE / "samples.cu"], [], [])
 
-    def run(case: str, seed: int) -> str:
-        env = os.environ | {"ASAN_OPTIONS": build.SANITIZER, "AUTOHDR_EMULATION_SEED": str(seed)}
+    def run(case: str, seed: int, **variables: str) -> str:
+        env = os.environ | {"ASAN_OPTIONS": build.SANITIZER, "AUTOHDR_EMULATION_SEED": str(seed)} | variables
         done = subprocess.run([program, case], env=env, capture_output=True, text=True, timeout=60)
         return done.stdout + done.stderr
 
@@ -58,3 +59,17 @@ def test_planted_bugs(run, case, message):
 
 def test_a_missing_barrier_is_found_under_some_schedule(run):
     assert any(run("barrier", seed) == "wrong\n" for seed in SEEDS)
+
+
+def test_launches_are_recorded_and_nothing_runs(run, tmp_path):
+    assert run("transpose", 0, AUTOHDR_RECORD_LAUNCHES=str(tmp_path / "launches")) == "wrong\n"
+    _, *sizes, parameters = (tmp_path / "launches").read_text().split()
+    assert sizes == ["3", "2", "1", "32", "8", "1", "0"]
+    assert struct.unpack("<2Q2i", bytes.fromhex(parameters))[2:] == (64, 70)
+
+
+def test_the_emulation_differs_where_it_must():
+    """Elsewhere it would make another program than the one on a GPU, and other launches than those recorded."""
+    found = subprocess.run(["grep", "-rl", "AUTOHDR_EMULATION", build.ROOT / "csrc"], capture_output=True, text=True).stdout
+    common = {"cuda_async.cuh", "cuda_host.h", "cuda_launch.cuh", "cuda_math.cuh", "cuda_mma.cuh", "registration.h"}
+    assert {Path(file).name for file in found.split()} == common | {"cuda_sequence.cuh"}
