@@ -21,7 +21,8 @@ def test_demo(tmp_path, capsys):
     assert [path.name for path in result.enhanced.iterdir()] == ["0000_src.jpg"]
     assert Image.open(result.enhanced / "0000_src.jpg").size == (48, 32)
     printed = capsys.readouterr().out
-    for shown in (str(result.report), str(result.enhanced), f"{result.margin:+.2f} dB", "auto-tone", "LESS than the +1.0 dB"):
+    verdict = "at least" if result.margin >= 1 else "LESS than"  # one room and no training: either may come of it
+    for shown in (str(result.report), str(result.enhanced), f"{result.margin:+.2f} dB", "auto-tone", f"{verdict} the +1.0 dB"):
         assert shown in printed
     assert result.report.is_file()
 

@@ -1,12 +1,18 @@
 """Procedural before/after pairs: rooms ray-cast in linear light, photographed by a camera, finished by an editor.
 
-A seed makes a room (walls, openings, furniture, lamps, a view outside), the room makes one linear picture of high dynamic
-range, and two hands develop that picture: `photograph` as a camera would, `edit` as a retoucher would. No file is read.
+Three stages. `render_scene`: a seed makes a room (walls, openings, furniture, lamps, a view outside), and the room one linear
+picture of high dynamic range, which takes most of the time and can be kept on disk. `photograph` and `edit`: two hands develop
+that picture, as a camera would and as a retoucher would; another random generator, another photo or edit of the same scene.
+look.py has the numbers that both are brought to, and `statistics`, by which rooms are compared with real pairs.
 
 Coordinates are metres, x to the right, y away from the camera, z up. Points and directions are (3, N) float32 arrays. All
 work on pixels is elementwise, without BLAS, so that the bits don't depend on the number of threads or workers.
 """
 
+from autohdr.data.synthetic.camera import photograph
+from autohdr.data.synthetic.editor import edit
+from autohdr.data.synthetic.look import statistics
 from autohdr.data.synthetic.pairs import render_pair, synthesize
+from autohdr.data.synthetic.scene import Scene, render_scene
 
-__all__ = ["render_pair", "synthesize"]
+__all__ = ["Scene", "edit", "photograph", "render_pair", "render_scene", "statistics", "synthesize"]

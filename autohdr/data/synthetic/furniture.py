@@ -21,7 +21,7 @@ class Style:
         self.accent, self.accent2 = (rng.choice(_ACCENTS) * rng.uniform(0.8, 1.2) for _ in range(2))
         self.white = np.array([0.8, 0.79, 0.76]) * rng.uniform(0.92, 1.05)
         self.metal = plain(rng.choice([[0.05, 0.05, 0.05], [0.45, 0.44, 0.42], [0.45, 0.33, 0.15]]))
-        self.painted = rng.random() < 0.55
+        self.painted = rng.random() < 0.4
 
     def wood(self, along_u: bool = True) -> Texture:
         return wood_grain(self.wood_colour, draw_seed(self.rng), along_u)
@@ -39,14 +39,15 @@ class Style:
         return self.paint() if self.painted else self.wood(along_u=False)
 
     def stone(self) -> Texture:
-        return grained(
-            self.rng.choice([[0.06, 0.06, 0.065], [0.68, 0.67, 0.64], [0.35, 0.28, 0.22]]), draw_seed(self.rng), 45, 0.6
-        )
+        return grained(self.rng.choice(_STONES), draw_seed(self.rng), 45, 0.6)
 
 
 # fmt: off
-_WOODS = [(.42, .25, .13), (.26, .13, .06), (.52, .36, .21), (.12, .07, .045), (.5, .44, .36), (.33, .16, .08)]
-_FABRICS = [(.5, .47, .42), (.22, .23, .25), (.3, .15, .08), (.12, .18, .28), (.55, .45, .33), (.2, .27, .2), (.68, .65, .6)]
+_WOODS = [(.42, .25, .13), (.26, .13, .06), (.52, .36, .21), (.12, .07, .045), (.5, .44, .36), (.33, .16, .08), (.2, .09, .045),
+          (.28, .11, .05), (.16, .075, .04), (.36, .2, .1), (.3, .13, .06)]
+_STONES = [(.06, .06, .065), (.68, .67, .64), (.35, .28, .22), (.1, .08, .07), (.16, .13, .11)]
+_FABRICS = [(.5, .47, .42), (.22, .23, .25), (.3, .15, .08), (.12, .18, .28), (.55, .45, .33), (.2, .27, .2), (.68, .65, .6),
+            (.1, .1, .11), (.16, .09, .055), (.08, .11, .17), (.3, .27, .23), (.15, .05, .045), (.06, .055, .05), (.2, .12, .08)]
 _ACCENTS = [(.1, .2, .34), (.42, .16, .08), (.5, .33, .08), (.16, .26, .14), (.12, .3, .3), (.45, .32, .3), (.3, .06, .06),
             (.55, .5, .42), (.06, .07, .09), (.36, .4, .46)]
 _BLACK, CHINA = plain([.015, .015, .016]), plain([.82, .82, .8])

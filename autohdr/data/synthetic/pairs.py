@@ -12,15 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from autohdr.data.synthetic.develop import edit, photograph
-from autohdr.data.synthetic.render import render
-from autohdr.data.synthetic.room import Room
+from autohdr.data.synthetic.camera import photograph
+from autohdr.data.synthetic.editor import edit
+from autohdr.data.synthetic.scene import check_seed, check_size, render_scene
 from autohdr.data.synthetic.textures import Array
 from autohdr.errors import UserError
 from autohdr.files import replacing
 from autohdr.measure import check_workers
 
-_MIN_SIDE = 32
 _MARKER = "synth.json"
 
 
@@ -29,16 +28,8 @@ def render_pair(seed: int, height: int, width: int) -> tuple[Array, Array]:
 
     The same arguments give the same bits on the same machine. Raises UserError for a side under 32 pixels or a negative seed.
     """
-    if min(height, width) < _MIN_SIDE:
-        raise UserError(f"synthetic pair: height and width must be at least {_MIN_SIDE}, got {height} x {width}")
-    if seed < 0:
-        raise UserError(f"synthetic pair: seed must be 0 or more, got {seed}")
-    with np.errstate(all="ignore"):  # rays that miss divide by zero, and are masked
-        room = Room(seed)
-        scene, outside = render(room, height, width)
-        neutral = room.illuminant**0.9
-        source = photograph(np.random.default_rng([seed, 1]), scene, neutral)
-        return source, edit(scene, outside, neutral)
+    scene = render_scene(seed, height, width)
+    return photograph(np.random.default_rng([seed, 1]), scene), edit(np.random.default_rng([seed, 2]), scene)
 
 
 def synthesize(
@@ -51,10 +42,8 @@ def synthesize(
     """
     if count < 1:
         raise UserError(f"synthetic pairs: count must be at least 1, got {count}")
-    if min(height, width) < _MIN_SIDE:
-        raise UserError(f"synthetic pairs: height and width must be at least {_MIN_SIDE}, got {height} x {width}")
-    if seed < 0:
-        raise UserError(f"synthetic pairs: seed must be 0 or more, got {seed}")
+    check_size(height, width)
+    check_seed(seed)
     if workers is not None:
         check_workers(workers)
     if workers is not None and workers < 1:

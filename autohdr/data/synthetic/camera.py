@@ -1,0 +1,62 @@
+"""The second stage: what a camera makes of a scene, one exposure or several merged, before anybody edits it."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from autohdr.data.synthetic.look import SOURCE, draw_luma, pin
+from autohdr.data.synthetic.pixels import encode, expand, gaussian_pyramid, levels_of, luma, surround, to_uint8
+from autohdr.data.synthetic.scene import Scene
+from autohdr.data.synthetic.textures import Array, Rng
+
+
+def photograph(rng: Rng, scene: Scene) -> Array:
+    """The photo (H, W, 3), uint8, sRGB, after JPEG: real lens, light that isn't one colour, brackets merged, no clipped white."""
+    h, w = scene.radiance.shape[:2]
+    x = scene.radiance.astype(np.float32) / scene.neutral
+    x = x + rng.uniform(0.003, 0.03) * _glare(x)
+    across, down = np.meshgrid(np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32))
+    x *= (1 - rng.uniform(0, 0.28) * ((across * across + down * down) / 2))[..., None]
+    lean, turn = rng.normal(0, 0.09, 3).astype(np.float32), rng.uniform(0, 2 * np.pi)  # other light from one side
+    lean -= lean.mean()
+    x *= np.exp((across * np.float32(np.cos(turn)) + down * np.float32(np.sin(turn)))[..., None] * lean)
+    levels = draw_luma(rng, SOURCE)
+    cast = rng.normal(SOURCE.walls, SOURCE.walls_sd)
+    x = np.maximum(x + _noise(rng, x), 0)
+    x = merge(x, rng.uniform(0.1, 0.6))
+    shoulder, toe = rng.uniform(0.4, 1.2), rng.uniform(0.95, 1.2)
+
+    def response(value: Array) -> Array:
+        return encode((value * (1 + value * 0.004) / (1 + shoulder * value)) ** toe)
+
+    bright = np.percentile(luma(x[::2, ::2]), 75)
+    gains = np.geomspace(1e-2, 1e2, 400)
+    x *= np.float32(np.interp(levels[4], response(gains), gains) / bright)
+    y = luma(x)[..., None]
+    x = np.maximum(y + (x - y) * np.float32(rng.normal(1.25, 0.1)), 0)
+    picture = pin(response(x), SOURCE, levels, cast)
+    stream = io.BytesIO()
+    Image.fromarray(to_uint8(picture)).save(stream, "JPEG", quality=int(rng.integers(84, 97)))
+    return np.asarray(Image.open(stream).convert("RGB"))
+
+
+def merge(x: Array, amount: float) -> Array:
+    """Linear (H, W, 3) with the range of its large areas narrowed, as by merged brackets: to the power 1 - amount."""
+    log = np.log(np.maximum(luma(x), 1e-4))
+    base = surround(log, levels_of(log.shape) - 1)
+    return x * np.exp(np.float32(-amount) * (base - np.median(base)))[..., None]
+
+
+def _glare(x: Array) -> Array:
+    """Light that the lens spreads over the whole picture."""
+    h, w = x.shape[:2]
+    glare = gaussian_pyramid(x, levels_of(x.shape) - 1)[-1]
+    while glare.shape[0] < h or glare.shape[1] < w:
+        glare = expand(glare, (glare.shape[0] * 2, glare.shape[1] * 2))
+    return glare[:h, :w]
+
+
+def _noise(rng: Rng, x: Array) -> Array:
+    """Shot and read noise."""
+    return np.sqrt(x * rng.uniform(1e-4, 9e-4) + rng.uniform(1e-7, 4e-6)) * rng.standard_normal(x.shape, dtype=np.float32)

@@ -1,0 +1,32 @@
+"""The third stage: what a retoucher makes of the same light, each to a taste of their own around one look."""
+
+import numpy as np
+
+from autohdr.data.synthetic.look import TARGET, draw_luma, pin
+from autohdr.data.synthetic.pixels import encode, fuse, levels_of, luma, surround, to_uint8
+from autohdr.data.synthetic.scene import Scene
+from autohdr.data.synthetic.textures import Array, Rng
+
+_MIDDLE = np.float32(0.33)  # the linear luma that a room's light is brought to before exposures are fused
+
+
+def edit(rng: Rng, scene: Scene) -> Array:
+    """The edit (H, W, 3), uint8, sRGB: window pulled, light evened, exposures fused, white walls, luma where clients want it."""
+    x = scene.radiance.astype(np.float32)
+    outside = scene.outside.astype(np.float32)
+    even, view, saturation = rng.uniform(0.0, 0.3), rng.uniform(0.4, 0.6), rng.normal(1.02, 0.08)
+    levels, walls = draw_luma(rng, TARGET), rng.normal(TARGET.walls, TARGET.walls_sd)
+    y = luma(x)
+    indoors = outside < 0.5
+    gain = _MIDDLE / np.exp(np.log(y[indoors] + 1e-5).mean()) if indoors.any() else 1.0
+    pull = np.minimum(view / (y[~indoors].mean() + 1e-5), gain) if (~indoors).any() else gain
+    daylight = np.array([0.97, 1.0, 1.03])
+    inside_gain, outside_gain = (np.log(g).astype(np.float32) for g in (gain / scene.neutral, pull / daylight))
+    x = x * np.exp(inside_gain + (outside_gain - inside_gain) * outside[..., None])
+    y = np.maximum(luma(x), 1e-4)
+    level = surround(np.log(np.clip(y, 0.02, 2)), levels_of(y.shape))
+    evened = y * np.exp(np.float32(even) * (np.log(_MIDDLE) - level))
+    fused = np.clip(fuse([encode(evened * np.float32(2.0**stop)) for stop in (-1.2, 0, 0.8)]), 1e-3, 1)
+    colour = np.maximum(1 + (x / y[..., None] - 1) * np.float32(saturation), 0)  # ratios in linear light
+    ratio = colour ** np.float32(1 / 2.4)
+    return to_uint8(pin(ratio * (fused / luma(ratio))[..., None], TARGET, levels, walls))

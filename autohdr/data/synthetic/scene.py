@@ -1,0 +1,70 @@
+"""The first stage: what stands before the camera, as linear light, rendered once and kept for many photographs."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from autohdr.data.synthetic import furniture, geometry, lights, outside, render, room, textures
+from autohdr.data.synthetic.textures import Array
+from autohdr.errors import UserError
+from autohdr.files import replacing
+
+MIN_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Scene:
+    """radiance: linear light (H, W, 3), float16. outside: share of each pixel that is seen through a window (H, W), float16.
+    neutral: the colour (3,), float32, that a white balance for the room takes out."""
+
+    radiance: Array
+    outside: Array
+    neutral: Array
+
+
+def render_scene(seed: int, height: int, width: int, cache_dir: str | Path | None = None) -> Scene:
+    """The room that `seed` makes. The same arguments give the same bits on the same machine.
+
+    cache_dir: folder that keeps rendered scenes, 8 bytes a pixel; another version of the renderer renders them anew.
+    Raises UserError for a side under 32 pixels or a negative seed.
+    """
+    check_size(height, width)
+    check_seed(seed)
+    path = Path(cache_dir) / f"{seed}_{height}x{width}_{_renderer()}.npz" if cache_dir is not None else None
+    if path and path.is_file():
+        with np.load(path) as kept:
+            return Scene(**kept)
+    with np.errstate(all="ignore"):  # rays that miss divide by zero, and are masked
+        place = room.Room(seed)
+        radiance, share = render.render(place, height, width)
+    # half floats: relative to a middling luma of 1, nothing that a camera tells from black or from white is out of range
+    scale = np.median(radiance)
+    radiance = np.clip(radiance / max(float(scale), 1e-6), 0, 6e4).astype(np.float16)
+    scene = Scene(radiance, share.astype(np.float16), (place.illuminant**0.9).astype(np.float32))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, radiance=scene.radiance, outside=scene.outside, neutral=scene.neutral)
+    return scene
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise UserError for a side under 32 pixels."""
+    if min(height, width) < MIN_SIDE:
+        raise UserError(f"synthetic scenes: height and width must be at least {MIN_SIDE}, got {height} x {width}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a negative seed."""
+    if seed < 0:
+        raise UserError(f"synthetic scenes: seed must be 0 or more, got {seed}")
+
+
+@cache
+def _renderer() -> str:
+    """Names the code that makes a scene, so that a kept scene of other code isn't taken for one of this."""
+    parts = (furniture, geometry, lights, outside, render, room, textures)
+    return hashlib.sha256(b"".join(Path(str(part.__file__)).read_bytes() for part in parts)).hexdigest()[:12]
