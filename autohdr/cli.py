@@ -110,6 +110,27 @@ def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed:
     print(synthesize(out, count, height, width, seed, workers))
 
 
+def degrade(finished: Positional[Path], out: Path, size: int = 2048, seed: int = 0, workers: int | None = None) -> int:
+    """Make pairs from finished photos alone: each beside what a camera might have taken, unedited.
+
+    A photo that cannot be read is reported and skipped, and the exit status is then 1.
+
+    Args:
+        finished: Folder of finished photos.
+        out: Folder for the images and their pairs.jsonl.
+        size: Pixels of the longest side at most; larger photos are reduced.
+        seed: Seed of the light, the exposure and everything else that the camera draws.
+        workers: Processes; one a core by default.
+    """
+    from autohdr.data.synthetic import degrade
+
+    result = degrade(finished, out, size, seed, workers)
+    for path, reason in result.skipped:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    print(f"{result.pairs}: {result.count} pairs, {len(result.skipped)} photos skipped")
+    return 1 if result.skipped else 0
+
+
 def evaluate(
     checkpoint: Path,
     pairs: Path,
@@ -365,8 +386,13 @@ def _app(argv: list[str]) -> SubcommandApp:
     data.command(split)
     data.command(audit)
     data.command(synth)
+    data.command(degrade)
     app.command(doctor)
-    app.command(data, name="data", help="Make pairs: split a list of them, find near-duplicates in some, or synthesise some.")
+    app.command(
+        data,
+        name="data",
+        help="Make pairs: split a list of them, find near-duplicates in some, synthesise some, or make some of finished photos.",
+    )
     app.command(_train_verb(argv))
     app.command(name="eval")(evaluate)
     app.command(enhance)

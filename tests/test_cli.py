@@ -16,7 +16,7 @@ from autohdr.data.pairs import read_pairs
 from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
-VERBS = ["doctor", "data", "data split", "data audit", "data synth", "train", "eval", "enhance", "plan", "demo"]
+VERBS = ["doctor", "data", "data split", "data audit", "data synth", "data degrade", "train", "eval", "enhance", "plan", "demo"]
 
 
 @pytest.fixture
@@ -131,6 +131,20 @@ def test_data_synth(tmp_path, capsys):
     args = ("--count", 1, "--height", 32, "--width", 48, "--workers", 1)
     assert run("data", "synth", "--out", tmp_path / "rooms", *args) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "rooms" / "pairs.jsonl")
+
+
+def test_data_degrade(tmp_path, capsys):
+    """A photo that is none is skipped and named, and the status says so; no folder, or none with photos, is refused."""
+    finals = tmp_path / "finals"
+    (finals / "house").mkdir(parents=True)
+    Image.new("RGB", (48, 40), (200, 190, 180)).save(finals / "house" / "kitchen.png")
+    assert run("data", "degrade", finals, "--out", tmp_path / "pairs", "--workers", 1) == 0
+    assert "1 pairs, 0 photos skipped" in capsys.readouterr().out
+    assert [pair.src.name for pair in read_pairs(tmp_path / "pairs" / "pairs.jsonl")] == ["0000_kitchen_src.jpg"]
+    (finals / "bath.jpg").write_text("no photo")
+    assert run("data", "degrade", finals, "--out", tmp_path / "pairs", "--workers", 1) == 1
+    assert "bath.jpg" in capsys.readouterr().err
+    assert "expected a folder of finished photos" in refusal(capsys, "data", "degrade", tmp_path / "no", "--out", tmp_path / "x")
 
 
 def test_train_eval_enhance(photos, capsys):
@@ -286,6 +300,7 @@ def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
         (("train", "demo", "--model-args", "{dim"), "expected a JSON object"),
         (("data", "split", "pairs.jsonl"), "--out"),
         (("data", "synth"), "--out"),
+        (("data", "degrade", "finals"), "--out"),
         (("eval", "--pairs", "p.jsonl", "--out", "report"), "--checkpoint"),
         (("enhance", "photo.jpg", "--auto-tone"), "--out"),
     ],

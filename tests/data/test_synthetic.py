@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autohdr.data.synthetic import edit, photograph, render_pair, render_scene, statistics, synthesize
+from autohdr.data.images import read_rgb
+from autohdr.data.pairs import check_pairs, read_pairs
+from autohdr.data.synthetic import degrade, edit, photograph, render_pair, render_scene, statistics, synthesize
 from autohdr.data.synthetic.look import PERCENTILES, TARGET, pin, walls_of
-from autohdr.data.synthetic.pixels import to_lab
+from autohdr.data.synthetic.pixels import to_lab, to_uint8
 from autohdr.errors import UserError
 
 LUMA = np.array([0.2126, 0.7152, 0.0722])
@@ -175,3 +177,57 @@ def test_synthesize_refuses_a_folder_it_did_not_make(tmp_path):
     assert (tmp_path / "holiday.jpg").read_bytes() == b"dear"
     with pytest.raises(UserError, match="got a file"):
         synthesize(tmp_path / "holiday.jpg", 1, 32, 32)
+
+
+def test_degraded_photos_are_like_real_sources(rooms, tmp_path):
+    """From finished rooms alone come sources with the statistics of real ones, beside the finished photos as they were."""
+    finals, edits = tmp_path / "finals", [to_uint8(target) for _, target in rooms]
+    finals.mkdir()
+    for number, pixels in enumerate(edits):
+        Image.fromarray(pixels).save(finals / f"{number:02}.png")
+    made = degrade(finals, tmp_path / "pairs", workers=1, progress=False)
+    pairs = read_pairs(made.pairs)
+    assert made.count == len(pairs) == 60 and not made.skipped
+    found = []
+    for pair, pixels in zip(pairs, edits, strict=True):
+        source, target = read_rgb(pair.src), read_rgb(pair.tar)
+        assert psnr(target, pixels / 255) > 32
+        found.append(statistics(source, target))
+    for name in [name for name in REAL if name.startswith(("source_luma", "source_walls"))]:
+        mean, (real, real_sd) = np.nanmean([each.get(name, np.nan) for each in found]), REAL[name]
+        assert abs(mean - real) < 0.6 * real_sd, name
+
+
+def test_degrade_is_the_same_with_any_number_of_workers_and_takes_strange_photos(tmp_path):
+    finals = tmp_path / "finals"
+    finals.mkdir()
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("RGB", (40, 64), (colour,) * 3).save(finals / f"{name}.png")
+    Image.new("L", (200, 100), 90).save(finals / "grey.tif")
+    Image.new("RGB", (20, 90)).save(finals / "narrow.png")
+    one = degrade(finals, tmp_path / "one", size=96, workers=1, progress=False)
+    two = degrade(finals, tmp_path / "two", size=96, workers=2, progress=False)
+    assert [(path.name, reason.rsplit("got ")[1]) for path, reason in one.skipped] == [("narrow.png", "90 x 20")]
+    assert one.pairs.read_bytes() == two.pairs.read_bytes()
+    for pair, other in zip(read_pairs(one.pairs), read_pairs(two.pairs), strict=True):
+        assert pair.src.read_bytes() == other.src.read_bytes()
+    assert check_pairs(read_pairs(one.pairs)) == [(64, 40), (48, 96), (64, 40)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 31}, "size must be at least 32, got 31"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+    ],
+)
+def test_degrade_rejects_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(UserError, match="got none in"):
+        degrade(tmp_path, tmp_path / "out")
+    Image.new("RGB", (16, 16)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=message):
+        degrade(tmp_path, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"none of 1 photos could be used; .*small.png: .*got 16 x 16"):
+        degrade(tmp_path, tmp_path / "out", workers=1, progress=False)

@@ -12,7 +12,17 @@ work on pixels is elementwise, without BLAS, so that the bits don't depend on th
 from autohdr.data.synthetic.camera import photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.look import statistics
-from autohdr.data.synthetic.pairs import render_pair, synthesize
+from autohdr.data.synthetic.pairs import Degraded, degrade, render_pair, synthesize
 from autohdr.data.synthetic.scene import Scene, render_scene
 
-__all__ = ["Scene", "edit", "photograph", "render_pair", "render_scene", "statistics", "synthesize"]
+__all__ = [
+    "Degraded",
+    "Scene",
+    "degrade",
+    "edit",
+    "photograph",
+    "render_pair",
+    "render_scene",
+    "statistics",
+    "synthesize",
+]

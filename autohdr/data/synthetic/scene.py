@@ -40,15 +40,17 @@ def render_scene(seed: int, height: int, width: int, cache_dir: str | Path | Non
     with np.errstate(all="ignore"):  # rays that miss divide by zero, and are masked
         place = room.Room(seed)
         radiance, share = render.render(place, height, width)
-    # half floats: relative to a middling luma of 1, nothing that a camera tells from black or from white is out of range
-    scale = np.median(radiance)
-    radiance = np.clip(radiance / max(float(scale), 1e-6), 0, 6e4).astype(np.float16)
-    scene = Scene(radiance, share.astype(np.float16), (place.illuminant**0.9).astype(np.float32))
+    scene = Scene(to_radiance(radiance), share.astype(np.float16), (place.illuminant**0.9).astype(np.float32))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, radiance=scene.radiance, outside=scene.outside, neutral=scene.neutral)
     return scene
+
+
+def to_radiance(light: Array) -> Array:
+    """Linear light (H, W, 3) as a scene keeps it: float16, the median 1. A camera's black and white are well within its range."""
+    return np.clip(light / max(float(np.median(light)), 1e-6), 0, 6e4).astype(np.float16)
 
 
 def check_size(height: int, width: int) -> None:
