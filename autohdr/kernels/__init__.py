@@ -4,13 +4,25 @@
 """
 
 from autohdr.kernels import _extension, declare
+from autohdr.kernels.apply_edit import apply_edit
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
 from autohdr.kernels.gdfn import gdfn
 from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
-__all__ = ["OPS", "backends", "causal_conv1d", "gdfn", "mdta", "mdta_apply", "mdta_statistics", "selective_scan", "set_backend"]
+__all__ = [
+    "OPS",
+    "apply_edit",
+    "backends",
+    "causal_conv1d",
+    "gdfn",
+    "mdta",
+    "mdta_apply",
+    "mdta_statistics",
+    "selective_scan",
+    "set_backend",
+]
 
 if _extension.module:
     declare.check_signatures(getattr(_extension.module, "signatures", list)())  # older modules have none
