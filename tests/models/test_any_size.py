@@ -54,7 +54,6 @@ def largest_difference(program, network, sizes, batches=(1, 2, 3)):
         (("restormer_nano", {}), (33, 47), True),
         (("restormer_nano", {}), (5, 3), False),
         (("restormer_nano", {"reduce_level1": False, "norm_bias": False}), (33, 47), False),
-        (("restormer_nano", {"reduce_level1": False, "norm_bias": False}), (5, 3), True),
     ],
     indirect=["network"],
     ids=str,
@@ -95,7 +94,7 @@ def test_exports_in_bfloat16_on_a_cpu(network):
 
 @pytest.mark.parametrize(
     ("network", "least"),
-    [(("restormer_nano", {}), 9), (("restormer_official", {}), 9), (("mamba_diffusion_nano", {}), 17)],
+    [(("restormer_nano", {}), 9), (("mamba_diffusion_nano", {}), 17)],
     indirect=["network"],
     ids=str,
 )
