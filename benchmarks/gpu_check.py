@@ -3,17 +3,18 @@
     build       the CUDA kernels, for this GPU's architecture unless TORCH_CUDA_ARCH_LIST names others; fetches nothing
     tests       tests/kernels on the GPU, with the cuda and with the triton backend
     sanitizer   compute-sanitizer (memcheck, racecheck, initcheck, synccheck) over small calls of every op, forward and backward
-    bench       the benchmarks, among them a training step of mamba_diffusion_large at 384×384
+    kernels     every kernel's time over the one predicted from its machine code (docs/performance.md), and what the constants
+                of the predictions should be
+    bench       the benchmarks, ops first, among them a training step of mamba_diffusion_large at 384×384
     compiled    torch.compile's columns of the benchmarks; compilation takes minutes, so only where --only names it
 
 A part that fails is reported, and the rest still runs; the exit status is then 1. Results go to benchmarks/results/NAME.json as
 soon as a part or a file of benchmarks is done; a later call with others adds to it, as long as GPU, versions and commit are the
 same. What --minutes cuts off counts as failed: run it in a call of its own. The default, 8.5, keeps a call that may take ten
-minutes from being killed; three such calls do it all:
+minutes from being killed. Two calls fit a quarter of an hour, the most valuable first:
 
-    --only build tests sanitizer
-    --only bench --files causal_conv1d gdfn machine mdta
-    --only bench --files mamba_diffusion restormer selective_scan
+    --only build tests sanitizer --minutes 6
+    --only kernels bench compiled
 """
 
 import argparse
@@ -38,8 +39,9 @@ import torch  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PARTS = ("build", "tests", "sanitizer", "bench", "compiled")
-FILES = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
+PARTS = ("build", "tests", "sanitizer", "kernels", "bench", "compiled")
+MODELS = ("restormer", "mamba_diffusion")  # measured after the ops
+FILES = sorted((file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py")), key=lambda f: (f in MODELS, f))
 BACKENDS = ("cuda", "triton")
 NEEDED = ("einops", "ninja", "pybind11", "pytest", "pytest_benchmark", "safetensors", "setuptools")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -55,6 +57,7 @@ class Check:
         self.end = end
         self.rows: list[dict] = []
         self.checks: dict[str, dict] = {}
+        self.calibration: dict = {}
         before = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}  # ninja lies beside python
         self.environment = os.environ | {
             name: os.pathsep.join(filter(None, (place, os.environ.get(name)))) for name, place in before.items()
@@ -117,6 +120,12 @@ class Check:
         with ThreadPoolExecutor(4) as pool:
             return sum(pool.map(run, [(tool, backend) for backend in BACKENDS if ops(backend) for tool in TOOLS]), [])
 
+    def kernels(self) -> list[str]:
+        output, faults = self.run([sys.executable, HERE / "calibrate.py"], "kernels")
+        if not faults:
+            self.calibration |= json.loads(output.splitlines()[-1])
+        return faults if faults or self.calibration["kernels"] else [f"kernels: nothing is predicted of this GPU\n{output}"]
+
     def bench(self, name: str, selection: str) -> list[str]:
         variables = {"AUTOHDR_BENCH_DEVICE": "cuda", "AUTOHDR_BENCH_END": str(time.time() + self.left() - END)}
         variables["PYTHONPATH"] = self.environment["PYTHONPATH"]
@@ -127,9 +136,11 @@ class Check:
 
     def stages(self, files: list[str]) -> list[dict[str, Callable[[], list[str]]]]:
         """All that comes after the build, by name; what is in one stage runs beside each other."""
-        stages = [{"tests": self.tests, "sanitizer": self.sanitizer}]
-        stages += [{f"bench {name}": partial(self.bench, name, "not compiled")} for name in files]
-        return stages + [{f"compiled {name}": partial(self.bench, name, "compiled")} for name in files]
+        stages = [{"tests": self.tests, "sanitizer": self.sanitizer}, {"kernels": self.kernels}]
+        for group in ([f for f in files if f not in MODELS], [f for f in files if f in MODELS]):
+            stages += [{f"bench {name}": partial(self.bench, name, "not compiled")} for name in group]
+            stages += [{f"compiled {name}": partial(self.bench, name, "compiled")} for name in group]
+        return stages
 
     def part(self, name: str, function: Callable[[], list[str]]) -> None:
         """Runs one of them and notes what became of it."""
@@ -192,7 +203,8 @@ def merge(before: dict, now: dict) -> dict:
         return tuple(row[k] for k in ("op", "shape", "mode", "dtype", "backend"))
 
     rows = {key(r): r for r in before["rows"]} | {key(r): r for r in now["rows"]}
-    return now | {"rows": list(rows.values()), "checks": before["checks"] | now["checks"]}
+    calibration = now["calibration"] or before["calibration"]
+    return now | {"rows": list(rows.values()), "checks": before["checks"] | now["checks"], "calibration": calibration}
 
 
 def main() -> int:
@@ -223,7 +235,7 @@ def main() -> int:
     gpu = floors.gpu_properties()
     results = run.describe(options.commit or run.commit(), check.rows, gpu)
     results["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton"), "driver": driver()}
-    results["checks"] = check.checks
+    results["checks"], results["calibration"] = check.checks, check.calibration
     path = options.out or run.RESULTS / (re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()) + ".json")
     one_at_a_time = threading.Lock()
 

@@ -5,7 +5,7 @@ of giving them back to the system, so that eager PyTorch does not pay for page f
 Ratios hold only within one run on one machine.
 
     python benchmarks/run.py [FILE ...] [--out results/NAME.json]
-    python benchmarks/run.py --tables           the README's tables from the newest results, in place
+    python benchmarks/run.py --tables           the tables of the README and of docs/performance.md from the newest results
 
 A GPU's results come from benchmarks/gpu_check.py.
 """
@@ -32,7 +32,7 @@ from autohdr.kernels import _extension
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
 MALLOCS = {
     "default": {},
     "tuned": {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"},
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, default=sorted(HERE.glob("bench_*.py")))
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
     parser.add_argument(
-        "--tables", action="store_true", help="only write the README's tables anew, from --out and the GPUs' files"
+        "--tables", action="store_true", help="only write the pages' tables anew, from --out, the GPUs' files and the predictions"
     )
     options = parser.parse_args()
     faults = []
@@ -139,11 +139,18 @@ def main() -> int:
     text = tables.cpu(results) + "\n\n" + tables.gpus([r for r in others if is_gpu(r)])
     print(text)
     if options.tables:
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        put(text, README, "benchmarks")
+        put(tables.predictions(json.loads((RESULTS / "instructions.json").read_text())), PERFORMANCE, "predictions")
     for fault in faults:
         print(f"failed: {fault}", file=sys.stderr)
     return int(bool(faults))
+
+
+def put(text: str, page: Path, name: str) -> None:
+    """Between the page's marks of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def is_gpu(results: dict) -> bool:

@@ -1,4 +1,4 @@
-"""Tables in Markdown from results: ratios for a CPU, times for GPUs."""
+"""Tables in Markdown from results: ratios for a CPU, times for GPUs, measured or predicted."""
 
 import floors
 
@@ -124,4 +124,40 @@ def gpu(results: dict) -> str:
         f"{source}. Median times (in brackets: as a multiple of the floor that the GPU's clocks and the op's least work give);"
         " memory: a model's peak with its weights, an op's beside its inputs; error: ‖actual − gold‖ / ‖gold‖ against float64.",
     ]
+    return "\n\n".join(parts)
+
+
+def subject(row: dict) -> str:
+    """What a prediction is of."""
+    return f"{row['op']} {row['shape']}, {MODES[row['mode']]}, {row['backend']}"
+
+
+def predictions(results: dict) -> str:
+    """What benchmarks/instructions.py wrote: times by GPU, how they came about, and what binds the kernels on the first GPU."""
+    rows = results["predictions"]
+    gpus = list(dict.fromkeys(row["gpu"] for row in rows))
+    subjects = list(dict.fromkeys(map(subject, rows)))
+    found = {(subject(row), row["gpu"]): row for row in rows}
+
+    def time(row: dict | None) -> str:
+        return f"predicted {row['ms']:.3g} ({row['ms_low']:.3g} to {row['ms_high']:.3g})" if row else "not predicted"
+
+    parts = [table(["bfloat16, ms", *gpus], [[name, *(time(found.get((name, gpu))) for gpu in gpus)] for name in subjects])]
+    if history := results["history"]:
+        lines = []
+        for name in subjects:
+            times = [
+                *(entry["ms"].get(name) for entry in history),
+                found[name, gpus[0]]["ms"] if (name, gpus[0]) in found else None,
+            ]
+            lines.append([name, *(f"predicted {ms:.3g}" if ms else "not predicted" for ms in times)])
+        commits = [entry["commit"] for entry in history] + [results["commit"]]
+        parts.append(table([f"{gpus[0]}, ms, by commit", *commits], lines))
+    for row in (found[name, gpus[0]] for name in subjects if (name, gpus[0]) in found):
+        share = {kernel: (ms, bound) for kernel, (ms, bound) in row["bound_by"].items() if ms > 0.02 * row["ms"]}
+        lines = [[f"`{kernel}`", f"predicted {ms:.3g}", bound] for kernel, (ms, bound) in share.items()]
+        parts.append(table([f"{gpus[0]}, {subject(row)}: {row['launches']} launches", "ms", "bound by"], lines))
+    parts.append(
+        f"Commit {results['commit']}, nvcc {results['versions']['nvcc']}. Kernels of less than 2 % of the time are left out."
+    )
     return "\n\n".join(parts)

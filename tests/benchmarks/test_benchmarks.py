@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_restormer
+import calibrate
 import floors
 import gpu_check
 import plot
@@ -42,7 +43,14 @@ def row(op="selective_scan", shape="8×1536×4096", mode="forward", backend="cud
 
 def gpu_results(*rows):
     machine = {"processor": "a processor", "threads": 16, "cpu_isa": "avx512", "gpu": H200}
-    return {"machine": machine, "versions": {"torch": "2.11.0"}, "commit": "1234567", "rows": list(rows), "checks": {}}
+    return {
+        "machine": machine,
+        "versions": {"torch": "2.11.0"},
+        "commit": "1234567",
+        "rows": list(rows),
+        "checks": {},
+        "calibration": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,35 @@ def test_gpu_tables():
     assert line.count("out of memory") == 1 and line.count(tables.MISSING) == 7
     assert "| mamba_diffusion_large 3×384×384, training step | not measured | 500 ms, 3.22 GB | 2e-03 |" in text
     assert "NVIDIA H200, torch 2.11.0, commit 1234567" in text
+
+
+PREDICTED = {"gpu": "H200", "op": "gdfn", "shape": "48×8×8", "mode": "forward", "dtype": "bfloat16", "backend": "cuda"}
+PREDICTED |= {"ms_low": 2.0, "ms": 4.0, "ms_high": 8.0, "launches": 5}
+PREDICTED["bound_by"] = {
+    "gate<__nv_bfloat16>": [3.0, "issue"],
+    "norm<float>": [0.9, "latency"],
+    "PyTorch's own ops": [0.01, "memory"],
+}
+
+
+def test_tables_of_predictions():
+    rows = [PREDICTED, PREDICTED | {"gpu": "A100", "ms": 6.0}, PREDICTED | {"mode": "training"}]
+    before = [{"commit": "1111111", "ms": {"gdfn 48×8×8, forward, cuda": 5.0}}]
+    text = tables.predictions({"predictions": rows, "history": before, "commit": "2222222", "versions": {"nvcc": "13.0"}})
+    assert "| gdfn 48×8×8, forward, cuda | predicted 4 (2 to 8) | predicted 6 (2 to 8) |" in text
+    assert "| gdfn 48×8×8, training step, cuda | predicted 4 (2 to 8) | not predicted |" in text
+    assert "| H200, ms, by commit | 1111111 | 2222222 |" in text
+    assert "| gdfn 48×8×8, forward, cuda | predicted 5 | predicted 4 |" in text
+    assert "| `gate<__nv_bfloat16>` | predicted 3 | issue |" in text and "PyTorch's own ops" not in text
+
+
+def test_measured_over_predicted():
+    measured = {"gate<__nv_bfloat16>": 4.5, "norm<float>": 0.3, "void cudnn": 0.2, "Memcpy": 0.1}
+    found = calibrate.compared(PREDICTED, measured)
+    assert [k["measured_over_predicted"] for k in found] == pytest.approx([1.5, 0.333, 30.0], abs=1e-3)
+    assert calibrate.fitted(found) == {"issue": 1.5, "latency": 0.333, "memory": 30.0}
+    unseen = calibrate.compared(PREDICTED, {})[0]
+    assert unseen["measured_ms"] is None and unseen["measured_over_predicted"] is None
 
 
 def test_tables_without_a_gpu():
@@ -368,7 +405,7 @@ def test_gpu_check_keeps_what_was_done_before_it_was_killed(check_gpu, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         check_gpu("--only", "bench")
     results = json.loads((tmp_path / "h200.json").read_text())
-    done = ["causal_conv1d", "gdfn", "machine", "mamba_diffusion"]
+    done = ["causal_conv1d", "gdfn", "machine"]
     assert list(results["checks"]) == ["backends", *(f"bench {name}" for name in done)]
     assert results["rows"] == [row(name) for name in done]
 
