@@ -84,40 +84,46 @@ struct NormPixel {
   }
 };
 
-// out = the norm of x, rounded, and zeros in channels that x has not.
-template <class T>
-__global__ void __launch_bounds__(256)
-    normalize(Matrices<const T> x, Norm norm, NormLanes<T> l, int64_t pixels, Matrices<T> out) {
+// put(channel, the normalised piece of x from there on) for this lane's pieces of a pixel; zeros in channels that x has not.
+template <class T, class Put>
+__device__ __forceinline__ void normalize(const Norm& norm, const NormLanes<T>& l, const T* x, int view, const Put& put) {
   using P = NormPixel<T>;
-  const int64_t pixel = (int64_t{blockIdx.x} * 256 + threadIdx.x) >> l.log_lanes, there = pixel < pixels ? pixel : pixels - 1;
-  const T* at = x.of(blockIdx.y, 0) + there * x.of_row;
-  T* to = out.of(blockIdx.y, 0) + there * out.of_row;
-  const int view = static_cast<int>(x.of_row);
   P p;
-  const float2 stats = p.statistics(l, at, view, norm);
+  const float2 stats = p.statistics(l, x, view, norm);
   const float shift = norm.bias ? stats.x : 0.0f;
-  if (pixel >= pixels) return;
   for (int round = 0; round < l.rounds; ++round) {
-    if (l.rounds > 1) p.load(l, round, at, view);
+    if (l.rounds > 1) p.load(l, round, x, view);
 #pragma unroll
     for (int i = 0; i < P::kPieces; ++i) {
       const int channel = P::channel(l, round, i);
       if (channel >= view) continue;
-      float weight[P::kSize], bias[P::kSize] = {};
+      float weight[P::kSize], result[P::kSize] = {};
       load_floats(norm.weight + channel, weight);
-      if (norm.bias) load_floats(norm.bias + channel, bias);
+      if (norm.bias) load_floats(norm.bias + channel, result);
 #pragma unroll
-      for (int e = 0; e < P::kSize; ++e) bias[e] += (p.v[i][e] - shift) * stats.y * weight[e];
-      store_floats(to + channel, bias);
+      for (int e = 0; e < P::kSize; ++e) result[e] += (p.v[i][e] - shift) * stats.y * weight[e];
+      put(channel, result);
     }
   }
+}
+
+// out = the norm of x.
+template <class T>
+__global__ void __launch_bounds__(256)
+    normalize_pixels(Matrices<const T> x, Norm norm, NormLanes<T> l, int64_t pixels, Matrices<T> out) {
+  const int64_t pixel = (int64_t{blockIdx.x} * 256 + threadIdx.x) >> l.log_lanes, there = pixel < pixels ? pixel : pixels - 1;
+  T* to = out.of(blockIdx.y, 0) + there * out.of_row;
+  normalize(norm, l, x.of(blockIdx.y, 0) + there * x.of_row, static_cast<int>(x.of_row),
+            [&](int channel, const float (&v)[Piece<T>::kSize]) {
+              if (pixel < pixels) store_floats(to + channel, v);
+            });
 }
 
 template <class T>
 void norm(const Norm& norm, View<const T> x, View<T> out, int64_t images, cudaStream_t stream) {
   const NormLanes<T> l(x.channels);
-  launch(normalize<T>, dim3(ceil_div(x.pixels() * l.lanes, 256), images), dim3(256), 0, stream, x.matrices(), norm, l, x.pixels(),
-         out.matrices());
+  launch(normalize_pixels<T>, dim3(ceil_div(x.pixels() * l.lanes, 256), images), dim3(256), 0, stream, x.matrices(), norm, l,
+         x.pixels(), out.matrices());
 }
 
 // dx = dy + the norm's gradient, and slots[slot][2][channels] (+)= the gradients of its weight and bias. A block writes a round's

@@ -10,6 +10,12 @@
 namespace autohdr {
 namespace image {
 
+// Where column n of those that a warp multiplies, 8·tiles, has its row in the right operand's tile, so that a thread's sums are of
+// 2·tiles neighbours.
+__device__ __forceinline__ int place_of(int n, int tiles) {
+  return n / (8 * tiles) * 8 * tiles + n % (2 * tiles) / 2 * 8 + n % (8 * tiles) / (2 * tiles) * 2 + n % 2;
+}
+
 constexpr int kStages = 3;  // tiles of a product in shared memory: one is multiplied, the others are on their way
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -111,8 +117,8 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
   const T* a = p.a.of(image, head) + (first_pixel + row) * p.a.of_row + piece * kSize;
   const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
   const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * kLoadRows;
-  const int m = row % 32, w_row = row - m + m % 8 / 2 * 8 + m / 8 * 2 + m % 2;
-  unsigned char *a_place = shared + place(row, piece), *w_place = shared + kProductRows * kTileBytes + place(w_row, piece);
+  unsigned char *a_place = shared + place(row, piece),
+                *w_place = shared + kProductRows * kTileBytes + place(place_of(row, 4), piece);
   int loaded = 0;  // along k
   const auto load = [&](int stage) {
     if (loaded < p.k) {

@@ -147,6 +147,13 @@ void copy(View<const T> from, View<T> to, int64_t images, cudaStream_t stream) {
          to, pixels);
 }
 
+// Images from b on of a tensor [B, H, W, C].
+template <class T>
+View<T> view_of(T* tensor, const ImageShape& s, int64_t b) {
+  const int64_t of_image = int64_t{s.height} * s.width * s.channels;
+  return {tensor + b * of_image, of_image, s.rows(), s.width, s.channels};
+}
+
 // How a call's image tensors [B, H, W, C] lie in the kernels' view: as they are, or, where their pixels do not lie on 16 bytes, as
 // copies of a step's rows with some more channels, which are zero.
 struct Layout {
@@ -172,10 +179,7 @@ struct Image {
   Image(Workspace& memory, T* tensor_, const Layout& layout_, const Steps& steps, const ImageShape& s, int halo)
       : tensor(tensor_), shape(s), layout(layout_), buffer(memory, steps, s, layout_.copies ? layout_.channels : 0, halo) {}
 
-  View<T> original(int64_t b, const Range& rows) const {
-    const int64_t row = int64_t{shape.width} * shape.channels;
-    return {tensor + (b * shape.height + rows.first) * row, shape.height * row, rows, shape.width, shape.channels};
-  }
+  View<T> original(int64_t b, const Range& rows) const { return view_of(tensor, shape, b).of(rows); }
   // Rows of the images from b on, to read.
   View<T> read(int64_t b, int64_t images, const Range& rows, cudaStream_t stream) const {
     if (!layout.copies) return original(b, rows);

@@ -1,9 +1,10 @@
 // gdfn on a GPU, for one dtype; what its steps share with mdta is in common/cuda_expansion.cuh.
 //
-// Forward, a step: norm, 1×1 (hidden), 3×3 and gate (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of
-// gated, 3×3 and the gate's derivative (d, and gated for project_out's gradient), then the expansion's backward pass.
+// Forward: one kernel for few channels of half precision (common/cuda_fused.cuh); else, a step: norm, 1×1 (hidden), 3×3 and gate
+// (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of gated, 3×3 and the gate's derivative (d, and gated
+// for project_out's gradient), then the expansion's backward pass.
 #pragma once
-#include "common/cuda_expansion.cuh"
+#include "common/cuda_fused.cuh"
 #include "gdfn/gdfn.h"
 
 namespace autohdr {
@@ -23,8 +24,7 @@ __global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, 
   const Segment<2> s(walk, blockIdx.z, unit_of_warp());
   Along<1, 2, T> to(gated, s);
   convolve<2>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[2]) {
-    const float2 product[1] = {
-        make_float2(v[0].x * standard_normal<T>(v[0].x).cdf * v[1].x, v[0].y * standard_normal<T>(v[0].y).cdf * v[1].y)};
+    const float2 product[1] = {make_float2(gelu<T>(v[0].x) * v[1].x, gelu<T>(v[0].y) * v[1].y)};
     to.store(o, product), to.next(o);
   });
 }
@@ -68,15 +68,23 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
   T* project_out = workspace.take<T>(int64_t{columns} * padded);
+  const int64_t real = a.shape.hidden;
+  repack.add({Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded}, a.weights.project_out,
+             project_out);
+  const Matrices<const T> w_out{project_out, 0, padded, 0};
+  if (can_fuse<T>(layout)) {
+    if (workspace.counts_only()) return workspace.used();
+    repack.run();
+    for (int64_t b = 0; b < s.batch; b += kMostImages)
+      fused<Gated, T>(expansion, view_of(a.x, s, b), w_out, view_of(a.y, s, b), std::min(kMostImages, s.batch - b), stream);
+    return workspace.used();
+  }
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
   const Image<T> y_image(workspace, a.y, layout, steps, s, 0);
   const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
       gated_rows(workspace, steps, s, padded, 0);
   if (workspace.counts_only()) return workspace.used();
 
-  const int64_t real = a.shape.hidden;
-  repack.add({Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded}, a.weights.project_out,
-             project_out);
   repack.run();
   steps.each([&](int64_t b, int64_t images, const Range& rows) {
     const Range near = steps.around(rows, 1);
@@ -84,7 +92,7 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
     const View<T> h = hidden_rows.view(near), gated = gated_rows.view(rows), y = y_image.write(b, rows);
     expansion.expand(x, normal.view(near), h, images, stream);
     launch_walk(gate<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated);
-    product<T, T>({gated.matrices(), {project_out, 0, padded, 0}, y.pixels(), padded, columns, 1}, y.matrices(), images, stream,
+    product<T, T>({gated.matrices(), w_out, y.pixels(), padded, columns, 1}, y.matrices(), images, stream,
                   Plus<T>{x.of(rows).matrices()});
     y_image.written(b, images, rows, stream);
   });

@@ -1,12 +1,13 @@
 // mdta on a GPU, for one dtype; what its steps share with gdfn is in common/cuda_expansion.cuh.
 //
-// Forward: pass 1 (statistics), a step: norm statistics, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix. Then the
-// attention and project_out · attention, one matrix an image. Pass 2 (apply), a step: norm statistics, 1×1 (hidden, of v), 3×3, 1×1
-// with the residual. Backward, image by image or some small ones at once: a pass over v for the gradient of that matrix, some small
-// matrices, and a pass that computes q and k again for everything else. Channels of q, k and v are padded head by head.
+// Forward: pass 1 (statistics), a step: norm, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix. Then the attention and
+// project_out · attention, one matrix an image. Pass 2 (apply), a step: norm, 1×1 (hidden, of v), 3×3, 1×1 with the residual. For few
+// channels of half precision each pass is one kernel (mdta_fused.cuh, common/cuda_fused.cuh). Backward, image by image or some small
+// ones at once: a pass over v for the gradient of that matrix, some small matrices, and a pass that computes q and k again for
+// everything else. Channels of q, k and v are padded head by head.
 #pragma once
-#include "common/cuda_expansion.cuh"
 #include "mdta/mdta.h"
+#include "mdta/mdta_fused.cuh"
 
 namespace autohdr {
 namespace image {
@@ -238,6 +239,33 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
                 slots = Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks();
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
+  // What was summed in slots, of images from b on.
+  const auto add_up = [&](int64_t b, int64_t images, const float* gram, int64_t gram_slots, const float* squares, int64_t slots) {
+    repack.add_up(gram, gram_slots, images * count, a.gram + b * count);
+    const Gather each{Axis::plain(images, slots * hidden),
+                      Axis::unpad(Groups::one_by_one(heads, size), 1),
+                      images * s.channels,
+                      s.channels,
+                      hidden,
+                      static_cast<int>(slots)};
+    repack.add(each, squares, a.q_square + b * s.channels);
+    repack.add(each, squares + hidden / 2, a.k_square + b * s.channels);
+    repack.run();
+  };
+  if (can_fuse<T>(layout) && can_fuse_statistics(columns, heads, padded)) {
+    const int64_t slots = fused_statistics_slots(view_of(a.x, s, 0), steps.all_rows),
+                  most =
+                      std::clamp<int64_t>(kForwardBudget / (slots * count * 4), 1, std::clamp<int64_t>(s.batch, 1, kMostImages));
+    float *gram = workspace.take<float>(slots * most * count), *squares = workspace.take<float>(most * slots * hidden);
+    if (workspace.counts_only()) return workspace.used();
+    repack.run();
+    for (int64_t b = 0; b < s.batch; b += most) {
+      const int64_t images = std::min(most, s.batch - b);
+      fused_statistics(expansion, view_of(a.x, s, b), steps.all_rows, heads, slots, gram, squares, images, stream);
+      add_up(b, images, gram, slots, squares, slots);
+    }
+    return workspace.used();
+  }
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
   const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
       qk_rows(workspace, steps, s, hidden, 0);
@@ -257,16 +285,7 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
       const Matrices<const T> q = qk.matrices(padded), k = q.shifted(hidden / 2);
       outer<T>({q, k, gram, 1, qk.pixels(), size, size, heads, add}, images * heads, splits, stream);
     });
-    repack.add_up(gram, splits, images * count, a.gram + b * count);
-    const Gather each{Axis::plain(images, slots * hidden),
-                      Axis::unpad(Groups::one_by_one(heads, size), 1),
-                      images * s.channels,
-                      s.channels,
-                      hidden,
-                      static_cast<int>(slots)};
-    repack.add(each, squares, a.q_square + b * s.channels);
-    repack.add(each, squares + hidden / 2, a.k_square + b * s.channels);
-    repack.run();
+    add_up(b, images, gram, splits, squares, slots);
   });
   return workspace.used();
 }
@@ -287,6 +306,22 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
   const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
   T* combined = workspace.take<T>(steps.images * square);  // [image][columns][hidden], project_out · attention
+  const auto combine = [&](int64_t b, int64_t images) {
+    attention.attend(b, images, stream);
+    product<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
+                      {combined, square, hidden, padded}, images, stream);
+  };
+  const Matrices<const T> w_out{combined, square, hidden, 0};
+  if (can_fuse<T>(layout)) {
+    if (workspace.counts_only()) return workspace.used();
+    repack.run();
+    for (int64_t b = 0; b < s.batch; b += steps.images) {
+      const int64_t images = std::min(steps.images, s.batch - b);
+      combine(b, images);
+      fused<Convolved, T>(expansion, view_of(a.x, s, b), w_out, view_of(a.y, s, b), images, stream);
+    }
+    return workspace.used();
+  }
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
   const Image<T> y_image(workspace, a.y, layout, steps, s, 0);
   const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
@@ -295,16 +330,14 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
 
   repack.run();
   steps.each_group([&](int64_t b, int64_t images) {
-    attention.attend(b, images, stream);
-    product<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
-                      {combined, square, hidden, padded}, images, stream);
+    combine(b, images);
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
       const View<const T> x = x_image.read(b, images, near, stream);
       const View<T> h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
       expansion.expand(x, normal.view(near), h, images, stream);
       launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, hidden, images), stream, h, expansion.taps, hidden, v);
-      product<T, T>({v.matrices(), {combined, square, hidden, 0}, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
+      product<T, T>({v.matrices(), w_out, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
                     Plus<T>{x.of(rows).matrices()});
       y_image.written(b, images, rows, stream);
     });

@@ -27,6 +27,9 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
         (1, 32, 85, 1, 1, True),
         (1, 30, 21, 1, 250, False),
         (1, 23, 33, 63, 2, True),
+        (2, 96, 37, 9, 17, False),
+        (1, 400, 9, 2, 3, True),  # a layer norm reads a pixel more than once: in half precision from 776 channels on
+        (1, 776, 9, 2, 2, True),
     ],
     "gpu": [
         (1, 48, 127, 150, 201, True),

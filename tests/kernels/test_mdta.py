@@ -32,6 +32,8 @@ SHAPES = {  # batch, channels, heads, height, width, norm bias
         (1, 32, 1, 1, 1, True),
         (1, 30, 3, 1, 250, False),
         (1, 33, 3, 63, 2, True),
+        (2, 80, 2, 9, 18, False),  # several tiles of the fused kernels
+        (1, 104, 2, 3, 3, True),  # more channels than they take
     ],
 }
 SHAPES["gpu"] = SHAPES["slow"] + [
