@@ -195,8 +195,9 @@ __global__ void __launch_bounds__(128)
 
 // d_in, given the gradient d of the convolution and its taps turned by 180 degrees; slots[slot][9][channels] (+)= the taps'
 // gradients, of what d_in's pixels give to them.
+constexpr int kBackwardRows = 2;
 template <class T>
-__global__ void __launch_bounds__(128) differentiate_depthwise(Walk<2> walk, View<const T> in, View<const T> d,
+__global__ void __launch_bounds__(128) differentiate_depthwise(Walk<kBackwardRows> walk, View<const T> in, View<const T> d,
                                                                const float* flipped, View<T> d_in, float* slots, bool add) {
   AUTOHDR_DYNAMIC_SHARED(float2, shared);  // [warp][9][32]
   float2 sums[9] = {};
@@ -205,28 +206,29 @@ __global__ void __launch_bounds__(128) differentiate_depthwise(Walk<2> walk, Vie
     float2 w[9][1];
     load_taps(flipped, walk.channels, w);
     for (uint32_t unit = unit_of_warp(); unit < all; unit += gridDim.x * kWalkWarps) {
-      const Segment<2> s(walk, unit / units, unit % units);
-      Along<1, 2, const T> from(in, s);
-      Along<1, 2, T> to(d_in, s);
-      Pairs<T, 1> ahead[2];
+      const Segment<kBackwardRows> s(walk, unit / units, unit % units);
+      Along<1, kBackwardRows, const T> from(in, s);
+      Along<1, kBackwardRows, T> to(d_in, s);
+      Pairs<T, 1> ahead[kBackwardRows];
       const auto load = [&](int x) {
 #pragma unroll
-        for (int o = 0; o < 2; ++o) {
+        for (int o = 0; o < kBackwardRows; ++o) {
           ahead[o] = {};
           if (x < s.columns() && s.has(o)) ahead[o] = load_pairs<1>(from.at[o]);
           from.next(o);
         }
       };
-      float2 left[2] = {}, here[2] = {}, right[2] = {};  // of in: those of the segment, beside the column that is seen
+      float2 left[kBackwardRows] = {}, here[kBackwardRows] = {},
+             right[kBackwardRows] = {};  // of in: those of the segment, beside the column that is seen
       load(0);
       convolve<1>(
           walk, s, d, w, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); },
-          [&](int x, const float2(&v)[4]) {
+          [&](int x, const float2(&v)[kBackwardRows + 2]) {
 #pragma unroll
-            for (int o = 0; o < 2; ++o) left[o] = here[o], here[o] = right[o], right[o] = to_float2(ahead[o].v[0]);
+            for (int o = 0; o < kBackwardRows; ++o) left[o] = here[o], here[o] = right[o], right[o] = to_float2(ahead[o].v[0]);
             load(x + 2);
 #pragma unroll
-            for (int o = 0; o < 2; ++o)
+            for (int o = 0; o < kBackwardRows; ++o)
 #pragma unroll
               for (int i = 0; i < 3; ++i) {
                 add_product(sums[i * 3], v[o + 2 - i], left[o]);
@@ -255,8 +257,8 @@ inline int64_t depthwise_slots(int64_t channels, int64_t pixels) {
 }
 
 template <class T>
-void depthwise_backward(const Walk<2>& walk, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* sums,
-                        int64_t slots, bool add, cudaStream_t stream) {
+void depthwise_backward(const Walk<kBackwardRows>& walk, View<const T> in, View<const T> d, const float* flipped, View<T> d_in,
+                        float* sums, int64_t slots, bool add, cudaStream_t stream) {
   launch(differentiate_depthwise<T>, dim3(slots, ceil_div(walk.channels, 64)), dim3(32, kWalkWarps),
          kWalkWarps * 9 * 32 * sizeof(float2), stream, walk, in, d, flipped, d_in, sums, add);
 }

@@ -67,7 +67,7 @@ struct ExpansionBackward {
   ExpansionBackward(Workspace& memory, const Expansion<T>& op_, const Steps& steps, const ImageShape& s)
       : op(op_), height(s.height), d_hidden(memory, steps, s, op.hidden, 0), d_normal(memory, steps, s, op.columns, 0) {
     const int64_t pixels = steps.images * steps.rows * s.width;
-    splits = splits_of(op.hidden, op.columns, 1, pixels);
+    splits = splits_of<T>(op.hidden, op.columns, 1, pixels);
     tap_slots = depthwise_slots(op.hidden, pixels);
     norm_slots = image::norm_slots<T>(op.columns, pixels);
     d_weight = memory.take<float>(splits * op.hidden * op.columns);
@@ -81,7 +81,8 @@ struct ExpansionBackward {
             int64_t images, bool first, cudaStream_t stream) const {
     const View<T> dh = d_hidden.view(dx.rows);
     const View<float> dn = d_normal.view(dx.rows);
-    depthwise_backward<T>(Walk<2>(dh, height, op.hidden, images), hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
+    depthwise_backward<T>(Walk<kBackwardRows>(dh, height, op.hidden, images), hidden, d, op.flipped, dh, d_taps, tap_slots,
+                          !first, stream);
     outer<T>({dh.matrices(), normal.of(dx.rows).matrices(), d_weight, images, dh.pixels(), op.hidden, op.columns, 1, !first}, 1,
              splits, stream);
     product<T, float>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(),

@@ -214,49 +214,56 @@ struct Outer {
   bool add;
 };
 
-constexpr int kOuterTile = 64, kOuterPixels = 32;
+constexpr int kOuterPixels = 32, kOuterN = 64;
 template <class T>
-constexpr int kOuterRow = kOuterTile * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);  // bytes, against bank conflicts
+__host__ __device__ constexpr int outer_row(int columns) {  // bytes, against bank conflicts
+  return columns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
+}
 
-// A block owns 64 × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
+// A block owns kM × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
 // pixels: they cut instead of rounding, and a long sum would drift.
-template <class T>
-__global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
+template <class T, int kM>
+__global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kRow = kOuterRow<T>, kTile = kOuterPixels * kRow, kStage = 2 * kTile, kSize = Piece<T>::kSize,
-                kAcross = kOuterTile / kSize, kLoadRows = 128 / kAcross;
+  constexpr int kLeftRow = outer_row<T>(kM), kRightRow = outer_row<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
+                kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
+  constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoads = 2 * kM / kLeftAcross,
+                kRightLoads =
+                    2 * kM / kRightAcross;  // across: pieces of a row; loads: rows that the block's threads load at once
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = (p.n + kOuterTile - 1) / kOuterTile, first_m = blockIdx.x / tiles * kOuterTile,
-            first_n = blockIdx.x % tiles * kOuterTile;
+  const int tiles = (p.n + kOuterN - 1) / kOuterN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kOuterN;
   const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
   const int64_t chunks_each = (p.pixels + kOuterPixels - 1) / kOuterPixels, chunks = chunks_each * p.images;
   const int64_t begin = blockIdx.z * chunks / gridDim.z, end = (blockIdx.z + 1) * chunks / gridDim.z;
 
   // What this thread copies: a piece of some rows of a and of b.
-  const int row = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kSize;
-  const bool has_m = first_m + column < p.m, has_n = first_n + column < p.n;
-  unsigned char* place = shared + row * kRow + column * static_cast<int>(sizeof(T));
-  int64_t image = first_image + begin / chunks_each, pixel = begin % chunks_each * kOuterPixels + row;
+  const int left_row = threadIdx.x / kLeftAcross, left_column = threadIdx.x % kLeftAcross * kSize;
+  const int right_row = threadIdx.x / kRightAcross, right_column = threadIdx.x % kRightAcross * kSize;
+  const bool has_m = first_m + left_column < p.m, has_n = first_n + right_column < p.n;
+  unsigned char *left_place = shared + left_row * kLeftRow + left_column * static_cast<int>(sizeof(T)),
+                *right_place = shared + kLeftTile + right_row * kRightRow + right_column * static_cast<int>(sizeof(T));
+  int64_t image = first_image + begin / chunks_each, pixel = begin % chunks_each * kOuterPixels;
   const T *a, *b;
   const auto start = [&] {
-    a = p.a.of(image, head) + pixel * p.a.of_row + first_m + column;
-    b = p.b.of(image, head) + pixel * p.b.of_row + first_n + column;
+    a = p.a.of(image, head) + (pixel + left_row) * p.a.of_row + first_m + left_column;
+    b = p.b.of(image, head) + (pixel + right_row) * p.b.of_row + first_n + right_column;
   };
   start();
   const int all = static_cast<int>(end - begin);
   int to_load = all;
   const auto load = [&](int stage) {
     if (to_load > 0) {
-      const int left = static_cast<int>(p.pixels - pixel < kOuterPixels ? p.pixels - pixel : kOuterPixels);
+      const int pixels = static_cast<int>(p.pixels - pixel < kOuterPixels ? p.pixels - pixel : kOuterPixels);
 #pragma unroll
-      for (int i = 0; i < kOuterPixels; i += kLoadRows) {
-        copy_async_or_zero(place + stage + i * kRow, a + i * p.a.of_row, has_m && i < left);
-        copy_async_or_zero(place + stage + kTile + i * kRow, b + i * p.b.of_row, has_n && i < left);
-      }
+      for (int i = 0; i < kOuterPixels; i += kLeftLoads)
+        copy_async_or_zero(left_place + stage + i * kLeftRow, a + i * p.a.of_row, has_m && left_row + i < pixels);
+#pragma unroll
+      for (int i = 0; i < kOuterPixels; i += kRightLoads)
+        copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
       --to_load;
       pixel += kOuterPixels;
       a += kOuterPixels * p.a.of_row, b += kOuterPixels * p.b.of_row;
-      if (pixel - row >= p.pixels) pixel = row, ++image, start();
+      if (pixel >= p.pixels) pixel = 0, ++image, start();
     }
     commit_copies();
   };
@@ -271,8 +278,8 @@ __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
     }
   };
   const int m0 = warp / 2 * 32, n0 = warp % 2 * 32;
-  const unsigned char *left_columns = shared + columns_lane<T, false>(kRow) + m0 * sizeof(T),
-                      *right_columns = shared + kTile + columns_lane<T, true>(kRow) + n0 * sizeof(T);
+  const unsigned char *left_columns = shared + columns_lane<T, false>(kLeftRow) + m0 * sizeof(T),
+                      *right_columns = shared + kLeftTile + columns_lane<T, true>(kRightRow) + n0 * sizeof(T);
   load(0);
   load(kStage);
   int now = 0, next = 2 * kStage, summed = 0;
@@ -286,8 +293,8 @@ __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
       uint32_t left[2][4], right[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        load_columns<T, false>(left[i], left_tile + k * kRow + i * 16 * sizeof(T), kRow);
-        load_columns<T, true>(right[i], right_tile + k * kRow + i * 16 * sizeof(T), kRow);
+        load_columns<T, false>(left[i], left_tile + k * kLeftRow + i * 16 * sizeof(T), kLeftRow);
+        load_columns<T, true>(right[i], right_tile + k * kRightRow + i * 16 * sizeof(T), kRightRow);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -313,17 +320,33 @@ __global__ void __launch_bounds__(128) multiply_outer(Outer<T> p) {
       }
 }
 
+// Rows of a block's sums: many where there are as many, which load b less often, but for float32, which has no registers for it.
+template <class T>
+constexpr int outer_m(int64_t m) {
+  return sizeof(T) == 2 && m > 64 ? 128 : 64;
+}
+template <class T>
+int64_t outer_blocks(int64_t m, int64_t n) {
+  return ceil_div(m, outer_m<T>(m)) * ceil_div(n, kOuterN);
+}
+
 // In how many parts a sum of m × n products over the pixels is taken, to fill the device; independent of it, so that results are
 // the same on all.
-inline int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
-  const int64_t blocks = ceil_div(m, kOuterTile) * ceil_div(n, kOuterTile) * matrices;
-  return std::clamp<int64_t>(ceil_div(512, blocks), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
+template <class T>
+int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
+  const int64_t warps = outer_blocks<T>(m, n) * outer_m<T>(m) / 16 * matrices;
+  return std::clamp<int64_t>(ceil_div(2048, warps), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
 }
 
 template <class T>
 void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.m, kOuterTile) * ceil_div(p.n, kOuterTile), matrices, splits);
-  launch(multiply_outer<T>, grid, dim3(128), kStages * 2 * kOuterPixels * kOuterRow<T>, stream, p);
+  const auto run = [&](auto kernel, int rows) {
+    launch(kernel, dim3(outer_blocks<T>(p.m, p.n), matrices, splits), dim3(2 * rows),
+           kStages * kOuterPixels * (outer_row<T>(rows) + outer_row<T>(kOuterN)), stream, p);
+  };
+  if constexpr (sizeof(T) == 2)
+    if (outer_m<T>(p.m) == 128) return run(multiply_outer<T, 128>, 128);
+  run(multiply_outer<T, 64>, 64);
 }
 
 }  // namespace image

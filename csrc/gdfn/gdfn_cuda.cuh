@@ -111,7 +111,7 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const int64_t pixel_bytes =
       (2 * hidden + padded + columns) * static_cast<int64_t>(sizeof(T)) + ExpansionBackward<T>::pixel_bytes(hidden, columns);
   const Steps steps(s, s.rows(), pixel_bytes, 2, kBackwardBudget, kMostImages);
-  const int64_t splits = splits_of(columns, padded, 1, steps.images * steps.rows * s.width);
+  const int64_t splits = splits_of<T>(padded, columns, 1, steps.images * steps.rows * s.width);
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, true, repack);
   T* project_out = workspace.take<T>(int64_t{padded} * columns);  // transposed
@@ -119,7 +119,7 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const Image<T> dx_image(workspace, a.dx, layout, steps, s, 0);
   const Buffer<T> normal_rows(workspace, steps, s, columns, 2), hidden_rows(workspace, steps, s, hidden, 2),
       gated_rows(workspace, steps, s, padded, 1), d_rows(workspace, steps, s, hidden, 1);
-  float* d_project_out = workspace.take<float>(splits * columns * padded);
+  float* d_project_out = workspace.take<float>(splits * columns * padded);  // transposed
   const ExpansionBackward<T> backward(workspace, expansion, steps, s);
   if (workspace.counts_only()) return workspace.used();
 
@@ -136,14 +136,14 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
     product<T, T>({dy.matrices(), {project_out, 0, columns, 0}, gated.pixels(), columns, padded, 1}, gated.matrices(), images,
                   stream);
     launch_walk(gate_backward<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated, d);
-    outer<T>({dy.of(rows).matrices(), gated.of(rows).matrices(), d_project_out, images, dx.pixels(), columns, padded, 1, !first},
+    outer<T>({gated.of(rows).matrices(), dy.of(rows).matrices(), d_project_out, images, dx.pixels(), padded, columns, 1, !first},
              1, splits, stream);
     backward.step(x, dy, dx, normal, h, d, images, first, stream);
     dx_image.written(b, images, rows, stream);
     first = false;
   });
   // All zero for no image.
-  repack.add({Axis::plain(columns, padded), Axis::plain(padded, 1), s.channels * real, real, int64_t{columns} * padded,
+  repack.add({Axis::plain(columns, 1), Axis::plain(padded, columns), s.channels * real, real, int64_t{columns} * padded,
               first ? 0 : static_cast<int>(splits)},
              d_project_out, a.d_project_out);
   backward.finish(!first, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv, repack);

@@ -235,7 +235,7 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   const Steps steps(s, {static_cast<int>(a.first), static_cast<int>(a.end)},
                     (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
   const int64_t count = s.channels * int64_t{size},
-                splits = splits_of(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
+                splits = splits_of<T>(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
                 slots = Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks();
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
@@ -375,8 +375,8 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
       (columns + 8 * third) * static_cast<int64_t>(sizeof(T)) + ExpansionBackward<T>::pixel_bytes(hidden, columns);
   const Steps steps(s, s.rows(), pixel_bytes, 2, kBackwardBudget, kMostImages / heads);
   const int64_t matrices = steps.images * heads, combined_size = int64_t{third} * columns;
-  const int64_t splits = splits_of(third, columns, steps.images, int64_t{steps.rows} * s.width);
-  const int64_t out_splits = splits_of(columns, padded, heads, steps.images * size);
+  const int64_t splits = splits_of<T>(third, columns, steps.images, int64_t{steps.rows} * s.width);
+  const int64_t out_splits = splits_of<float>(columns, padded, heads, steps.images * size);
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, channels, columns, true, repack);
   const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
