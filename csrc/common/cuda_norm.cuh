@@ -42,12 +42,12 @@ struct NormPixel {
   static __device__ __forceinline__ int channel(const NormLanes<T>& l, int round, int i) {
     return ((round * kPieces + i) * l.lanes + l.lane()) * kSize;
   }
-  // Channels that there are not get the value of `rest`.
   __device__ __forceinline__ void load(const NormLanes<T>& l, int round, const T* x, int view) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
       if (channel(l, round, i) < view) load_floats(x + channel(l, round, i), v[i]);
   }
+  // Gives channels that there are not the value of `rest`.
   __device__ __forceinline__ void set_rest(const NormLanes<T>& l, int round, int channels, float rest) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {

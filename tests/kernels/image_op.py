@@ -45,6 +45,12 @@ def draws(op, tensors, dy, keywords, contents=None):
     return [reference_and_gold(op, t, dy, keywords) for t in inputs]
 
 
+def shifted(image):
+    """The image in channels_last, in memory that does not begin on a whole vector."""
+    b, c, h, w = image.shape
+    return image.new_empty(image.numel() + 1)[1:].view(b, h, w, c).permute(0, 3, 1, 2).copy_(image)
+
+
 def few_pixels():
     """(contents, norm's bias, sides, dtype): all of them, or where a launch takes a second some that have each."""
     some = [(True, ((1, 1),), "f32"), (False, ((1, 2),), "f32"), (True, ((1, 2),), "bf16"), (False, ((9, 1),), "f16")]
@@ -116,7 +122,7 @@ class ImageOpTests:
         for a, e in zip(run(compiled, tensors, dy), run(function, tensors, dy), strict=True):
             assert torch.equal(a, e)
 
-    @pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted"])
+    @pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted", "shifted"])
     def test_noncontiguous(self, layout):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
         expected = run(self.op, tensors, dy, **keywords, backend=BACKEND)
@@ -125,6 +131,8 @@ class ImageOpTests:
             tensors[0], dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         elif layout == "sliced":
             tensors[0], dy = torch.cat([x, x], 3)[..., : x.shape[3]], torch.stack([dy, dy], -1)[..., 0]
+        elif layout == "shifted":
+            tensors[0], dy = shifted(x), shifted(dy)
         else:
             tensors[0] = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         for a, e in zip(run(self.op, tensors, dy, **keywords, backend=BACKEND), expected, strict=True):
