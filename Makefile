@@ -8,13 +8,21 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo test check drills lint docs bench gpu-check install
+.PHONY: demo demo-train model test check drills lint docs bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
-demo test check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
+demo demo-train model test check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: install
 	$(BIN)/autohdr demo
+
+# The whole road in minutes: rooms, training, evaluation, enhancement.
+demo-train: install
+	$(BIN)/autohdr demo --train --out demo_train_run
+
+# The weights that ship, from nothing: autohdr/models/lite.safetensors.
+model: install
+	$(BIN)/python -m autohdr.train.lite
 
 # A process a core, of one thread each; tests of several threads ask for them. What a test starts in another process is not counted
 # in the figure of coverage.

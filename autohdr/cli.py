@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -132,9 +133,9 @@ def degrade(finished: Positional[Path], out: Path, size: int = 2048, seed: int =
 
 
 def evaluate(
-    checkpoint: Path,
     pairs: Path,
     out: Path,
+    checkpoint: Path | None = None,
     size: int | None = None,
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
@@ -142,12 +143,12 @@ def evaluate(
     steps: int | None = None,
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
-    """Measure a model on held-out pairs, beside the unedited source and an auto-tone. Ends in a table and report.html.
+    """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
 
     Args:
-        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder.
         pairs: JSONL file of pairs that the model was not trained on.
         out: Folder for results.json and report.html.
+        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships.
         size: Side of the square that every pair is brought to; by default they keep their own size.
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
@@ -159,10 +160,11 @@ def evaluate(
     from autohdr.evaluate import evaluate
     from autohdr.measure import pick_device
     from autohdr.models import load_checkpoint
+    from autohdr.models.weights import SHIPPED
     from autohdr.report import format_table
 
     where = pick_device(device)
-    model = _with_steps(load_checkpoint(checkpoint), steps)
+    model = _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
@@ -173,9 +175,10 @@ def evaluate(
 
 def enhance(
     paths: Positional[list[Path]],
-    out: Path,
+    out: Path | None = None,
     checkpoint: Path | None = None,
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
+    strength: float = 1.0,
     overwrite: Annotated[bool, FlagCreatePairsOff] = False,
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
@@ -188,10 +191,11 @@ def enhance(
     A photo that cannot be read or written is reported and skipped, and the exit status is then 1.
 
     Args:
-        paths: Photos, and folders of photos.
-        out: Folder for the results.
-        checkpoint: Weights of the model that enhances.
-        auto_tone: Use the two-parameter auto-tone instead of a model.
+        paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
+        out: Folder for the results; needed but for `-`.
+        checkpoint: Weights of the model that enhances; by default the small one that ships.
+        auto_tone: Use the fixed auto-tone instead of a model.
+        strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         overwrite: Replace results that exist already, instead of skipping their photos.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
@@ -200,21 +204,32 @@ def enhance(
             strips, with the same result. By default nine tenths of what is free.
         verbose: Print each photo's plan before work on it starts: strips, files, expected memory and time.
     """
-    if (checkpoint is None) != auto_tone:
-        raise UserError(
-            "enhance: expected either --checkpoint FILE or --auto-tone. A checkpoint comes from training: "
-            "`autohdr demo` makes a small one in minutes, `autohdr train restormer_384 --train-pairs train.jsonl "
-            "--val-pairs val.jsonl` a real one, runs/restormer_384/checkpoint_best.safetensors"
-        )
+    if checkpoint and auto_tone:
+        raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
+    through = paths == [Path("-")]
+    if through == (out is not None):
+        raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
     from autohdr.enhance import enhance
     from autohdr.measure import parse_bytes, pick_device
     from autohdr.models import load_checkpoint
+    from autohdr.models.weights import SHIPPED
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     limit = parse_bytes(max_memory) if max_memory else None
-    model = _with_steps(load_checkpoint(checkpoint), steps) if checkpoint else None
-    result = enhance(paths, out, model, device=pick_device(device), precision=precision, overwrite=overwrite, max_memory=limit)
+    model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
+    settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
+    if out is None:
+        with TemporaryDirectory() as folder:
+            photo = Path(folder, "photo.jpg")  # the format is told by what is in it
+            photo.write_bytes(sys.stdin.buffer.read())
+            result = enhance([photo], Path(folder, "out"), model, progress=False, **settings)
+            for _, reason in result.skipped:
+                print(f"skipped standard input: {reason}", file=sys.stderr)
+            for path in result.written:
+                sys.stdout.buffer.write(path.read_bytes())
+        return 1 if result.skipped else 0
+    result = enhance(paths, out, model, overwrite=overwrite, **settings)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
@@ -262,17 +277,20 @@ def _with_steps(model: Any, steps: int | None) -> Any:
     return model
 
 
-def demo(out: Path = Path("demo_run")) -> int:
-    """The whole road in minutes on a CPU: synthesise rooms, train restormer_nano, evaluate it, enhance photos.
-
-    The exit status is 1 unless the model beats auto-tone by at least 1 dB on rooms it has not seen.
+def demo(out: Path = Path("demo_run"), train: Annotated[bool, FlagCreatePairsOff] = False) -> int:
+    """Enhance the sample photos that come along with the model that does, and write a report with before/after sliders.
 
     Args:
         out: Folder for everything; one that an earlier demo made is made anew.
+        train: The whole road instead, in minutes on a CPU: synthesise rooms, train restormer_nano, evaluate it on rooms that it
+            has not seen, enhance those. The exit status is 1 unless it beats auto-tone by at least 1 dB.
     """
-    from autohdr.demo import WANTED_MARGIN, demo
+    from autohdr.demo import WANTED_MARGIN, demo, demo_train
 
-    return 0 if demo(out).margin >= WANTED_MARGIN else 1
+    if not train:
+        demo(out)
+        return 0
+    return 0 if demo_train(out).margin >= WANTED_MARGIN else 1
 
 
 def _train_verb(argv: list[str]) -> Any:

@@ -1,9 +1,10 @@
-"""The demo: from nothing to enhanced photos and a report, on synthetic rooms."""
+"""The demos: photos that ship with the package, enhanced by the model that does; and the whole road with training."""
 
 import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from autohdr.data.pairs import read_pairs
 from autohdr.data.splits import write_splits
@@ -19,19 +20,37 @@ from autohdr.train.loop import train
 SCENES, HELD_OUT = 88, 12
 HEIGHT, WIDTH = 256, 384
 WANTED_MARGIN = 1.0  # dB PSNR above auto-tone: a model that has learnt reaches more
+SAMPLES = Path(__file__).with_name("samples") / "pairs.jsonl"
 _MARK = ".autohdr-demo"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the demo ended: its report, the enhanced photos, and PSNR of the model above auto-tone's in dB."""
+    """Where a demo ended: its report, the enhanced photos, and PSNR of the model above auto-tone's in dB."""
 
     report: Path
     enhanced: Path
     margin: float
 
 
-def demo(
+def demo(out: Path) -> DemoResult:
+    """Enhances the sample photos with the shipped model, beside the edits that were synthesised with them, in the folder `out`.
+
+    A folder that an earlier demo made is made anew; UserError if `out` holds anything else.
+    """
+    _claim(out)
+    pairs, model = read_pairs(SAMPLES), load_checkpoint()
+    enhanced = enhance([pair.src for pair in pairs], out / "enhanced", model)
+    results = evaluate(pairs, out / "report", model=model)
+    print(format_table(results))
+    print(f"\nreport:            {out / 'report' / 'report.html'}")
+    speed = f"{enhanced.seconds / enhanced.megapixels:.2f} s a megapixel"
+    print(f"enhanced photos:   {out / 'enhanced'} ({len(enhanced.written)}, {speed})")
+    print("your own:          autohdr enhance PHOTO_OR_FOLDER --out FOLDER")
+    return _result(out, results)
+
+
+def demo_train(
     out: Path,
     *,
     config: TrainConfig | None = None,
@@ -68,7 +87,7 @@ def demo(
 
     step(4, "enhancing them")
     enhanced = enhance([pair.src for pair in test], out / "enhanced", model)
-    result = DemoResult(out / "report" / "report.html", out / "enhanced", results["summary"]["model_minus_auto_tone"]["psnr"][0])
+    result = _result(out, results)
     verdict = "at least" if result.margin >= WANTED_MARGIN else "LESS than"
     print(
         f"\n{result.margin:+.2f} dB PSNR against auto-tone, {verdict} the {WANTED_MARGIN:+.1f} dB that it should be, "
@@ -78,6 +97,10 @@ def demo(
     print(f"enhanced photos:   {result.enhanced} ({len(enhanced.written)})")
     print(f"training curve:    {out / 'run' / 'curve.png'}")
     return result
+
+
+def _result(out: Path, results: dict[str, Any]) -> DemoResult:
+    return DemoResult(out / "report" / "report.html", out / "enhanced", results["summary"]["model_minus_auto_tone"]["psnr"][0])
 
 
 def _claim(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Enhances photo files at their own resolution, with a model or with the auto-tone baseline."""
+"""Enhances photo files at their own resolution, with a model or with the auto-tone."""
 
 import math
 import os
@@ -39,6 +39,7 @@ def enhance(
     *,
     device: str | torch.device = "cpu",
     precision: str = "float32",
+    strength: float = 1.0,
     overwrite: bool = False,
     progress: bool = True,
     max_memory: int | None = None,
@@ -50,18 +51,23 @@ def enhance(
     is skipped and listed with the reason; the others go on.
 
     model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
-    None is the auto-tone. precision: float32, or bfloat16 under autocast.
+    None is the auto-tone. One that takes samples gets the photo's own, uint8 or uint16, in place of float32.
+    precision: float32, or bfloat16 under autocast.
+    strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
-    UserError before any work: max_memory and another model; a path that does not exist, no photos, two photos of one output
-    name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
+    UserError before any work: a strength outside 0 to 2; max_memory and another model; a path that does not exist, no photos, two
+    photos of one output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if max_memory is not None and not works_in_strips(model):
         got = type(model).__name__ if model else "the auto-tone"
         raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
+    if not 0 <= strength <= 2:
+        raise UserError(f"strength must be from 0 to 2, got {strength}")
     device = torch.device(device)
+    as_stored = model is None or getattr(model, "takes_samples", False)
     if model is not None:
         model = model.eval().to(device)
     jobs = _jobs([Path(path) for path in paths], Path(out_dir))
@@ -71,8 +77,11 @@ def enhance(
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists already and is not to be overwritten")
             started = time.perf_counter()
-            photo = read_photo(source)
-            photo.pixels = auto_tone(photo.pixels) if model is None else _run(model, photo.pixels, device, precision, max_memory)
+            photo = read_photo(source, as_stored)
+            before = photo.pixels
+            photo.pixels = auto_tone(before) if model is None else _run(model, before, device, precision, max_memory)
+            if strength != 1:
+                _blend(before, photo.pixels, strength)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_photo(target, photo)
             result.seconds += time.perf_counter() - started
@@ -138,7 +147,17 @@ def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: 
             output = in_strips(model, image, free if max_memory is None else max_memory)
         else:
             output = model(image)
-    return output[0].permute(1, 2, 0).float().cpu().numpy()
+    output = output[0].permute(1, 2, 0)
+    return (output.float() if output.is_floating_point() else output).cpu().numpy()
+
+
+def _blend(before: np.ndarray, after: np.ndarray, strength: float) -> None:
+    """Makes `after` what is `strength` of the way from before to it, in bands, so that no copy of a large photo is made."""
+    for row in range(0, len(after), 64):
+        a, b = (pixels[row : row + 64].astype(np.float32) for pixels in (before, after))
+        mixed = a + np.float32(strength) * (b - a)
+        white = np.iinfo(after.dtype).max if after.dtype.kind == "u" else 0
+        after[row : row + 64] = np.rint(mixed.clip(0, white)) if white else mixed
 
 
 def _out_of_memory(error: BaseException) -> str | None:

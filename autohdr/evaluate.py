@@ -1,21 +1,22 @@
-"""A model's figures on held-out pairs beside two baselines, as results.json and as a page to look at (autohdr.report)."""
+"""A model's figures on held-out pairs beside source and baselines, as results.json and as a page to look at (autohdr.report)."""
 
 import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import autohdr
-from autohdr.autotone import auto_tone
+from autohdr.autotone import auto_tone, gain_and_gamma
 from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
 from autohdr.files import write_text
@@ -25,6 +26,7 @@ from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
 PRECISIONS = ("float32", "bfloat16")
 MEGAPIXEL = 1_000_000
+BASELINES = {"gain_and_gamma": gain_and_gamma, "auto_tone": auto_tone}
 
 
 def evaluate(
@@ -38,7 +40,7 @@ def evaluate(
     precision: str = "float32",
     allow_trained: bool = False,
 ) -> dict[str, Any]:
-    """Measures source, auto-tone and model against the targets; writes results.json and report.html into out_dir.
+    """Measures source, gain and gamma, auto-tone and model against the targets; writes results.json and report.html into out_dir.
 
     model: (1, 3, H, W) -> same shape, put on `device` in eval mode; None measures the two baselines alone.
     size, resize: as in PairDataset, without augmentation; None keeps each photo's own size.
@@ -75,7 +77,7 @@ def evaluate(
         height, width = target.shape[-2:]
         image: dict[str, Any] = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
         image |= {"height": height, "width": width}
-        outputs = {"source": source, "auto_tone": _auto_tone(source)}
+        outputs = {"source": source} | {name: _toned(recipe, source) for name, recipe in BASELINES.items()}
         if model is not None:
             outputs["model"], cost = _predict(model, source, precision, pair.src)
             image |= cost | {"trained_on": trained and bool(trained[index])}
@@ -102,7 +104,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def summarise(
-    figures: Sequence[dict[str, dict[str, float]]], against: Sequence[str] = ("auto_tone",)
+    figures: Sequence[dict[str, dict[str, float]]], against: Sequence[str] = tuple(BASELINES)
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """{method: {metric: value}} of each image -> {method: {metric: (mean, half width of its 95% interval)}}.
 
@@ -167,9 +169,9 @@ def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _auto_tone(source: Tensor) -> Tensor:
+def _toned(recipe: Callable[[np.ndarray], np.ndarray], source: Tensor) -> Tensor:
     pixels = source[0].permute(1, 2, 0).contiguous().cpu().numpy()
-    return torch.from_numpy(auto_tone(pixels)).permute(2, 0, 1)[None].to(source.device)
+    return torch.from_numpy(recipe(pixels)).permute(2, 0, 1)[None].to(source.device)
 
 
 def _predict(model: nn.Module, source: Tensor, precision: str, photo: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python examples/enhance_from_python.py photo.jpg --checkpoint runs/mine/checkpoint_best.safetensors
 
-Without photos it renders one; without a checkpoint the two-parameter auto-tone edits.
+Without photos it renders one; without a checkpoint the model that ships edits.
 """
 
 import argparse
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from autohdr.autotone import auto_tone
 from autohdr.data.images import Photo, read_photo, to_float, write_photo
 from autohdr.data.synthetic import render_pair
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
+from autohdr.models.weights import SHIPPED
 
 
 def render(path: Path, height: int, width: int) -> Path:
@@ -28,7 +28,7 @@ def render(path: Path, height: int, width: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photos", nargs="*", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--out", type=Path, help="folder for the enhanced photos; by default a new temporary one")
     parser.add_argument("--height", type=int, default=240, help="of the room that is rendered where there are no photos")
     parser.add_argument("--width", type=int, default=320)
@@ -37,7 +37,7 @@ def main() -> None:
     out = args.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     photos = args.photos or [render(out / "rendered_room.png", args.height, args.width)]
-    model = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    model = load_checkpoint(args.checkpoint)
 
     # Whole files: size, format, bit depth, EXIF and colour profile stay; what can't be done is listed, never half written.
     result = enhance(photos, out / "enhanced", model, overwrite=True, progress=False)
@@ -48,13 +48,10 @@ def main() -> None:
         height, width, _ = photo.pixels.shape
         print(f"{path}: {width} x {height}, {photo.format} of {photo.depth} bits, mean {photo.pixels.mean():.3f}")
 
-    # One image: an array (H, W, 3) or, for a model, a tensor [1, 3, H, W] in [0, 1].
+    # One image: a tensor [1, 3, H, W] in [0, 1].
     before = read_photo(photos[0]).pixels
-    if model is None:
-        after = auto_tone(before)
-    else:
-        with torch.inference_mode():
-            after = model(torch.from_numpy(before).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    with torch.inference_mode():
+        after = model(torch.from_numpy(before).permute(2, 0, 1)[None])[0].clamp(0, 1).permute(1, 2, 0).numpy()
     print(f"{photos[0].name}: mean {before.mean():.3f} before, {after.mean():.3f} after")
 
 

@@ -1,9 +1,12 @@
+import io
 import json
 import logging
 import math
 import os
 import re
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +240,18 @@ def test_enhance_auto_tone(photos):
     assert np.asarray(Image.open(photos / "enhanced" / "0_src.png")).mean() > 100
 
 
+def test_enhance_with_the_model_that_ships(photos, capsysbinary, monkeypatch):
+    """A folder of photos, and one photo through standard input and output."""
+    assert run("enhance", photos / "0_src.png", "--out", photos / "enhanced") == 0
+    written = (photos / "enhanced" / "0_src.png").read_bytes()
+    capsysbinary.readouterr()
+    for sent, status, received in (((photos / "0_src.png").read_bytes(), 0, written), (b"no picture", 1, b"")):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(sent)))
+        assert run("enhance", "-") == status
+        captured = capsysbinary.readouterr()
+        assert captured.out == received and (b"skipped standard input: " in captured.err) == bool(status)
+
+
 def test_enhance_verbose_prints_the_plan_first(photos, checkpoint, caplog, monkeypatch):
     # Under pytest the root logger has handlers already, and basicConfig would leave it as it is.
     monkeypatch.setattr(logging, "basicConfig", lambda level, format: caplog.set_level(level))
@@ -264,8 +279,8 @@ def test_demo_fails_where_auto_tone_is_nearly_as_good(monkeypatch, tmp_path):
 
     for margin, status in ((1.0, 0), (0.9, 1), (-0.1, 1), (math.nan, 1)):
         result = demo.DemoResult(tmp_path, tmp_path, margin)
-        monkeypatch.setattr(demo, "demo", lambda out, result=result: result)
-        assert run("demo", "--out", tmp_path) == status
+        monkeypatch.setattr(demo, "demo_train", lambda out, result=result: result)
+        assert run("demo", "--train", "--out", tmp_path) == status
 
 
 def test_ctrl_c(monkeypatch, tmp_path):
@@ -301,8 +316,6 @@ def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
         (("data", "split", "pairs.jsonl"), "--out"),
         (("data", "synth"), "--out"),
         (("data", "degrade", "finals"), "--out"),
-        (("eval", "--pairs", "p.jsonl", "--out", "report"), "--checkpoint"),
-        (("enhance", "photo.jpg", "--auto-tone"), "--out"),
     ],
     ids=" ".join,
 )
@@ -348,10 +361,10 @@ def test_eval_refuses(photos, checkpoint, capsys):
 
 def test_enhance_refuses(photos, checkpoint, capsys):
     out = ("--out", photos / "enhanced")
-    message = refusal(capsys, "enhance", photos / "0_src.png", *out)
-    assert "--checkpoint" in message and "--auto-tone" in message and "autohdr train restormer_384" in message
+    for arguments in ((photos / "0_src.png",), ("-", *out), ("-", photos / "0_src.png")):
+        assert "photos and --out FOLDER, or - alone" in refusal(capsys, "enhance", *arguments)
     both = ("--auto-tone", "--checkpoint", checkpoint)
-    assert "either --checkpoint FILE or --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
+    assert "at most one of --checkpoint FILE and --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
     assert "does not exist" in refusal(capsys, "enhance", photos / "nowhere.png", "--auto-tone", *out)
     assert "expected photos" in refusal(capsys, "enhance", "--auto-tone", *out)
     with_limit = ("--checkpoint", checkpoint, "--max-memory", "much")

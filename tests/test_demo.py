@@ -2,11 +2,19 @@ from dataclasses import replace
 
 from PIL import Image
 
-from autohdr.demo import demo
+from autohdr.demo import demo, demo_train
 from autohdr.train.config import load_config
 
 
 def test_demo(tmp_path, capsys):
+    result = demo(tmp_path / "demo")
+    assert {path.suffix for path in result.enhanced.iterdir()} == {".jpg"} and result.report.is_file()
+    printed = capsys.readouterr().out
+    for shown in (str(result.report), str(result.enhanced), "auto-tone", "autohdr enhance PHOTO_OR_FOLDER"):
+        assert shown in printed
+
+
+def test_demo_that_trains(tmp_path, capsys):
     """Everything in small: rooms, a run, a report, enhanced photos; a second demo replaces the first."""
     config = replace(
         load_config("demo"),
@@ -17,7 +25,7 @@ def test_demo(tmp_path, capsys):
     )
     out = tmp_path / "demo"
     size = {"scenes": 4, "held_out": 1, "height": 32, "width": 48}
-    result = demo(out, config=config, **size)
+    result = demo_train(out, config=config, **size)
     assert [path.name for path in result.enhanced.iterdir()] == ["0000_src.jpg"]
     assert Image.open(result.enhanced / "0000_src.jpg").size == (48, 32)
     printed = capsys.readouterr().out
@@ -27,5 +35,5 @@ def test_demo(tmp_path, capsys):
     assert result.report.is_file()
 
     (out / "stale.txt").touch()
-    demo(out, config=config, **size)
+    demo_train(out, config=config, **size)
     assert not (out / "stale.txt").exists()

@@ -79,7 +79,34 @@ def test_model_enhances_at_full_resolution_in_the_original_format(tmp_path, form
 def test_auto_tone_without_a_model(tmp_path):
     samples = save(tmp_path / "a.png")
     run([tmp_path / "a.png"], tmp_path / "out")
-    np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), from_float(auto_tone(to_float(samples))))
+    edited = read_samples(tmp_path / "out/a.png")
+    np.testing.assert_array_equal(edited, auto_tone(samples))
+    np.testing.assert_allclose(edited, from_float(auto_tone(to_float(samples))), atol=1)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_model_that_takes_samples_gets_the_files_own(tmp_path, depth):
+    samples = save(tmp_path / "a.png", depth=depth)
+    model = create_model("lite", members=1)
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    run([tmp_path / "a.png"], tmp_path / "out", model)
+    assert seen == [torch.uint8 if depth == 8 else torch.uint16]
+    np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), auto_tone(samples))  # an untrained one is the auto-tone
+
+
+@pytest.mark.parametrize("model", [None, Invert()], ids=["samples", "floats"])
+def test_strength(tmp_path, model):
+    samples = save(tmp_path / "a.png", 80, 9).astype(float)
+    edits = {}
+    for strength in (0, 0.25, 1, 1.5):
+        run([tmp_path / "a.png"], tmp_path / f"{strength}", model, strength=strength)
+        edits[strength] = read_samples(tmp_path / f"{strength}/a.png").astype(float)
+    np.testing.assert_array_equal(edits[0], samples)
+    for strength in (0.25, 1.5):
+        np.testing.assert_allclose(edits[strength], (samples + strength * (edits[1] - samples)).clip(0, 255), atol=1)
+    with pytest.raises(UserError, match="strength must be from 0 to 2, got 3"):
+        run([tmp_path / "a.png"], tmp_path / "out", model, strength=3)
 
 
 def test_metadata_is_kept_and_the_photo_upright(tmp_path):

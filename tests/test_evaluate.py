@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from autohdr.autotone import auto_tone
+from autohdr.autotone import auto_tone, gain_and_gamma
 from autohdr.data.images import read_rgb
 from autohdr.data.pairs import Pair
 from autohdr.errors import UserError
@@ -67,7 +67,8 @@ def test_figures_equal_recomputed_ones(pairs, tmp_path):
         source, target = read_rgb(pair.src), read_rgb(pair.tar)
         with torch.no_grad():
             predicted = model(tensor(source)).clamp(0, 1)
-        outputs = {"source": tensor(source), "auto_tone": tensor(auto_tone(source)), "model": predicted}
+        outputs = {"source": tensor(source), "gain_and_gamma": tensor(gain_and_gamma(source))}
+        outputs |= {"auto_tone": tensor(auto_tone(source)), "model": predicted}
         for method, output in outputs.items():
             expected = {name: metric(output, tensor(target)).item() for name, metric in METRICS.items()}
             assert image["figures"][method] == pytest.approx(expected, rel=1e-6), (pair, method)
@@ -86,12 +87,11 @@ def test_identity_has_the_sources_figures(pairs, tmp_path):
 
 def test_summary_pairs_the_differences():
     def figures(auto, model):
-        return {"source": dict.fromkeys(METRICS, 1.0), "auto_tone": dict.fromkeys(METRICS, auto)} | {
-            "model": dict.fromkeys(METRICS, model)
-        }
+        values = {"source": 1.0, "gain_and_gamma": 2.0, "auto_tone": auto, "model": model}
+        return {method: dict.fromkeys(METRICS, value) for method, value in values.items()}
 
     summary = summarise([figures(10.0, 11.0), figures(20.0, 21.0), figures(30.0, 31.0)])
-    assert summary["model_minus_auto_tone"]["psnr"] == (1.0, 0.0)
+    assert summary["model_minus_auto_tone"]["psnr"] == (1.0, 0.0) and summary["model_minus_gain_and_gamma"]["psnr"][0] == 19
     assert summary["model"]["psnr"][0] == 21 and summary["model"]["psnr"][1] > 20
 
 
@@ -109,7 +109,7 @@ def test_table(pairs, tmp_path):
     assert lines[0].startswith("3 pairs, own resolution, float32, ")
     assert lines[2].split() == ["L1", "↓", "PSNR", "dB", "↑", "SSIM", "↑", "ΔE2000", "↓"]
     column = lines[2].index("PSNR")
-    for line, method in zip(lines[3:], ("source", "auto_tone", "model", "model_minus_auto_tone"), strict=False):
+    for line, method in zip(lines[3:], results["summary"], strict=False):
         mean, half = results["summary"][method]["psnr"]
         assert line[column:].lstrip("+").startswith(f"{mean:.2f} ± {half:.2f}")
     assert re.search(r"^Parameters: +84$", "\n".join(lines), re.M)
@@ -126,7 +126,7 @@ def test_memory_that_cannot_be_told(pairs, tmp_path, monkeypatch):
 def test_baselines_alone_at_a_given_size(pairs, tmp_path):
     results = evaluate(pairs[:1], tmp_path / "out", size=(16, 32))
     stored = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
-    assert stored["model"] is None and stored["summary"].keys() == {"source", "auto_tone"}
+    assert stored["model"] is None and stored["summary"].keys() == {"source", "gain_and_gamma", "auto_tone"}
     assert (stored["images"][0]["height"], stored["images"][0]["width"]) == (16, 32)
     assert math.isnan(results["summary"]["source"]["psnr"][1]) and stored["summary"]["source"]["psnr"][1] is None
     table = format_table(results)

@@ -41,7 +41,8 @@ Image.MAX_IMAGE_PIXELS = 150_000_000
 class Photo:
     """A photo, and what it takes beside the pixels to write it again as it was.
 
-    pixels: (H, W, 3) float32 in [0, 1], upright. format: JPEG, PNG, WEBP or TIFF. depth: 8 or 16 bits a channel.
+    pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth. format: JPEG, PNG, WEBP
+    or TIFF. depth: 8 or 16 bits a channel.
     alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
     without a thumbnail, or empty. icc_profile: an RGB profile or None.
     """
@@ -54,13 +55,16 @@ class Photo:
     icc_profile: bytes | None = None
 
 
-def read_photo(path: str | Path) -> Photo:
-    """Reads a photo. UserError if the file is missing, empty, damaged, larger than 300 megapixels or no photo."""
+def read_photo(path: str | Path, as_stored: bool = False) -> Photo:
+    """Reads a photo. UserError if the file is missing, empty, damaged, larger than 300 megapixels or no photo.
+
+    as_stored: leave its pixels the uint8 or uint16 samples that they are in the file, a quarter or half of the memory.
+    """
     with _opened(path) as image:
         samples = _turned(*_decode(image))
         exif, icc = _exif(image)[0], image.info.get("icc_profile")
         return Photo(
-            pixels=to_float(samples[..., :3]),
+            pixels=np.require(samples[..., :3], requirements="CW") if as_stored else to_float(samples[..., :3]),
             format=str(image.format).replace("MPO", "JPEG"),
             depth=8 * samples.itemsize,
             alpha=samples[..., 3].copy() if samples.shape[2] == 4 else None,
@@ -109,7 +113,7 @@ def write_photo(path: str | Path, photo: Photo) -> None:
     JPEG and WebP are written with quality 95 (JPEG without chroma subsampling), TIFF uncompressed. UserError if a pixel
     is not finite or the format can't hold the photo; OSError if the file can't be written.
     """
-    samples = from_float(photo.pixels, photo.depth)
+    samples = photo.pixels if photo.pixels.dtype.kind == "u" else from_float(photo.pixels, photo.depth)
     if photo.alpha is not None:
         samples = np.dstack([samples, photo.alpha])
     with replacing(path) as part, open(part, "wb") as file:

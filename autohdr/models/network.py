@@ -104,6 +104,8 @@ class Network(nn.Module):
     """Parts whose weights several processes gather and free as one, each with whether these may travel in half precision: a
     scan's A, D and Δ may not, nor what is outside the units."""
     can_recompute: ClassVar[bool] = False
+    takes_samples: ClassVar[bool] = False
+    """Whether it also takes a photo's own samples, uint8 or uint16, and gives the same."""
     multiple: int = 1
     """What the sides of the image are padded to a multiple of."""
 

@@ -4,16 +4,22 @@ from dataclasses import fields, replace
 from typing import Any
 
 from autohdr.errors import UserError
+from autohdr.models.lite import Lite, LiteConfig
 from autohdr.models.mamba_diffusion import MambaDiffusion, MambaDiffusionConfig
 from autohdr.models.network import Network, NetworkConfig
 from autohdr.models.restormer import Restormer, RestormerConfig
 
-FAMILIES: dict[str, type[Network]] = {"restormer_nano": Restormer, "mamba_diffusion_nano": MambaDiffusion}
+FAMILIES: dict[str, type[Network]] = {
+    "restormer_nano": Restormer,
+    "mamba_diffusion_nano": MambaDiffusion,
+    "lite": Lite,
+}
 """By the smallest model of each."""
 
 CONFIGS: dict[str, NetworkConfig] = {
     config.name: config
     for config in (
+        LiteConfig("lite"),
         RestormerConfig("restormer_nano", 12, (1, 1, 1, 1), 1),
         RestormerConfig("restormer_tiny", 24, (2, 3, 3, 4), 2),
         RestormerConfig("restormer_small", 32, (3, 4, 4, 6), 3),

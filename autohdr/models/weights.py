@@ -27,6 +27,9 @@ from autohdr.models.weight_files import FLOATS, HEADER, WeightFile, oddity, read
 
 log = logging.getLogger(__name__)
 
+SHIPPED = Path(__file__).with_name("lite.safetensors")
+"""The weights that `make model` makes."""
+
 WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
 )
@@ -111,8 +114,9 @@ def save_weights(path: str | Path, model: Network, metadata: dict[str, Any], wei
         part.write_bytes(safetensors.torch.save(tensors, {HEADER: json.dumps(header)}))
 
 
-def load_checkpoint(path: str | Path) -> Network:
-    """Builds the model a file was saved from, with its weights, on the CPU, in eval mode; a bridge's network within a Sampler.
+def load_checkpoint(path: str | Path = SHIPPED) -> Network:
+    """Builds the model a file was saved from, by default the `lite` that ships with the package, with its
+    weights, on the CPU, in eval mode; a bridge's network within a Sampler.
 
     Reads what save_weights wrote and every layout that load_weights reads, by the same rule where a file holds several copies
     of the weights; where the file doesn't say which model it holds, the tensors' names and shapes do. The model is float32,

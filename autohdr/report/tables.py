@@ -48,7 +48,9 @@ def label(results: dict[str, Any], method: str) -> str:
     if method.startswith(MINUS):
         return f"model − {label(results, method.removeprefix(MINUS))}"
     model = results["model"]["name"] if results["model"] else ""
-    return {"source": "unedited", "auto_tone": "auto-tone", "model": model}.get(method, method)
+    return {"source": "unedited", "gain_and_gamma": "gain and gamma", "auto_tone": "auto-tone", "model": model}.get(
+        method, method
+    )
 
 
 def setting(results: dict[str, Any]) -> str:

@@ -78,10 +78,16 @@ def test_page_holds_all_that_it_needs(pairs, tmp_path, monkeypatch):
     made = written(pairs, tmp_path / "out", nn.Identity())
     assert not any(word in made.text for word in ("http:", "https:", "url(", "@import"))
     urls = [value for _, attributes in made.elements for key, value in attributes.items() if key in ("src", "href")]
-    assert all(url.startswith("data:") for url in urls) and len(urls) == 4 * len(NAMES) + 1
-    assert [image["data-show"] for image in made.all("img")] == ["source", "auto_tone", "model", "target"] * len(NAMES)
-    assert [image["class"] for image in made.all("img")] == ["left", "", "right", ""] * len(NAMES)
-    for image in made.all("img")[:4]:
+    assert all(url.startswith("data:") for url in urls) and len(urls) == 5 * len(NAMES) + 1
+    assert [image["data-show"] for image in made.all("img")] == [
+        "source",
+        "gain_and_gamma",
+        "auto_tone",
+        "model",
+        "target",
+    ] * len(NAMES)
+    assert [image["class"] for image in made.all("img")] == ["left", "", "", "right", ""] * len(NAMES)
+    for image in made.all("img")[:5]:
         with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
             assert picture.format == "JPEG" and picture.size == (20, 12)
     (style,), (script,) = made.texts["style"], made.texts["script"]
@@ -93,7 +99,7 @@ def test_names_of_files_are_text(pairs, tmp_path, model):
     made = written(pairs, tmp_path / "out", model)
     shown = [name.encode("utf-8", "backslashreplace").decode() for name in NAMES]
     assert made.texts["h2"] == shown and shown[-1] == r"caf\udce9 \udcff.png"
-    labels = ["unedited", "auto-tone", *(["Identity"] if model else []), "target"]
+    labels = ["unedited", "gain and gamma", "auto-tone", *(["Identity"] if model else []), "target"]
     assert [image["alt"] for image in made.all("img")] == [f"{label} of {name}" for name in shown for label in labels]
     assert [input_["aria-label"] for input_ in made.all("input")] == [f"where the left picture of {name} ends" for name in shown]
     assert len(made.all("script")) == 1
@@ -103,7 +109,7 @@ def test_name_of_a_model_is_text(pairs, tmp_path):
     model = type("</title><b>", (nn.Identity,), {})()
     made = written(pairs[:1], tmp_path / "out", model)
     assert made.texts["title"] == made.texts["h1"] == ["</title><b> against auto-tone"]
-    assert made.texts["b"] == ["unedited", "</title><b>"] and made.texts["button"][2] == "</title><b>"
+    assert made.texts["b"] == ["unedited", "</title><b>"] and made.texts["button"][3] == "</title><b>"
 
 
 def test_page_shows_the_first_pairs_of_many(pairs, tmp_path, monkeypatch):

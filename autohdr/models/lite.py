@@ -1,0 +1,160 @@
+"""Lite: predicts an edit from a thumbnail, curves, a colour matrix and perhaps an 8×8 grid of gains, and applies it at full size.
+
+What it predicts are changes to the fixed recipe autotone.pinning, whose result it sees beside the thumbnail: an untrained network
+is that recipe. After Gharbi et al., Deep Bilateral Learning for Real-Time Image Enhancement (SIGGRAPH 2017), and with several
+small networks whose edits are averaged.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autohdr import kernels
+from autohdr.autotone import KNOTS, luma, pinning, thumbnail, unfinished, wall_colour
+from autohdr.models.network import Network, NetworkConfig, count, is_whole
+
+SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+FEATURES = len(SHARES) * 4 + 3 + 3
+SIDE = 64  # of what the convolutions see
+CELLS = SIDE // 8
+BENDS, TINTS = 9, 4  # points at which the slope of all curves and of each curve changes
+LARGEST = 1.5  # change of a slope, as a logarithm
+FARTHEST = 2.5  # standard deviations from what it was fitted to, beyond which a feature counts as no farther
+TRUST = 0.6  # how much of the predicted changes is made: photos are not the rooms that they were learnt from
+
+
+class Edit(NamedTuple):
+    """What apply_edit takes beside the image."""
+
+    curves: Tensor
+    matrix: Tensor
+    grid: Tensor | None
+
+
+@dataclass(frozen=True)
+class LiteConfig(NetworkConfig):
+    """members: networks whose edits are averaged. width: channels of their first convolutions. bins: of the grid's luma; 0: no
+    grid."""
+
+    members: int = 5
+    width: int = 8
+    bins: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("members", 1), ("width", 1), ("bins", 0)):
+            self.require(name, f"a whole number, at least {least}", is_whole(getattr(self, name), least))
+
+
+class Member(nn.Module):
+    """One predictor: features [B, FEATURES] and pictures [B, 6, SIDE, SIDE] to the changes of an edit."""
+
+    def __init__(self, width: int, bins: int):
+        super().__init__()
+        layers = [nn.Conv2d(channels, width, 3, 2, 1) for channels in (6, width, width)]
+        self.encoder = nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
+        self.hidden = nn.Sequential(nn.Linear(FEATURES + width, 3 * width), nn.GELU())
+        self.edit = nn.Linear(3 * width, BENDS + 3 * TINTS + 1 + 9)
+        self.local = nn.Conv2d(width, bins, 1) if bins else None
+        for last in (self.edit, self.local):
+            if last is not None:
+                for parameter in last.parameters():
+                    nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+        cells = self.encoder(pictures)
+        changes = self.edit(self.hidden(torch.cat([features, cells.mean((2, 3))], 1)))
+        return changes, None if self.local is None else self.local(cells)
+
+
+class Inputs(NamedTuple):
+    """What a member sees of a batch of images, and the recipe's edit, which it changes."""
+
+    curves: Tensor
+    matrix: Tensor
+    features: Tensor
+    pictures: Tensor
+    needed: Tensor
+    """How much of an edit: autotone.unfinished."""
+
+
+class Lite(Network):
+    """See LiteConfig. Takes uint8 and uint16 images too, a photo's own samples, and gives the same."""
+
+    Config = LiteConfig
+    takes_samples = True
+    centre: Tensor  # of the features that it was fitted to, and their standard deviation
+    spread: Tensor
+
+    def __init__(self, config: LiteConfig):
+        super().__init__(config)
+        self.members = nn.ModuleList(Member(config.width, config.bins) for _ in range(config.members))
+        self.register_buffer("centre", torch.zeros(FEATURES))
+        self.register_buffer("spread", torch.ones(FEATURES))
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.check(image)
+        return kernels.apply_edit(image, *self.predict(image))
+
+    def check(self, image: Tensor) -> None:
+        samples = image.dtype in (torch.uint8, torch.uint16)
+        super().check(image[..., :1].float() if samples else image)
+
+    def predict(self, image: Tensor) -> Edit:
+        """The edit of each image of a batch [B, 3, H, W], in float32: TRUST of the way from the recipe to the members' mean."""
+        with torch.autocast(image.device.type, enabled=False):
+            inputs = self.inputs(image)
+            edits = [self.edit(inputs, number, TRUST) for number in range(len(self.members))]
+        grids = [edit.grid for edit in edits if edit.grid is not None]
+        curves, matrix = (
+            torch.stack(parts).mean(0) for parts in zip(*((edit.curves, edit.matrix) for edit in edits), strict=True)
+        )
+        return Edit(curves, matrix, torch.stack(grids).mean(0) if grids else None)
+
+    @staticmethod
+    def inputs(image: Tensor) -> Inputs:
+        small = thumbnail(image)
+        curves, matrix = pinning(small)
+        base = kernels.apply_edit(small, curves, matrix)
+        pictures = F.adaptive_avg_pool2d(torch.cat([small, base], 1), SIDE) - 0.5
+        return Inputs(curves, matrix, statistics(small, base), pictures, unfinished(small))
+
+    def edit(self, inputs: Inputs, number: int, trust: float = 1.0) -> Edit:
+        """A member's: the recipe's, slopes of the curves times a power of e, which keeps them rising; a matrix that leaves grey
+        grey; a gain for each cell and luma."""
+        part = trust * inputs.needed[:, None, None]
+        features = ((inputs.features - self.centre) / self.spread).clamp(-FARTHEST, FARTHEST)
+        changes, local = self.members[number](features, inputs.pictures)
+        bends, tints, lift, mixed = changes.split([BENDS, 3 * TINTS, 1, 9], 1)
+        slopes = F.interpolate(bends[:, None], KNOTS - 1, mode="linear", align_corners=True)
+        slopes = slopes + F.interpolate(tints.view(-1, 3, TINTS), KNOTS - 1, mode="linear", align_corners=True)
+        steps = inputs.curves.diff(dim=2) * (LARGEST * torch.tanh(slopes / LARGEST)).exp()
+        start = inputs.curves[..., :1] + 0.1 * torch.tanh(lift)[:, None]
+        curves = torch.cat([start, start + steps.cumsum(2)], 2)
+        curves = inputs.curves + part * (curves - inputs.curves)
+        mixed = 0.2 * part * mixed.view(-1, 3, 3)
+        matrix = torch.cat([inputs.matrix[..., :3] + mixed - torch.diag_embed(mixed.sum(2)), inputs.matrix[..., 3:]], 2)
+        if local is None:
+            return Edit(curves, matrix, None)
+        gains = 1 + (0.3 * part[..., None] * torch.tanh(local)).permute(0, 2, 3, 1)[..., None, None]
+        return Edit(curves, matrix, gains * torch.eye(3, 4, device=gains.device))
+
+    @classmethod
+    def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
+        bins = shape("members.0.local.weight")[0] if "members.0.local.weight" in names else 0
+        return {"members": count(names, "members."), "width": shape("members.0.encoder.0.weight")[0], "bins": bins}
+
+
+def statistics(small: Tensor, base: Tensor) -> Tensor:
+    """[B, FEATURES]: percentiles of luma before and after the recipe, and of how red and blue the pixels are; walls, spread."""
+    y, after = luma(small), luma(base)
+    planes = torch.stack([y, after, base[:, 0] - after, base[:, 2] - after], 1).flatten(2)
+    shares = torch.quantile(planes, planes.new_tensor(SHARES), dim=2).permute(1, 2, 0)  # [B, 4, shares]
+    scaled = torch.cat([shares[:, :2] - 0.5, 4 * shares[:, 2:]], 1).flatten(1)
+    walls = wall_colour(small)
+    tint = 4 * (walls / luma(walls)[:, None]).log()
+    spread = 4 * torch.stack([y.std((1, 2)), after.std((1, 2)), (base.amax(1) - base.amin(1)).mean((1, 2))], 1)
+    return torch.cat([scaled, tint, spread], 1)

@@ -1,0 +1,110 @@
+"""Lite: an untrained one is the auto-tone; what it can predict; batches, samples and sizes."""
+
+import pytest
+import torch
+
+from autohdr.autotone import pinning, thumbnail
+from autohdr.errors import UserError
+from autohdr.kernels import apply_edit
+from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.models.lite import TRUST
+from autohdr.models.weights import SHIPPED
+
+
+def photo(batch=1, height=40, width=56, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    walls = torch.tensor([0.5, 0.45, 0.38])[:, None, None]
+    x = walls * torch.linspace(0.3, 1, width) + 0.1 * torch.rand(batch, 3, height, width, generator=g)
+    x[..., height // 2 :, :] *= 0.4
+    return x
+
+
+def trained(**settings):
+    """One whose predictions are not zero."""
+    torch.manual_seed(0)
+    model = create_model("lite", **settings).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_an_untrained_one_is_the_auto_tone():
+    x = photo(2)
+    model = create_model("lite").eval()
+    torch.testing.assert_close(model(x), apply_edit(x, *pinning(thumbnail(x))))
+    assert sum(p.numel() for p in model.parameters()) < 300_000
+
+
+@pytest.mark.parametrize("bins", [0, 1, 2, 4])
+def test_edits_are_as_apply_edit_takes_them(bins):
+    model, x = trained(bins=bins, members=2), photo(3)
+    edit = model.predict(x)
+    assert (edit.grid is None) == (bins == 0)
+    torch.testing.assert_close(model(x), apply_edit(x, *edit))
+    assert (edit.curves.diff(dim=2) >= 0).all()
+    torch.testing.assert_close(edit.matrix[..., :3].sum(2), torch.ones(3, 3))  # grey stays grey
+
+
+def test_a_photo_in_a_batch_is_edited_as_alone():
+    model, x = trained(), torch.cat([photo(seed=0), 0.5 * photo(seed=1)])
+    for together, alone in zip(model(x), x, strict=True):
+        torch.testing.assert_close(together, model(alone[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_edit_hardly_depends_on_the_size():
+    model, x = trained(), photo(height=256, width=256)
+    for small, large in zip(model.predict(x), model.predict(x.repeat_interleave(8, 2).repeat_interleave(8, 3)), strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_takes_samples(dtype):
+    model, white = trained(), torch.iinfo(dtype).max
+    samples = (photo() * white).round().to(dtype)
+    edited = model(samples)
+    assert edited.dtype == dtype
+    difference = edited.double() - model(samples.float() / white).double().clamp(0, 1) * white
+    assert difference.abs().max() <= 0.51 + white * 1e-5
+    with pytest.raises(UserError, match="expected a floating-point image batch"):
+        model(samples.to(torch.int32))
+
+
+def test_the_edit_is_the_mean_of_the_members():
+    model, x = trained(members=3, bins=2), photo(2)
+    inputs = model.inputs(x)
+    for i, part in enumerate(model.predict(x)):
+        torch.testing.assert_close(part, sum(model.edit(inputs, number, TRUST)[i] for number in range(3)) / 3)
+    model(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_flat_photos_stay_finite(value):
+    assert trained()(torch.full((1, 3, 5, 7), value)).isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"members": 2, "width": 4, "bins": 0}, {"bins": 3}])
+def test_checkpoints_tell_their_settings(settings, tmp_path):
+    model = trained(**settings)
+    save_weights(tmp_path / "a.safetensors", model, {})
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    for file in ("a.safetensors", "a.pth"):
+        assert torch.equal(load_checkpoint(tmp_path / file)(photo()), model(photo()))
+
+
+@pytest.mark.parametrize("settings", [{"members": 0}, {"width": 1.5}, {"bins": -1}])
+def test_refuses_settings(settings):
+    with pytest.raises(UserError, match=f"lite: {next(iter(settings))} must be a whole number"):
+        create_model("lite", **settings)
+
+
+def test_a_finished_photo_stays_as_it_is():
+    finished = photo() ** 0.2
+    torch.testing.assert_close(trained()(finished), finished)
+
+
+def test_the_shipped_one():
+    model = load_checkpoint()
+    assert SHIPPED.stat().st_size <= 1_000_000 and model.config.name == "lite" and model.metadata["trained_on"] == []
+    dim = photo()
+    assert model(dim).isfinite().all() and model(dim).mean() > dim.mean() + 0.1
