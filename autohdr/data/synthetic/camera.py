@@ -21,7 +21,7 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     lean, turn = rng.normal(0, 0.09, 3).astype(np.float32), rng.uniform(0, 2 * np.pi)  # other light from one side
     lean -= lean.mean()
     x *= np.exp((across * np.float32(np.cos(turn)) + down * np.float32(np.sin(turn)))[..., None] * lean)
-    levels = draw_luma(rng, SOURCE)
+    levels = draw_luma(rng, SOURCE, scene.tones)
     cast = rng.normal(SOURCE.walls, SOURCE.walls_sd)
     x = np.maximum(x + _noise(rng, x), 0)
     x = merge(x, rng.uniform(0.1, 0.6))
@@ -34,7 +34,7 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     gains = np.geomspace(1e-2, 1e2, 400)
     x *= np.float32(np.interp(levels[4], response(gains), gains) / bright)
     y = luma(x)[..., None]
-    x = np.maximum(y + (x - y) * np.float32(rng.normal(1.25, 0.1)), 0)
+    x = np.maximum(y + (x - y) * np.float32(rng.normal(1.42, 0.12)), 0)
     picture = pin(response(x), SOURCE, levels, cast)
     stream = io.BytesIO()
     Image.fromarray(to_uint8(picture)).save(stream, "JPEG", quality=int(rng.integers(84, 97)))

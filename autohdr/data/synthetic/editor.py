@@ -14,8 +14,8 @@ def edit(rng: Rng, scene: Scene) -> Array:
     """The edit (H, W, 3), uint8, sRGB: window pulled, light evened, exposures fused, white walls, luma where clients want it."""
     x = scene.radiance.astype(np.float32)
     outside = scene.outside.astype(np.float32)
-    even, view, saturation = rng.uniform(0.0, 0.3), rng.uniform(0.4, 0.6), rng.normal(1.02, 0.08)
-    levels, walls = draw_luma(rng, TARGET), rng.normal(TARGET.walls, TARGET.walls_sd)
+    even, view, saturation = rng.uniform(0.0, 0.3), rng.uniform(0.5, 1.0), rng.normal(1.14, 0.1)
+    levels, walls = draw_luma(rng, TARGET, scene.tones), rng.normal(TARGET.walls, TARGET.walls_sd)
     y = luma(x)
     indoors = outside < 0.5
     gain = _MIDDLE / np.exp(np.log(y[indoors] + 1e-5).mean()) if indoors.any() else 1.0
@@ -27,6 +27,7 @@ def edit(rng: Rng, scene: Scene) -> Array:
     level = surround(np.log(np.clip(y, 0.02, 2)), levels_of(y.shape))
     evened = y * np.exp(np.float32(even) * (np.log(_MIDDLE) - level))
     fused = np.clip(fuse([encode(evened * np.float32(2.0**stop)) for stop in (-1.2, 0, 0.8)]), 1e-3, 1)
-    colour = np.maximum(1 + (x / y[..., None] - 1) * np.float32(saturation), 0)  # ratios in linear light
+    vivid = np.float32(saturation) * np.array([1.06, 1, 0.92], np.float32)  # yellow is what clients see first
+    colour = np.maximum(1 + (x / y[..., None] - 1) * vivid, 0)  # ratios in linear light
     ratio = colour ** np.float32(1 / 2.4)
     return to_uint8(pin(ratio * (fused / luma(ratio))[..., None], TARGET, levels, walls))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autohdr.data.synthetic.geometry import ALONG_X, ALONG_Y, MIRROR, Shape, ball, box, cone, shift, yaw
-from autohdr.data.synthetic.textures import Array, Rng, Texture, book_spines, draw_seed, grained, plain, tiles, wood_grain
+from autohdr.data.synthetic.textures import Array, Rng, Texture, book_spines, draw_seed, grained, plain, tiles, wood_grain, woven
 
 
 class Style:
@@ -27,7 +27,11 @@ class Style:
         return wood_grain(self.wood_colour, draw_seed(self.rng), along_u)
 
     def fabric(self, colour: Array | None = None) -> Texture:
-        return grained(self.fabric_colour if colour is None else colour, draw_seed(self.rng), 90.0, 0.22)
+        base = self.fabric_colour if colour is None else colour
+        if self.rng.random() < 0.3:
+            other = [base * self.rng.uniform(0.3, 0.7), self.white, self.accent, self.accent2][self.rng.integers(4)]
+            return woven(self.rng, base, other)
+        return grained(base, draw_seed(self.rng), 90.0, 0.3)
 
     def paint(self, colour: Array | None = None) -> Texture:
         return grained(self.white if colour is None else colour, draw_seed(self.rng), 2.0, 0.03)
@@ -43,13 +47,14 @@ class Style:
 
 
 # fmt: off
-_WOODS = [(.42, .25, .13), (.26, .13, .06), (.52, .36, .21), (.12, .07, .045), (.5, .44, .36), (.33, .16, .08), (.2, .09, .045),
-          (.28, .11, .05), (.16, .075, .04), (.36, .2, .1), (.3, .13, .06)]
+_WOODS = [(.44, .21, .12), (.28, .11, .056), (.53, .32, .22), (.12, .06, .045), (.5, .43, .34), (.36, .14, .078),
+          (.22, .078, .045), (.31, .092, .047), (.17, .064, .039), (.39, .17, .095), (.34, .12, .056)]
 _STONES = [(.06, .06, .065), (.68, .67, .64), (.35, .28, .22), (.1, .08, .07), (.16, .13, .11)]
-_FABRICS = [(.5, .47, .42), (.22, .23, .25), (.3, .15, .08), (.12, .18, .28), (.55, .45, .33), (.2, .27, .2), (.68, .65, .6),
-            (.1, .1, .11), (.16, .09, .055), (.08, .11, .17), (.3, .27, .23), (.15, .05, .045), (.06, .055, .05), (.2, .12, .08)]
-_ACCENTS = [(.1, .2, .34), (.42, .16, .08), (.5, .33, .08), (.16, .26, .14), (.12, .3, .3), (.45, .32, .3), (.3, .06, .06),
-            (.55, .5, .42), (.06, .07, .09), (.36, .4, .46)]
+_FABRICS = [(.5, .47, .42), (.22, .23, .25), (.31, .14, .09), (.14, .18, .24), (.55, .45, .33), (.2, .27, .2), (.68, .65, .6),
+            (.1, .1, .11), (.16, .083, .062), (.09, .11, .14), (.3, .27, .23), (.15, .046, .05), (.06, .055, .05),
+            (.2, .11, .09)]
+_ACCENTS = [(.12, .18, .27), (.42, .16, .08), (.5, .33, .1), (.17, .23, .15), (.14, .26, .27), (.45, .32, .3), (.3, .06, .06),
+            (.55, .5, .42), (.06, .07, .09), (.36, .38, .42), (.38, .12, .07), (.25, .13, .09)]
 _BLACK, CHINA = plain([.015, .015, .016]), plain([.82, .82, .8])
 
 
@@ -88,6 +93,7 @@ def table(rng: Rng, style: Style, width: float, depth: float, height: float) -> 
     out = [box(-w, w, 0, depth, height - .04, height, top, gloss=.5)]
     out += _legs(.02 - w, w - .02, .02, depth - .02, height - .04, .03, style.wood(along_u=False))
     shelf = box(.04 - w, w - .04, .04, depth - .04, height * .3, height * .3 + .02, top)
+    out += clutter(rng, style, width - .3, depth, height, 4)
     return out + [shelf] * (height < .6 and rng.random() < .5)
 
 
@@ -135,6 +141,18 @@ def cabinet(rng: Rng, style: Style, width: float, depth: float, z0: float, z1: f
     return out
 
 
+def sideboard(rng: Rng, style: Style, width: float, depth: float, height: float) -> list[Shape]:
+    drawers = cabinet(rng, style, width, depth, .08, height, drawers=True)
+    return drawers + clutter(rng, style, width - .25, depth - .05, height, 5)
+
+
+def pouf(rng: Rng, style: Style) -> list[Shape]:
+    """What stands about on a floor: a pouf, a basket or a box."""
+    r, cloth = rng.uniform(.16, .3), style.fabric([style.fabric_colour, style.accent, style.accent2][rng.integers(3)])
+    return [[box(-r, r, 0, 2 * r, 0, r * rng.uniform(.8, 1.6), cloth, bevel=.06)], [ball(0, r, r * .8, r, r, r * .8, cloth)],
+            [cone(0, r, 0, r * 1.5, r * .7, r, woven(rng, style.wood_colour, style.wood_colour * .5))]][rng.integers(3)]
+
+
 def bookshelf(rng: Rng, style: Style) -> list[Shape]:
     width, height, depth, wood = rng.uniform(.8, 1.4), rng.uniform(1.5, 2.1), .3, style.joinery()
     h, rows = width / 2, int(height / .36)
@@ -178,6 +196,28 @@ def lamp(rng: Rng, style: Style, z: float) -> tuple[list[Shape], Array]:
         parts = [cone(0, foot, 0, .03, .15, .14, metal), cone(0, foot, .03, 1.4, .014, .014, metal)]
     shade = cone(0, foot, z + top, z + top + r * 1.5, r, r * rng.uniform(.6, .95), plain([.7, .66, .58]), casts=False)
     return [*parts, shade], np.array([0, foot, z + top + .12])
+
+
+def clutter(rng: Rng, style: Style, width: float, depth: float, z: float, most: int) -> list[Shape]:
+    """What lies and stands about on a top at height z: books, boxes, vases, bowls, baskets; small enough to block no light."""
+    out, w = [], width / 2
+    for _ in range(rng.integers(0, most + 1)):
+        x, y, size, kind = rng.uniform(-w, w), rng.uniform(.1, .9) * depth, rng.uniform(.04, .11), rng.integers(4)
+        if kind == 0:  # a pile of books
+            for k in range(rng.integers(1, 5)):
+                cover = plain(rng.choice(_ACCENTS) * rng.uniform(.4, 1.3))
+                book = box(-size, size, -size * .7, size * .7, k * .03, k * .03 + .027, cover, casts=False)
+                out.append(book.moved(yaw(rng.uniform(-.5, .5)), np.array([x, y, z], np.float32)))
+        elif kind == 1:
+            out.append(cone(x, y, z, z + size * rng.uniform(1, 3), size * .5, size * rng.uniform(.3, .8), style.ornament(),
+                            gloss=.3, casts=False))
+        elif kind == 2:
+            things = [style.wood(), style.fabric(), plain(rng.choice(_ACCENTS) * rng.uniform(.4, 1.3)), _BLACK]
+            out.append(box(x - size, x + size, y - size * .6, y + size * .6, z, z + size * rng.uniform(.6, 2),
+                           things[rng.integers(4)], casts=False))
+        else:
+            out.append(ball(x, y, z + size * .4, size, size, size * .5, style.ornament(), gloss=.2, casts=False))
+    return out
 
 
 def plant(rng: Rng, style: Style) -> list[Shape]:
@@ -227,8 +267,7 @@ def kitchen(rng: Rng, style: Style, width: float, ceiling: float) -> list[Shape]
     for x0, x1 in ((-h, x), (x + .7, end)):
         units = cabinet(rng, style, x1 - x0, .62, .08, .87) + cabinet(rng, style, x1 - x0, .36, 1.42, top)
         out += [box(x0, x1, 0, .65, .87, .91, stone, gloss=.5), *shift(units, (x0 + x1) / 2)]
-    for x, r in zip(rng.uniform(.1 - h, end - .1, 3), rng.uniform(.05, .09, 3), strict=True):
-        out.append(cone(x, .25, .91, .91 + r * 3, r, r * rng.uniform(.5, 1), style.ornament(), gloss=.3))
+    out += shift(clutter(rng, style, end + h - .3, .55, .91, 9), (end - h) / 2)
     return out
 
 
@@ -236,7 +275,7 @@ def island(rng: Rng, style: Style) -> list[Shape]:
     h, x = rng.uniform(.7, 1), rng.uniform(-.4, .4)
     fruit = [(-.05, 0, [.6, .25, .03]), (.05, .03, [.5, .05, .03]), (0, -.05, [.3, .45, .06])]
     return [*cabinet(rng, style, 2 * h, .7, .08, .88), box(-h - .04, h + .04, -.3, .74, .88, .92, style.stone(), gloss=.5),
-            ball(x, .3, .97, .15, .15, .06, style.ornament()),
+            ball(x, .3, .97, .15, .15, .06, style.ornament()), *clutter(rng, style, 1.7 * h, .6, .92, 5),
             *(ball(x + a, .3 + b, 1.03, .045, .045, .045, plain(c)) for a, b, c in fruit)]
 
 
@@ -250,7 +289,8 @@ def desk(rng: Rng, style: Style) -> list[Shape]:
     return [box(-w, w, 0, .68, .71, .75, wood, gloss=.2), box(-w, .04 - w, .03, .65, 0, .71, wood),
             box(-.3, .3, .2, .22, .85, 1.2, _BLACK, gloss=.8), box(-.03, .03, .16, .19, .75, .95, _BLACK),
             box(-.12, .12, .1, .26, .75, .76, _BLACK), box(-.2, .2, .42, .55, .75, .77, keys),
-            *shift(cabinet(rng, style, .42, .6, .03, .7, drawers=True), w - .22, .03)]
+            *shift(cabinet(rng, style, .42, .6, .03, .7, drawers=True), w - .22, .03),
+            *clutter(rng, style, 2 * w - .2, .6, .75, 6)]
 
 
 def vanity(rng: Rng, style: Style) -> list[Shape]:
@@ -262,7 +302,8 @@ def vanity(rng: Rng, style: Style) -> list[Shape]:
             ball(0, .28, .87, .19, .13, .03, plain([.6, .6, .59])), cone(0, .09, .84, .98, .015, .012, style.metal),
             box(-.012, .012, .09, .22, .97, .99, style.metal), box(-m, m, 0, .03, 1.05, 1.85, style.wood()),
             box(.04 - m, m - .04, .03, .032, 1.09, 1.81, _BLACK, gloss=MIRROR),
-            *(cone(x, .12, .84, .98, .03, .03, style.ornament()) for x in (-h * .7, h * .6))]
+            *(cone(x, .12, .84, .98, .03, .03, style.ornament()) for x in (-h * .7, h * .6)),
+            *clutter(rng, style, 1.8 * h, .5, .84, 3)]
 
 
 def toilet(rng: Rng, style: Style) -> list[Shape]:

@@ -7,12 +7,17 @@ import numpy as np
 from autohdr.data.synthetic.textures import Array, Rng, draw_seed, line, mix, noise, step, tint
 
 
-def outside(rng: Rng) -> Callable[[Array], Array]:
-    """The view: sky with clouds over hills, trees, houses and a lawn, as a function of direction (3, N) -> radiance (3, N)."""
+def outside(rng: Rng, evening: bool) -> Callable[[Array], Array]:
+    """The view: sky with clouds over hills, trees, houses and a lawn, as a function of direction (3, N) -> radiance (3, N).
+
+    In the evening all of it is dim and blue, but for the sky's glow low down and the houses' windows.
+    """
     seed, haze, cover, trees = draw_seed(rng), rng.uniform(0.3, 0.8), rng.uniform(0.2, 0.7), rng.uniform(0.02, 0.22)
-    blue = np.array([0.28, 0.5, 0.95]) * rng.uniform(0.9, 1.3)
-    leaf = np.array([0.15, 0.22, 0.075]) * rng.uniform(0.8, 1.5)
-    grass = np.array([0.15, 0.23, 0.07]) * rng.uniform(0.8, 1.5)
+    blue = np.array([0.38, 0.57, 0.95]) * rng.uniform(0.9, 1.3)
+    leaf = np.array([0.16, 0.2, 0.085]) * rng.uniform(0.8, 1.5)
+    grass = np.array([0.18, 0.21, 0.085]) * rng.uniform(0.8, 1.5)
+    light = rng.uniform(0.02, 0.15)
+    dusk, glow = np.array([0.55, 0.75, 1.25]) * light, np.array([1.3, 0.85, 0.8]) * light
     houses = []
     for a in np.linspace(-np.pi, np.pi, 9)[:-1]:
         colour = rng.uniform(0.4, 0.8) * rng.uniform(0.85, 1.0, 3)
@@ -40,7 +45,8 @@ def outside(rng: Rng) -> Callable[[Array], Array]:
             across, storey = x / half, rise / height
             siding = 1 - 0.2 * line((rise * 120 % 1 - 0.5) / 120, 0.002, foot)
             pane = np.maximum(np.abs(across * 2 % 1 - 0.5) / 0.16, np.abs(storey - 0.35) / 0.35)
-            wall = mix(mix(tint(colour * 0.9, siding), [0.85] * 3, step(1.25 - pane, 8)), [0.1, 0.12, 0.15], step(1 - pane, 8))
+            glass = [4.0, 2.6, 1.2] if evening else [0.1, 0.12, 0.15]
+            wall = mix(mix(tint(colour * 0.9, siding), [0.85] * 3, step(1.25 - pane, 8)), glass, step(1 - pane, 8))
             out = mix(out, wall, step(np.minimum(half - np.abs(x), height - rise)))
             slope = height + 0.07 * np.clip(1.6 * (1.1 - np.abs(across)), 0, 1)
             roof = np.minimum(np.minimum(rise - height, slope - rise), 1.1 * half - np.abs(x))
@@ -54,6 +60,7 @@ def outside(rng: Rng) -> Callable[[Array], Array]:
         out = mix(out, mix(lawn, [0.5, 0.48, 0.45], step(0.7 - np.abs(path), 8)), step(-0.03 - rise))
         hedge = -0.11 + 0.16 * noise(around * 6, around * 0, seed + 60, 4)
         shade = np.clip(1.1 - 4 * (hedge - rise), 0.3, 1)
-        return mix(out, foliage(around, rise, 22) * shade, step(np.minimum(hedge - rise, rise + 0.25))).astype(np.float32)
+        out = mix(out, foliage(around, rise, 22) * shade, step(np.minimum(hedge - rise, rise + 0.25)))
+        return (out * mix(dusk, glow, np.exp(-4 * up)) if evening else out).astype(np.float32)
 
     return radiance

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from autohdr.data.images import SUFFIXES, Photo, from_float, read_photo, to_float, write_photo
 from autohdr.data.synthetic.camera import merge, photograph
 from autohdr.data.synthetic.editor import edit
+from autohdr.data.synthetic.look import tones_of_edit
 from autohdr.data.synthetic.pixels import decode
 from autohdr.data.synthetic.scene import MIN_SIDE, Scene, check_seed, check_size, render_scene, to_radiance
 from autohdr.data.synthetic.textures import Array
@@ -173,9 +174,10 @@ def _degrade_photo(number: int, path: Path, images: Path, size: int, seed: int, 
         return str(error)
     target = np.asarray(pixels)
     rng = np.random.default_rng([seed, number])
-    light = decode(to_float(target))
-    wide = merge(np.maximum(light, 1e-4), -rng.uniform(0.1, 0.5))
-    scene = Scene(to_radiance(wide), np.zeros(light.shape[:2], np.float16), np.ones(3, np.float32))
+    light = np.maximum(decode(to_float(target)), 1e-4)
+    wide = merge(light, -rng.uniform(0.1, 0.5))
+    tones = tones_of_edit(to_float(target))
+    scene = Scene(to_radiance(wide), np.zeros(light.shape[:2], np.float16), np.ones(3, np.float32), tones)
     for picture, kind in ((photograph(rng, scene), "src"), (target, "tar")):
         copy = Photo(to_float(picture), "JPEG", icc_profile=photo.icc_profile)
         write_photo(images / f"{number:0{digits}}_{path.stem[:40]}_{kind}.jpg", copy)

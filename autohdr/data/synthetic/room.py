@@ -10,7 +10,7 @@ from autohdr.data.synthetic.lights import Lamp, Window, form_factors, sun_streng
 from autohdr.data.synthetic.outside import outside
 from autohdr.data.synthetic.textures import Array, Texture, draw_seed
 
-_WARM = np.array([1.25, 0.95, 0.55], np.float32)  # a 3000 K lamp beside daylight
+_WARM = np.array([1.25, 0.95, 0.55])  # a 3000 K lamp beside daylight
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class _Group:
 
 # fmt: off
 _PAINTS = [(.72, .71, .68), (.7, .66, .58), (.64, .6, .54), (.7, .61, .43), (.55, .61, .54), (.52, .58, .63), (.64, .53, .41),
-           (.42, .58, .53), (.75, .74, .72)]
-_PAINT_ODDS = [.22, .2, .14, .12, .06, .06, .06, .04, .1]
-_FLOOR_WOODS = [[.36, .21, .11], [.5, .34, .19], [.22, .12, .07], [.42, .36, .28], [.33, .14, .07], [.16, .08, .045],
-                [.28, .11, .05], [.24, .14, .08], [.3, .15, .07], [.11, .07, .05], [.36, .17, .08]]
-_FLOOR_STONES = [[.5, .42, .33], [.6, .58, .55], [.35, .33, .31], [.52, .38, .26], [.2, .17, .15], [.3, .21, .15], [.1, .1, .11],
-                 [.4, .26, .16]]
-_CARPETS = [[.42, .36, .28], [.24, .23, .22], [.55, .5, .42], [.05, .16, .09], [.2, .23, .29], [.3, .24, .18], [.26, .09, .07]]
+           (.42, .5, .46), (.75, .74, .72), (.3, .31, .32), (.42, .18, .13), (.5, .4, .3)]
+_PAINT_ODDS = [.22, .19, .14, .11, .04, .06, .06, .03, .09, .02, .01, .03]
+_FLOOR_WOODS = [[.37, .19, .12], [.51, .31, .21], [.22, .11, .078], [.42, .36, .28], [.34, .13, .078], [.16, .074, .05],
+                [.29, .1, .056], [.24, .13, .09], [.31, .14, .078], [.11, .064, .056], [.37, .16, .09]]
+_FLOOR_STONES = [[.5, .42, .33], [.6, .58, .55], [.35, .33, .31], [.53, .35, .29], [.2, .17, .15], [.31, .19, .17],
+                 [.1, .1, .11], [.41, .24, .18]]
+_CARPETS = [[.42, .36, .28], [.24, .23, .22], [.55, .5, .42], [.1, .13, .1], [.22, .23, .26], [.3, .24, .18], [.26, .09, .07]]
 _FLOOR_ODDS = {"bathroom": [.1, .9, 0], "kitchen": [.5, .5, 0], "bedroom": [.4, 0, .6], "office": [.4, 0, .6],
                "living": [.6, .15, .25], "empty": [.5, .1, .4]}  # wood, tiles, carpet
 # fmt: on
@@ -52,7 +52,9 @@ class Room:
         self.windows: list[Window] = []
         self.lamps: list[Lamp] = []
         self.footprints: list[tuple] = []  # (x0, x1, y0, y1) on the floor
-        self.outside = outside(rng)
+        self.warmth = rng.choice([rng.uniform(0.7, 1.3), rng.uniform(0.1, 0.7), rng.uniform(-0.3, 0.1)], p=[0.65, 0.25, 0.1])
+        self.evening = rng.random() < 0.1
+        self.outside = outside(rng, self.evening)
         self.place_camera()
         self.build_shell()
         self.cut_openings()
@@ -87,7 +89,7 @@ class Room:
             dark = stone * 0.35 if rng.random() < 0.2 else None
             self.floor, gloss = textures.tiles(rng, stone, rng.uniform(0.25, 0.6), dark), rng.uniform(0.15, 0.6)
         else:
-            self.floor, gloss = textures.carpet(rng, _CARPETS[rng.choice(7, p=[0.27, 0.2, 0.15, 0.06, 0.08, 0.18, 0.06])]), 0.0
+            self.floor, gloss = textures.carpet(rng, _CARPETS[rng.choice(7, p=[0.26, 0.2, 0.15, 0.03, 0.08, 0.2, 0.08])]), 0.0
         x, y, z = np.eye(3, dtype=np.float32)
         ceiling = textures.grained([0.78, 0.775, 0.76], draw_seed(rng), 25, 0.04)
         self.planes = [Plane(np.zeros(3, np.float32), z, x, y, self.floor, gloss)]
@@ -241,7 +243,7 @@ class Room:
             wall.doorways.append((u - h, u + h, 0, top))
             parts += self.next_room(h, top, paint)
             bulb = wall.origin + wall.u_axis * u - wall.normal * 1.2 + np.array([0, 0, 2.2])
-            self.lamps.append(Lamp(bulb.astype(np.float32), _WARM * np.float32(rng.uniform(0.2, 0.6)), 0.1, beyond=True))
+            self.lamps.append(Lamp(bulb.astype(np.float32), self.bulb(rng.uniform(0.1, 0.7), 0.6), 0.1, beyond=True))
         else:
             leaf = paint if rng.random() < 0.7 else style.wood(along_u=False)
             parts += [
@@ -306,12 +308,16 @@ class Room:
                 return wall.frame(), offset
         return None
 
+    def bulb(self, power: float, spread: float = 0.12) -> Array:
+        """Intensity of a lamp: the room's have one colour, more or less, from warmer than 3000 K to cooler than daylight."""
+        return (_WARM ** (self.warmth + self.rng.normal(0, spread)) * power).astype(np.float32)
+
     def light(self, position: Array) -> None:
         """Switch on, mostly, the lamp whose shade is the last shape added."""
         if self.rng.random() < 0.75:
-            power = np.float32(self.rng.uniform(0.04, 0.14))
-            self.lamps.append(Lamp(np.asarray(position, np.float32), _WARM * power, 0.12))
-            self.shapes[-1] = replace(self.shapes[-1], emit=_WARM * power * 8)
+            power = self.bulb(self.rng.uniform(0.04, 0.16))
+            self.lamps.append(Lamp(np.asarray(position, np.float32), power, 0.12))
+            self.shapes[-1] = replace(self.shapes[-1], emit=power * 8)
 
     def stand_lamp(self) -> None:
         parts, bulb = furniture.lamp(self.rng, self.style, 0)
@@ -341,7 +347,7 @@ class Room:
         rng, style = self.rng, self.style
         things = [
             furniture.plant(rng, style),
-            furniture.cabinet(rng, style, rng.uniform(0.6, 1.3), 0.4, 0.08, rng.uniform(0.7, 1.1), drawers=True),
+            furniture.sideboard(rng, style, rng.uniform(0.6, 1.3), 0.4, rng.uniform(0.7, 1.1)),
         ]
         if self.kind not in ("bathroom", "kitchen"):
             things += [
@@ -350,8 +356,11 @@ class Room:
                 furniture.sofa(rng, style, 1),
                 furniture.chair(rng, style),
             ]
-        for k in rng.permutation(len(things))[: 1 if self.kind == "bathroom" else 3]:
+        for k in rng.permutation(len(things))[: 1 if self.kind == "bathroom" else 4]:
             self.stand(things[k])
+        for _ in range(rng.integers(0, 4)):
+            at = np.array([rng.uniform(0.3, self.width - 0.3), rng.uniform(1.2, self.depth - 0.5), 0], np.float32)
+            self.put(furniture.pouf(rng, style), yaw(rng.uniform(0, np.pi)), at)
 
     def furnish_living(self) -> None:
         rng, style = self.rng, self.style
@@ -408,7 +417,7 @@ class Room:
                 offset = at + frame[:, 0] * np.float32(side * 1.3)
                 if self.put(table + parts, frame, offset):
                     self.light(frame @ bulb + offset)
-        self.stand(furniture.cabinet(rng, style, rng.uniform(1.0, 1.5), 0.48, 0.08, rng.uniform(0.8, 1.0), drawers=True))
+        self.stand(furniture.sideboard(rng, style, rng.uniform(1.0, 1.5), 0.48, rng.uniform(0.8, 1.0)))
         if rng.random() < 0.6:
             self.stand(furniture.cabinet(rng, style, rng.uniform(1.0, 1.6), 0.6, 0.08, 2.1))
         if rng.random() < 0.5:
@@ -425,7 +434,7 @@ class Room:
                 self.pendant(middle[0] + dx, middle[1])
         else:
             self.dine()
-        self.stand(furniture.cabinet(rng, style, 1.2, 0.45, 0.08, 0.9))
+        self.stand(furniture.sideboard(rng, style, 1.2, 0.45, 0.9))
 
     def furnish_office(self) -> None:
         rng, style = self.rng, self.style
@@ -450,10 +459,11 @@ class Room:
         self.stand(furniture.toilet(rng, style), tries=25)
         if vanity:
             frame, at = vanity
-            globes = [ball(x, 0.1, 2.05, 0.06, 0.06, 0.06, furniture.CHINA, emit=_WARM * 0.9) for x in (-0.25, 0.0, 0.25)]
+            power = self.bulb(rng.uniform(0.06, 0.14))
+            globes = [ball(x, 0.1, 2.05, 0.06, 0.06, 0.06, furniture.CHINA, emit=power * 9) for x in (-0.25, 0.0, 0.25)]
             self.add([s.moved(frame, at) for s in globes], casts=False)
             bar = at + frame @ np.array([0, 0.2, 2.05], np.float32)
-            self.lamps.append(Lamp(bar, _WARM * np.float32(rng.uniform(0.06, 0.14)), 0.2))
+            self.lamps.append(Lamp(bar, power, 0.2))
         if rng.random() < 0.6:
             self.lay_rug(np.array([self.width, self.depth]) / 2, np.array([1, 0]), 0.5, 0.35)
 
@@ -478,7 +488,7 @@ class Room:
 
     def hang_lamps(self) -> None:
         rng, style, kind, flat = self.rng, self.style, self.rng.random(), self.top == self.height
-        x, y, z, power = self.width / 2, self.depth * 0.55, self.top, _WARM * np.float32(rng.uniform(0.05, 0.22))
+        x, y, z, power = self.width / 2, self.depth * 0.55, self.top, self.bulb(rng.uniform(0.05, 0.25))
         glow = textures.plain([0.75, 0.73, 0.68])
         if flat and kind < 0.4:  # recessed spots
             for px in self.width * np.array([0.33, 0.67]):
@@ -503,7 +513,7 @@ class Room:
         azimuth, elevation = self.rng.uniform(-np.pi, np.pi), self.rng.uniform(0.35, 0.95)
         sun = (np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation))
         self.sun = np.array(sun, np.float32)
-        strength = self.rng.uniform(0.6, 2.0) * (self.rng.random() < 0.5)
+        strength = self.rng.uniform(0.6, 2.0) * (self.rng.random() < 0.5) * (not self.evening)
         self.sunlight = np.array([1.15, 1.0, 0.8], np.float32) * np.float32(strength)
 
     def bake_ambient(self) -> None:

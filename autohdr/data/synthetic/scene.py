@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autohdr.data.synthetic import furniture, geometry, lights, outside, render, room, textures
+from autohdr.data.synthetic import furniture, geometry, lights, look, outside, render, room, textures
 from autohdr.data.synthetic.textures import Array
 from autohdr.errors import UserError
 from autohdr.files import replacing
@@ -18,11 +18,12 @@ MIN_SIDE = 32
 @dataclass(frozen=True)
 class Scene:
     """radiance: linear light (H, W, 3), float16. outside: share of each pixel that is seen through a window (H, W), float16.
-    neutral: the colour (3,), float32, that a white balance for the room takes out."""
+    neutral: the colour (3,), float32, that a white balance for the room takes out. tones: `look.tones_of_light` (3,)."""
 
     radiance: Array
     outside: Array
     neutral: Array
+    tones: Array
 
 
 def render_scene(seed: int, height: int, width: int, cache_dir: str | Path | None = None) -> Scene:
@@ -40,11 +41,12 @@ def render_scene(seed: int, height: int, width: int, cache_dir: str | Path | Non
     with np.errstate(all="ignore"):  # rays that miss divide by zero, and are masked
         place = room.Room(seed)
         radiance, share = render.render(place, height, width)
-    scene = Scene(to_radiance(radiance), share.astype(np.float16), (place.illuminant**0.9).astype(np.float32))
+    neutral = (place.illuminant**0.9).astype(np.float32)
+    scene = Scene(to_radiance(radiance), share.astype(np.float16), neutral, look.tones_of_light(radiance))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, radiance=scene.radiance, outside=scene.outside, neutral=scene.neutral)
+            np.savez(file, **vars(scene))
     return scene
 
 
@@ -68,5 +70,5 @@ def check_seed(seed: int) -> None:
 @cache
 def _renderer() -> str:
     """Names the code that makes a scene, so that a kept scene of other code isn't taken for one of this."""
-    parts = (furniture, geometry, lights, outside, render, room, textures)
-    return hashlib.sha256(b"".join(Path(str(part.__file__)).read_bytes() for part in parts)).hexdigest()[:12]
+    files = [part.__file__ for part in (furniture, geometry, lights, look, outside, render, room, textures)]
+    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in [*files, __file__])).hexdigest()[:12]

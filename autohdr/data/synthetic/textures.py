@@ -71,6 +71,29 @@ def grained(colour: ArrayLike, seed: int, scale: float = 3.0, depth: float = 0.1
     return texture
 
 
+def woven(rng: Rng, colour: ArrayLike, other: ArrayLike) -> Texture:
+    """Cloth with a pattern of a second colour: stripes, checks, dots or a blotted print."""
+    kind, pitch, share, seed = rng.integers(4), rng.uniform(0.03, 0.14), rng.uniform(0.25, 0.5), draw_seed(rng)
+
+    def texture(u: Array, v: Array, foot: Array) -> Array:
+        a, b = np.abs(u / pitch % 1 - 0.5) * 2, np.abs(v / pitch % 1 - 0.5) * 2
+        blur = np.clip(4 * foot / pitch, 0.02, 8)
+        if kind == 0:
+            pattern = np.clip((share - a) / blur + 0.5, 0, 1)
+        elif kind == 1:
+            pattern = (np.clip((share - a) / blur + 0.5, 0, 1) + np.clip((share - b) / blur + 0.5, 0, 1)) / 2
+        elif kind == 2:
+            pattern = np.clip((share * 1.6 - np.hypot(a, b)) / blur + 0.5, 0, 1)
+        else:
+            pattern = np.clip((noise(u / pitch, v / pitch, seed, 2) - 0.5) * 8 / np.maximum(blur, 1) + 0.5, 0, 1)
+        fade = np.clip(1 - foot / pitch, 0, 1)
+        pattern = share + (pattern - share) * fade  # too small to be seen: one colour
+        weave = 1 + 0.3 * np.clip(0.006 / foot, 0, 1) * (2 * noise(u * 90, v * 90, seed + 1, 2) - 1)
+        return mix(colour, other, pattern) * weave
+
+    return texture
+
+
 def wood_grain(colour: ArrayLike, seed: int, along_u: bool = True) -> Texture:
     def texture(u: Array, v: Array, foot: Array) -> Array:
         a, b = (u, v) if along_u else (v, u)
