@@ -32,7 +32,7 @@ def auto_tone(image: np.ndarray) -> np.ndarray:
     Raises UserError for another shape or dtype.
     """
     _check("auto_tone", image, (np.float32, np.uint8, np.uint16))
-    x = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)[None]
+    x = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     edited = apply_edit(x, *pinning(thumbnail(x)))[0].permute(1, 2, 0).numpy()
     return edited.clip(0, 1) if image.dtype == np.float32 else edited
 

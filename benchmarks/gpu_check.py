@@ -154,16 +154,21 @@ class Check:
         print("\n".join([f"== {name}: {'passed' if not faults else 'FAILED'}", *faults]), flush=True)
 
 
-def ops(backend: str) -> list[str]:
-    """Those that the backend can run here."""
+def gpu_ops() -> list[str]:
     kernels = importlib.import_module("autohdr.kernels")
-    return [op for op in kernels.OPS if kernels.backends(op)[backend] == "available"]
+    return [op for op, dtypes in kernels.OPS.items() if "cuda" in dtypes]
+
+
+def ops(backend: str) -> list[str]:
+    """Those with CUDA kernels that the backend can run here."""
+    kernels = importlib.import_module("autohdr.kernels")
+    return [op for op in gpu_ops() if kernels.backends(op)[backend] == "available"]
 
 
 def missing() -> list[str]:
     """What every part leaves out, which therefore counts as a failure of its own."""
     kernels = importlib.import_module("autohdr.kernels")
-    reasons = {(op, backend): kernels.backends(op)[backend] for op in kernels.OPS for backend in BACKENDS}
+    reasons = {(op, backend): kernels.backends(op)[backend] for op in gpu_ops() for backend in BACKENDS}
     return [f"{op}: {backend} cannot run: {why}" for (op, backend), why in reasons.items() if why != "available"]
 
 

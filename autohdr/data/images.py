@@ -64,7 +64,7 @@ def read_photo(path: str | Path, as_stored: bool = False) -> Photo:
         samples = _turned(*_decode(image))
         exif, icc = _exif(image)[0], image.info.get("icc_profile")
         return Photo(
-            pixels=np.require(samples[..., :3], requirements="CW") if as_stored else to_float(samples[..., :3]),
+            pixels=np.require(samples[..., :3], requirements=["C", "W"]) if as_stored else to_float(samples[..., :3]),
             format=str(image.format).replace("MPO", "JPEG"),
             depth=8 * samples.itemsize,
             alpha=samples[..., 3].copy() if samples.shape[2] == 4 else None,
