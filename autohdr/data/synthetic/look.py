@@ -74,7 +74,7 @@ def pin(picture: Array, look: Look, levels: Array, walls: Array) -> Array:
 
     How far is the look's to say. Colours keep their ratios under the curve, so that its luma is exact.
     """
-    every = max(1, min(picture.shape[:2]) // 160)
+    every = max(1, min(picture.shape[:2]) // 96)
     small = picture[::every, ::every]
     gains, knots, values, goal = np.ones(3, np.float32), np.array([0.0, 1]), np.array([0.0, 1]), None
     for _ in range(3):  # the gains change the luma and the curve the walls, less and less
