@@ -81,9 +81,11 @@ def test_a_scene_is_kept_and_photographed_again(tmp_path):
     for name in ("radiance", "outside", "neutral", "tones"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     assert first.radiance.dtype == np.float16 and first.radiance.shape == (40, 48, 3)
-    kept.write_bytes(b"")  # it is this file that is read
-    with pytest.raises(EOFError):
-        render_scene(3, 40, 48, tmp_path)
+    whole = kept.read_bytes()
+    for damaged in (b"", b"scene", whole[: len(whole) // 2]):  # it is this file that is read
+        kept.write_bytes(damaged)
+        with pytest.raises(UserError, match="got a damaged file"):
+            render_scene(3, 40, 48, tmp_path)
     for develop in (photograph, edit):
         one, same, other = (develop(np.random.default_rng(seed), first) for seed in (1, 1, 2))
         assert np.array_equal(one, same) and not np.array_equal(one, other)

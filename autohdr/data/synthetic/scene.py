@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -30,14 +31,17 @@ def render_scene(seed: int, height: int, width: int, cache_dir: str | Path | Non
     """The room that `seed` makes. The same arguments give the same bits on the same machine.
 
     cache_dir: folder that keeps rendered scenes, 8 bytes a pixel; another version of the renderer renders them anew.
-    Raises UserError for a side under 32 pixels or a negative seed.
+    Raises UserError for a side under 32 pixels, a negative seed, or a kept scene that is damaged.
     """
     check_size(height, width)
     check_seed(seed)
     path = Path(cache_dir) / f"{seed}_{height}x{width}_{_renderer()}.npz" if cache_dir is not None else None
     if path and path.is_file():
-        with np.load(path) as kept:
-            return Scene(**kept)
+        try:
+            with np.load(path) as kept:
+                return Scene(**kept)
+        except (EOFError, ValueError, TypeError, BadZipFile) as error:
+            raise UserError(f"synthetic scenes: expected a scene in {path}, got a damaged file: delete it") from error
     with np.errstate(all="ignore"):  # rays that miss divide by zero, and are masked
         place = room.Room(seed)
         radiance, share = render.render(place, height, width)
