@@ -21,6 +21,7 @@ SCENES, HELD_OUT = 88, 12
 HEIGHT, WIDTH = 256, 384
 WANTED_MARGIN = 1.0  # dB PSNR above auto-tone: a model that has learnt reaches more
 SAMPLES = Path(__file__).with_name("samples") / "pairs.jsonl"
+SHOWN = (512, 768)  # height and width at which the samples are measured and shown: in seconds
 _MARK = ".autohdr-demo"
 
 
@@ -41,7 +42,7 @@ def demo(out: Path) -> DemoResult:
     _claim(out)
     pairs, model = read_pairs(SAMPLES), load_checkpoint()
     enhanced = enhance([pair.src for pair in pairs], out / "enhanced", model)
-    results = evaluate(pairs, out / "report", model=model)
+    results = evaluate(pairs, out / "report", model=model, size=SHOWN)
     print(format_table(results))
     print(f"\nreport:            {out / 'report' / 'report.html'}")
     speed = f"{enhanced.seconds / enhanced.megapixels:.2f} s a megapixel"

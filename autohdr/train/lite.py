@@ -81,7 +81,7 @@ def takes(seed: int, count: int = TAKES, height: int = HEIGHT, width: int = WIDT
     """Photographs and edits of the room that `seed` makes, each uint8 [count, 128, 128, 3]: as many cameras and retouchers."""
     scene = render_scene(seed, height, width)
     sources = [photograph(np.random.default_rng([seed, 1, take]), scene) for take in range(count)]
-    targets = [edit(np.random.default_rng([seed, 2, take]), scene, source) for take, source in enumerate(sources)]
+    targets = [edit(np.random.default_rng([seed, 2, take]), scene) for take in range(count)]
 
     def small(picture: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.BOX))
