@@ -342,7 +342,8 @@ def program(kernel: str, architecture: str) -> tuple[Program, machine_code.Resou
 
 @dataclass
 class Work:
-    """Of a launch: what one of its warps does, on average; bytes through the second-level cache, and through memory at least."""
+    """Of a launch: what one of its warps does, on average; bytes through the second-level cache, those of the op's tensors and of
+    scratch memory that are touched, each once; the share of instructions that could not be followed."""
 
     cycles: float
     issued: float
@@ -351,6 +352,7 @@ class Work:
     cached: float
     memory: float
     scratch: float
+    unknown: float
 
 
 def touched_by_all(way: Way, neighbours: list[tuple[int, Way]], places, inside: bool) -> float:
@@ -399,6 +401,7 @@ def work_of(recorded: Recorded, architecture: str) -> Work:
         cached,
         touched_by_all(way, neighbours, tensors, True),
         touched_by_all(way, neighbours, tensors, False),
+        way.unknown / way.issued,
     )
 
 
@@ -497,6 +500,8 @@ def predict(name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str,
         for launch, count, work in works_of(launches, gpu.architecture):
             count *= ops.calls[call]
             launched += count
+            if work.unknown > 0.01:
+                print(f"not followed: {work.unknown:.1%} of {machine_code.short_name(launch.kernel)}", file=sys.stderr)
             for scenario, values in SCENARIOS.items():
                 took, bound = seconds(launch, work, gpu, values)
                 totals[scenario] += count * took

@@ -65,20 +65,20 @@ class Code:
         return [self.instructions[at] for at in sorted(inside)]
 
 
-def disassembler() -> str | None:
-    """nvdisasm's path."""
-    if found := shutil.which("nvdisasm"):
+def tool(name: str) -> str | None:
+    """The path of nvdisasm or cuobjdump."""
+    if found := shutil.which(name):
         return found
     try:
         import triton
     except ImportError:
         return None
-    return triton.knobs.nvidia.nvdisasm.path
+    return getattr(triton.knobs.nvidia, name).path
 
 
 def disassemble(cubin: Path) -> dict[str, Code]:
     """All kernels of a file, by their mangled names."""
-    command = [disassembler(), "-c", "-hex", cubin]
+    command = [tool("nvdisasm"), "-c", "-hex", cubin]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels: dict[str, Code] = {}
     code, waiting = None, None
@@ -173,8 +173,8 @@ def resources(log: str) -> dict[str, Resources]:
 
 
 def usage(cubin: Path) -> dict[str, Resources]:
-    """The same of a cubin that others compiled, by cuobjdump, which lies beside nvdisasm; all of the stack counts as spilled."""
-    command = [Path(disassembler()).with_name("cuobjdump"), "--dump-resource-usage", cubin]
+    """The same of a cubin that others compiled, as cuobjdump tells; all of the stack counts as spilled."""
+    command = [tool("cuobjdump"), "--dump-resource-usage", cubin]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
     return {name: Resources(int(r), int(k), int(k) + int(loc), int(s)) for name, r, k, s, loc in found}

@@ -32,7 +32,7 @@ UNITS = {
     "local": "LDL STL",
     "branch": "BRA CALL RET EXIT BSSY BSYNC BREAK WARPSYNC",
     "barrier": "BAR DEPBAR LDGDEPBAR",
-    "uniform": "ULDC UMOV UIADD3 UIMAD USHF ULEA ULOP3 USEL UISETP UPRMT UPLOP3 S2UR R2UR",
+    "uniform": "ULDC UMOV UIADD3 UIMAD USHF ULEA ULOP3 USEL UISETP UPRMT UPLOP3 USGXT S2UR R2UR",
     "constant": "LDC",
 }
 """Opcodes by the unit that executes them; all others are "integer"."""
@@ -343,6 +343,11 @@ def move(kinds, n, p):
     return [halves(n[-1]) if "64" in kinds else n[-1] & narrow]
 
 
+def extend(kinds, n, p):
+    value, bits = n[0] & (1 << n[1]) - 1, n[1]
+    return [value if "U32" in kinds else value - ((value >> bits - 1) << bits) & WORD]
+
+
 def broadcast(kinds, n, p):
     value, lane, _ = n
     if kinds != ["IDX"] or not isinstance(lane, int):
@@ -368,6 +373,7 @@ MEANINGS: dict[str, Callable] = {
     "MUFU": reciprocal,
     "P2R": pack,
     "SHFL": broadcast,
+    "SGXT": extend,
     "R2P": lambda kinds, n, p: [(n[0] >> k & 1) != 0 for k in range(7) if n[1] >> k & 1],
     "HFMA2": constant_halves,
 }

@@ -2,12 +2,15 @@
 a block may have there. Nothing runs: a driver that knows an architecture and no GPU takes the place of Triton's own."""
 
 import importlib
-import re
-import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from again import unless_passed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import machine_code
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -101,12 +104,10 @@ def faults(architecture: int, call, monkeypatch, cache) -> list[str]:
     for kernel in {k.hash: k for k in compiled}.values():
         binary = cache / f"{kernel.hash}.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack, local = re.search(rf"Function {kernel.name}:\s+REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+        taken = machine_code.usage(binary)[kernel.name]
         name = f"sm_{architecture} {kernel.name}"
-        if int(stack) or int(local):
-            found.append(f"{name}: {int(stack) + int(local)} bytes spilled at {registers} registers")
+        if taken.spilled:
+            found.append(f"{name}: {taken.spilled} bytes spilled at {taken.registers} registers")
         if kernel.metadata.shared > SHARED[architecture]:
             found.append(f"{name}: {kernel.metadata.shared} bytes of shared memory")
     return found
@@ -121,7 +122,9 @@ def test_no_kernel_spills(op, architecture, monkeypatch, tmp_path):
         for function, arguments in globals()[f"{op}_calls"]():
             getattr(implementation, function)(*arguments)
 
-    with unless_passed(["autohdr/kernels", "tests/kernels/test_triton_resources.py"], op, architecture):
+    with unless_passed(
+        ["autohdr/kernels", "tests/kernels/test_triton_resources.py", "benchmarks/machine_code.py"], op, architecture
+    ):
         assert not faults(architecture, calls, monkeypatch, tmp_path)
 
 
