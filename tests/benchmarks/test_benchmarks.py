@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +22,13 @@ import bench_restormer
 import calibrate
 import floors
 import gpu_check
+import instructions
 import plot
 import problems
 import run
 import tables
+from machine_code import Resources
+from warp import Launch, Way
 
 from autohdr import create_model
 from autohdr.kernels.gdfn.declaration import _flops
@@ -134,6 +139,53 @@ def test_tables_of_predictions():
     assert "| H200, ms, by commit | 1111111 | 2222222 |" in text
     assert "| gdfn 48×8×8, forward, cuda | predicted 5 | predicted 4 |" in text
     assert "| `gate<__nv_bfloat16>` | predicted 3 | issue |" in text and "PyTorch's own ops" not in text
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A launch of a kernel of 64 registers, four blocks of which fit a multiprocessor of an H200, and its work."""
+    monkeypatch.setattr(instructions, "program", lambda *_: (None, Resources(64, 0, 0, 0)))
+    launch = Launch("kernel", (132 * 4, 1, 1), (256, 1, 1), 0, struct.pack("<QqQ", 0x7F0000000000, 5, 0x7F0000001000))
+    work = instructions.Work(1000, 500, {"fma": 300, "special": 10}, 20, cached=0, memory=0, scratch=0, unknown=0)
+    return launch, work
+
+
+def test_blocks_of_a_multiprocessor(kernel):
+    launch, gpu = kernel[0], instructions.GPUS["H200"]
+    assert instructions.resident(launch, Resources(64, 0, 0, 0), gpu) == 4
+    assert instructions.resident(launch, Resources(255, 0, 0, 0), gpu) == 1
+    assert instructions.resident(launch, Resources(32, 0, 0, 0), instructions.GPUS["RTX 4090"]) == 6
+    assert instructions.resident(replace(launch, shared=60 << 10), Resources(32, 0, 0, 1 << 10), gpu) == 3
+
+
+def test_what_binds_a_kernel(kernel):
+    (launch, work), gpu, scenario = kernel, instructions.GPUS["H200"], instructions.SCENARIOS["low"]
+
+    def predicted(launch=launch, **changes):
+        took, bound = instructions.seconds(launch, replace(work, **changes), gpu, scenario)
+        return (took - scenario.gap) * gpu.clock, bound
+
+    assert predicted() == (pytest.approx(8 * 500 / 0.95), "issue")
+    assert predicted(replace(launch, grid=(132 * 8, 1, 1))) == (pytest.approx(2 * 8 * 500 / 0.95), "issue")
+    assert predicted(cycles=1e5) == (pytest.approx(0.85e5), "latency")
+    assert predicted(units={"special": 100}) == (pytest.approx(8 * 100 * 8), "special")
+    assert predicted(shared=200) == (pytest.approx(4 * 8 * 200), "shared memory")
+    assert predicted(memory=gpu.memory)[1] == "memory" and predicted(cached=gpu.cache)[1] == "second-level cache"
+    assert predicted(scratch=gpu.memory)[1] == "memory" and predicted(scratch=gpu.cache_bytes)[1] == "issue"
+
+
+def test_launches_that_differ_in_their_pointers(kernel):
+    launch = kernel[0]
+    moved, other = (replace(launch, parameters=struct.pack("<QqQ", 0x7F0000002000, n, 0x7F0000001000)) for n in (5, 6))
+    assert instructions.without_places(moved) == instructions.without_places(launch)
+    assert instructions.without_places(other) != instructions.without_places(launch)
+
+
+def test_what_neighbours_touch_as_well():
+    way, beside, below = Way(loaded=set(range(8)), stored={100}), Way(loaded=set(range(4, 12)), stored={101}), Way(loaded={0})
+    assert instructions.touched_by_all(way, [(3, beside)], [(0, 32 * 100)], True) == 32 * (8 + 2 * 4)
+    assert instructions.touched_by_all(way, [(3, beside)], [(0, 32 * 100)], False) == 32 * 3
+    assert instructions.touched_by_all(way, [(1, below)], [(0, 32 * 200)], True) == 32 * 9
 
 
 def test_measured_over_predicted():
