@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_elements(GatherTasks al
     double sum = 0;
     if (i < g.count && g.rows.has(row) && g.columns.has(column)) {
       const float* at = task.from + g.rows.place(row) + g.columns.place(column);
-#pragma unroll 4
+#pragma unroll 2
       for (int s = part; s < g.slots; s += threads) sum += at[s * g.slot];
     }
     if (threads > 1) {
