@@ -43,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from warp import Launch, Program, Timing, Way
 
+sys.path.insert(0, str(build.ROOT))  # this tree's ops, whatever is installed
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "instructions.json"
 TRITON = machine_code.CACHE / "triton"  # what it compiled for the launches
