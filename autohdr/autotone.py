@@ -25,6 +25,8 @@ as saturated as the ten edits."""
 FINISHED = 0.1
 """A photo whose 75th percentile is so far below the pin, or farther, gets all of the edit; one that has it there or above is
 finished and gets none; between them it gets a part."""
+FADE = 0.6
+"""Value from which the white balance fades towards white, where there is none."""
 MOST_GAIN = 1.6
 """Of a channel, in the white balance, and its inverse the least."""
 
@@ -85,21 +87,27 @@ def pinning(small: Tensor) -> tuple[Tensor, Tensor]:
     walls = wall_colour(small)
     gains = ((luma(walls)[:, None] / walls) ** BALANCE).clamp(1 / MOST_GAIN, MOST_GAIN)
     shares, values = (small.new_tensor(column) for column in zip(*PINNED, strict=True))
-    pins = torch.quantile(luma(small * gains[:, :, None, None]).flatten(1), shares, dim=1).T  # [B, pins]
-    pins = pins + small.new_tensor([1, 2, 3]) / 255  # apart, and above 0, in a photo that is flat or black
-    x = gains[:, :, None] * torch.linspace(0, 1, KNOTS, device=small.device)
-    ends = torch.cat([pins, pins[:, -1:].clamp(min=1) + 0.05], 1)[:, :, None, None]
+    knots = torch.linspace(0, 1, KNOTS, device=small.device)
+    pins = torch.quantile(luma(_balanced(small, gains[:, :, None, None])).flatten(1), shares, dim=1).T  # [B, pins]
+    apart = small.new_tensor([1, 2, 3]) / 255  # and above 0 and below white, in a photo that is flat, black or burnt out
+    pins = pins.minimum(0.94 + 3 * apart) + apart
+    x = _balanced(knots, gains[:, :, None])
+    ends = torch.cat([pins, torch.ones_like(pins[:, :1])], 1)[:, :, None, None]
     heights = torch.cat([values, values.new_ones(1)])
     first = ends[:, 0]
     y = heights[0] * (x.minimum(first) / first) ** TOE
     for i in range(len(PINNED)):
         low, high = ends[:, i], ends[:, i + 1]
         y = y + (heights[i + 1] - heights[i]) * ((x - low) / (high - low)).clamp(0, 1)
-    identity = torch.linspace(0, 1, KNOTS, device=small.device)
     needed = unfinished(small)[:, None, None]
     less = needed * (1 - SATURATION)
     matrix = (1 - less) * torch.eye(3, device=small.device) + less * small.new_tensor(LUMA)
-    return identity + needed * (y - identity), F.pad(matrix, (0, 1))
+    return knots + needed * (y - knots), F.pad(matrix, (0, 1))
+
+
+def _balanced(values: Tensor, gains: Tensor) -> Tensor:
+    """Values times gains, which fade from FADE on, so that white stays white: what is burnt out has no tint to take out."""
+    return values * gains ** (1 - (values - FADE).clamp(min=0) / (1 - FADE))
 
 
 def unfinished(small: Tensor) -> Tensor:

@@ -82,6 +82,16 @@ def test_a_finished_photo_stays_as_it_is():
     assert needed == pytest.approx([1, 1, 0.5, 0, 0], abs=1e-4)
 
 
+def test_what_is_burnt_out_stays_white():
+    burnt = room()
+    burnt[:20, :20] = 1
+    edited = auto_tone(burnt)
+    np.testing.assert_allclose(edited[:20, :20], 1, atol=1e-4)
+    ramp = np.linspace(0, 1, 500, dtype=np.float32)[:, None, None] * np.array([1, 0.85, 0.6], np.float32)
+    curves, _ = pinning(thumbnail(torch.from_numpy(ramp.repeat(2, 1)).permute(2, 0, 1)[None]))
+    assert (curves.diff(dim=2) >= 0).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_flat_photos_stay_flat_and_finite(value):
     toned = auto_tone(np.full((4, 5, 3), value, dtype=np.float32))

@@ -133,6 +133,9 @@ class Lite(Network):
         slopes = slopes + F.interpolate(tints.view(-1, 3, TINTS), KNOTS - 1, mode="linear", align_corners=True)
         steps = inputs.curves.diff(dim=2) * (LARGEST * torch.tanh(slopes / LARGEST)).exp()
         start = inputs.curves[..., :1] + 0.1 * torch.tanh(lift)[:, None]
+        steps = (
+            steps * (inputs.curves[..., -1:] - start) / steps.sum(2, keepdim=True)
+        )  # white stays as white as the recipe has it
         curves = torch.cat([start, start + steps.cumsum(2)], 2)
         curves = inputs.curves + part * (curves - inputs.curves)
         mixed = 0.2 * part * mixed.view(-1, 3, 3)

@@ -43,6 +43,7 @@ def test_edits_are_as_apply_edit_takes_them(bins):
     torch.testing.assert_close(model(x), apply_edit(x, *edit))
     assert (edit.curves.diff(dim=2) >= 0).all()
     torch.testing.assert_close(edit.matrix[..., :3].sum(2), torch.ones(3, 3))  # grey stays grey
+    torch.testing.assert_close(edit.curves[..., -1], torch.ones(3, 3))  # white stays white
 
 
 def test_a_photo_in_a_batch_is_edited_as_alone():
