@@ -117,34 +117,20 @@ def made_once(target: Path) -> Iterator[Path | None]:
 
 
 def compiled(source: Path, architecture: str) -> tuple[Path, str]:
-    """The cubin of a .cu file and what ptxas says of its kernels; made once for each state of the sources.
-
-    C++ becomes PTX once for all architectures, which is most of the work. Only how bfloat16 becomes float32 is written in another
-    way in PTX for sm_90: what is shipped differs from this by a few instructions in a thousand, and by no register.
+    """The cubin of a .cu file, as it is shipped, and what ptxas says of its kernels; made once for each state of the sources.
 
     Raises:
         RuntimeError: it does not compile, with the compiler's output.
     """
-
-    def run(*command: str | Path) -> str:
-        done = subprocess.run([build.toolkit() / "bin" / command[0], *command[1:]], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        return done.stdout + done.stderr
-
-    front = ["nvcc", "-O3", "-std=c++17", f"-arch={ARCHITECTURES[0].replace('sm', 'compute')}", f"-I{ROOT / 'csrc'}", "-ptx"]
-    name = f"{source.stem}-{build.hash_of([release(), *front], [source])}"
-    with made_once(CACHE / f"{name}.ptx") as ptx:
-        if ptx:
-            run(*front, source, "-o", ptx)
-    cubin = CACHE / f"{name}-{architecture}.cubin"
+    command = ["nvcc", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", "-cubin"]
+    cubin = CACHE / f"{source.stem}-{architecture}-{build.hash_of([release(), *command], [source])}.cubin"
     with made_once(cubin) as part:
         if part:
-            retargeted = CACHE / f"{name}-{architecture}.ptx"
-            text = (CACHE / f"{name}.ptx").read_text()
-            retargeted.write_text(text.replace(f".target {ARCHITECTURES[0]}", f".target {architecture}"))
-            cubin.with_suffix(".log").write_text(run("ptxas", "-O3", f"-arch={architecture}", "-v", retargeted, "-o", part))
-            retargeted.unlink()
+            command[0] = str(build.toolkit() / "bin" / command[0])
+            done = subprocess.run([*command, str(source), "-o", part], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stdout + done.stderr)
+            cubin.with_suffix(".log").write_text(done.stdout + done.stderr)
     return cubin, cubin.with_suffix(".log").read_text()
 
 

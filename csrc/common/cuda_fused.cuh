@@ -273,8 +273,17 @@ struct Fused {
   }
 };
 
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870)
+constexpr int kSharedOfMultiprocessor = 164 << 10;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedOfMultiprocessor = 100 << 10;
+#else
+constexpr int kSharedOfMultiprocessor = 228 << 10;
+#endif
+
+// Registers are shared out among as many blocks as shared memory has room for.
 template <class T, class Kernel>
-__global__ void __launch_bounds__(256, 2) run_fused(Kernel kernel) {
+__global__ void __launch_bounds__(256, 2 * Kernel::kShared <= kSharedOfMultiprocessor ? 2 : 1) run_fused(Kernel kernel) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   kernel.run(shared);
 }
