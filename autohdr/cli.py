@@ -179,6 +179,7 @@ def enhance(
     checkpoint: Path | None = None,
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
     strength: float = 1.0,
+    save_edit: Annotated[bool, FlagCreatePairsOff] = False,
     overwrite: Annotated[bool, FlagCreatePairsOff] = False,
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
@@ -196,6 +197,7 @@ def enhance(
         checkpoint: Weights of the model that enhances; by default the small one that ships.
         auto_tone: Use the fixed auto-tone instead of a model.
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
+        save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
         overwrite: Replace results that exist already, instead of skipping their photos.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
@@ -207,7 +209,7 @@ def enhance(
     if checkpoint and auto_tone:
         raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
     through = paths == [Path("-")]
-    if through == (out is not None):
+    if through == (out is not None) or through and save_edit:
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
     from autohdr.enhance import enhance
     from autohdr.measure import parse_bytes, pick_device
@@ -229,7 +231,7 @@ def enhance(
             for path in result.written:
                 sys.stdout.buffer.write(path.read_bytes())
         return 1 if result.skipped else 0
-    result = enhance(paths, out, model, overwrite=overwrite, **settings)
+    result = enhance(paths, out, model, overwrite=overwrite, save_edit=save_edit, **settings)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""

@@ -1,5 +1,6 @@
 """Enhances photo files at their own resolution, with a model or with the auto-tone."""
 
+import json
 import math
 import os
 import re
@@ -16,10 +17,14 @@ from tqdm import tqdm
 from autohdr.autotone import auto_tone
 from autohdr.data.images import SUFFIXES, read_photo, write_photo
 from autohdr.errors import UserError
+from autohdr.files import write_text
+from autohdr.kernels import apply_edit
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
+from autohdr.models.lite import Lite
 from autohdr.models.tiling import in_strips, works_in_strips
 
 PRECISIONS = ("float32", "bfloat16")
+CUBE_SIDE = 33
 
 
 @dataclass
@@ -40,6 +45,7 @@ def enhance(
     device: str | torch.device = "cpu",
     precision: str = "float32",
     strength: float = 1.0,
+    save_edit: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     max_memory: int | None = None,
@@ -56,8 +62,11 @@ def enhance(
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
-    UserError before any work: a strength outside 0 to 2; max_memory and another model; a path that does not exist, no photos, two
-    photos of one output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
+    save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
+    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take.
+    UserError before any work: a strength outside 0 to 2; save_edit and a model that predicts no edit; max_memory and another model;
+    a path that does not exist, no photos, two photos of one output name, an output that is one of the photos, an out_dir that can't
+    be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -66,6 +75,9 @@ def enhance(
         raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
     if not 0 <= strength <= 2:
         raise UserError(f"strength must be from 0 to 2, got {strength}")
+    if save_edit and not isinstance(model, Lite):
+        got = type(model).__name__ if model else "the auto-tone"
+        raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
     device = torch.device(device)
     as_stored = model is None or getattr(model, "takes_samples", False)
     if model is not None:
@@ -84,6 +96,8 @@ def enhance(
                 _blend(before, photo.pixels, strength)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_photo(target, photo)
+            if save_edit and isinstance(model, Lite):
+                _write_edit(target, model, before, strength)
             result.seconds += time.perf_counter() - started
             result.megapixels += photo.pixels.shape[0] * photo.pixels.shape[1] / 1e6
             result.written.append(target)
@@ -149,6 +163,21 @@ def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: 
             output = model(image)
     output = output[0].permute(1, 2, 0)
     return (output.float() if output.is_floating_point() else output).cpu().numpy()
+
+
+def _write_edit(target: Path, model: Lite, pixels: np.ndarray, strength: float) -> None:
+    """Writes the edit that the model predicts for a photo beside the photo's result, as JSON and as a look-up table."""
+    with torch.inference_mode():
+        edit = model.predict(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(next(model.parameters()).device))
+        steps = torch.linspace(0, 1, CUBE_SIDE)
+        blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
+        colours = torch.stack([red, green, blue]).view(1, 3, -1, CUBE_SIDE)
+        edited = apply_edit(colours, edit.curves.cpu(), edit.matrix.cpu())
+        table = (colours + strength * (edited - colours)).clamp(0, 1).flatten(2)[0].T.tolist()
+    parts = {"curves": edit.curves[0].tolist(), "matrix": edit.matrix[0].tolist(), "strength": strength}
+    write_text(target.with_suffix(".json"), json.dumps(parts) + "\n")
+    lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
+    write_text(target.with_suffix(".cube"), "\n".join(lines) + "\n")
 
 
 def _blend(before: np.ndarray, after: np.ndarray, strength: float) -> None:

@@ -1,5 +1,6 @@
 """The enhancer on real files: what is written, what is skipped, what is refused before any work."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from autohdr.autotone import auto_tone
 from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_samples, to_float, write_photo
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
-from autohdr.kernels import backends
+from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
-from autohdr.models import create_model
+from autohdr.models import create_model, load_checkpoint
 
 
 class Invert(nn.Module):
@@ -107,6 +108,26 @@ def test_strength(tmp_path, model):
         np.testing.assert_allclose(edits[strength], (samples + strength * (edits[1] - samples)).clip(0, 255), atol=1)
     with pytest.raises(UserError, match="strength must be from 0 to 2, got 3"):
         run([tmp_path / "a.png"], tmp_path / "out", model, strength=3)
+
+
+def test_the_edit_is_saved_beside_the_photo(tmp_path):
+    """What is in the look-up table, between whose points nothing bends but the curves, and in JSON, is what was done."""
+    samples = save(tmp_path / "a.png", 40, 40)
+    run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), save_edit=True, strength=0.8)
+    head, *rows = (tmp_path / "out/a.cube").read_text().splitlines()
+    table = np.array([row.split() for row in rows], float)
+    assert head == "LUT_3D_SIZE 33" and table.shape == (33**3, 3)
+    edit = json.loads((tmp_path / "out/a.json").read_text())
+    curves, matrix = (torch.tensor([edit[name]]) for name in ("curves", "matrix"))
+    x = torch.from_numpy(samples / np.float32(255)).permute(2, 0, 1)[None]
+    expected = (x + edit["strength"] * (apply_edit(x, curves, matrix) - x))[0].permute(1, 2, 0).clamp(0, 1).numpy() * 255
+    np.testing.assert_allclose(read_samples(tmp_path / "out/a.png"), expected, atol=1.01)
+    place = [round(32 * value) for value in (0.25, 0.5, 0.75)]  # red, green, blue
+    colour = torch.tensor(place).view(1, 3, 1, 1) / 32
+    done = (colour + 0.8 * (apply_edit(colour, curves, matrix) - colour)).flatten().clamp(0, 1)
+    np.testing.assert_allclose(table[place[0] + 33 * place[1] + 33**2 * place[2]], done.numpy(), atol=2e-6)
+    with pytest.raises(UserError, match="save_edit is for a model that predicts an edit, as lite does, got the auto-tone"):
+        run([tmp_path / "a.png"], tmp_path / "out", save_edit=True)
 
 
 def test_metadata_is_kept_and_the_photo_upright(tmp_path):
