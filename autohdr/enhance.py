@@ -64,9 +64,9 @@ def enhance(
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take.
-    UserError before any work: a strength outside 0 to 2; save_edit and a model that predicts no edit; max_memory and another model;
-    a path that does not exist, no photos, two photos of one output name, an output that is one of the photos, an out_dir that can't
-    be made, an unknown precision.
+    UserError before any work: a strength outside 0 to 2; save_edit and a model that predicts no edit; max_memory and another one
+    than a network that works in strips; a path that does not exist, no photos, two photos of one output name, an output that is
+    one of the photos, an out_dir that can't be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
