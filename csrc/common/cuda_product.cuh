@@ -42,7 +42,7 @@ struct Plain {
 // + residual.
 template <class T>
 struct Plus {
-  static constexpr int kAtOnce = 8, kSize = Piece<T>::kSize;
+  static constexpr int kAtOnce = 4, kSize = Piece<T>::kSize;
   Matrices<const T> residual;
   struct Held {
     Piece<T> pieces[8 / kSize];
