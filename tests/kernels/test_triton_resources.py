@@ -38,7 +38,7 @@ def selective_scan_calls():
         u, delta, B, z = (torch.zeros(s, dtype=dtype).movedim(-1, 1 if channel_last else -1).contiguous() for s in shapes)
         A, D, states = torch.zeros(dim, dstate), torch.zeros(dim), torch.zeros(dstate * dim * -(-seqlen // 128))
         inputs = u, delta, A, B, B, D, None if rank_one else z, D, D if rank_one else None, A[None]
-        yield "forward", (*inputs, True, channel_last, channel_last, False)
+        yield "forward", (*inputs, True, channel_last, channel_last, False, rank_one)
         yield "backward", (u, A[None], *inputs, states, True, channel_last, channel_last)
 
 
