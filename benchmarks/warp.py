@@ -620,7 +620,7 @@ def keep(w: Lanes, i: Instruction, space: tuple, where: Value, kept: dict, mask:
             if (value := w.banks[bank][first + k]) is not None:
                 values = numpy.broadcast_to(value, LANES)[active].tolist()
                 kept.update({(space, a + 4 * k): v for a, v in zip(places, values, strict=True)})
-        elif (space, places[0] + 4 * k) in kept:
+        elif places and (space, places[0] + 4 * k) in kept:
             values = [kept.get((space, a + 4 * k)) for a in places]
             if values.count(values[0]) == len(values):
                 w.put(bank, first + k, values[0], mask)
