@@ -5,10 +5,12 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import machine_code
+import warp
 from machine_code import ARCHITECTURES, build
 
 pytestmark = [
@@ -84,3 +86,12 @@ def test_counts_grow_with_the_trips(walk):
     assert many.accesses - few.accesses == 64 * 16
     assert many.cycles - few.cycles > 64 * 4
     assert few.unknown == many.unknown
+
+
+def test_a_load_that_no_lane_takes_changes_nothing():
+    lanes = warp.Lanes(warp.Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b""), "sm_80", (0, 0, 0), 0)
+    load = machine_code.Instruction("P0", "LDS", ("R3", "[R2]"), 0)
+    for nobody, expected in ((False, 7), (True, 0)):
+        lanes.banks["R"][3] = 0
+        warp.keep(lanes, load, ("S", 0), 64, {(("S", 0), 64): 7}, numpy.full(32, not nobody))
+        assert numpy.all(lanes.banks["R"][3] == expected)
