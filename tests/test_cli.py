@@ -274,10 +274,10 @@ def test_enhance_overwrites_only_when_told(photos):
     assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]
 
 
-def test_demo_fails_where_auto_tone_is_nearly_as_good(monkeypatch, tmp_path):
+def test_demo_fails_where_gain_and_gamma_is_nearly_as_good(monkeypatch, tmp_path):
     from autohdr import demo
 
-    for margin, status in ((1.0, 0), (0.9, 1), (-0.1, 1), (math.nan, 1)):
+    for margin, status in ((0.5, 0), (0.4, 1), (-0.1, 1), (math.nan, 1)):
         result = demo.DemoResult(tmp_path, tmp_path, margin)
         monkeypatch.setattr(demo, "demo_train", lambda out, result=result: result)
         assert run("demo", "--train", "--out", tmp_path) == status
