@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from autohdr.autotone import auto_tone
-from autohdr.data.images import SUFFIXES, read_photo, write_photo
+from autohdr.data.images import SUFFIXES, photos_in, read_photo, write_photo
 from autohdr.errors import UserError
 from autohdr.files import write_text
 from autohdr.kernels import apply_edit
@@ -144,12 +144,7 @@ def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
         raise UserError(f"{path}: expected a photo or a folder, got a path that does not exist")
     if not path.is_dir():
         return [(path, Path(path.name))]
-    root, results = path.resolve(), out_dir.resolve()
-    found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if results != root and results.is_relative_to(root):
-        found = [p for p in found if not p.resolve().is_relative_to(results)]
-    relative = [(p, p.relative_to(path)) for p in found]
-    return [(p, place) for p, place in relative if not any(part.startswith(".") for part in place.parts)]
+    return [(photo, photo.relative_to(path)) for photo in photos_in(path, out_dir)]
 
 
 def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None) -> np.ndarray:

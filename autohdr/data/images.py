@@ -142,6 +142,15 @@ def from_float(pixels: np.ndarray, depth: int = 8) -> np.ndarray:
     return samples
 
 
+def photos_in(folder: Path, but: Path) -> list[Path]:
+    """The files of SUFFIXES in a folder and all below it, sorted, without hidden ones and those in `but`, the results' folder."""
+    root, results = folder.resolve(), but.resolve()
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if results != root and results.is_relative_to(root):
+        found = [path for path in found if not path.resolve().is_relative_to(results)]
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[ImageFile]:
     """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""

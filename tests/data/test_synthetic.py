@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autohdr.data.images import read_rgb
+from autohdr.data.images import from_float, read_rgb
 from autohdr.data.pairs import check_pairs, read_pairs
 from autohdr.data.synthetic import degrade, edit, photograph, render_pair, render_scene, statistics, synthesize
 from autohdr.data.synthetic.look import PERCENTILES, TARGET, pin, walls_of
-from autohdr.data.synthetic.pixels import to_lab, to_uint8
+from autohdr.data.synthetic.pixels import to_lab
 from autohdr.errors import UserError
 
 LUMA = np.array([0.2126, 0.7152, 0.0722])
@@ -185,7 +185,7 @@ def test_synthesize_refuses_a_folder_it_did_not_make(tmp_path):
 
 def test_degraded_photos_are_like_real_sources(rooms, tmp_path):
     """From finished rooms alone come sources with the statistics of real ones, beside the finished photos as they were."""
-    finals, edits = tmp_path / "finals", [to_uint8(target) for _, target in rooms]
+    finals, edits = tmp_path / "finals", [from_float(target) for _, target in rooms]
     finals.mkdir()
     for number, pixels in enumerate(edits):
         Image.fromarray(pixels).save(finals / f"{number:02}.png")
@@ -209,6 +209,8 @@ def test_degrade_is_the_same_with_any_number_of_workers_and_takes_strange_photos
         Image.new("RGB", (40, 64), (colour,) * 3).save(finals / f"{name}.png")
     Image.new("L", (200, 100), 90).save(finals / "grey.tif")
     Image.new("RGB", (20, 90)).save(finals / "narrow.png")
+    (finals / ".trash").mkdir()
+    Image.new("RGB", (64, 64)).save(finals / ".trash" / "hidden.png")
     one = degrade(finals, tmp_path / "one", size=96, workers=1, progress=False)
     two = degrade(finals, tmp_path / "two", size=96, workers=2, progress=False)
     assert [(path.name, reason.rsplit("got ")[1]) for path, reason in one.skipped] == [("narrow.png", "90 x 20")]

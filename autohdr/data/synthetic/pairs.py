@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from autohdr.data.images import SUFFIXES, Photo, from_float, read_photo, to_float, write_photo
+from autohdr.data.images import SUFFIXES, Photo, from_float, photos_in, read_photo, to_float, write_photo
 from autohdr.data.synthetic.camera import merge, photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.look import tones_of_edit
@@ -95,8 +95,7 @@ def degrade(
         raise UserError(f"degrade: size must be at least {MIN_SIDE}, got {size}")
     if seed < 0:
         raise UserError(f"degrade: seed must be 0 or more, got {seed}")
-    photos = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    photos = [path for path in photos if not path.resolve().is_relative_to(out.resolve())]
+    photos = photos_in(folder, out)
     if not photos:
         raise UserError(f"degrade: expected photos ({', '.join(sorted(SUFFIXES))}), got none in {folder}")
     processes = _processes(workers, len(photos))
