@@ -5,8 +5,9 @@ import io
 import numpy as np
 from PIL import Image
 
+from autohdr.data.images import from_float
 from autohdr.data.synthetic.look import SOURCE, draw_luma, pin
-from autohdr.data.synthetic.pixels import encode, expand, gaussian_pyramid, levels_of, luma, surround, to_uint8
+from autohdr.data.synthetic.pixels import encode, levels_of, luma, surround
 from autohdr.data.synthetic.scene import Scene
 from autohdr.data.synthetic.textures import Array, Rng
 
@@ -15,7 +16,7 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     """The photo (H, W, 3), uint8, sRGB, after JPEG: real lens, light that isn't one colour, brackets merged, no clipped white."""
     h, w = scene.radiance.shape[:2]
     x = scene.radiance.astype(np.float32) / scene.neutral
-    x = x + rng.uniform(0.003, 0.03) * _glare(x)
+    x = x + rng.uniform(0.003, 0.03) * surround(x, levels_of(x.shape) - 1)  # the lens spreads some light over all of it
     across, down = np.meshgrid(np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32))
     x *= (1 - rng.uniform(0, 0.28) * ((across * across + down * down) / 2))[..., None]
     lean, turn = rng.normal(0, 0.09, 3).astype(np.float32), rng.uniform(0, 2 * np.pi)  # other light from one side
@@ -37,7 +38,7 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     x = np.maximum(y + (x - y) * np.float32(rng.normal(1.42, 0.12)), 0)
     picture = pin(response(x), SOURCE, levels, cast)
     stream = io.BytesIO()
-    Image.fromarray(to_uint8(picture)).save(stream, "JPEG", quality=int(rng.integers(84, 97)))
+    Image.fromarray(from_float(picture)).save(stream, "JPEG", quality=int(rng.integers(84, 97)))
     return np.asarray(Image.open(stream).convert("RGB"))
 
 
@@ -46,15 +47,6 @@ def merge(x: Array, amount: float) -> Array:
     log = np.log(np.maximum(luma(x), 1e-4))
     base = surround(log, levels_of(log.shape) - 1)
     return x * np.exp(np.float32(-amount) * (base - np.median(base)))[..., None]
-
-
-def _glare(x: Array) -> Array:
-    """Light that the lens spreads over the whole picture."""
-    h, w = x.shape[:2]
-    glare = gaussian_pyramid(x, levels_of(x.shape) - 1)[-1]
-    while glare.shape[0] < h or glare.shape[1] < w:
-        glare = expand(glare, (glare.shape[0] * 2, glare.shape[1] * 2))
-    return glare[:h, :w]
 
 
 def _noise(rng: Rng, x: Array) -> Array:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from autohdr.data.images import from_float
 from autohdr.data.synthetic.look import TARGET, draw_luma, pin
-from autohdr.data.synthetic.pixels import encode, fuse, levels_of, luma, surround, to_uint8
+from autohdr.data.synthetic.pixels import encode, fuse, levels_of, luma, surround
 from autohdr.data.synthetic.scene import Scene
 from autohdr.data.synthetic.textures import Array, Rng
 
@@ -30,4 +31,4 @@ def edit(rng: Rng, scene: Scene) -> Array:
     vivid = np.float32(saturation) * np.array([1.06, 1, 0.92], np.float32)  # yellow is what clients see first
     colour = np.maximum(1 + (x / y[..., None] - 1) * vivid, 0)  # ratios in linear light
     ratio = colour ** np.float32(1 / 2.4)
-    return to_uint8(pin(ratio * (fused / luma(ratio))[..., None], TARGET, levels, walls))
+    return from_float(pin(ratio * (fused / luma(ratio))[..., None], TARGET, levels, walls))

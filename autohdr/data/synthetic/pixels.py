@@ -104,8 +104,3 @@ def curve(x: Array, knots: Array, values: Array) -> Array:
     cubic += h * t * (1 - t) * (tangent[k] * (1 - t) - tangent[k + 1] * t)
     scale = np.float32((_TABLE - 1) / (knots[-1] - knots[0]))  # read off a table finer than 8 bits: no arithmetic per pixel
     return cubic.astype(np.float32)[np.clip((x - np.float32(knots[0])) * scale + 0.5, 0, _TABLE - 1).astype(np.int32)]
-
-
-def to_uint8(x: Array) -> Array:
-    """[0, 1] to 0..255, clipped and rounded."""
-    return np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)
