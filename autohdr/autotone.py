@@ -1,5 +1,7 @@
 """Fixed recipes, what the "auto" button of an editor does: the baselines to beat, and what the model `lite` starts from."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
-from autohdr.kernels.apply_edit.reference import LUMA
+from autohdr.kernels.apply_edit.reference import LUMA, WHITE
 
 KNOTS = 33
 """Of the curves: enough for the bends at the pins to lie where they belong."""
@@ -39,7 +41,8 @@ def auto_tone(image: np.ndarray) -> np.ndarray:
     """
     _check("auto_tone", image, (np.float32, np.uint8, np.uint16))
     x = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    edited = apply_edit(x, *pinning(thumbnail(x)))[0].permute(1, 2, 0).numpy()
+    recipe = pinning(thumbnail(x))
+    edited = apply_edit(x, recipe.curves, recipe.matrix)[0].permute(1, 2, 0).numpy()
     return edited.clip(0, 1) if image.dtype == np.float32 else edited
 
 
@@ -71,7 +74,7 @@ def thumbnail(x: Tensor, side: int = 128) -> Tensor:
 
     Of a photo that is large only every n-th row and column counts, as many as leave four times as many.
     """
-    white = torch.iinfo(x.dtype).max if not x.is_floating_point() else 1
+    white = WHITE.get(x.dtype, 1)
     height, width = x.shape[2:]
     x = x[:, :, :: max(1, height // (4 * side)), :: max(1, width // (4 * side))]
     return F.adaptive_avg_pool2d(x.float() / white, side).clamp(0, 1)
@@ -82,8 +85,20 @@ def luma(x: Tensor) -> Tensor:
     return LUMA[0] * x[:, 0] + LUMA[1] * x[:, 1] + LUMA[2] * x[:, 2]
 
 
-def pinning(small: Tensor) -> tuple[Tensor, Tensor]:
-    """The recipe for a batch of thumbnails: curves [B, 3, KNOTS] and matrix [B, 3, 4] for apply_edit."""
+class Recipe(NamedTuple):
+    """What pinning makes of a batch of thumbnails."""
+
+    curves: Tensor
+    """[B, 3, KNOTS], for apply_edit, as matrix [B, 3, 4] is."""
+    matrix: Tensor
+    walls: Tensor
+    """wall_colour."""
+    needed: Tensor
+    """unfinished."""
+
+
+def pinning(small: Tensor) -> Recipe:
+    """The recipe for a batch of thumbnails."""
     walls = wall_colour(small)
     gains = ((luma(walls)[:, None] / walls) ** BALANCE).clamp(1 / MOST_GAIN, MOST_GAIN)
     shares, values = (small.new_tensor(column) for column in zip(*PINNED, strict=True))
@@ -99,10 +114,11 @@ def pinning(small: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(len(PINNED)):
         low, high = ends[:, i], ends[:, i + 1]
         y = y + (heights[i + 1] - heights[i]) * ((x - low) / (high - low)).clamp(0, 1)
-    needed = unfinished(small)[:, None, None]
-    less = needed * (1 - SATURATION)
+    needed = unfinished(small)
+    part = needed[:, None, None]
+    less = part * (1 - SATURATION)
     matrix = (1 - less) * torch.eye(3, device=small.device) + less * small.new_tensor(LUMA)
-    return knots + needed * (y - knots), F.pad(matrix, (0, 1))
+    return Recipe(knots + part * (y - knots), F.pad(matrix, (0, 1)), walls, needed)
 
 
 def _balanced(values: Tensor, gains: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def test_a_photo_stays_as_it_was_and_light_stays_in_order():
 
 def test_leaves_less_colour_than_the_curves_alone():
     x = torch.from_numpy(room()).permute(2, 0, 1)[None]
-    curves, matrix = pinning(thumbnail(x))
+    curves, matrix, *_ = pinning(thumbnail(x))
     curved, edited = apply_edit(x, curves, torch.eye(3, 4)[None]), apply_edit(x, curves, matrix)
     distance = [image - luma(image)[:, None] for image in (curved, edited)]
     torch.testing.assert_close(distance[1], SATURATION * distance[0], rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_what_is_burnt_out_stays_white():
     edited = auto_tone(burnt)
     np.testing.assert_allclose(edited[:20, :20], 1, atol=1e-4)
     ramp = np.linspace(0, 1, 500, dtype=np.float32)[:, None, None] * np.array([1, 0.85, 0.6], np.float32)
-    curves, _ = pinning(thumbnail(torch.from_numpy(ramp.repeat(2, 1)).permute(2, 0, 1)[None]))
+    curves, *_ = pinning(thumbnail(torch.from_numpy(ramp.repeat(2, 1)).permute(2, 0, 1)[None]))
     assert (curves.diff(dim=2) >= 0).all()
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autohdr import kernels
-from autohdr.autotone import KNOTS, luma, pinning, thumbnail, unfinished, wall_colour
+from autohdr.autotone import KNOTS, luma, pinning, thumbnail
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -99,10 +99,6 @@ class Lite(Network):
         self.check(image)
         return kernels.apply_edit(image, *self.predict(image))
 
-    def check(self, image: Tensor) -> None:
-        samples = image.dtype in (torch.uint8, torch.uint16)
-        super().check(image[..., :1].float() if samples else image)
-
     def predict(self, image: Tensor) -> Edit:
         """The edit of each image of a batch [B, 3, H, W], in float32: TRUST of the way from the recipe to the members' mean."""
         with torch.autocast(image.device.type, enabled=False):
@@ -117,10 +113,10 @@ class Lite(Network):
     @staticmethod
     def inputs(image: Tensor) -> Inputs:
         small = thumbnail(image)
-        curves, matrix = pinning(small)
+        curves, matrix, walls, needed = pinning(small)
         base = kernels.apply_edit(small, curves, matrix)
         pictures = F.adaptive_avg_pool2d(torch.cat([small, base], 1), SIDE) - 0.5
-        return Inputs(curves, matrix, statistics(small, base), pictures, unfinished(small))
+        return Inputs(curves, matrix, statistics(small, base, walls), pictures, needed)
 
     def edit(self, inputs: Inputs, number: int, trust: float = 1.0) -> Edit:
         """A member's: the recipe's, slopes of the curves times a power of e, which keeps them rising; a matrix that leaves grey
@@ -151,13 +147,12 @@ class Lite(Network):
         return {"members": count(names, "members."), "width": shape("members.0.encoder.0.weight")[0], "bins": bins}
 
 
-def statistics(small: Tensor, base: Tensor) -> Tensor:
+def statistics(small: Tensor, base: Tensor, walls: Tensor) -> Tensor:
     """[B, FEATURES]: percentiles of luma before and after the recipe, and of how red and blue the pixels are; walls, spread."""
     y, after = luma(small), luma(base)
     planes = torch.stack([y, after, base[:, 0] - after, base[:, 2] - after], 1).flatten(2)
     shares = torch.quantile(planes, planes.new_tensor(SHARES), dim=2).permute(1, 2, 0)  # [B, 4, shares]
     scaled = torch.cat([shares[:, :2] - 0.5, 4 * shares[:, 2:]], 1).flatten(1)
-    walls = wall_colour(small)
     tint = 4 * (walls / luma(walls)[:, None]).log()
     spread = 4 * torch.stack([y.std((1, 2)), after.std((1, 2)), (base.amax(1) - base.amin(1)).mean((1, 2))], 1)
     return torch.cat([scaled, tint, spread], 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
@@ -136,7 +137,8 @@ class Network(nn.Module):
 
     def check(self, image: Tensor) -> None:
         """UserError unless image is a batch that a forward pass takes."""
-        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
+        samples = self.takes_samples and image.dtype in (torch.uint8, torch.uint16)
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not (samples or image.is_floating_point()):
             raise UserError(
                 f"{self.config.name}: expected a floating-point image batch [B, 3, H, W], "
                 f"got {list(image.shape)} of {image.dtype}"
