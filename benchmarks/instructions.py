@@ -191,7 +191,7 @@ def recorded(calls: list[str], gpu: GPU, backend: str) -> list[list[Recorded]]:
             "AUTOHDR_RECORD_LAUNCHES": f"{folder}/launches",
         }
         if backend == "cuda":
-            library = str(build.library(checked=False))
+            library = str(build.emulated_kernels(checked=False))
             environment |= {"AUTOHDR_EMULATED_LIBRARY": library, "AUTOHDR_MULTIPROCESSORS": str(gpu.multiprocessors)}
         command = [sys.executable, __file__, "--record", folder, backend, gpu.architecture, str(gpu.multiprocessors)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -86,7 +86,7 @@ def build(name: str, sources: list[Path], flags: list[str], link: list[str], che
     return target
 
 
-def library(checked: bool = True) -> Path:
+def emulated_kernels(checked: bool = True) -> Path:
     """All CUDA kernels and their host files, registered for CPU tensors in place of the CPU kernels."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -97,7 +97,7 @@ def library(checked: bool = True) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that runs tests/kernels with library()."""
+    """Of a process that runs tests/kernels with emulated_kernels()."""
 
     def find(name: str) -> str:
         return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -106,7 +106,7 @@ def environment() -> dict[str, str]:
         # The sanitizer looks for __cxa_throw when it starts, long before Python loads a library that has it.
         "LD_PRELOAD": f"{find('libasan.so')} {find('libstdc++.so')}",
         "ASAN_OPTIONS": SANITIZER,
-        "AUTOHDR_EMULATED_LIBRARY": str(library()),
+        "AUTOHDR_EMULATED_LIBRARY": str(emulated_kernels()),
         "AUTOHDR_TEST_BACKEND": "cuda",
         "OMP_NUM_THREADS": "1",
     }
