@@ -14,10 +14,10 @@ constexpr float kLuma[3] = {0.2126f, 0.7152f, 0.0722f};  // Rec. 709
 
 AUTOHDR_INLINE v4 four(float v) { return v - v4{}; }
 
-// Samples in [0, 1], or in the integers' range.
+// White in the integers of a photo's own samples.
 template <class T>
-constexpr float scale_of() {
-  return sizeof(T) == 1 ? 255.0f : std::is_same<T, uint16_t>::value ? 65535.0f : 1.0f;
+constexpr float white_of() {
+  return static_cast<float>(static_cast<T>(-1));
 }
 AUTOHDR_INLINE float sample(const float* p) { return *p; }
 AUTOHDR_INLINE float sample(const bf16* p) {
@@ -28,7 +28,7 @@ AUTOHDR_INLINE float sample(const bf16* p) {
 }
 template <class T>
 AUTOHDR_INLINE float sample(const T* p) {
-  return *p * (1.0f / scale_of<T>());
+  return *p * (1.0f / white_of<T>());
 }
 AUTOHDR_INLINE void put(float* p, v4 v) { p[0] = v[0], p[1] = v[1], p[2] = v[2]; }
 AUTOHDR_INLINE void put(bf16* p, v4 v) {
@@ -39,9 +39,9 @@ AUTOHDR_INLINE void put(bf16* p, v4 v) {
 }
 template <class T>
 AUTOHDR_INLINE void put(T* p, v4 v) {  // a NaN becomes 0
-  v = v * scale_of<T>();
+  v = v * white_of<T>();
   v = v > 0.0f ? v : v4{};
-  v = v < scale_of<T>() ? v : four(scale_of<T>());
+  v = v < white_of<T>() ? v : four(white_of<T>());
   v = (v + 12582912.0f) - 12582912.0f;  // to the nearest integer; see round_to_integer
   for (int c = 0; c < 3; ++c) p[c] = static_cast<T>(v[c]);
 }
@@ -126,15 +126,13 @@ AUTOHDR_INLINE Toned tone(const EditShape& s, const Table& table, const T* x) {
 struct Corners {
   int64_t at[4];
   float weight[4];
-  float luma_part;
-  int64_t left, right;  // places of the first bin's matrices
 };
 AUTOHDR_INLINE Corners corners_of(const EditShape& s, const Between& across, float luma) {
   const Between bin = between_clamped(luma * static_cast<float>(s.bins - 1), s.bins);
   const int64_t step = s.bins > 1 ? 4 : 0, right = std::min(across.first + 1, s.columns - 1);
   const int64_t from = (across.first * s.bins + bin.first) * 4, to = (right * s.bins + bin.first) * 4;
   const float l = 1.0f - across.part, r = across.part, low = 1.0f - bin.part, high = bin.part;
-  return {{from, from + step, to, to + step}, {l * low, l * high, r * low, r * high}, bin.part, from, to};
+  return {{from, from + step, to, to + step}, {l * low, l * high, r * low, r * high}};
 }
 
 AUTOHDR_INLINE v4 affine_column(const Corners& corners, const v4* row, int c) {
@@ -149,24 +147,32 @@ AUTOHDR_INLINE v4 affine(const Corners& corners, const v4* row, v4 value) {
   return result;
 }
 
-static Table take_table(Scratch& scratch, const EditShape& s) {
-  const int64_t size = 3 * s.knots;
-  v4* memory = scratch.take<v4>(2 * size * s.batch);
-  return {memory, memory + size * s.batch};
-}
 AUTOHDR_INLINE Table of_image(const EditShape& s, const Table& all, int64_t image) {
   return {all.at + image * 3 * s.knots, all.slope + image * 3 * s.knots};
 }
 
+static Table make_tables(Scratch& scratch, const EditShape& s, const EditParameters& p) {
+  const int64_t size = 3 * s.knots * s.batch;
+  v4* memory = scratch.take<v4>(2 * size);
+  const Table all{memory, memory + size};
+  for (int64_t i = 0; i < s.batch; ++i) fill_table(s, p, i, of_image(s, all, i));
+  return all;
+}
+
+// Of each column of pixels; of no use without a grid.
+static const Between* make_across(Scratch& scratch, const EditShape& s) {
+  Between* across = scratch.take<Between>(s.width);
+  for (int64_t i = 0; s.columns && i < s.width; ++i) across[i] = cell_of(i, s.width, s.columns);
+  return across;
+}
+
 template <class T>
-static void forward(const EditForward<T>& a) {
+static void run(const EditForward<T>& a) {
   const EditShape& s = a.shape;
   const int64_t row_size = s.columns * s.bins * 4, count = s.batch * s.height;
   Scratch scratch;
-  const Table tables = take_table(scratch, s);
-  for (int64_t i = 0; i < s.batch; ++i) fill_table(s, a.parameters, i, of_image(s, tables, i));
-  Between* across = scratch.take<Between>(s.width);
-  for (int64_t i = 0; s.columns && i < s.width; ++i) across[i] = cell_of(i, s.width, s.columns);
+  const Table tables = make_tables(scratch, s, a.parameters);
+  const Between* across = make_across(scratch, s);
   v4* rows = scratch.take<v4>(row_size * torch::stable::get_num_threads());
   parallel_ranges(count, [&](int64_t worker, int64_t first, int64_t end) {
     v4* row = rows + worker * row_size;
@@ -241,15 +247,13 @@ AUTOHDR_INLINE v4 pixel_backward(const EditShape& s, const EditParameters& p, in
 }
 
 template <class T>
-static void backward(const EditBackward<T>& a) {
+static void run(const EditBackward<T>& a) {
   const EditShape& s = a.shape;
   const int64_t row_size = s.columns * s.bins * 4, bands = ceil_div(s.height, kPieceRows), pieces = s.batch * bands;
   const int64_t of_curves = 3 * s.knots, of_grid = s.rows * s.columns * s.bins * 12, size = of_curves + 12 + of_grid;
   Scratch scratch;
-  const Table tables = take_table(scratch, s);
-  for (int64_t i = 0; i < s.batch; ++i) fill_table(s, a.parameters, i, of_image(s, tables, i));
-  Between* across = scratch.take<Between>(s.width);
-  for (int64_t i = 0; s.columns && i < s.width; ++i) across[i] = cell_of(i, s.width, s.columns);
+  const Table tables = make_tables(scratch, s, a.parameters);
+  const Between* across = make_across(scratch, s);
   v4* rows = scratch.take<v4>(2 * row_size * torch::stable::get_num_threads());
   float* slots = scratch.zeros<float>(pieces * size);  // [piece][curves, matrix, grid]
   parallel_ranges(pieces, [&](int64_t worker, int64_t first, int64_t end) {
@@ -292,13 +296,4 @@ static void backward(const EditBackward<T>& a) {
       *to = static_cast<float>(total);
     }
   });
-}
-
-template <class T>
-static void run(const EditForward<T>& a) {
-  forward(a);
-}
-template <class T>
-static void run(const EditBackward<T>& a) {
-  backward(a);
 }

@@ -165,11 +165,12 @@ __device__ __forceinline__ void convolve(const Walk<kRows>& walk, const Segment<
 }
 
 __device__ __forceinline__ uint32_t unit_of_warp() { return blockIdx.x * kWalkWarps + threadIdx.y; }  // a step's fit 32 bits
-// Whether there are channels for this lane, and also a segment.
+// Whether there are channels for this lane.
 template <int kRows>
 __device__ __forceinline__ bool has_channels(const Walk<kRows>& walk) {
   return pair_of_lane() * 2 < walk.channels;
 }
+// The same, and a segment for its warp.
 template <int kRows>
 __device__ __forceinline__ bool has_unit(const Walk<kRows>& walk) {
   return unit_of_warp() < walk.units() && has_channels(walk);

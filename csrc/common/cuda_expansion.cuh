@@ -22,29 +22,22 @@ struct Expansion {
   Groups groups;
   int channels, columns, hidden;
   Norm norm;
-  const T *weight, *transposed;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only, as flipped
-  const float *taps, *flipped;   // [9][hidden]
+  const T *weight, *transposed = nullptr;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only
+  const float *taps, *flipped = nullptr;   // [9][hidden], likewise
 
   Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
       : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()) {
     const int64_t c = channels;
     const Axis rows = Axis::pad(groups, c), each = Axis::pad(groups, 9), row = Axis::plain(1, 0);
-    const auto make = [&](auto* to, const Gather& g, const float* from) {
-      using To = std::remove_pointer_t<decltype(to)>;
-      to = memory.take<To>(g.count);
-      repack.add(g, from, to);
-      return to;
-    };
     const Gather vector{row, Axis::plain(c, 1), columns, columns};
-    norm = {make(static_cast<float*>(nullptr), vector, w.norm_weight),
-            w.norm_bias ? make(static_cast<float*>(nullptr), vector, w.norm_bias) : nullptr, w.eps, channels};
+    norm = {repack.template make<float>(memory, vector, w.norm_weight),
+            w.norm_bias ? repack.template make<float>(memory, vector, w.norm_bias) : nullptr, w.eps, channels};
     const int64_t size = int64_t{hidden} * columns;
-    weight = make(static_cast<T*>(nullptr), {rows, Axis::plain(c, 1), size, columns}, w.weight);
-    taps = make(static_cast<float*>(nullptr), {Axis::plain(9, 1), each, 9 * hidden, hidden}, w.dwconv);
-    transposed = nullptr, flipped = nullptr;
+    weight = repack.template make<T>(memory, {rows, Axis::plain(c, 1), size, columns}, w.weight);
+    taps = repack.template make<float>(memory, {Axis::plain(9, 1), each, 9 * hidden, hidden}, w.dwconv);
     if (!backward) return;
-    transposed = make(static_cast<T*>(nullptr), {Axis::plain(c, 1), rows, size, hidden}, w.weight);
-    flipped = make(static_cast<float*>(nullptr), {Axis::plain(9, -1), each, 9 * hidden, hidden}, w.dwconv + 8);
+    transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
+    flipped = repack.template make<float>(memory, {Axis::plain(9, -1), each, 9 * hidden, hidden}, w.dwconv + 8);
   }
   // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.
   void expand(View<const T> x, View<T> normal, View<T> out, int64_t images, cudaStream_t stream, int first = 0) const {

@@ -70,7 +70,7 @@ struct FusedTile {
       for (int i = threadIdx.x; i < kNearTile * kTiles * 2; i += kThreads)
         if (i % (kTiles * 2) * 8 >= x.channels)
           *reinterpret_cast<uint4*>(normal + i / (kTiles * 2) * kNormalRow + i % (kTiles * 2) * 16) = make_uint4(0, 0, 0, 0);
-    NormLanes<T> one_round = lanes;
+    NormLanes<T> one_round = lanes;  // up to 96 channels are one; said so, the compiler leaves out the code for more
     one_round.rounds = 1;
     for (int r = lanes.group(); r < kNearTile; r += kThreads >> lanes.log_lanes) {
       const int at_y = min(max(y0 - 1 + r / kAcross, 0), x.rows.end - 1), at_x = min(max(x0 - 1 + r % kAcross, 0), x.width - 1);

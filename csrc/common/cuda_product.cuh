@@ -227,9 +227,9 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   constexpr int kLeftRow = outer_row<T>(kM), kRightRow = outer_row<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
-  constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoads = 2 * kM / kLeftAcross,
-                kRightLoads =
-                    2 * kM / kRightAcross;  // across: pieces of a row; loads: rows that the block's threads load at once
+  // Across: pieces of a row. LoadRows: that the block's threads load at once.
+  constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoadRows = 2 * kM / kLeftAcross,
+                kRightLoadRows = 2 * kM / kRightAcross;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = (p.n + kOuterN - 1) / kOuterN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kOuterN;
   const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
@@ -255,10 +255,10 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
     if (to_load > 0) {
       const int pixels = static_cast<int>(p.pixels - pixel < kOuterPixels ? p.pixels - pixel : kOuterPixels);
 #pragma unroll
-      for (int i = 0; i < kOuterPixels; i += kLeftLoads)
+      for (int i = 0; i < kOuterPixels; i += kLeftLoadRows)
         copy_async_or_zero(left_place + stage + i * kLeftRow, a + i * p.a.of_row, has_m && left_row + i < pixels);
 #pragma unroll
-      for (int i = 0; i < kOuterPixels; i += kRightLoads)
+      for (int i = 0; i < kOuterPixels; i += kRightLoadRows)
         copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
       --to_load;
       pixel += kOuterPixels;

@@ -105,6 +105,13 @@ class Repack {
     all_.tasks[all_.count++] = {g, from, to, static_cast<int>(sizeof(To))};
     blocks_ = std::max(blocks_, ceil_div(g.count * slot_threads(g.slots), kGatherThreads));
   }
+  // The same into memory of its own.
+  template <class To>
+  To* make(Workspace& memory, const Gather& g, const float* from) {
+    To* to = memory.take<To>(g.count);
+    add(g, from, to);
+    return to;
+  }
   // to[i] = Σ_slot from[slot][i].
   template <class To>
   void add_up(const float* from, int64_t slots, int64_t count, To* to) {

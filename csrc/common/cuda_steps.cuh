@@ -24,6 +24,10 @@ struct ImageShape {
   int height, width, channels;
   Range rows() const { return {0, height}; }
 };
+template <class Shape>
+ImageShape image_of(const Shape& s) {
+  return {s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)};
+}
 
 // Memory for the buffers of one call; without memory it only counts.
 class Workspace {

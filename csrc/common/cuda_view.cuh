@@ -125,7 +125,7 @@ struct Buffer {
   Buffer(Workspace& memory, const Steps& steps, const ImageShape& s, int64_t channels_, int halo)
       : data(memory.take<T>(steps.images * steps.most_rows(halo) * s.width * channels_)), width(s.width),
         channels(static_cast<int>(channels_)) {}
-  View<T> view(const Range& rows) const { return {data, int64_t{rows.size()} * width * channels, rows, width, channels}; }
+  View<T> view(const Range& rows) const { return view(rows, channels); }
   // The same memory for images of fewer channels.
   View<T> view(const Range& rows, int fewer) const { return {data, int64_t{rows.size()} * width * fewer, rows, width, fewer}; }
 };

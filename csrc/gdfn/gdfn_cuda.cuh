@@ -10,9 +10,6 @@
 namespace autohdr {
 namespace image {
 
-inline ImageShape image_of(const GdfnShape& s) {
-  return {s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)};
-}
 inline ExpansionWeights expansion_of(const GdfnShape& s, const GdfnWeights& w) {
   return {w.norm_weight, w.norm_bias, w.project_in, w.dwconv, s.eps, {2, s.hidden, 2}};
 }
@@ -24,7 +21,7 @@ __global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, 
   const Segment<2> s(walk, blockIdx.z, unit_of_warp());
   Along<1, 2, T> to(gated, s);
   convolve<2>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[2]) {
-    const float2 product[1] = {make_float2(gelu<T>(v[0].x) * v[1].x, gelu<T>(v[0].y) * v[1].y)};
+    const float2 product[1] = {Gated::of<T>(v)};
     to.store(o, product), to.next(o);
   });
 }
@@ -67,11 +64,9 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   const Steps steps(s, s.rows(), (columns + hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
-  T* project_out = workspace.take<T>(int64_t{columns} * padded);
   const int64_t real = a.shape.hidden;
-  repack.add({Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded}, a.weights.project_out,
-             project_out);
-  const Matrices<const T> w_out{project_out, 0, padded, 0};
+  const Gather gather{Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded};
+  const Matrices<const T> w_out{repack.template make<T>(workspace, gather, a.weights.project_out), 0, padded, 0};
   if (can_fuse<T>(layout)) {
     if (workspace.counts_only()) return workspace.used();
     repack.run();
@@ -114,7 +109,9 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const int64_t splits = splits_of<T>(padded, columns, 1, steps.images * steps.rows * s.width);
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, true, repack);
-  T* project_out = workspace.take<T>(int64_t{padded} * columns);  // transposed
+  const T* project_out = repack.template make<T>(  // transposed
+      workspace, {Axis::plain(real, 1), Axis::plain(s.channels, real), int64_t{padded} * columns, columns},
+      a.weights.project_out);
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 2), dy_image(workspace, a.dy, layout, steps, s, 1);
   const Image<T> dx_image(workspace, a.dx, layout, steps, s, 0);
   const Buffer<T> normal_rows(workspace, steps, s, columns, 2), hidden_rows(workspace, steps, s, hidden, 2),
@@ -123,8 +120,6 @@ int64_t queue(const GdfnBackward<T>& a, void* memory, cudaStream_t stream) {
   const ExpansionBackward<T> backward(workspace, expansion, steps, s);
   if (workspace.counts_only()) return workspace.used();
 
-  repack.add({Axis::plain(real, 1), Axis::plain(s.channels, real), int64_t{padded} * columns, columns}, a.weights.project_out,
-             project_out);
   repack.run();
   bool first = true;
   steps.each([&](int64_t b, int64_t images, const Range& rows) {

@@ -12,9 +12,6 @@
 namespace autohdr {
 namespace image {
 
-inline ImageShape image_of(const MdtaShape& s) {
-  return {s.batch, static_cast<int>(s.height), static_cast<int>(s.width), static_cast<int>(s.channels)};
-}
 // Of `parts` thirds of q, k, v, from third `first` on.
 inline ExpansionWeights expansion_of(const MdtaShape& s, const MdtaWeights& w, int64_t first, int64_t parts) {
   const int64_t c = s.channels;
@@ -191,19 +188,19 @@ struct Attention {
   MdtaShape shape;
   MdtaWeights weights;
   MdtaAttention from;
-  Groups groups;                     // the heads
-  int size, padded, width, columns;  // width: of all heads, padded; columns: channels of x's view
-  float* project_out;                // [columns][width]
-  float* attention;                  // [image][head][padded j][padded i], transposed
+  Groups groups;            // the heads
+  int size, padded, width;  // width: of all heads, padded
+  float* project_out;       // [columns][width]
+  float* attention;         // [image][head][padded j][padded i], transposed
 
-  Attention(Workspace& memory, const MdtaShape& s, const MdtaWeights& w, const MdtaAttention& from_, int columns_, int64_t images,
+  // columns: channels of x's view.
+  Attention(Workspace& memory, const MdtaShape& s, const MdtaWeights& w, const MdtaAttention& from_, int columns, int64_t images,
             Repack<T>& repack)
       : shape(s), weights(w), from(from_), groups(Groups::one_by_one(s.heads, s.head_size())),
-        size(static_cast<int>(s.head_size())), padded(groups.padded()), width(groups.channels()), columns(columns_),
-        project_out(memory.take<float>(int64_t{columns} * width)), attention(memory.take<float>(images * width * padded)) {
-    repack.add({Axis::plain(s.channels, s.channels), Axis::pad(groups, 1), int64_t{columns} * width, width}, w.project_out,
-               project_out);
-  }
+        size(static_cast<int>(s.head_size())), padded(groups.padded()), width(groups.channels()),
+        project_out(repack.template make<float>(
+            memory, {Axis::plain(s.channels, s.channels), Axis::pad(groups, 1), int64_t{columns} * width, width}, w.project_out)),
+        attention(memory.take<float>(images * width * padded)) {}
   Heads heads(int64_t b, int64_t images) const {
     const int64_t row = b * shape.channels;
     return {{from.gram + row * size, from.q_norm + row, from.k_norm + row},
@@ -240,29 +237,31 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
   // What was summed in slots, of images from b on.
-  const auto add_up = [&](int64_t b, int64_t images, const float* gram, int64_t gram_slots, const float* squares, int64_t slots) {
+  const auto add_up = [&](int64_t b, int64_t images, const float* gram, int64_t gram_slots, const float* squares,
+                          int64_t square_slots) {
     repack.add_up(gram, gram_slots, images * count, a.gram + b * count);
-    const Gather each{Axis::plain(images, slots * hidden),
+    const Gather each{Axis::plain(images, square_slots * hidden),
                       Axis::unpad(Groups::one_by_one(heads, size), 1),
                       images * s.channels,
                       s.channels,
                       hidden,
-                      static_cast<int>(slots)};
+                      static_cast<int>(square_slots)};
     repack.add(each, squares, a.q_square + b * s.channels);
     repack.add(each, squares + hidden / 2, a.k_square + b * s.channels);
     repack.run();
   };
   if (can_fuse<T>(layout) && can_fuse_statistics(columns, heads, padded)) {
-    const int64_t slots = fused_statistics_slots(view_of(a.x, s, 0), steps.all_rows),
-                  most =
-                      std::clamp<int64_t>(kForwardBudget / (slots * count * 4), 1, std::clamp<int64_t>(s.batch, 1, kMostImages));
-    float *gram = workspace.take<float>(slots * most * count), *squares = workspace.take<float>(most * slots * hidden);
+    const int64_t fused_slots = fused_statistics_slots(view_of(a.x, s, 0), steps.all_rows),
+                  most = std::clamp<int64_t>(kForwardBudget / (fused_slots * count * 4), 1,
+                                             std::clamp<int64_t>(s.batch, 1, kMostImages));
+    float *gram = workspace.take<float>(fused_slots * most * count),
+          *squares = workspace.take<float>(most * fused_slots * hidden);
     if (workspace.counts_only()) return workspace.used();
     repack.run();
     for (int64_t b = 0; b < s.batch; b += most) {
       const int64_t images = std::min(most, s.batch - b);
-      fused_statistics(expansion, view_of(a.x, s, b), steps.all_rows, heads, slots, gram, squares, images, stream);
-      add_up(b, images, gram, slots, squares, slots);
+      fused_statistics(expansion, view_of(a.x, s, b), steps.all_rows, heads, fused_slots, gram, squares, images, stream);
+      add_up(b, images, gram, fused_slots, squares, fused_slots);
     }
     return workspace.used();
   }
@@ -315,11 +314,10 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   if (can_fuse<T>(layout)) {
     if (workspace.counts_only()) return workspace.used();
     repack.run();
-    for (int64_t b = 0; b < s.batch; b += steps.images) {
-      const int64_t images = std::min(steps.images, s.batch - b);
+    steps.each_group([&](int64_t b, int64_t images) {
       combine(b, images);
       fused<Convolved, T>(expansion, view_of(a.x, s, b), w_out, view_of(a.y, s, b), images, stream);
-    }
+    });
     return workspace.used();
   }
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
@@ -380,7 +378,9 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, channels, columns, true, repack);
   const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
-  float* transposed = workspace.take<float>(int64_t{third} * columns);  // project_out, [q's channel][C]
+  const float* transposed = repack.template make<float>(  // project_out, [q's channel][C]
+      workspace, {Axis::pad(attention.groups, 1), Axis::plain(channels, channels), int64_t{third} * columns, columns},
+      a.weights.project_out);
   float* combined_slots = workspace.take<float>(splits * steps.images * combined_size);
   float* d_combined = workspace.take<float>(steps.images * combined_size);  // [image][third][columns], transposed
   float* d_attention = workspace.take<float>(matrices * padded * padded);   // [matrix][j][i], transposed
@@ -396,8 +396,6 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
   const ExpansionBackward<T> backward(workspace, expansion, steps, s);
   if (workspace.counts_only()) return workspace.used();
 
-  repack.add({Axis::pad(attention.groups, 1), Axis::plain(channels, channels), int64_t{third} * columns, columns},
-             a.weights.project_out, transposed);
   repack.run();
   bool first = true;
   steps.each_group([&](int64_t b, int64_t images) {

@@ -6,7 +6,7 @@
 namespace autohdr {
 namespace image {
 
-// kHeads heads of up to 48 channels, and as many of x a head.
+// kHeads heads of up to 48 channels each; x has up to 48 · kHeads.
 template <class T, int kHeads>
 struct FusedStatistics {
   static constexpr int kSize = 48, kRow = 2 * kSize * 2 + 16;
@@ -117,7 +117,7 @@ struct FusedStatistics {
 
 inline bool can_fuse_statistics(int channels, int heads, int padded) { return padded <= 48 && heads <= (channels <= 48 ? 1 : 2); }
 
-// Blocks that share the tiles of an image; fewer than a device has room for would idle, and results are the same on all.
+// Blocks that share the tiles of an image: enough to fill a device, and as many on every one, so that results are the same.
 template <class T>
 int64_t fused_statistics_slots(const View<const T>& x, const Range& rows) {
   return std::min<int64_t>(512, FusedTile<T, 3, 1, 16>::count(x, rows));

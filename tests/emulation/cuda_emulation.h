@@ -1,4 +1,5 @@
-// Runs CUDA kernels on the CPU: the very .cu files, compiled by g++ with AUTOHDR_EMULATION and -fsanitize=address,alignment,bounds.
+// Runs CUDA kernels on the CPU: the very .cu files, compiled by g++ with AUTOHDR_EMULATION and -fsanitize=address,alignment,bounds
+// (what only records launches goes without: build.py).
 //
 // A CUDA thread is a fiber; the blocks of a grid run one after the other. A fiber runs until it has to wait for others. Found are:
 // - accesses outside of global memory, dynamic and static shared memory, and vector accesses that are not aligned (sanitizers);
@@ -351,7 +352,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 size, size_t shared_bytes, P..
   check_limits(grid, size, shared_bytes);
   std::vector<unsigned char> bytes;
   const auto add = [&](const auto& parameter) {
-    bytes.resize((bytes.size() + alignof(decltype(parameter)) - 1) / alignof(decltype(parameter)) * alignof(decltype(parameter)));
+    constexpr size_t align = alignof(decltype(parameter));
+    bytes.resize((bytes.size() + align - 1) / align * align);
     const auto* begin = reinterpret_cast<const unsigned char*>(&parameter);
     bytes.insert(bytes.end(), begin, begin + sizeof parameter);
   };
