@@ -1,6 +1,7 @@
 """Fixtures of the kernels' tests."""
 
 import ctypes
+import dataclasses
 import importlib
 import os
 import sys
@@ -38,6 +39,7 @@ elif INTERPRETED:
     from triton.runtime import interpreter
 
     patch, patched, convert_float = interpreter._patch_lang, set(), interpreter._convert_float
+    numpy_type, numpy_types = interpreter._get_np_dtype, {}
 
     def call(self, *args, **kwargs):
         """A function called by a kernel, without patching triton.language again each time, which takes longer than most do."""
@@ -52,7 +54,18 @@ elif INTERPRETED:
             return convert_float(values, of, to, rounding_mode)
         return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
 
+    def known_numpy_type(of):
+        """The same, without a table of all types each time."""
+        name = of.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(of)
+        return numpy_types[name]
+
     interpreter.InterpretedFunction.__call__, interpreter._convert_float = call, convert
+    interpreter._get_np_dtype = known_numpy_type
+    # Of sums of integers it finds whether they overflow, and then looks whether anybody asked: a quarter of the time.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     importlib.import_module("autohdr.kernels.selective_scan.declaration").CHUNK = 8  # for the same paths with fewer tokens
     for name in declare.KERNELS:
         declare.register_triton(name, "cpu")

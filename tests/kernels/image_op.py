@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, PLACE, SLOW, raw_op
+from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
 from gold import assert_as_good_as_reference, neighbours, run
 from torch import library
 
@@ -109,9 +109,10 @@ class ImageOpTests:
     def test_opcheck(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-        library.opcheck(raw_op(self.name), (*[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6))
+        arguments = *[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6
+        library.opcheck(raw_op(self.name), arguments, test_utils=OPCHECKS)
 
-    @pytest.mark.parametrize("backend", ["auto", BACKEND])
+    @pytest.mark.parametrize("backend", COMPILED)
     def test_compile_fullgraph(self, backend):
         tensors, dy, keywords = self.arguments(self.small, torch.float32)
 

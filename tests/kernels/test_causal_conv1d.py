@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, PLACE, SLOW, raw_op
+from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
 from calls import sequence_call
 from gold import assert_as_good_as_reference
 from torch import library
@@ -143,10 +143,10 @@ def test_gradcheck():
 def test_opcheck(features):
     tensors, keywords, _ = arguments((2, 6, 20, 4, features))
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
-    library.opcheck(raw_op("causal_conv1d"), raw_arguments(tensors, keywords))
+    library.opcheck(raw_op("causal_conv1d"), raw_arguments(tensors, keywords), test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("backend", ["auto", BACKEND])
+@pytest.mark.parametrize("backend", COMPILED)
 def test_compile_fullgraph(backend):
     tensors, keywords, dy = arguments(SMALL)
 

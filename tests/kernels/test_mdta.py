@@ -1,6 +1,6 @@
 import pytest
 import torch
-from backend import BACKEND, DEVICE, PLACE, SLOW
+from backend import BACKEND, DEVICE, INTERPRETED, PLACE, SLOW
 from calls import image_call
 from gold import run
 from image_op import CONTENTS, IMAGE_DTYPES, SIDES, ImageOpTests, case, cases, double, draws, fill
@@ -32,7 +32,7 @@ SHAPES = {  # batch, channels, heads, height, width, norm bias
         (1, 32, 1, 1, 1, True),
         (1, 30, 3, 1, 250, False),
         (1, 33, 3, 63, 2, True),
-        (2, 80, 2, 9, 18, False),  # several tiles of the fused kernels
+        *([] if INTERPRETED else [(2, 80, 2, 9, 18, False)]),  # several tiles of the fused kernels, which Triton has not
         (1, 104, 2, 3, 3, True),  # more channels than they take
     ],
 }

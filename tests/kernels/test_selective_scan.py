@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, PLACE, SLOW, raw_op
+from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
 from calls import sequence_call
 from gold import assert_as_good_as_reference
 from torch import library
@@ -123,19 +123,12 @@ def assert_good(outputs, dtype, tokens):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_forward(shape, dtype, isa):
-    gold, reference = expected(shape, dtype)
-    tensors, keywords, _ = arguments(shape, dtype)
-    actual = selective_scan(**tensors, **keywords, backend=BACKEND)
-    for output in zip(actual, reference[:2], gold[:2], strict=True):
-        assert_good([output], dtype, shape[2])
-
-
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_backward(shape, dtype, isa):
+def test_forward_and_backward(shape, dtype, isa):
     gold, reference = expected(shape, dtype)
     actual = run(*arguments(shape, dtype), backend=BACKEND)
-    out, _, *grads = zip(actual, reference, gold, strict=True)
+    out, last_state, *grads = zip(actual, reference, gold, strict=True)
+    for output in (out, last_state):
+        assert_good([output], dtype, shape[2])
     grads = dict(zip(arguments(shape, dtype)[0], grads, strict=True))
     parameters = [grads.pop(k) for k in ("A", "D", "delta_bias", "delta_weight") if k in grads]
     assert_good([out, grads.pop("u"), *parameters], dtype, shape[0] * shape[2])
@@ -143,8 +136,10 @@ def test_backward(shape, dtype, isa):
         assert_good([out, grad], dtype, shape[0] * shape[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("features", ["D z bias softplus initial", "bld reverse rank1 bias softplus"])
+SHORT = [(f, d) for f in ("D z bias softplus initial", "bld reverse rank1 bias softplus") for d in DTYPES.values()]
+
+
+@pytest.mark.parametrize(("features", "dtype"), SHORT[::2] if SLOW else SHORT, ids=str)
 def test_short_and_constant_sequences(features, dtype, isa):
     """Random sequences, constant ones and zeros, of one token, two and some."""
     for length in (1, 2, 19):
@@ -187,11 +182,11 @@ def test_opcheck(features):
     t = {k: v.requires_grad_() for k, v in t.items()}
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state")
     flags = (keywords["delta_softplus"], keywords["reverse"], keywords["layout"] == "bld", False, False)
-    library.opcheck(raw_op("selective_scan"), (*(t.get(n) for n in names), *flags))
+    library.opcheck(raw_op("selective_scan"), (*(t.get(n) for n in names), *flags), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("shape", [SMALL, (BATCH, 6, tokens(150), 4, 2, "bld reverse rank1 softplus")])
-@pytest.mark.parametrize("backend", ["auto", BACKEND])
+@pytest.mark.parametrize("backend", COMPILED)
 def test_compile_fullgraph(shape, backend):
     tensors, keywords, grads = arguments(shape)
 
@@ -235,8 +230,12 @@ def assert_same(actual, expected):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("features", ["", "bld"])
-@pytest.mark.parametrize("strides", ["sliced", "other order", "every second", "expanded"])
+RESTRIDED = [(s, f) for s in ("sliced", "other order", "every second", "expanded") for f in ("", "bld")]
+if SLOW:  # each layout with every second one
+    RESTRIDED = [pair for i, pair in enumerate(RESTRIDED) if i % 4 in (0, 3)]
+
+
+@pytest.mark.parametrize(("strides", "features"), RESTRIDED)
 def test_noncontiguous(strides, features):
     """The same bits whatever the strides; a copy is made only where neither channels nor tokens are one apart."""
     tensors, keywords, grads = arguments((2, 6, tokens(150), 4, 2, features + " D z bias softplus initial"))
@@ -421,7 +420,7 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("features", ["D z bias softplus", "bld reverse rank1 softplus"])
 def test_threads(features):
     """The same bits from run to run at any number of threads, and rounding apart between them."""
-    case = arguments((2, 18 if INTERPRETED else 150, tokens(140), 5, 3, features))
+    case = arguments((BATCH, 18 if INTERPRETED else 150, tokens(140), 5, 3, features))
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 7) if BACKEND == "cpu" else (1,):

@@ -1,5 +1,6 @@
 """Drills of what once failed: MambaDiffusion under mixed precision, and distributed. Small networks, the original rate."""
 
+import itertools
 import os
 import socket
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autohdr.models import create_model
 
 LR = 2e-4
+KINDS, DTYPES = ("ddp", "fsdp2"), (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch takes as long again
 
 
@@ -79,37 +81,46 @@ def two_steps(model, source, target, dtype):
         optimizer.step()
 
 
-def run_rank(rank, port, kind, dtype, file):
+def wrapped(model, kind, dtype):
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    for group in (*model.encoder_groups, *model.middle, *model.decoder_groups):
+        fully_shard(group, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def run_rank(rank, port, file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model, (source, target) = network(), batch()
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(model)
-    else:
-        mesh = init_device_mesh("cpu", (2,))
-        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-        for group in (*model.encoder_groups, *model.middle, *model.decoder_groups):
-            fully_shard(group, mesh=mesh, mp_policy=policy)
-        wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)
-    half = slice(rank, rank + 1)
-    two_steps(wrapped, source[half], target[half], dtype)
-    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+    states, half = {}, slice(rank, rank + 1)
+    for kind, dtype in itertools.product(KINDS, DTYPES):
+        model, (source, target) = network(), batch()
+        two_steps(wrapped(model, kind, dtype), source[half], target[half], dtype)
+        states[kind, dtype] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
     if rank == 0:
-        torch.save(state, file)
+        torch.save(states, file)
     dist.barrier()
     # Without destructors: DDP's waits, with Python's lock in hand, for a thread of gloo's that may want that lock.
     os._exit(0)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(kind, dtype, tmp_path):
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """The weights after two steps of two processes."""
+    file = tmp_path_factory.mktemp("ranks") / "states.pt"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, (port, kind, dtype, tmp_path / "state.pt"), nprocs=2)
-    state, before, single = torch.load(tmp_path / "state.pt"), network().state_dict(), network()
+    mp.spawn(run_rank, (port, file), nprocs=2)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(states, kind, dtype):
+    state, before, single = states[kind, dtype], network().state_dict(), network()
     two_steps(single, *batch(), dtype)
     moved = sum((v - before[k]).square().sum() for k, v in single.state_dict().items() if v.is_floating_point()).sqrt()
     apart = sum((v - state[k]).square().sum() for k, v in single.state_dict().items() if v.is_floating_point()).sqrt()
