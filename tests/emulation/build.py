@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "emulation"
 FLAGS = "-std=c++17 -fPIC -DAUTOHDR_EMULATION -w".split()
-CHECKED = "-O1 -g1 -fsanitize=address,alignment,bounds -fno-sanitize-recover=alignment,bounds".split()
+CHECKED = "-Og -g1 -fsanitize=address,alignment,bounds -fno-sanitize-recover=alignment,bounds".split()
 # Leaks are Python's own; no stack use after return, because of the fibers; fresh memory holds NaN.
 SANITIZER = (
     "detect_leaks=0:detect_stack_use_after_return=0:malloc_context_size=2:max_malloc_fill_size=1073741824:malloc_fill_byte=255"
