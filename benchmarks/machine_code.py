@@ -174,7 +174,7 @@ def demangled(symbols: tuple[str, ...]) -> list[str]:
 
 def short_name(name: str) -> str:
     """Of a demangled one, without our namespaces, result and parameters."""
-    name = re.sub(r"@.*|\b(autohdr|image|scan|conv|\(anonymous namespace\))::|^void ", "", name)
+    name = re.sub(r"@.*|\b(autohdr|image|scan|conv|edit|\(anonymous namespace\))::|^void ", "", name)
     depth = 0
     for at, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")

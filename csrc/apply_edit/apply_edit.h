@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/stream.h"
+
 namespace autohdr {
 
 struct EditShape {
@@ -31,5 +33,10 @@ struct EditBackward {
   T* dx;
   float *d_curves, *d_matrix, *d_grid;  // as the parameters
 };
+
+template <class T>
+int64_t queue(const EditForward<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const EditBackward<T>& a, void* memory, Stream stream);
 
 }  // namespace autohdr

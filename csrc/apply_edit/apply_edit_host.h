@@ -1,4 +1,5 @@
-// apply_edit's checks and allocation, the same on every device. Kernels::run(parameters, x) runs them where x is.
+// apply_edit's checks and allocation, the same on every device. Kernels::with_type(op, x, f) calls f(zero of x's element type);
+// Kernels::run(parameters, x) runs them where x is.
 #pragma once
 #include <optional>
 #include <tuple>
@@ -33,27 +34,20 @@ inline EditParameters edit_parameters(const EditShape& s, const Tensor& curves, 
           parameter("apply_edit", "grid", grid, s.batch * s.rows * s.columns * s.bins * 12)};
 }
 
-// run(zero of x's element type): with integers, for a photo's own samples, in the forward pass.
-template <bool Integers, class F>
-void with_sample_type(const Tensor& x, const F& run) {
-  if constexpr (Integers) {
-    if (x.scalar_type() == ScalarType::Byte) return run(uint8_t{});
-    if (x.scalar_type() == ScalarType::UInt16) return run(uint16_t{});
-  }
-  if (x.scalar_type() == ScalarType::Float) return run(float{});
-  if (x.scalar_type() == ScalarType::BFloat16) return run(bf16{});
-  STD_TORCH_CHECK(false, "apply_edit: the CPU kernel takes float32 or bfloat16, and uint8 or uint16 in the forward pass");
-}
-
 template <class Kernels>
 Tensor apply_edit(Tensor x, Tensor curves, Tensor matrix, std::optional<Tensor> grid) {
   const EditShape s = edit_shape(x, curves, grid);
   const EditParameters parameters = edit_parameters(s, curves, matrix, grid);
   Tensor y = new_like("apply_edit", x);
-  with_sample_type<true>(x, [&](auto zero) {
+  const auto run = [&](auto zero) {
     using T = decltype(zero);
     Kernels::run(EditForward<T>{s, parameters, read<T>(x), write<T>(y)}, x);
-  });
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Byte: run(uint8_t{}); break;
+    case ScalarType::UInt16: run(uint16_t{}); break;
+    default: Kernels::with_type("apply_edit", x, run);
+  }
   return y;
 }
 
@@ -65,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_edit_backward(Tensor dy, Tensor
   check_like("apply_edit_backward", "dy", dy, x);
   const auto like = [](const Tensor& t) { return new_like("apply_edit_backward", t); };
   Tensor dx = like(x), d_curves = like(curves), d_matrix = like(matrix), d_grid = grid ? like(*grid) : new_float(x, {0});
-  with_sample_type<false>(x, [&](auto zero) {
+  Kernels::with_type("apply_edit_backward", x, [&](auto zero) {
     using T = decltype(zero);
     Kernels::run(EditBackward<T>{s, parameters, read<T>(dy), read<T>(x), write<T>(dx), write<float>(d_curves),
                                  write<float>(d_matrix), write<float>(d_grid)},

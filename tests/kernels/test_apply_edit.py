@@ -2,26 +2,31 @@ import math
 
 import pytest
 import torch
-from backend import BACKEND, DEVICE, DTYPES, raw_op
+from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, SLOW, raw_op
 from gold import assert_as_good_as_reference, run
 from torch import library
 
-from autohdr.kernels import apply_edit
-
-if BACKEND != "cpu":
-    pytest.skip(f"apply_edit has no {BACKEND} kernels", allow_module_level=True)
+from autohdr.kernels import OPS, apply_edit
 
 SHAPES = [  # batch, height, width, knots, and the grid's rows, columns and bins
     (2, 5, 7, 10),
     (1, 70, 33, 2),
-    (2, 5, 7, 10, 8, 8, 4),
+    (2, 3, 5, 4, 4, 2, 3),
     (1, 41, 30, 3, 2, 3, 2),
     (1, 9, 4, 5, 1, 1, 1),
     (2, 3, 1, 4, 1, 5, 2),
-    (1, 1, 1, 10, 8, 8, 1),
+    (1, 1, 1, 10, 2, 3, 1),
+    (1, 4, 300, 40, 2, 3, 6),
 ]
-SMALL, PLAIN, LARGE = (2, 4, 3, 5, 2, 3, 4), (2, 4, 3, 5), (2, 70, 90, 10, 8, 8, 4)
-FLOATS = {name: DTYPES[name] for name in ("f32", "bf16")}
+SMALL, PLAIN, LARGE = (2, 4, 3, 5, 1, 2, 4), (2, 4, 3, 5), (2, 70, 90, 10, 8, 8, 4)
+FEW = PLAIN if SLOW else SMALL  # where an op is called often
+FLOATS = [name for name, dtype in DTYPES.items() if dtype in OPS["apply_edit"][BACKEND]]
+CASES = [
+    pytest.param(shape, DTYPES[name], id=f"{shape}-{name}")
+    for i, shape in enumerate(SHAPES)
+    for j, name in enumerate(FLOATS)
+    if not INTERPRETED or j == i % 3 and shape[2] < 100  # every shape in one dtype
+]
 
 
 def arguments(shape, dtype=torch.float32):
@@ -47,8 +52,7 @@ def call(shape):
     return lambda *t, backend=BACKEND: apply_edit(*t, backend=backend), tensors, dy
 
 
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_forward_and_backward(shape, dtype, isa):
     tensors, dy = arguments(shape, dtype)
     reference, actual = (run(apply_edit, tensors, dy, backend=b) for b in ("reference", BACKEND))
@@ -127,7 +131,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: apply_edit(*t, backend="reference"), leaves)
 
 
-@pytest.mark.parametrize("shape", [SMALL, PLAIN], ids=str)
+@pytest.mark.parametrize("shape", [FEW, PLAIN][SLOW:], ids=str)
 def test_opcheck(shape):
     tensors, _ = arguments(shape)
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
@@ -136,12 +140,13 @@ def test_opcheck(shape):
 
 
 def test_compile_fullgraph():
-    tensors, dy = arguments(SMALL)
+    tensors, dy = arguments(FEW)
     compiled = torch.compile(apply_edit, fullgraph=True, backend="aot_eager")
     for a, e in zip(run(compiled, tensors, dy), run(apply_edit, tensors, dy), strict=True):
         assert torch.equal(a, e)
 
 
+@pytest.mark.skipif(BACKEND != "cpu", reason="threads of the CPU")
 def test_threads():
     """The same bits at any number of threads: each piece of rows has its own sums, which are added up in order."""
     tensors, dy = arguments(LARGE)
@@ -157,10 +162,13 @@ def test_threads():
 
 
 def test_noncontiguous():
-    tensors, dy = arguments(SMALL)
+    """And where pixels do not lie on 16 bytes."""
+    tensors, dy = arguments((2, 4, 19, *FEW[3:]))
     expected = run(apply_edit, tensors, dy, backend=BACKEND)
     x, *others = tensors
-    layouts = [x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 3)[..., : x.shape[3]]]
+    lasts = x.movedim(1, -1)
+    layouts = [lasts.contiguous(), torch.cat([x[:1, 0, 0, :1].flatten(), lasts.flatten()])[1:].view_as(lasts)]
+    layouts = [torch.cat([x, x], 3)[..., : x.shape[3]], *(layout.movedim(-1, 1) for layout in layouts)]
     for layout in layouts:
         moved = [layout, *(torch.stack([t, t], -1)[..., 0] for t in others)]
         for a, e in zip(run(apply_edit, moved, dy, backend=BACKEND), expected, strict=True):
@@ -174,6 +182,14 @@ def test_autocast_casts_floating_x_alone():
             y = apply_edit(x, *edit, backend=backend)
             assert apply_edit((x.clamp(0, 1) * 255).to(torch.uint8), *edit, backend=backend).dtype == torch.uint8
         assert torch.equal(y, apply_edit(x.bfloat16(), *edit, backend=backend)) and y.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="the others take any size")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 40000), (1, 1, 1, 2, 1, 64, 32)], ids=str)
+def test_an_edit_larger_than_shared_memory_raises(shape):
+    tensors, _ = arguments(shape)
+    with pytest.raises(RuntimeError, match="too large for the CUDA kernels, .* at most .*, got .* knots, .* bins"):
+        apply_edit(*tensors, backend=BACKEND)
 
 
 def test_empty_batch():

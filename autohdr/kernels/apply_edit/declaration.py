@@ -3,7 +3,7 @@
 import torch
 
 from autohdr.kernels.apply_edit import reference
-from autohdr.kernels.common import channels_last
+from autohdr.kernels.common import HALVES, channels_last
 from autohdr.kernels.declare import declare
 
 
@@ -14,7 +14,10 @@ def _flops(x, curves, matrix, grid=None, *_) -> int:
 
 apply_edit = declare(
     reference.apply_edit,
-    dtypes={"cpu": (torch.float32, torch.bfloat16, torch.uint8, torch.uint16)},
+    dtypes={
+        "cuda": (*HALVES, *reference.WHITE),
+        "cpu": (torch.float32, torch.bfloat16, *reference.WHITE),
+    },
     fake=lambda x, *_: torch.empty_like(x),
     flops=_flops,
     layout=channels_last,
