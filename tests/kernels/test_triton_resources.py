@@ -75,6 +75,17 @@ def causal_conv1d_calls():
             yield "backward", (x, *arguments)
 
 
+def apply_edit_calls():
+    """With a grid and without, and a photo's samples."""
+    edit = torch.zeros(1, 3, 33), torch.zeros(1, 3, 4)
+    for dtype, bins in ((torch.float32, 8), (torch.float32, 0), (torch.bfloat16, 8), (torch.uint8, 8)):
+        x = torch.zeros(1, 3, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        arguments = x, *edit, torch.zeros(1, 8, 8, bins, 3, 4) if bins else None
+        yield "forward", arguments
+        if dtype.is_floating_point:
+            yield "backward", (x, *arguments)
+
+
 class Driver:
     """What Triton asks of a GPU before it launches a kernel."""
 

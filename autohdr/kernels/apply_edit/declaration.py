@@ -16,6 +16,7 @@ apply_edit = declare(
     reference.apply_edit,
     dtypes={
         "cuda": (*HALVES, *reference.WHITE),
+        "triton": (*HALVES, *reference.WHITE),
         "cpu": (torch.float32, torch.bfloat16, *reference.WHITE),
     },
     fake=lambda x, *_: torch.empty_like(x),
