@@ -15,7 +15,7 @@ from autohdr.kernels import OPS
 from autohdr.models.network import Blocks, Down, Up
 from autohdr.models.restormer import Attention, FeedForward
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "uint16": 2}
 HEAD = 48  # channels of a head in every Restormer but the official one's decoder
 
 
@@ -126,6 +126,14 @@ def gdfn(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]
     )
 
 
+def apply_edit(height: int, width: int, bins: int, size: int) -> tuple[Work, Work]:
+    """Forward and backward: x in, y out; x and dy in, dx out. Curves and matrix; with a grid its matrix between four points, of a
+    row that lies between the grid's, and the product with it."""
+    pixels = height * width
+    fma = 12 + (12 * 4 + 9 if bins else 0)
+    return Work(2 * 3 * size * pixels, fma=fma * pixels), Work(3 * 3 * size * pixels, fma=3 * fma * pixels)
+
+
 def work(row: dict) -> list[Work]:
     """The passes of a row of results, one after the other; empty for an op whose least work is not known.
 
@@ -167,7 +175,7 @@ def floor_seconds(row: dict, limits: Ceilings) -> float | None:
     passes = work(row)
     if not passes:
         return None
-    products = limits.products[row["dtype"]]
+    products = limits.products.get(row["dtype"], math.inf)  # of a photo's own samples there are none
     return sum(max(w.bytes / limits.bytes, w.products / products, w.fma / limits.fma, w.special / limits.special) for w in passes)
 
 

@@ -19,7 +19,7 @@ from autohdr.measure import is_out_of_memory, measure
 
 DEVICE = os.environ.get("AUTOHDR_BENCH_DEVICE", "cpu")
 ROUNDS = int(os.environ.get("AUTOHDR_BENCH_ROUNDS", "5"))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
 
 
 class Moment:

@@ -127,6 +127,20 @@ def causal_conv1d(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device:
     return Problem("causal_conv1d", call, (x, randn(dim, 4) / 2, randn(dim) * 0.1), torch.randn_like(x))
 
 
+@_awkward((37, 41, 0), (13, 21, 4), (3, 5, 6))
+def apply_edit(height: int, width: int, bins: int, dtype: torch.dtype, device: str) -> Problem:
+    """One image, with as many knots as the auto-tone has; a grid of 8×8 cells, or none where it has no bins."""
+    randn = _generator(device)
+    x = torch.rand(1, 3, height, width, device=device)
+    x = x.to(dtype) if dtype.is_floating_point else (x * torch.iinfo(dtype).max).to(dtype)
+    affine = torch.eye(3, 4, device=device)
+    edit = [torch.linspace(0, 1, 33, device=device) ** 0.6 + 0.01 * randn(1, 3, 33), affine + 0.1 * randn(1, 3, 4)]
+    edit += [affine + 0.1 * randn(1, 8, 8, bins, 3, 4)] if bins else []
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = torch.randn_like(x, dtype=dtype if dtype.is_floating_point else torch.float32)
+    return Problem("apply_edit", kernels.apply_edit, (x, *edit), dy)
+
+
 def _generator(device: str) -> Callable[..., Tensor]:
     torch.manual_seed(0)
     return functools.partial(torch.randn, device=device)
