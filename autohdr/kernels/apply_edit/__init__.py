@@ -22,10 +22,10 @@ def apply_edit(x: Tensor, curves: Tensor, matrix: Tensor, grid: Tensor | None = 
         curves: [batch, 3, knots], at least two knots.
         matrix: [batch, 3, 4].
         grid: [batch, rows, columns, bins, 3, 4], or None.
-        backend: "auto", "cpu" or "reference". Computes in float32 (float64 for float64).
+        backend: "auto", "cuda", "triton", "cpu" or "reference". Computes in float32 (float64 for float64).
 
     Returns:
-        y, the shape and dtype of x; integers rounded and clipped to their range, floats not. The compiled backend gives it
+        y, the shape and dtype of x; integers rounded and clipped to their range, floats not. The compiled backends give it
         channels_last strides.
 
     Raises:
