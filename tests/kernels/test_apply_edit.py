@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, SLOW, raw_op
+from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, OPCHECKS, SLOW, raw_op
 from gold import assert_as_good_as_reference, run
 from torch import library
 
@@ -136,7 +136,7 @@ def test_opcheck(shape):
     tensors, _ = arguments(shape)
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     leaves = [t.requires_grad_() for t in tensors]
-    library.opcheck(raw_op("apply_edit"), (*leaves, *[None] * (4 - len(leaves))))
+    library.opcheck(raw_op("apply_edit"), (*leaves, *[None] * (4 - len(leaves))), test_utils=OPCHECKS)
 
 
 def test_compile_fullgraph():

@@ -22,7 +22,7 @@ def model(request, small):
     torch.manual_seed(0)
     if request.param.startswith("restormer"):
         return small(request.param)
-    return create_model(request.param, dim=8, num_groups=2, dstate=3)
+    return create_model(request.param, dim=8, num_groups=1, dstate=3)
 
 
 IMAGE = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))

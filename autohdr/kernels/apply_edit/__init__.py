@@ -30,7 +30,8 @@ def apply_edit(x: Tensor, curves: Tensor, matrix: Tensor, grid: Tensor | None = 
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit, named with what was expected.
-        RuntimeError: the named backend cannot run here.
+        RuntimeError: the named backend cannot run here; or, on CUDA, the edit does not fit the shared memory of a block: columns
+            times bins above some 1,000, with gradients 700.
 
     Source: Gharbi et al., Deep Bilateral Learning for Real-Time Image Enhancement (SIGGRAPH 2017), sections 3.3 and 3.4.
     """
