@@ -2,8 +2,8 @@ import pytest
 import torch
 from backend import BACKEND, DEVICE, PLACE, SLOW
 from calls import image_call
-from gold import run
-from image_op import CONTENTS, IMAGE_DTYPES, SIDES, ImageOpTests, case, cases, double, draws, fill
+from gold import neighbours, run
+from image_op import CONTENTS, IMAGE_DTYPES, SIDES, ImageOpTests, case, cases, double, draws, draws_of, fill, reference_and_gold
 
 from autohdr.kernels import mdta, mdta_apply, mdta_statistics
 
@@ -121,6 +121,19 @@ class TestMdta(ImageOpTests):
                 torch.testing.assert_close(actual, gold, rtol=1e-5, atol=1e-5 * gold.abs().max().item())
             y = mdta_apply(x, parameters, heads, statistics, backend=BACKEND)
             assert torch.equal(y, mdta(x, *parameters, **keywords, backend=BACKEND))
+
+    @pytest.mark.skipif(BACKEND != "cpu", reason="it is about the reference")
+    def test_draws_of_two_pixels_are_no_matter_of_luck(self):
+        """Any that a case takes have at least half of the largest error that four times as many have."""
+        shape = (len(CONTENTS[0]), *self.channels, 1, 2, True)
+        tensors, dy, keywords = self.arguments(shape, torch.float32)
+        count, errors = draws_of(2, torch.float32), []
+        for t in neighbours(tensors, 4 * count):
+            fill(t[0], CONTENTS[0])
+            reference, gold = reference_and_gold(self.op, t, dy, keywords)
+            errors.append((reference[5] - gold[5]).abs().max())  # of d_dwconv
+        largest = torch.stack(errors).view(-1, count).amax(1)
+        assert largest.max() <= 2 * largest.min(), largest
 
     def test_definition(self):
         """The reference against the equations, written out for one head."""
