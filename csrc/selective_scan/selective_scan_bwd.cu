@@ -7,7 +7,7 @@ namespace scan {
 namespace {
 
 // At most so many floats of parts, if one chunk of one entry of the batch does not take more.
-const int64_t kPartFloats = size_for(12 << 20, 3 << 14);
+const int64_t kPartFloats = size_for(12 << 20, 1 << 14);
 constexpr int64_t kResident = 3;  // blocks on a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
