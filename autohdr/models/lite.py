@@ -5,7 +5,7 @@ is that recipe. After Gharbi et al., Deep Bilateral Learning for Real-Time Image
 small networks whose edits are averaged.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ FEATURES = len(SHARES) * 4 + 3 + 3
 SIDE = 64  # of what the convolutions see
 CELLS = SIDE // 8
 BENDS, TINTS = 9, 4  # points at which the slope of all curves and of each curve changes
+CHANGES = BENDS + 3 * TINTS + 1 + 9  # of them, of the curves' start, and of the matrix
 LARGEST = 1.5  # change of a slope, as a logarithm
 FARTHEST = 2.5  # standard deviations from what it was fitted to, beyond which a feature counts as no farther
 TRUST = 0.6  # how much of the predicted changes is made: photos are not the rooms that they were learnt from
@@ -57,7 +58,7 @@ class Member(nn.Module):
         layers = [nn.Conv2d(channels, width, 3, 2, 1) for channels in (6, width, width)]
         self.encoder = nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
         self.hidden = nn.Sequential(nn.Linear(FEATURES + width, 3 * width), nn.GELU())
-        self.edit = nn.Linear(3 * width, BENDS + 3 * TINTS + 1 + 9)
+        self.edit = nn.Linear(3 * width, CHANGES)
         self.local = nn.Conv2d(width, bins, 1) if bins else None
         for last in (self.edit, self.local):
             if last is not None:
@@ -103,12 +104,7 @@ class Lite(Network):
         """The edit of each image of a batch [B, 3, H, W], in float32: TRUST of the way from the recipe to the members' mean."""
         with torch.autocast(image.device.type, enabled=False):
             inputs = self.inputs(image)
-            edits = [self.edit(inputs, number, TRUST) for number in range(len(self.members))]
-        grids = [edit.grid for edit in edits if edit.grid is not None]
-        curves, matrix = (
-            torch.stack(parts).mean(0) for parts in zip(*((edit.curves, edit.matrix) for edit in edits), strict=True)
-        )
-        return Edit(curves, matrix, torch.stack(grids).mean(0) if grids else None)
+            return mean([self.edit(inputs, number, TRUST) for number in range(len(self.members))])
 
     @staticmethod
     def inputs(image: Tensor) -> Inputs:
@@ -119,32 +115,51 @@ class Lite(Network):
         return Inputs(curves, matrix, statistics(small, base, walls), pictures, needed)
 
     def edit(self, inputs: Inputs, number: int, trust: float = 1.0) -> Edit:
-        """A member's: the recipe's, slopes of the curves times a power of e, which keeps them rising; a matrix that leaves grey
-        grey; a gain for each cell and luma."""
-        part = trust * inputs.needed[:, None, None]
+        """A member's."""
+        return changed(inputs.curves, inputs.matrix, trust * inputs.needed, *self.changes(inputs, number))
+
+    def changes(self, inputs: Inputs, number: int) -> tuple[Tensor, Tensor | None]:
+        """What a member predicts, [B, CHANGES] and of the grid: see changed."""
         features = ((inputs.features - self.centre) / self.spread).clamp(-FARTHEST, FARTHEST)
-        changes, local = self.members[number](features, inputs.pictures)
-        bends, tints, lift, mixed = changes.split([BENDS, 3 * TINTS, 1, 9], 1)
-        slopes = F.interpolate(bends[:, None], KNOTS - 1, mode="linear", align_corners=True)
-        slopes = slopes + F.interpolate(tints.view(-1, 3, TINTS), KNOTS - 1, mode="linear", align_corners=True)
-        steps = inputs.curves.diff(dim=2) * (LARGEST * torch.tanh(slopes / LARGEST)).exp()
-        start = inputs.curves[..., :1] + 0.1 * torch.tanh(lift)[:, None]
-        steps = (
-            steps * (inputs.curves[..., -1:] - start) / steps.sum(2, keepdim=True)
-        )  # white stays as white as the recipe has it
-        curves = torch.cat([start, start + steps.cumsum(2)], 2)
-        curves = inputs.curves + part * (curves - inputs.curves)
-        mixed = 0.2 * part * mixed.view(-1, 3, 3)
-        matrix = torch.cat([inputs.matrix[..., :3] + mixed - torch.diag_embed(mixed.sum(2)), inputs.matrix[..., 3:]], 2)
-        if local is None:
-            return Edit(curves, matrix, None)
-        gains = 1 + (0.3 * part[..., None] * torch.tanh(local)).permute(0, 2, 3, 1)[..., None, None]
-        return Edit(curves, matrix, gains * torch.eye(3, 4, device=gains.device))
+        return self.members[number](features, inputs.pictures)
+
+    @torch.no_grad()
+    def shift(self, changes: Tensor) -> None:
+        """Adds changes [CHANGES] to what every member predicts of any photo."""
+        for member in self.members:
+            assert isinstance(member, Member)
+            member.edit.bias.add_(changes)
 
     @classmethod
     def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
         bins = shape("members.0.local.weight")[0] if "members.0.local.weight" in names else 0
         return {"members": count(names, "members."), "width": shape("members.0.encoder.0.weight")[0], "bins": bins}
+
+
+def changed(curves: Tensor, matrix: Tensor, part: Tensor, changes: Tensor, local: Tensor | None) -> Edit:
+    """The recipe's edit and `part` [B] of its changes: slopes of the curves times a power of e, which keeps them rising; a matrix
+    that leaves grey grey; a gain for each cell and luma."""
+    part = part[:, None, None]
+    bends, tints, lift, mixed = changes.split([BENDS, 3 * TINTS, 1, 9], 1)
+    slopes = F.interpolate(bends[:, None], KNOTS - 1, mode="linear", align_corners=True)
+    slopes = slopes + F.interpolate(tints.view(-1, 3, TINTS), KNOTS - 1, mode="linear", align_corners=True)
+    steps = curves.diff(dim=2) * (LARGEST * torch.tanh(slopes / LARGEST)).exp()
+    start = curves[..., :1] + 0.1 * torch.tanh(lift)[:, None]
+    steps = steps * (curves[..., -1:] - start) / steps.sum(2, keepdim=True)  # white stays as white as the recipe has it
+    curves = curves + part * (torch.cat([start, start + steps.cumsum(2)], 2) - curves)
+    mixed = 0.2 * part * mixed.view(-1, 3, 3)
+    matrix = torch.cat([matrix[..., :3] + mixed - torch.diag_embed(mixed.sum(2)), matrix[..., 3:]], 2)
+    if local is None:
+        return Edit(curves, matrix, None)
+    gains = 1 + (0.3 * part[..., None] * torch.tanh(local)).permute(0, 2, 3, 1)[..., None, None]
+    return Edit(curves, matrix, gains * torch.eye(3, 4, device=gains.device))
+
+
+def mean(edits: Sequence[Edit]) -> Edit:
+    """The edit whose curves, matrix and grid are the means of the edits'."""
+    grids = [edit.grid for edit in edits if edit.grid is not None]
+    curves, matrix = (torch.stack(parts).mean(0) for parts in zip(*((edit.curves, edit.matrix) for edit in edits), strict=True))
+    return Edit(curves, matrix, torch.stack(grids).mean(0) if grids else None)
 
 
 def statistics(small: Tensor, base: Tensor, walls: Tensor) -> Tensor:
