@@ -210,6 +210,7 @@ def enhance(
 ) -> int:
     """Enhance photos at their own resolution; format, bit depth, EXIF and ICC profile stay.
 
+    Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
     A photo that cannot be read or written is reported and skipped, and the exit status is then 1.
 
     Args:
@@ -249,12 +250,16 @@ def enhance(
             result = enhance([photo], Path(folder, "out"), model, progress=False, **settings)
             for _, reason in result.skipped:
                 print(f"skipped standard input: {reason}", file=sys.stderr)
+            for _, reason in result.held_back:
+                print(f"standard input: {reason}", file=sys.stderr)
             for path in result.written:
                 sys.stdout.buffer.write(path.read_bytes())
         return 1 if result.skipped else 0
     result = enhance(paths, out, model, overwrite=overwrite, save_edit=save_edit, **settings)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
+    for path, reason in result.held_back:
+        print(f"{path}: {reason}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
     print(f"{len(result.written)} written to {out}, {len(result.skipped)} skipped{speed}")
     return 1 if result.skipped else 0

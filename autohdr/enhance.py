@@ -20,7 +20,7 @@ from autohdr.errors import UserError
 from autohdr.files import write_text
 from autohdr.kernels import apply_edit
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
-from autohdr.models.lite import Lite
+from autohdr.models.lite import Edit, Lite, Prediction
 from autohdr.models.tiling import in_strips, works_in_strips
 
 PRECISIONS = ("float32", "bfloat16")
@@ -33,6 +33,7 @@ class EnhanceResult:
 
     written: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason)
+    held_back: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason): written, with less of lite's edit
     megapixels: float = 0.0
     seconds: float = 0.0
 
@@ -91,13 +92,19 @@ def enhance(
             started = time.perf_counter()
             photo = read_photo(source, as_stored)
             before = photo.pixels
-            photo.pixels = auto_tone(before) if model is None else _run(model, before, device, precision, max_memory)
+            prediction = None
+            if model is None:
+                photo.pixels = auto_tone(before)
+            else:
+                photo.pixels, prediction = _run(model, before, device, precision, max_memory)
             if strength != 1:
                 _blend(before, photo.pixels, strength)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_photo(target, photo)
-            if save_edit and isinstance(model, Lite):
-                _write_edit(target, model, before, strength)
+            if save_edit and prediction:
+                _write_edit(target, prediction.edit, strength)
+            if prediction and (reason := _doubt(prediction)):
+                result.held_back.append((source, reason))
             result.seconds += time.perf_counter() - started
             result.megapixels += photo.pixels.shape[0] * photo.pixels.shape[1] / 1e6
             result.written.append(target)
@@ -147,23 +154,40 @@ def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
     return [(photo, photo.relative_to(path)) for photo in photos_in(path, out_dir)]
 
 
-def _run(model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None) -> np.ndarray:
-    """The model on one photo. (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU."""
+def _run(
+    model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None
+) -> tuple[np.ndarray, Prediction | None]:
+    """The model on one photo, and what a Lite predicted of it.
+
+    (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
+    """
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        if works_in_strips(model):
+        prediction = model.predict(image) if isinstance(model, Lite) else None
+        if prediction:
+            output = apply_edit(image, *prediction.edit)
+        elif works_in_strips(model):
             free = resident_bytes(device) + free_bytes(device) * 9 // 10
             output = in_strips(model, image, free if max_memory is None else max_memory)
         else:
             output = model(image)
     output = output[0].permute(1, 2, 0)
-    return (output.float() if output.is_floating_point() else output).cpu().numpy()
+    return (output.float() if output.is_floating_point() else output).cpu().numpy(), prediction
 
 
-def _write_edit(target: Path, model: Lite, pixels: np.ndarray, strength: float) -> None:
-    """Writes the edit that the model predicts for a photo beside the photo's result, as JSON and as a look-up table."""
+def _doubt(prediction: Prediction) -> str:
+    """Why less than all of the edit is made; empty where all is."""
+    if prediction.share == 1:
+        return ""
+    light, colour = prediction.distances[0].tolist()
+    what = "light is" if light > colour else "colours are"
+    far = f"its {what} {max(light, colour):.0f} standard deviations from what lite learnt from"
+    return f"{far}: {prediction.share.item():.0%} of the edit is made"
+
+
+def _write_edit(target: Path, edit: Edit, strength: float) -> None:
+    """Writes the edit predicted for a photo beside the photo's result, as JSON and as a look-up table."""
     with torch.inference_mode():
-        edit = model.predict(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(next(model.parameters()).device))
         steps = torch.linspace(0, 1, CUBE_SIDE)
         blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
         colours = torch.stack([red, green, blue]).view(1, 3, -1, CUBE_SIDE)

@@ -20,6 +20,13 @@ from autohdr.measure import resident_bytes
 from autohdr.models import create_model, load_checkpoint
 
 
+def room(height=40, width=60):
+    """Dim walls and furniture, uint8 (height, width, 3)."""
+    walls = np.linspace(0.4, 0.55, width)[:, None] * (1, 0.93, 0.8) + np.random.default_rng(0).normal(0, 0.01, (height, width, 1))
+    walls[height // 2 :] *= np.random.default_rng(1).uniform(0.3, 0.9, (height - height // 2, width, 1))
+    return from_float(walls.astype(np.float32))
+
+
 class Invert(nn.Module):
     """1 - x; remembers what it was given."""
 
@@ -90,7 +97,8 @@ def test_a_model_that_takes_samples_gets_the_files_own(tmp_path, depth):
     samples = save(tmp_path / "a.png", depth=depth)
     model = create_model("lite", members=1)
     seen = []
-    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    predict = model.predict
+    model.predict = lambda image: seen.append(image.dtype) or predict(image)
     run([tmp_path / "a.png"], tmp_path / "out", model)
     assert seen == [torch.uint8 if depth == 8 else torch.uint16]
     np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), auto_tone(samples))  # an untrained one is the auto-tone
@@ -112,8 +120,10 @@ def test_strength(tmp_path, model):
 
 def test_the_edit_is_saved_beside_the_photo(tmp_path):
     """What is in the look-up table, between whose points nothing bends but the curves, and in JSON, is what was done."""
-    samples = save(tmp_path / "a.png", 40, 40)
-    run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), save_edit=True, strength=0.8)
+    samples = room()
+    Image.fromarray(samples).save(tmp_path / "a.png")
+    result = run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), save_edit=True, strength=0.8)
+    assert not result.held_back and read_samples(tmp_path / "out/a.png").mean() > samples.mean() + 20
     head, *rows = (tmp_path / "out/a.cube").read_text().splitlines()
     table = np.array([row.split() for row in rows], float)
     assert head == "LUT_3D_SIZE 33" and table.shape == (33**3, 3)
@@ -128,6 +138,20 @@ def test_the_edit_is_saved_beside_the_photo(tmp_path):
     np.testing.assert_allclose(table[place[0] + 33 * place[1] + 33**2 * place[2]], done.numpy(), atol=2e-6)
     with pytest.raises(UserError, match="save_edit is for a model that predicts an edit, as lite does, got the auto-tone"):
         run([tmp_path / "a.png"], tmp_path / "out", save_edit=True)
+
+
+def test_a_photo_unlike_what_lite_learnt_from_is_named(tmp_path):
+    """It is written with a part of the edit, or none; a room gets all of it, and a white page has none to lose."""
+    pictures = {"room": room(), "red": np.full((40, 60, 3), (180, 40, 50), np.uint8), "page": np.full((40, 60, 3), 250, np.uint8)}
+    pictures["night"] = np.where(np.arange(60)[:, None] < 4, 255, room() // 12).astype(np.uint8)
+    for name, samples in pictures.items():
+        Image.fromarray(samples).save(tmp_path / f"{name}.png")
+    result = run([tmp_path / f"{name}.png" for name in pictures], tmp_path / "out", load_checkpoint())
+    assert len(result.written) == 4
+    reasons = {path.stem: reason for path, reason in result.held_back}
+    assert set(reasons) == {"red", "night"} and reasons["red"].startswith("its colours are ")
+    assert reasons["red"].endswith(" standard deviations from what lite learnt from: 0% of the edit is made")
+    assert np.abs(read_samples(tmp_path / "out/red.png").astype(int) - pictures["red"]).max() <= 1
 
 
 def test_metadata_is_kept_and_the_photo_upright(tmp_path):

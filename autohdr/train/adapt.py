@@ -20,7 +20,7 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.metrics import mean_interval
 from autohdr.models import load_checkpoint, save_weights
-from autohdr.models.lite import CHANGES, TRUST, Lite, changed, mean
+from autohdr.models.lite import CHANGES, TRUST, Lite, changed, hedged, mean
 
 LEAST = 8  # pictures: of fewer no interval says anything
 SHRINKAGE = (1, 4, 16, 64)  # the pairs that the shipped weights count for
@@ -110,6 +110,7 @@ class _Looks:
 
     def __init__(self, model: Lite, sources: Tensor, targets: Tensor):
         self.inputs = model.inputs(sources)
+        self.share = model.share(self.inputs)
         self.changes = [model.changes(self.inputs, number)[0] for number in range(len(model.members))]
         self.pictures = {side: [F.adaptive_avg_pool2d(x, side) for x in (sources, targets)] for side in (SIDE, FIT_SIDE)}
         every = torch.arange(len(sources))
@@ -122,7 +123,7 @@ class _Looks:
         curves, matrix, needed = (part[rows] for part in (self.inputs.curves, self.inputs.matrix, self.inputs.needed))
         edit = mean([changed(curves, matrix, TRUST * needed, changes[rows] + shifts, None) for changes in self.changes])
         source, target = self.pictures[side]
-        return target[rows] - apply_edit(source[rows], *edit).clamp(0, 1)
+        return target[rows] - apply_edit(source[rows], *hedged(edit, self.share[rows])).clamp(0, 1)
 
     def psnr(self, rows: Tensor, shifts: Tensor, side: int = SIDE) -> Tensor:
         """[B] dB, at most 60: a difference between two equal pictures is none."""

@@ -1,5 +1,6 @@
 """Lite: an untrained one is the auto-tone; what it can predict; batches, samples and sizes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,8 +8,9 @@ from autohdr.autotone import pinning, thumbnail
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.models import create_model, load_checkpoint, save_weights
-from autohdr.models.lite import TRUST
+from autohdr.models.lite import LOST, SHARES, SURE, TRUST, Lite
 from autohdr.models.weights import SHIPPED
+from autohdr.train import lite
 
 
 def photo(batch=1, height=40, width=56, seed=0):
@@ -38,7 +40,7 @@ def test_an_untrained_one_is_the_auto_tone():
 @pytest.mark.parametrize("bins", [0, 1, 2, 4])
 def test_edits_are_as_apply_edit_takes_them(bins):
     model, x = trained(bins=bins, members=2), photo(3)
-    edit = model.predict(x)
+    edit = model.predict(x).edit
     assert (edit.grid is None) == (bins == 0)
     torch.testing.assert_close(model(x), apply_edit(x, *edit))
     assert (edit.curves.diff(dim=2) >= 0).all()
@@ -54,7 +56,8 @@ def test_a_photo_in_a_batch_is_edited_as_alone():
 
 def test_the_edit_hardly_depends_on_the_size():
     model, x = trained(), photo(height=256, width=256)
-    for small, large in zip(model.predict(x), model.predict(x.repeat_interleave(8, 2).repeat_interleave(8, 3)), strict=True):
+    larger = x.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    for small, large in zip(model.predict(x).edit, model.predict(larger).edit, strict=True):
         torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-3)
 
 
@@ -73,7 +76,7 @@ def test_takes_samples(dtype):
 def test_the_edit_is_the_mean_of_the_members():
     model, x = trained(members=3, bins=2), photo(2)
     inputs = model.inputs(x)
-    for i, part in enumerate(model.predict(x)):
+    for i, part in enumerate(model.predict(x).edit):
         torch.testing.assert_close(part, sum(model.edit(inputs, number, TRUST)[i] for number in range(3)) / 3)
     model(x).square().sum().backward()
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
@@ -102,6 +105,53 @@ def test_refuses_settings(settings):
 def test_a_finished_photo_stays_as_it_is():
     finished = photo() ** 0.2
     torch.testing.assert_close(trained()(finished), finished)
+
+
+@pytest.mark.parametrize("bins", [0, 2])
+def test_far_from_what_it_was_fitted_to_it_changes_less(bins):
+    model, x = trained(bins=bins), photo()
+    inputs = model.inputs(x)
+    model.spread.fill_(1), model.centre.copy_(inputs.features[0])
+    assert model.predict(x).share == 1 and not model.distances(inputs).any()
+    moves = []
+    for far in (0, SURE, (SURE + LOST) / 2, LOST):
+        model.centre[: 2 * len(SHARES)] = inputs.features[0, : 2 * len(SHARES)] + far * (20 / 18) ** 0.5  # 18 of 20 of light
+        prediction = model.predict(x)
+        torch.testing.assert_close(prediction.distances, torch.tensor([[float(far), 0]]))
+        moves.append((model(x) - x).abs().mean().item())
+        torch.testing.assert_close(prediction.share, torch.tensor([{LOST: 0.0, 7.5: 0.5}.get(far, 1.0)]), atol=1e-4, rtol=0)
+    assert 0.3 * moves[1] < moves[2] < 0.7 * moves[1] and moves[3] < 1e-6
+
+
+def pages():
+    """What is no lit room, [3, 96, 128] each: a night with lamps, a page of text, a grey card, a red wall, black."""
+    g = torch.Generator().manual_seed(0)
+    night = 0.03 * torch.rand(3, 96, 128, generator=g)
+    for top, left in torch.randint(0, 90, (6, 2), generator=g).tolist():
+        night[:, top : top + 4, left : left + 4] = torch.tensor([1, 0.85, 0.5])[:, None, None]
+    page = torch.full((3, 96, 128), 0.97)
+    page[:, 8:88:4, 8:120:3] = 0.1
+    red = torch.tensor([0.7, 0.15, 0.2])[:, None, None].expand(3, 96, 128)
+    return {"night": night, "page": page, "grey": torch.full_like(page, 0.46), "red": red, "black": torch.zeros_like(page)}
+
+
+def test_the_shipped_one_spoils_nothing_that_it_does_not_know(monkeypatch):
+    model = load_checkpoint()
+    for name, x in pages().items():
+        y = model(x[None])[0]
+        assert ((y > 0.98).all(0) & (x <= 0.98).all(0)).float().mean() < 0.01, name  # nothing turns white
+        cast = [(z.mean((1, 2)) - z.mean()).abs().max() for z in (x, y)]
+        assert cast[1] < cast[0] + 0.02, name
+        with monkeypatch.context() as patch:
+            patch.setattr(Lite, "share", lambda self, inputs: torch.ones(1))
+            whole = (model(x[None])[0] - x).abs().mean()
+        if name != "grey":  # which may be a wall
+            assert (y - x).abs().mean() <= whole / 3, name
+
+
+def test_the_shipped_one_knows_rooms():
+    sources = [lite.takes(seed, 3, 48, 64)[0] for seed in (31_000_000, 31_000_001)]
+    assert (load_checkpoint().predict(torch.from_numpy(np.concatenate(sources)).permute(0, 3, 1, 2)).share == 1).all()
 
 
 def test_the_shipped_one():
