@@ -63,7 +63,7 @@ def use(target: Path, folder: Path) -> list[str]:
     path = os.pathsep.join((str(target), str(Path(torch.__file__).parents[1])))
     lines = run([sys.executable, "-S", "-c", USES_AN_OP], cwd=folder, env=os.environ | {"PYTHONPATH": path}).splitlines()
     assert lines[0] == str(target / "autohdr" / "__init__.py") and lines[2] == "(1, 3, 9, 8)"
-    assert sorted(lines[3:]) == sorted(file.stem for file in ROOT.glob("configs/*.toml"))
+    assert sorted(lines[3:]) == sorted(file.stem for file in ROOT.glob("configs/*.toml") if file.stem != "lite")
     return lines
 
 

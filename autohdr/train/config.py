@@ -123,8 +123,8 @@ class TrainConfig:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    """Names of the recipes for `train` that come with the package; lite.toml is train.lite's."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "lite")
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
@@ -134,7 +134,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
     wrong type. checks.check_config checks the values' ranges, and that the files that they name exist.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() and str(path) in recipes():
         file = RECIPES / f"{path}.toml"
     if not file.is_file():
         raise UserError(f"config: expected a TOML file or one of {', '.join(recipes())}; got {str(path)!r}")

@@ -1,14 +1,16 @@
 """Makes the weights that ship: `make model` renders rooms, photographs and edits each several times, and fits Lite to the pairs.
 
-No real photo is in it. The members are fitted one after the other, each by its own draw of batches; the recipe that Lite starts
-from and what its members see are computed once.
+How many, and how it is fitted, is in configs/lite.toml. No real photo is in it. The members are fitted one after the other, each
+by its own draw of batches; the recipe that Lite starts from and what its members see are computed once.
 """
 
 import math
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,42 +25,37 @@ from autohdr.kernels import apply_edit
 from autohdr.models import create_model, save_weights
 from autohdr.models.lite import Inputs, Lite
 from autohdr.models.weights import SHIPPED
+from autohdr.train.config import RECIPES
 
-ROOMS, FIRST_SEED = 160, 20_000_000
-TAKES = 5  # photographs and edits of each room
-HEIGHT, WIDTH = 96, 128
-HELD_OUT = 16  # rooms that are measured, not trained on
-SIDE = 64  # of the images that the loss is taken of
-STEPS, BATCH = 300, 16
-RATE, DECAY = 3e-3, 0.1
-NOISE = 0.3  # on the features, in standard deviations: rooms don't look quite like photos
-NEARLY = 1e-3  # an error, squared, that is as good as none
+RECIPE = SimpleNamespace(**tomllib.loads((RECIPES / "lite.toml").read_text("utf-8")))
 
 
-def fit(model: Lite, sources: Tensor, targets: Tensor, steps: int = STEPS, seed: int = 0) -> None:
-    """Fits each member to pairs [N, 3, H, W] in [0, 1], H and W multiples of SIDE, by the mean logarithm of their error, squared.
+def fit(model: Lite, sources: Tensor, targets: Tensor, steps: int = RECIPE.steps, seed: int = 0) -> None:
+    """Fits each member to pairs [N, 3, H, W] in [0, 1] by the mean logarithm of their error, squared.
 
-    Half of the batches are mirrored. The same arguments give the same weights on the same machine.
+    H and W are multiples of the recipe's side. Half of the batches are mirrored. The same arguments give the same weights on the
+    same machine.
     """
     inputs = _inputs(model, sources)
     model.centre.copy_(inputs.features.mean(0))
     model.spread.copy_(inputs.features.std(0) + 1e-3)
-    small = [F.adaptive_avg_pool2d(images, SIDE) for images in (sources, targets)]
+    noise = RECIPE.noise * model.spread
+    small = [F.adaptive_avg_pool2d(images, RECIPE.side) for images in (sources, targets)]
     for number, member in enumerate(model.members):
         g = torch.Generator().manual_seed(seed * len(model.members) + number)
-        optimizer = torch.optim.AdamW(member.parameters(), lr=RATE, weight_decay=DECAY)
+        optimizer = torch.optim.AdamW(member.parameters(), lr=RECIPE.rate, weight_decay=RECIPE.decay)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen, mirrored = torch.randint(len(sources), (BATCH,), generator=g), torch.rand((), generator=g) < 0.5
+                group["lr"] = RECIPE.rate * min(1, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            chosen, mirrored = torch.randint(len(sources), (RECIPE.batch,), generator=g), torch.rand((), generator=g) < 0.5
             some = Inputs(*(part[chosen] for part in inputs))
-            some = some._replace(features=some.features + NOISE * model.spread * torch.randn(some.features.shape, generator=g))
+            some = some._replace(features=some.features + noise * torch.randn(some.features.shape, generator=g))
             source, target = (images[chosen] for images in small)
             if mirrored:
                 some, source, target = some._replace(pictures=some.pictures.flip(3)), source.flip(3), target.flip(3)
             error = (apply_edit(source, *model.edit(some, number)) - target).square().mean((1, 2, 3))
             optimizer.zero_grad()
-            (error + NEARLY).log().mean().backward()
+            (error + RECIPE.nearly).log().mean().backward()
             torch.nn.utils.clip_grad_norm_(member.parameters(), 5.0)
             optimizer.step()
 
@@ -77,7 +74,9 @@ def psnr(model: Lite, sources: Tensor, targets: Tensor) -> float:
     return float(-10 * torch.cat(errors).log10().mean())
 
 
-def takes(seed: int, count: int = TAKES, height: int = HEIGHT, width: int = WIDTH) -> tuple[np.ndarray, np.ndarray]:
+def takes(
+    seed: int, count: int = RECIPE.takes, height: int = RECIPE.height, width: int = RECIPE.width
+) -> tuple[np.ndarray, np.ndarray]:
     """Photographs and edits of the room that `seed` makes, each uint8 [count, 128, 128, 3]: as many cameras and retouchers."""
     scene = render_scene(seed, height, width)
     sources = [photograph(np.random.default_rng([seed, 1, take]), scene) for take in range(count)]
@@ -99,19 +98,20 @@ def rooms(count: int, first_seed: int, workers: int | None = None) -> tuple[Tens
 
 def main(out: Path = SHIPPED) -> None:
     started = time.perf_counter()
-    sources, targets = rooms(ROOMS + HELD_OUT, FIRST_SEED)
-    print(f"{ROOMS + HELD_OUT} rooms, {len(sources)} pairs  ({time.perf_counter() - started:.0f} s)", flush=True)
+    sources, targets = rooms(RECIPE.rooms + RECIPE.held_out, RECIPE.first_seed)
+    print(f"{RECIPE.rooms + RECIPE.held_out} rooms, {len(sources)} pairs  ({time.perf_counter() - started:.0f} s)", flush=True)
     torch.manual_seed(0)
-    model, count = create_model("lite"), ROOMS * TAKES
+    model, count = create_model("lite"), RECIPE.rooms * RECIPE.takes
     assert isinstance(model, Lite)
     before = psnr(model, sources[count:], targets[count:])
-    # A finished photo is to stay as it is: some of the pairs are an edit, twice.
-    fit(model, torch.cat([sources[:count], targets[:count:10]]), torch.cat([targets[:count], targets[:count:10]]))
+    every = RECIPE.finished_every
+    fit(model, torch.cat([sources[:count], targets[:count:every]]), torch.cat([targets[:count], targets[:count:every]]))
     halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.load_state_dict(halves)
     after = psnr(model, sources[count:], targets[count:])
-    save_weights(out, model, {"trained_on": [], "rooms": ROOMS, "takes": TAKES, "psnr": round(after, 2)}, halves)
-    print(f"{HELD_OUT} rooms held out: auto-tone {before:.2f} dB, lite {after:.2f} dB  ({time.perf_counter() - started:.0f} s)")
+    save_weights(out, model, {"trained_on": [], "rooms": RECIPE.rooms, "takes": RECIPE.takes, "psnr": round(after, 2)}, halves)
+    took = time.perf_counter() - started
+    print(f"{RECIPE.held_out} rooms held out: auto-tone {before:.2f} dB, lite {after:.2f} dB  ({took:.0f} s)")
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 
