@@ -145,11 +145,10 @@ def adapt(pairs: Positional[Path], out: Path) -> int:
     from autohdr.train.adapt import adapt
 
     result = adapt(pairs, out)
-    print(result)
     if not result.helps:
-        print(f"error: {out}: not written: the gain is not above chance", file=sys.stderr)
+        print(f"error: {out}: not written: the gain is not above chance: {result}", file=sys.stderr)
         return 1
-    print(f"{out}: the shipped weights count for {result.shrinkage} of such pairs in it")
+    print(f"{result}\n{out}: the shipped weights count for {result.shrinkage} of such pairs in it")
     return 0
 
 
