@@ -537,8 +537,6 @@ class Program:
     def _branch(self, w: Lanes, way: Way, step: Step, flag: Value, at: int) -> tuple[Value, int | None]:
         """Who goes, and where to: None where it ends."""
         target, i = step.target, step.instruction
-        if step.base == "CALL":
-            return True, target
         if step.base == "EXIT":
             target = None
         elif step.base == "RET":
@@ -559,12 +557,10 @@ class Program:
         return flag, target
 
     def _calls(self, begin: int, end: int) -> bool:
-        """Whether there is a call straight on, before the way ends or leads elsewhere."""
+        """Whether there is a call straight on, before the way ends or leads elsewhere. A guarded one is a loop's way out."""
         for step in self.steps[begin : min(end, begin + 24)]:
-            if step.base == "CALL":
-                return True
-            if step.unit == "branch" and step.base in ("BRA", "EXIT", "RET") and not step.instruction.guard:
-                return False
+            if step.base in ("CALL", "BRA", "EXIT", "RET") and not step.instruction.guard:
+                return step.base == "CALL"
         return False
 
 

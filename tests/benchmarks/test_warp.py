@@ -95,3 +95,18 @@ def test_a_load_that_no_lane_takes_changes_nothing():
         lanes.banks["R"][3] = 0
         warp.keep(lanes, load, ("S", 0), 64, {(("S", 0), 64): 7}, numpy.full(32, not nobody))
         assert numpy.all(lanes.banks["R"][3] == expected)
+
+
+def test_a_call_under_a_guard_is_a_branch():
+    """As nvcc 13 leaves a loop on sm_80."""
+    code = machine_code.Code("kernel", labels={"loop": 0, "end": 4})
+    for guard, opcode, *operands in (
+        ("", "IADD3", "R0", "R0", "0x1", "RZ"),
+        ("", "ISETP.GE.AND", "P0", "PT", "R0", "0x5", "PT"),
+        ("P0", "CALL.REL.NOINC", "`(end)"),
+        ("", "BRA", "`(loop)"),
+        ("", "EXIT"),
+    ):
+        code.instructions.append(machine_code.Instruction(guard, opcode, tuple(operands), 0))
+    timing, launch = warp.Timing({"operands": 10}, {}), warp.Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b"")
+    assert warp.Program(code, "sm_80").walk(launch, ((0, 0, 0), 0), timing, {}).issued == 4 * 5  # no BRA at last, but EXIT
