@@ -11,6 +11,9 @@
 What is assumed, and how uncertain it is, stands in GPUS, LATENCIES and SCENARIOS. Nothing of this was measured: `make gpu-check`
 does that, kernel by kernel, where there is a GPU. Tensors hold nothing, and what depends on their values is not followed.
 
+Each row is written as soon as it is there, beside those of the same kernels. The first compiles the emulation and its kernels, in
+some minutes; then an op's takes a quarter of a minute, a model's forward pass one, its training step two.
+
     python benchmarks/instructions.py [--gpus H200 ...] [--only restormer_base ...] [--sizes 896x896 ...] [--backends cuda triton]
 """
 
@@ -181,7 +184,8 @@ Recorded = tuple[Launch, list[tuple[int, int]]]
 """A launch, and (address, bytes) of each tensor that its op was called with or returned."""
 
 
-def recorded(calls: list[str], gpu: GPU, backend: str) -> list[list[Recorded]]:
+@cache
+def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, backend: str) -> list[list[Recorded]]:
     """The launches of each call, from a process in which nothing is computed."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "calls").write_text("\n".join(calls))
@@ -192,8 +196,8 @@ def recorded(calls: list[str], gpu: GPU, backend: str) -> list[list[Recorded]]:
         }
         if backend == "cuda":
             library = str(build.emulated_kernels(checked=False))
-            environment |= {"AUTOHDR_EMULATED_LIBRARY": library, "AUTOHDR_MULTIPROCESSORS": str(gpu.multiprocessors)}
-        command = [sys.executable, __file__, "--record", folder, backend, gpu.architecture, str(gpu.multiprocessors)]
+            environment |= {"AUTOHDR_EMULATED_LIBRARY": library, "AUTOHDR_MULTIPROCESSORS": str(multiprocessors)}
+        command = [sys.executable, __file__, "--record", folder, backend, architecture, str(multiprocessors)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
@@ -317,15 +321,21 @@ def record_triton(architecture: str, multiprocessors: int):
 
 
 @cache
-def kernels_of(architecture: str) -> dict[str, tuple[str, Path, machine_code.Resources]]:
-    """All CUDA kernels: of a demangled name the mangled one, the file it is in, what it takes."""
-    found = {}
-    for source in machine_code.SOURCES:
-        cubin, log = machine_code.compiled(source, architecture)
-        taken = machine_code.resources(log)
-        for symbol, name in zip(taken, machine_code.demangled(tuple(taken)), strict=True):
-            found[name] = symbol, cubin, taken[symbol]
-    return found
+def kernels_in(source: Path, architecture: str) -> dict[str, tuple[str, Path, machine_code.Resources]]:
+    """A file's CUDA kernels: of a demangled name the mangled one, the compiled file, what it takes."""
+    cubin, log = machine_code.compiled(source, architecture)
+    taken = machine_code.resources(log)
+    names = machine_code.demangled(tuple(taken))
+    return {name: (symbol, cubin, taken[symbol]) for symbol, name in zip(taken, names, strict=True)}
+
+
+def located(kernel: str, architecture: str) -> tuple[str, Path, machine_code.Resources]:
+    """Where a CUDA kernel is. Files are compiled until one has it: first those of its namespace, and of bfloat16."""
+    space = kernel.split("autohdr::")[1].split("::")[0]
+    for source in sorted(machine_code.SOURCES, key=lambda s: (space not in s.stem, "bf16" not in s.stem)):
+        if kernel in (kernels := kernels_in(source, architecture)):
+            return kernels[kernel]
+    raise RuntimeError(f"no file has {kernel}")
 
 
 disassembled = cache(machine_code.disassemble)
@@ -337,7 +347,7 @@ def program(kernel: str, architecture: str) -> tuple[Program, machine_code.Resou
         cubin, symbol = TRITON / f"{kernel}.cubin", kernel.split("@")[0]
         taken = machine_code.usage(cubin)[symbol]
     else:
-        symbol, cubin, taken = kernels_of(architecture)[kernel]
+        symbol, cubin, taken = located(kernel, architecture)
     return Program(disassembled(cubin)[symbol], architecture), taken
 
 
@@ -494,10 +504,11 @@ def works_of(launches: list[Recorded], architecture: str) -> Iterator[tuple[Laun
 def predict(name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: str) -> dict:
     """One row of the results."""
     ops = ops_of(subject, size, mode, dtype, backend)
-    calls = list(ops.calls)
+    calls = tuple(ops.calls)
+    launches_of = recorded(calls, gpu.architecture, gpu.multiprocessors, backend)
     totals, launched = dict.fromkeys(SCENARIOS, 0.0), 0
     kernels, bounds = defaultdict(dict.fromkeys(SCENARIOS, 0.0).copy), defaultdict(Counter)
-    for call, launches in zip(calls, recorded(calls, gpu, backend), strict=True):
+    for call, launches in zip(calls, launches_of, strict=True):
         for launch, count, work in works_of(launches, gpu.architecture):
             count *= ops.calls[call]
             launched += count
@@ -539,11 +550,31 @@ def cases() -> list[tuple]:
     return [(subject, size, mode, "bfloat16") for subject, size in subjects for mode in ("forward", "training")]
 
 
-def history(before: dict, commit: str) -> list[dict]:
-    """What earlier commits' kernels were predicted to take on the first GPU, the last one's added."""
-    first = before["predictions"][0]["gpu"]
-    times = {tables.subject(row): row["ms"] for row in before["predictions"] if row["gpu"] == first}
-    return before["history"] + ([{"commit": before["commit"], "ms": times}] if before["commit"] != commit else [])
+IDENTITY = ("gpu", "op", "shape", "mode", "dtype", "backend")
+
+
+def with_row(results: dict, row: dict) -> dict:
+    """Results with another row, in place of an earlier one of the same."""
+    order = [(subject, "×".join(map(str, size)), mode, dtype) for subject, size, mode, dtype in cases()]
+
+    def place(r: dict) -> tuple:
+        return order.index((r["op"], r["shape"], r["mode"], r["dtype"])), list(GPUS).index(r["gpu"]), r["backend"]
+
+    others = [r for r in results["predictions"] if any(r[key] != row[key] for key in IDENTITY)]
+    return results | {"predictions": sorted([*others, row], key=place)}
+
+
+def begun(before: dict | None, now: dict) -> dict:
+    """Results to add rows to: those before where they are of the same committed kernels, constants and compiler; else none, and
+    the times that were predicted for the first GPU are history."""
+    if before and all(before[key] == value for key, value in now.items()) and not now["commit"].endswith("-dirty"):
+        return before
+    history = before["history"] if before else []
+    if before and before["predictions"] and before["commit"] != now["commit"]:
+        first = before["predictions"][0]["gpu"]
+        times = {tables.subject(row): row["ms"] for row in before["predictions"] if row["gpu"] == first}
+        history = [*history, {"commit": before["commit"], "ms": times}]
+    return {"predictions": [], **now, "history": history}
 
 
 def main() -> None:
@@ -557,22 +588,23 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda"])
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    rows = []
+    constants = {"gpus": {k: asdict(v) for k, v in GPUS.items()}, "scenarios": {k: asdict(v) for k, v in SCENARIOS.items()}}
+    now = {"constants": constants | {"latencies": LATENCIES}}
+    now |= {"versions": {"torch": torch.__version__, "nvcc": machine_code.release()}}
+    now |= {"commit": run.commit("csrc", "autohdr/kernels", "autohdr/models")}
+    results = begun(json.loads(options.out.read_text()) if options.out.exists() else None, json.loads(json.dumps(now)))
     for (subject, size, mode, dtype), name, backend in itertools.product(cases(), options.gpus, options.backends):
         if options.only and subject not in options.only or options.sizes and "x".join(map(str, size)) not in options.sizes:
             continue
         if mode not in options.modes:
             continue
-        rows.append(row := predict(name, GPUS[name], subject, size, mode, dtype, backend))
+        row = predict(name, GPUS[name], subject, size, mode, dtype, backend)
+        results = with_row(results, row)
+        run.write(results, options.out)
         heading = f"{row['ms']:.2f} ms ({row['ms_low']:.2f} to {row['ms_high']:.2f}), {row['launches']} launches"
         print(f"{name} {subject} {row['shape']} {mode} {dtype} {backend}: {heading}")
         for kernel, (ms, bound) in list(row["bound_by"].items())[:12]:
             print(f"    {ms:9.3f} ms  {bound:<20} {kernel}", flush=True)
-    constants = {"gpus": {k: asdict(v) for k, v in GPUS.items()}, "scenarios": {k: asdict(v) for k, v in SCENARIOS.items()}}
-    results = {"predictions": rows, "constants": constants | {"latencies": LATENCIES}}
-    results |= {"versions": {"torch": torch.__version__, "nvcc": machine_code.release()}, "commit": run.commit()}
-    results["history"] = history(json.loads(options.out.read_text()), results["commit"]) if options.out.exists() else []
-    run.write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -48,16 +48,18 @@ def processor() -> str:
     return platform.processor()
 
 
-def commit() -> str:
-    """Marked dirty where any tracked file but the results themselves was changed."""
+def commit(*of: str) -> str:
+    """The last one, or the last that changed one of these paths. Marked dirty where such a file was changed since, by default any
+    tracked file but the results themselves."""
     if shutil.which("git") is None:
         return "unknown"
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
-    head = git("rev-parse", "--short", "HEAD")
+    paths = of or (".", ":!benchmarks/results", ":!README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *paths)
+    head = git("log", "-1", "--format=%h", "--", *of)
     return (head + "-dirty" * bool(changed)) if head else "unknown"
 
 

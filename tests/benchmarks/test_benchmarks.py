@@ -141,6 +141,26 @@ def test_tables_of_predictions():
     assert "| `gate<__nv_bfloat16>` | predicted 3 | issue |" in text and "PyTorch's own ops" not in text
 
 
+def test_predictions_are_added_to_those_of_the_same_kernels():
+    now = {"commit": "2222222", "constants": {"gpus": {}}}
+    rows = [PREDICTED | {"op": "selective_scan", "shape": "1×192×4096"}, PREDICTED | {"op": "restormer_base", "shape": "896×896"}]
+    results = instructions.begun(None, now)
+    for row in (*rows, rows[0] | {"gpu": "A100"}, rows[0] | {"ms": 5.0}):
+        results = instructions.with_row(results, row)
+    assert [(r["op"], r["gpu"], r["ms"]) for r in results["predictions"]] == [
+        ("restormer_base", "H200", 4.0),
+        ("selective_scan", "H200", 5.0),
+        ("selective_scan", "A100", 4.0),
+    ]
+    assert instructions.begun(results, now) == results
+    assert instructions.begun(results, now | {"constants": {}}) == now | {"constants": {}, "predictions": [], "history": []}
+    dirty = now | {"commit": "2222222-dirty"}
+    assert instructions.begun(results | dirty, dirty)["predictions"] == []
+    times = {"restormer_base 896×896, forward, cuda": 4.0, "selective_scan 1×192×4096, forward, cuda": 5.0}
+    changed = instructions.begun(results, now | {"commit": "3333333"})
+    assert changed["predictions"] == [] and changed["history"] == [{"commit": "2222222", "ms": times}]
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     """A launch of a kernel of 64 registers, four blocks of which fit a multiprocessor of an H200, and its work."""
