@@ -146,11 +146,10 @@ def predictions(results: dict) -> str:
     if history := results["history"]:
         lines = []
         for name in subjects:
-            times = [
-                *(entry["ms"].get(name) for entry in history),
-                found[name, gpus[0]]["ms"] if (name, gpus[0]) in found else None,
-            ]
-            lines.append([name, *(f"predicted {ms:.3g}" if ms else "not predicted" for ms in times)])
+            times = [entry["ms"].get(name) for entry in history]
+            if any(times):
+                times.append(found[name, gpus[0]]["ms"] if (name, gpus[0]) in found else None)
+                lines.append([name, *(f"predicted {ms:.3g}" if ms else "not predicted" for ms in times)])
         commits = [entry["commit"] for entry in history] + [results["commit"]]
         parts.append(table([f"{gpus[0]}, ms, by commit", *commits], lines))
     for row in (found[name, gpus[0]] for name in subjects if (name, gpus[0]) in found):

@@ -138,6 +138,7 @@ def test_tables_of_predictions():
     assert "| gdfn 48×8×8, training step, cuda | predicted 4 (2 to 8) | not predicted |" in text
     assert "| H200, ms, by commit | 1111111 | 2222222 |" in text
     assert "| gdfn 48×8×8, forward, cuda | predicted 5 | predicted 4 |" in text
+    assert text.count("| gdfn 48×8×8, training step, cuda |") == 1  # it has no history
     assert "| `gate<__nv_bfloat16>` | predicted 3 | issue |" in text and "PyTorch's own ops" not in text
 
 
