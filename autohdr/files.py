@@ -1,14 +1,36 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LONGEST_NAME = 255  # bytes, of every usual file system
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What `replacing` had not finished in a folder when its process was killed."""
     return list(folder.glob(".*.part"))
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Removes what `replacing` left in a folder in processes that are gone."""
+    for part in leftovers(folder):
+        named = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
+        if named and not _is_alive(int(named[1])):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 @contextmanager
@@ -20,6 +42,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if len(os.fsencode(part.name)) > LONGEST_NAME:
+        part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{os.getpid()}.part")
     try:
         yield part
         with open(part, "rb+") as file:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from autohdr.files import replacing, write_text
+from autohdr.files import clear_abandoned, replacing, write_text
 
 
 @pytest.fixture
@@ -58,3 +60,21 @@ def test_a_name_that_is_not_utf8_can_be_written_and_read_as_json(tmp_path):
     write_text(tmp_path / "a.json", json.dumps(name, ensure_ascii=False))
     assert (tmp_path / "a.json").read_bytes() == b'"caf\\udce9 \\udcff \xc3\xa9\xe2\x80\xa8"'
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == name
+
+
+@pytest.mark.parametrize("name", ["r" * 255, "部" * 85, "a" * 244])
+def test_the_longest_names_can_be_written(tmp_path, name):
+    with replacing(tmp_path / name) as part:
+        part.write_text("new")
+    assert (tmp_path / name).read_text() == "new" and os.listdir(tmp_path) == [name]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".a.jpg.{gone.pid}.part").write_text("half")
+    kept = {f".b.jpg.{os.getpid()}.part", ".download.part", "c.jpg"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    clear_abandoned(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept
