@@ -201,16 +201,19 @@ def enhance(
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
     overwrite: Annotated[bool, FlagCreatePairsOff] = False,
+    quality: int | None = None,
+    damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     steps: int | None = None,
     max_memory: str | None = None,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
-    """Enhance photos at their own resolution; format, bit depth, EXIF and ICC profile stay.
+    """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay.
 
     Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
-    A photo that cannot be read or written is reported and skipped, and the exit status is then 1.
+    A photo that cannot be read or written is reported and skipped, and the exit status is then 1. What may be a photo in a folder
+    but is of a kind that is not read (.heic, .dng, a dangling link) is reported as skipped too.
 
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
@@ -220,6 +223,8 @@ def enhance(
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
         overwrite: Replace results that exist already, instead of skipping their photos.
+        quality: Of JPEG and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, and a WebP 95.
+        damaged: A JPEG whose data are damaged is skipped, or what there is of it is written.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
@@ -242,6 +247,7 @@ def enhance(
     limit = parse_bytes(max_memory) if max_memory else None
     model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
+    settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
     if out is None:
         with TemporaryDirectory() as folder:
             photo = Path(folder, "photo.jpg")  # the format is told by what is in it
@@ -249,16 +255,16 @@ def enhance(
             result = enhance([photo], Path(folder, "out"), model, progress=False, **settings)
             for _, reason in result.skipped:
                 print(f"skipped standard input: {reason}", file=sys.stderr)
-            for _, reason in result.held_back:
-                print(f"standard input: {reason}", file=sys.stderr)
+            for _, note in result.notes:
+                print(f"standard input: {note}", file=sys.stderr)
             for path in result.written:
                 sys.stdout.buffer.write(path.read_bytes())
         return 1 if result.skipped else 0
     result = enhance(paths, out, model, overwrite=overwrite, save_edit=save_edit, **settings)
     for path, reason in result.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    for path, reason in result.held_back:
-        print(f"{path}: {reason}", file=sys.stderr)
+    for path, note in result.notes:
+        print(f"{path}: {note}", file=sys.stderr)
     speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
     print(f"{len(result.written)} written to {out}, {len(result.skipped)} skipped{speed}")
     return 1 if result.skipped else 0

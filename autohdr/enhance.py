@@ -15,9 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from autohdr.autotone import auto_tone
-from autohdr.data.images import SUFFIXES, photos_in, read_photo, write_photo
+from autohdr.data.images import SUFFIXES, Photo, as_samples, has_grey_profile, photos_in, read_photo, write_photo
 from autohdr.errors import UserError
-from autohdr.files import write_text
+from autohdr.files import clear_abandoned, write_text
 from autohdr.kernels import apply_edit
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models.lite import Edit, Lite, Prediction
@@ -33,7 +33,7 @@ class EnhanceResult:
 
     written: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason)
-    held_back: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason): written, with less of lite's edit
+    notes: list[tuple[Path, str]] = field(default_factory=list)  # (input, what is not as it was in a result)
     megapixels: float = 0.0
     seconds: float = 0.0
 
@@ -48,26 +48,31 @@ def enhance(
     strength: float = 1.0,
     save_edit: bool = False,
     overwrite: bool = False,
+    quality: int | None = None,
+    keep_damaged: bool = False,
     progress: bool = True,
     max_memory: int | None = None,
 ) -> EnhanceResult:
     """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
 
-    Each keeps its resolution, format, bit depth, EXIF and ICC profile, and appears whole or not at all. A photo that
-    can't be read or written, that needs more memory than there is, or whose output exists already (unless overwrite)
-    is skipped and listed with the reason; the others go on.
+    Each keeps its resolution, format, bit depth, colour space and what its file says, and appears whole or not at all. A photo
+    that can't be read or written, that needs more memory than there is, or whose output exists already (unless overwrite)
+    is skipped and listed with the reason; the others go on. So is what may be a photo in a folder but is none of those read.
 
     model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
-    None is the auto-tone. One that takes samples gets the photo's own, uint8 or uint16, in place of float32.
+    None is the auto-tone. It sees sRGB, and the result goes back to the photo's own colour space. One that takes samples gets
+    an sRGB photo's own, uint8 or uint16, in place of float32.
+    quality: of JPEG and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    keep_damaged: write what there is of a JPEG whose data are damaged, with a note; by default it is skipped.
     precision: float32, or bfloat16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take.
-    UserError before any work: a strength outside 0 to 2; save_edit and a model that predicts no edit; max_memory and another one
-    than a network that works in strips; a path that does not exist, no photos, two photos of one output name, an output that is
-    one of the photos, an out_dir that can't be made, an unknown precision.
+    UserError before any work: a strength outside 0 to 2, a quality outside 1 to 100; save_edit and a model that predicts no edit;
+    max_memory and another one than a network that works in strips; a path that does not exist, no photos, two photos of one
+    output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -79,35 +84,47 @@ def enhance(
     if save_edit and not isinstance(model, Lite):
         got = type(model).__name__ if model else "the auto-tone"
         raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
+    if quality is not None and not 1 <= quality <= 100:
+        raise UserError(f"quality must be from 1 to 100, got {quality}")
     device = torch.device(device)
     as_stored = model is None or getattr(model, "takes_samples", False)
     if model is not None:
         model = model.eval().to(device)
-    jobs = _jobs([Path(path) for path in paths], Path(out_dir))
     result = EnhanceResult()
+    jobs = _jobs([Path(path) for path in paths], Path(out_dir), result.skipped)
+    for folder in {target.parent for target in jobs}:
+        clear_abandoned(folder)
     for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=None if progress else True):
         try:
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists already and is not to be overwritten")
             started = time.perf_counter()
-            photo = read_photo(source, as_stored)
+            photo = read_photo(source, as_stored, keep_damaged)
+            space = photo.colour_space()
             before = photo.pixels
+            seen = space.to_srgb(before) if space else before
+            shown = seen.clip(0, 1) if space else before
             prediction = None
-            if model is None:
-                photo.pixels = auto_tone(before)
-            else:
-                photo.pixels, prediction = _run(model, before, device, precision, max_memory)
-            if strength != 1:
-                _blend(before, photo.pixels, strength)
+            if strength or save_edit:
+                if model is None:
+                    after = auto_tone(shown)
+                else:
+                    after, prediction = _run(model, shown, device, precision, max_memory)
+                if strength != 1:
+                    _blend(shown, after, strength)
+                photo.pixels = space.edited(before, seen, after) if space else after
+                if has_grey_profile(photo):
+                    _check_grey(photo, after)
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_photo(target, photo)
+            write_photo(target, photo, quality)
             if save_edit and prediction:
                 _write_edit(target, prediction.edit, strength)
             if prediction and (reason := _doubt(prediction)):
-                result.held_back.append((source, reason))
+                photo.notes.append(reason)
             result.seconds += time.perf_counter() - started
             result.megapixels += photo.pixels.shape[0] * photo.pixels.shape[1] / 1e6
             result.written.append(target)
+            result.notes += [(source, note) for note in photo.notes]
         except UserError as error:
             result.skipped.append((source, str(error).removeprefix(f"{source}: ")))
         except OSError as error:
@@ -119,16 +136,16 @@ def enhance(
     return result
 
 
-def _jobs(paths: list[Path], out_dir: Path) -> dict[Path, Path]:
-    """Output of each photo -> the photo. Creates out_dir once everything else is known to be right."""
+def _jobs(paths: list[Path], out_dir: Path, skipped: list[tuple[Path, str]]) -> dict[Path, Path]:
+    """Output of each photo -> the photo. Creates out_dir once everything else is known to be right. Adds to skipped."""
     jobs: dict[Path, Path] = {}
     for path in paths:
-        for source, relative in _photos(path, out_dir):
+        for source, relative in _photos(path, out_dir, skipped):
             target = out_dir / relative
             other = jobs.setdefault(target, source)
             if other.resolve() != source.resolve():
                 raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
-    if not jobs:
+    if not jobs and not skipped:
         raise UserError(
             f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
         )
@@ -145,13 +162,23 @@ def _jobs(paths: list[Path], out_dir: Path) -> dict[Path, Path]:
     return jobs
 
 
-def _photos(path: Path, out_dir: Path) -> list[tuple[Path, Path]]:
+def _photos(path: Path, out_dir: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
     """The photos that a path stands for, each with its place below out_dir, which is not searched itself."""
     if not path.exists():
         raise UserError(f"{path}: expected a photo or a folder, got a path that does not exist")
     if not path.is_dir():
         return [(path, Path(path.name))]
-    return [(photo, photo.relative_to(path)) for photo in photos_in(path, out_dir)]
+    photos, others = photos_in(path, out_dir)
+    skipped += [other for other in others if other not in skipped]
+    return [(photo, photo.relative_to(path)) for photo in photos]
+
+
+def _check_grey(photo: Photo, edited: np.ndarray) -> None:
+    """A photo with a grey profile whose edit is not grey becomes an sRGB photo."""
+    samples = as_samples(photo)
+    if (samples != samples[..., :1]).any():
+        photo.pixels, photo.icc_profile, photo.grey = edited, None, False
+        photo.notes.append("its profile is for grey alone and the edit has colours: the result is in sRGB")
 
 
 def _run(

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
 from autohdr.autotone import auto_tone
@@ -17,6 +18,7 @@ from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
+from autohdr.metrics import srgb_to_lab
 from autohdr.models import create_model, load_checkpoint
 
 
@@ -123,7 +125,7 @@ def test_the_edit_is_saved_beside_the_photo(tmp_path):
     samples = room()
     Image.fromarray(samples).save(tmp_path / "a.png")
     result = run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), save_edit=True, strength=0.8)
-    assert not result.held_back and read_samples(tmp_path / "out/a.png").mean() > samples.mean() + 20
+    assert not result.notes and read_samples(tmp_path / "out/a.png").mean() > samples.mean() + 20
     head, *rows = (tmp_path / "out/a.cube").read_text().splitlines()
     table = np.array([row.split() for row in rows], float)
     assert head == "LUT_3D_SIZE 33" and table.shape == (33**3, 3)
@@ -148,7 +150,7 @@ def test_a_photo_unlike_what_lite_learnt_from_is_named(tmp_path):
         Image.fromarray(samples).save(tmp_path / f"{name}.png")
     result = run([tmp_path / f"{name}.png" for name in pictures], tmp_path / "out", load_checkpoint())
     assert len(result.written) == 4
-    reasons = {path.stem: reason for path, reason in result.held_back}
+    reasons = {path.stem: reason for path, reason in result.notes}
     assert set(reasons) == {"red", "night"} and reasons["red"].startswith("its colours are ")
     assert reasons["red"].endswith(" standard deviations from what lite learnt from: 0% of the edit is made")
     assert np.abs(read_samples(tmp_path / "out/red.png").astype(int) - pictures["red"]).max() <= 1
@@ -163,6 +165,74 @@ def test_metadata_is_kept_and_the_photo_upright(tmp_path):
         assert image.format == "JPEG" and image.size == (10, 20)
         assert dict(image.getexif()) == {271: "Maker", 274: 1}
         assert image.info["icc_profile"] == b"\0" * 16 + b"RGB " * 30
+
+
+def test_a_photo_of_another_colour_space_is_edited_in_srgb(tmp_path):
+    """The same picture in sRGB and in Adobe RGB has the same result, to the eye."""
+    corners = [0.64, 0.33, 1.0, 0.21, 0.71, 1.0, 0.15, 0.06, 1.0]
+    adobe = imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.329, 1.0], primaries=corners, gamma=2.19921875)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.random.default_rng(0).random((20, 30, 3)).astype(np.float32) * 0.8 + 0.1
+    kinds = {"colorspace": "rgb", "outcolorspace": "rgb", "outdtype": np.float32, "intent": 1}
+    for name, own, icc in (("a", pixels, srgb), ("b", imagecodecs.cms_transform(pixels, srgb, adobe, **kinds), adobe)):
+        write_photo(tmp_path / f"{name}.png", Photo(own, "PNG", 16, icc_profile=icc))
+    for model in (load_checkpoint(), None, Invert()):
+        run([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", model, overwrite=True)
+        wanted, got = (read_photo(tmp_path / "out" / name) for name in ("a.png", "b.png"))
+        assert got.icc_profile == adobe and wanted.icc_profile == srgb
+        seen = imagecodecs.cms_transform(got.pixels, adobe, srgb, **kinds)
+        lab = [srgb_to_lab(torch.from_numpy(x.clip(0, 1)).permute(2, 0, 1)[None]) for x in (seen, wanted.pixels)]
+        assert (lab[0] - lab[1]).norm(dim=1).max() < 0.5
+    run([tmp_path / "b.png"], tmp_path / "none", Invert(), strength=0)
+    np.testing.assert_array_equal(read_photo(tmp_path / "none/b.png").pixels, read_photo(tmp_path / "b.png").pixels)
+
+
+def test_a_photo_with_a_grey_profile_stays_so_where_its_edit_is_grey(tmp_path):
+    icc = imagecodecs.cms_profile("gray", whitepoint=[0.3127, 0.329, 1.0], gamma=1.0)
+    Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20)).save(tmp_path / "a.png", icc_profile=icc)
+    assert run([tmp_path / "a.png"], tmp_path / "out", Invert()).notes == []
+    with Image.open(tmp_path / "out/a.png") as image:
+        assert image.mode == "L" and image.info["icc_profile"] == icc
+    seen = np.rint(read_rgb(tmp_path / "a.png") * 255)
+    assert np.abs(seen[0, 1] - 13).max() == 0  # 1 of 255 in linear light
+    np.testing.assert_allclose(read_rgb(tmp_path / "out/a.png")[:3], 1 - read_rgb(tmp_path / "a.png")[:3], atol=0.01)
+    red = nn.Identity()
+    red.forward = lambda x: x * torch.tensor([1.0, 0.5, 0.5]).view(1, 3, 1, 1)
+    result = run([tmp_path / "a.png"], tmp_path / "red", red)
+    assert "the result is in sRGB" in result.notes[0][1]
+    with Image.open(tmp_path / "red/a.png") as image:
+        assert image.mode == "RGB" and "icc_profile" not in image.info
+
+
+def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
+    save(tmp_path / "in/a.png")
+    for name in ("b.HEIC", "c.cr2", "d.dng", "e.gif"):
+        (tmp_path / "in" / name).write_bytes(b"what is in it")
+    (tmp_path / "in/f.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "in/g").symlink_to(tmp_path)
+    (tmp_path / "in/h.bak").write_bytes((tmp_path / "in/a.png").read_bytes())
+    for name in ("notes.txt", ".hidden.heic"):
+        (tmp_path / "in" / name).write_text("none")
+    for suffix in ("jpe", "jfif"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"in/i.{suffix}", "JPEG")
+    result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
+    assert [path.name for path in result.written] == ["a.png", "i.jfif", "i.jpe"]
+    assert [path.name for path, _ in result.skipped] == ["b.HEIC", "c.cr2", "d.dng", "e.gif", "f.jpg", "g", "h.bak"]
+    assert "of the kind .heic" in result.skipped[0][1] and "a link to nothing" in result.skipped[4][1]
+    (tmp_path / "in/a.png").unlink()
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/b.heic").write_text("none")
+    assert len(run([tmp_path / "only"], tmp_path / "out", nn.Identity()).skipped) == 1
+
+
+def test_a_damaged_jpeg_is_skipped_or_kept_with_a_note(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    result = run([tmp_path / "a.jpg"], tmp_path / "out")
+    assert not result.written and "its data end before the last pixel" in result.skipped[0][1]
+    result = run([tmp_path / "a.jpg"], tmp_path / "out", keep_damaged=True)
+    assert result.written and result.notes == [(tmp_path / "a.jpg", "its data end before the last pixel")]
 
 
 def test_alpha_is_kept(tmp_path):

@@ -1,40 +1,62 @@
-"""Photos in and out: JPEG, PNG, WebP and TIFF with 8 or 16 bits a channel.
+"""Photos in and out: JPEG, PNG, WebP and TIFF with 8 or 16 bits a channel, and TIFF in floating point.
 
-Pixels are RGB in the file's own colour space (its ICC profile travels along) and upright (the EXIF orientation is
-applied on reading). Transparency is carried along, never blended in.
+Pixels are RGB in the file's own colour space (its profile travels along) and upright (the orientation is applied on reading).
+Transparency is carried along, never blended in.
 """
 
 import contextlib
 import io
+import itertools
+import logging
 import os
 import struct
-import zlib
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from autohdr.data.colour import ColourSpace, colour_space, is_damaged
+from autohdr.data.encoding import ENCODERS, compressible, jpeg_options
+from autohdr.data.jpeg import load_jpeg
+from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"})
+_OTHER_PHOTOS = frozenset(
+    ".3fr .arw .avif .bmp .cr2 .cr3 .crw .dcr .dng .erf .exr .fff .gif .hdr .heic .heif .hif .iiq .insp .j2k .jp2 .jpf .jpx .jxl"
+    " .jxr .kdc .mef .mos .mrw .nef .nrw .orf .pef .pgm .ppm .psb .psd .raf .raw .rw2 .rwl .sr2 .srf .srw .tga .x3f".split()
+)
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
-_PNG_DEPTH, _PNG_HEADER = 24, 33  # where the signature and the IHDR chunk hold the bit depth, and where they end
+_GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
+_PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
 _ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
-_ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
-_DESCRIBING = "ImageDescription Make Model XResolution YResolution ResolutionUnit Software DateTime Artist Copyright"
-_DESCRIBING_TAGS = {ExifTags.Base[name] for name in _DESCRIBING.split()} | {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
+_MEGAPIXELS = 300
 
 # Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
-Image.MAX_IMAGE_PIXELS = 150_000_000
+Image.MAX_IMAGE_PIXELS = _MEGAPIXELS * 500_000
+
+
+def _know_more_tiffs() -> None:
+    """Kinds of TIFF that Pillow does not know: with this it reads their tags; their pixels are tifffile's."""
+    pixels, samples = ((2, 3, ()), (2, 4, (2,)), (1, 1, ()), (1, 2, (2,))), ((3, 16), (3, 32), (3, 64), (1, 32), (2, 32))
+    kinds = itertools.product((b"II", b"MM"), pixels, samples)
+    for order, (photometric, channels, alpha), (sample, bits) in kinds:
+        for formats in {(sample,), (sample,) * channels}:
+            key = (order, photometric, formats, 1, (bits,) * channels, alpha)
+            TiffImagePlugin.OPEN_INFO.setdefault(key, ("RGB", "RGB"))
+
+
+_know_more_tiffs()
 
 
 @dataclass
@@ -42,9 +64,12 @@ class Photo:
     """A photo, and what it takes beside the pixels to write it again as it was.
 
     pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth. format: JPEG, PNG, WEBP
-    or TIFF. depth: 8 or 16 bits a channel.
+    or TIFF. depth: 8 or 16 bits a channel, or 32.
     alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
-    without a thumbnail, or empty. icc_profile: an RGB profile or None.
+    without a thumbnail, or empty. icc_profile: an RGB or a grey profile or None.
+    extra: what else the file says, as its format has it: (marker, data) of JPEG segments, (kind, data) of PNG chunks,
+    (name, data) of WebP, (tag, data) of TIFF. grey: the file has grey alone, and is written so where the pixels are grey.
+    options: how it was compressed, as encoding.encode_jpeg and the others take it. notes: what was not as it should be, in words.
     """
 
     pixels: np.ndarray
@@ -53,111 +78,199 @@ class Photo:
     alpha: np.ndarray | None = None
     exif: bytes = b""
     icc_profile: bytes | None = None
+    extra: tuple[tuple[Any, bytes], ...] = ()
+    grey: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def colour_space(self) -> ColourSpace | None:
+        """What the pixels' numbers mean; None for sRGB, and where nothing tells."""
+        return colour_space(self.icc_profile, dict(self.extra) if self.format == "PNG" else None)
 
 
-def read_photo(path: str | Path, as_stored: bool = False) -> Photo:
+def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = False) -> Photo:
     """Reads a photo. UserError if the file is missing, empty, damaged, larger than 300 megapixels or no photo.
 
     as_stored: leave its pixels the uint8 or uint16 samples that they are in the file, a quarter or half of the memory.
+    keep_damaged: read what there is of a JPEG whose data are damaged, with a note.
+    A TIFF in floating point (float16, float32) is taken as its profile says, as sRGB without one; 0 is black and 1 white, and
+    what lies beyond is cut off, with a note.
     """
-    with _opened(path) as image:
-        samples = _turned(*_decode(image))
-        exif, icc = _exif(image)[0], image.info.get("icc_profile")
-        return Photo(
-            pixels=np.require(samples[..., :3], requirements=["C", "W"]) if as_stored else to_float(samples[..., :3]),
+    notes: list[str] = []
+    with _opened(path, notes) as image:
+        samples, orientation = _decode(image, notes, keep_damaged)
+        samples = _turned(samples, orientation)
+        parts = parts_of(image, orientation, *samples.shape[:2])
+        pixels = samples[..., :3]
+        photo = Photo(
+            pixels=np.require(pixels, requirements=["C", "W"]) if as_stored and pixels.dtype.kind == "u" else to_float(pixels),
             format=str(image.format).replace("MPO", "JPEG"),
-            depth=8 * samples.itemsize,
+            depth=32 if samples.dtype.kind == "f" else 8 * samples.itemsize,
             alpha=samples[..., 3].copy() if samples.shape[2] == 4 else None,
-            exif=exif,
-            icc_profile=icc if icc and icc[_ICC_SPACE] == b"RGB " else None,
+            exif=parts.exif,
+            icc_profile=_profile(image, notes),
+            extra=parts.extra,
+            grey=_is_grey(image),
+            options=_options(image, samples, parts, notes),
         )
+    photo.notes = [*notes, *parts.notes]
+    return photo
 
 
 def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
-    """The pixels alone, as stored: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
+    """The pixels alone, in sRGB: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
 
     at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, several
     times as fast.
     """
-    with _opened(path) as image:
+    notes: list[str] = []
+    with _opened(path, notes) as image:
         if at_least:
             image.draft(image.mode, (at_least, at_least))
-        return _turned(*_decode(image))[..., :3]
+        samples = _turned(*_decode(image, notes))[..., :3]
+        chunks = dict(png_chunks(image)) if image.format == "PNG" else None
+        space = colour_space(_profile(image, notes), chunks)
+        if space or samples.dtype.kind == "f":
+            pixels = space.to_srgb(samples) if space else samples
+            samples = from_float(pixels, 8 if samples.dtype == np.uint8 else 16)
+    _warn(path, notes)
+    return samples
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """The pixels alone: (H, W, 3) float32 in [0, 1], upright, without alpha. UserError as read_photo."""
+    """The pixels alone, in sRGB: (H, W, 3) float32 in [0, 1], upright, without alpha. UserError as read_photo."""
     return to_float(read_samples(path))
 
 
 def photo_layout(path: str | Path) -> tuple[int, int, int]:
     """Upright height, width and bits a sample, 8 or 16, by the header alone. UserError as read_photo, but for the pixels."""
-    with _opened(path) as image:
+    notes: list[str] = []
+    with _opened(path, notes) as image:
         return *_upright(image), 16 if _is_deep(image) else 8
 
 
 def check_photo(path: str | Path) -> tuple[int, int]:
     """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
-    with _opened(path) as image:
+    notes: list[str] = []
+    with _opened(path, notes) as image:
+        size = _upright(image)
         if image.format in ("JPEG", "MPO"):
-            size = _upright(image)
             image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
-            _decode(image)
-            return size
-        return _turned(*_decode(image)).shape[:2]
+        _decode(image, notes)
+        _profile(image, notes)
+    _warn(path, notes)
+    return size
 
 
-def write_photo(path: str | Path, photo: Photo) -> None:
-    """Writes a photo in its own format and depth, with its EXIF and ICC profile; the file appears whole or not at all.
+def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> None:
+    """Writes a photo in its own format and depth, with all that its file said; the file appears whole or not at all.
 
-    JPEG and WebP are written with quality 95 (JPEG without chroma subsampling), TIFF uncompressed. UserError if a pixel
-    is not finite or the format can't hold the photo; OSError if the file can't be written.
+    JPEG is written as the photo's file was, with quality 90 at least; WebP lossless where it was, TIFF with its compression.
+    A photo that comes from no file has quality 95 (JPEG without chroma subsampling), or no compression in a TIFF.
+    quality: 1 to 100, for JPEG and lossy WebP. UserError if a pixel is not finite or the format can't hold the photo; OSError if
+    the file can't be written.
     """
-    samples = photo.pixels if photo.pixels.dtype.kind == "u" else from_float(photo.pixels, photo.depth)
+    samples, options = as_samples(photo), photo.options
+    grey = photo.grey and photo.format != "WEBP" and bool((samples == samples[..., :1]).all())
+    if has_grey_profile(photo) and not grey:
+        raise UserError("expected grey pixels for a grey profile, got colours")
+    if quality is not None:
+        options = {key: value for key, value in options.items() if key != "qtables"} | {"quality": quality}
+    if "float" in options:
+        samples = samples.astype(np.dtype(str(options["float"])))
+    if grey:
+        samples = samples[..., :1]
     if photo.alpha is not None:
         samples = np.dstack([samples, photo.alpha])
-    with replacing(path) as part, open(part, "wb") as file:
-        try:
-            _WRITERS[photo.format](file, samples, photo)
-        except (ValueError, TypeError, struct.error) as error:  # metadata that was readable but cannot be written
-            raise UserError(f"cannot be written as {photo.format}: {error}") from error
+    try:
+        samples = np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+        written = ENCODERS[photo.format](samples, photo.exif, photo.icc_profile, photo.extra, options)
+    except (ValueError, TypeError, struct.error, OSError) as error:  # a size or metadata that the format does not hold
+        raise UserError(f"cannot be written as {photo.format}: {error}") from error
+    with replacing(path) as part:
+        part.write_bytes(written)
+
+
+def as_samples(photo: Photo) -> np.ndarray:
+    """A photo's pixels as they are stored, (H, W, 3) uint8 or uint16 (depth 32: float32). UserError if one is not finite."""
+    return photo.pixels if photo.pixels.dtype.kind == "u" else from_float(photo.pixels, photo.depth)
+
+
+def has_grey_profile(photo: Photo) -> bool:
+    """Whether a photo's profile can't hold colours."""
+    return photo.icc_profile is not None and photo.icc_profile[_ICC_SPACE] == b"GRAY"
 
 
 def to_float(samples: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 samples as contiguous float32 in [0, 1]."""
+    """uint8, uint16 or floating point samples as contiguous float32 in [0, 1]."""
+    if samples.dtype.kind == "f":
+        return np.ascontiguousarray(samples.clip(0, 1), np.float32)
     return np.divide(samples, np.float32(np.iinfo(samples.dtype).max), dtype=np.float32, order="C")
 
 
 def from_float(pixels: np.ndarray, depth: int = 8) -> np.ndarray:
-    """Float pixels as uint8 (depth 8) or uint16 (depth 16), clipped to [0, 1] and rounded.
+    """Float pixels clipped to [0, 1], as uint8 (depth 8) or uint16 (depth 16), rounded, or float32 (depth 32).
 
     UserError if one is not finite.
     """
-    samples = np.empty(pixels.shape, np.uint8 if depth == 8 else np.uint16)
+    samples = np.empty(pixels.shape, np.dtype({8: "u1", 16: "u2", 32: "f4"}[depth]))
     for row in range(0, len(pixels), 64):  # in bands, so that a large photo needs no second copy in floating point
         band = pixels[row : row + 64]
         if not np.isfinite(band).all():
             raise UserError("expected finite pixels, got NaN or infinity")
-        samples[row : row + 64] = np.rint(np.clip(band, 0, 1) * np.float32(np.iinfo(samples.dtype).max))
+        band = np.clip(band, 0, 1)
+        samples[row : row + 64] = band if depth == 32 else np.rint(band * np.float32(np.iinfo(samples.dtype).max))
     return samples
 
 
-def photos_in(folder: Path, but: Path) -> list[Path]:
-    """The files of SUFFIXES in a folder and all below it, sorted, without hidden ones and those in `but`, the results' folder."""
+def photos_in(folder: Path, but: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files of SUFFIXES in a folder and all below it, sorted, and what may be a photo but is passed over, with the reason.
+
+    Without hidden ones and those in `but`, the results' folder.
+    """
     root, results = folder.resolve(), but.resolve()
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if results != root and results.is_relative_to(root):
-        found = [path for path in found if not path.resolve().is_relative_to(results)]
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        skipped.append((Path(error.filename), f"the folder cannot be read: {error.strerror}"))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        here = Path(place)
+        inside = [here / name for name in sorted(folders) if not name.startswith(".")]
+        inside = [path for path in inside if results == root or path.resolve() != results]
+        skipped += [(path, "a link to a folder, which is not followed") for path in inside if path.is_symlink()]
+        folders[:] = [path.name for path in inside if not path.is_symlink()]
+        for path in (here / name for name in files if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES and path.is_file():
+                found.append(path)
+            elif suffix in SUFFIXES:
+                skipped.append((path, "a link to nothing" if path.is_symlink() else "not a file"))
+            elif suffix in _OTHER_PHOTOS:
+                skipped.append((path, f"photos of the kind {suffix} are not read, only {', '.join(sorted(SUFFIXES))}"))
+            elif path.is_file() and _looks_like_a_photo(path):
+                skipped.append((path, f"a photo whose name ends in none of {', '.join(sorted(SUFFIXES))}"))
+    return sorted(found), sorted(skipped)
+
+
+def _looks_like_a_photo(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[:4] == b"RIFF" and start[8:] == b"WEBP" or start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*"))
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[ImageFile]:
-    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
+def _opened(path: str | Path, notes: list[str]) -> Iterator[ImageFile]:
+    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file; what libraries
+    warn of becomes a note."""
     try:
         if os.path.getsize(path) == 0:
             raise UserError("the file is empty")
-        with Image.open(path, formats=_FORMATS) as image:
+        with _quiet(notes), Image.open(path, formats=_FORMATS) as image:
             yield image
     except MemoryError:
         raise
@@ -165,29 +278,127 @@ def _opened(path: str | Path) -> Iterator[ImageFile]:
         raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not a JPEG, PNG, WebP or TIFF photo, or its header is damaged") from error
+    except Image.DecompressionBombError as error:
+        size = str(error).partition("(")[2].partition(" ")[0]
+        raise UserError(f"{path}: {size} pixels are more than {_MEGAPIXELS} megapixels") from error
     except Exception as error:  # decoders meet damaged files with anything from OSError to struct.error
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None)
+        if not reason:
+            reason = "it is truncated" if "truncated" in str(error).lower() else "its data are damaged"
+        raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
-def _decode(image: ImageFile) -> tuple[np.ndarray, int]:
-    """The samples, (H, W, 3) or with alpha (H, W, 4), uint8 or uint16, and the orientation still to be applied."""
+@contextlib.contextmanager
+def _quiet(notes: list[str]) -> Iterator[None]:
+    """Python's warnings and tifffile's log as notes, once each."""
+    log = logging.getLogger("tifffile")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append("its tags are damaged in places")
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+        notes += [_in_words(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
+        notes[:] = dict.fromkeys(notes)
+
+
+def _in_words(message: str) -> str:
+    if "exif" in message.lower():
+        return "its EXIF is damaged: what could be read is kept"
+    return "its file has oddities: " + message.strip().splitlines()[0].rstrip(".")
+
+
+def _warn(path: str | Path, notes: list[str]) -> None:
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+
+
+def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> tuple[np.ndarray, int]:
+    """The samples, (H, W, 3) or with alpha (H, W, 4), uint8, uint16 or float, and the orientation still to be applied."""
     if not _is_single(image):
         raise UserError("expected a single photo, got several frames or pages, or a camera's raw file")
+    orientation = orientation_of(image)
     deep = _is_deep(image)
     if deep and isinstance(image, TiffImageFile):
-        return _deep_tiff(os.fsdecode(image.filename)), image.tag_v2.get(ExifTags.Base.Orientation, 1)
-    image.load()
-    if deep:  # Pillow has read the PNG too, but as 8 bits; it finds an EXIF chunk wherever it is
-        return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), _exif(image)[1]
+        return _deep_tiff(os.fsdecode(image.filename), notes), orientation
+    if image.format in ("JPEG", "MPO"):
+        notes += load_jpeg(image, keep_damaged)
+    elif isinstance(image, TiffImageFile):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)  # Pillow turns it itself
+        with _silent_stderr():
+            image.load()
+        orientation = 1 if turned else orientation
+    else:
+        image.load()
+    if deep:  # Pillow has read the PNG too, but as 8 bits
+        return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), orientation
     if image.mode not in _MODES:
         raise UserError(f"expected grey, palette, RGB or CMYK of 8 or 16 bits a channel, got Pillow mode {image.mode}")
     icc = image.info.get("icc_profile") or b""
     if image.mode == "CMYK" and icc[_ICC_SPACE] == b"CMYK":
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (OSError, ImageCms.PyCMSError) as error:
+            raise UserError("its CMYK profile is damaged") from error
     else:
         rgb = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return np.asarray(rgb), 1 if isinstance(image, TiffImageFile) else _exif(image)[1]  # Pillow has turned a TIFF already
+    return np.asarray(rgb), orientation
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """libtiff writes to the process's standard error by itself; what it says is in the error that Pillow raises, too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _profile(image: ImageFile, notes: list[str]) -> bytes | None:
+    """A profile of RGB or of grey that fits the pixels; of CMYK they were converted already."""
+    icc = image.info.get("icc_profile")
+    if icc is None and "icc_profile" in image.info:
+        notes.append("its colour profile is damaged and is not kept")
+    if not icc or icc[_ICC_SPACE] not in (b"RGB ", b"GRAY") or icc[_ICC_SPACE] == b"GRAY" and not _is_grey(image):
+        return None
+    if is_damaged(icc):
+        notes.append("its colour profile is damaged: the photo is taken as sRGB")
+    return icc
+
+
+def _is_grey(image: ImageFile) -> bool:
+    if isinstance(image, TiffImageFile):
+        return image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) in (0, 1)
+    return image.mode in _GREY_MODES
+
+
+def _options(image: Any, samples: np.ndarray, parts: Parts, notes: list[str]) -> dict[str, Any]:
+    """How the file is compressed, as the encoder of its format takes it."""
+    if isinstance(image, TiffImageFile):
+        compression = image.tag_v2.get(ExifTags.Base.Compression, 1)
+        if not compressible(compression):
+            name = TiffImagePlugin.COMPRESSION_INFO.get(compression, compression)
+            notes.append(f"its compression, {name}, is not written: deflate is in its place")
+            compression = 8
+        return {"compression": compression} | ({"float": samples.dtype.str[1:]} if samples.dtype.kind == "f" else {})
+    if image.format in ("JPEG", "MPO"):
+        return jpeg_options(image.quantization, image.layer, "progressive" in image.info) | parts.options
+    return parts.options
 
 
 def _is_deep(image: ImageFile) -> bool:
@@ -199,10 +410,11 @@ def _is_deep(image: ImageFile) -> bool:
 
 
 def _upright(image: ImageFile) -> tuple[int, int]:
-    """(height, width) once turned; Pillow gives a TIFF's turned already."""
+    """(height, width) once turned."""
     width, height = image.size
-    across = not isinstance(image, TiffImageFile) and _exif(image)[1] in _ACROSS
-    return (width, height) if across else (height, width)
+    if isinstance(image, TiffImageFile):  # Pillow has swapped those of some
+        width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    return (width, height) if orientation_of(image) in ACROSS else (height, width)
 
 
 def _is_single(image: ImageFile) -> bool:
@@ -220,24 +432,32 @@ def _is_single(image: ImageFile) -> bool:
     return not reduced[0] and all(reduced[1:])
 
 
-def _deep_tiff(path: str) -> np.ndarray:
+def _deep_tiff(path: str, notes: list[str]) -> np.ndarray:
     """A TIFF of more than 8 bits, which Pillow would cut down to 8."""
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages.first
         kind = tifffile.PHOTOMETRIC(page.photometric).name
-        if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in ("RGB", "MINISBLACK", "MINISWHITE"):
-            raise UserError(f"expected 8 or 16 bits of grey or RGB, got {page.bitspersample} bits of {kind} ({page.dtype})")
+        right = page.dtype in (np.uint16, np.float16, np.float32) and page.bitspersample == 8 * page.dtype.itemsize
+        if not right or kind not in ("RGB", "MINISBLACK", "MINISWHITE"):
+            got = f"{page.bitspersample} bits of {kind} ({page.dtype})"
+            raise UserError(f"expected 8 or 16 bits, float16 or float32, of grey or RGB, got {got}")
         samples = page.asarray()
+        if samples.dtype.kind == "f":
+            if not np.isfinite(samples).all():
+                raise UserError("expected finite pixels, got NaN or infinity")
+            if samples.min() < 0 or samples.max() > 1:
+                notes.append("what lies below 0 or above 1 is cut off")
+            samples = samples.clip(0, 1)
         if page.axes == "SYX":
             samples = np.moveaxis(samples, 0, 2)
         colours = 3 if kind == "RGB" else 1
         if colours == 1:
             samples = samples.reshape(page.imagelength, page.imagewidth, -1)
         if kind == "MINISWHITE":
-            samples[..., 0] = 65535 - samples[..., 0]
+            samples[..., 0] = (1 if samples.dtype.kind == "f" else 65535) - samples[..., 0]
         alpha = page.extrasamples[:1]
         if alpha == (tifffile.EXTRASAMPLE.ASSOCALPHA,):
-            raise UserError("expected unassociated alpha, got a 16-bit TIFF with premultiplied alpha")
+            raise UserError("expected unassociated alpha, got a TIFF of more than 8 bits with premultiplied alpha")
         return _rgb(samples[..., : colours + (alpha == (tifffile.EXTRASAMPLE.UNASSALPHA,))])
 
 
@@ -250,92 +470,10 @@ def _rgb(samples: np.ndarray) -> np.ndarray:
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
     """A view of stored samples with EXIF orientation 1 to 8 applied."""
-    if orientation in _ACROSS:
+    if orientation in ACROSS:
         samples = samples.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         samples = samples[::-1]
     if orientation in (2, 3, 6, 7):
         samples = samples[:, ::-1]
     return samples
-
-
-def _exif(image: ImageFile) -> tuple[bytes, int]:
-    """The EXIF block, changed to orientation 1 and to no thumbnail (it would be outdated), and the orientation it had.
-
-    The block is patched, not written anew: maker notes refer to positions in it. One that can't be parsed is dropped.
-    """
-    if isinstance(image, TiffImageFile):
-        return _tiff_exif(image), 1
-    block = bytearray(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
-    order = "<" if block.startswith(b"II") else ">"
-    orientation = 1
-    try:
-        (start,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, start)
-        end = start + 2 + 12 * count
-        for entry in range(start + 2, end, 12):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", block, entry)
-            if tag == ExifTags.Base.Orientation:
-                orientation = value
-                struct.pack_into(order + "HHIHH", block, entry, tag, 3, 1, 1, 0)
-        struct.pack_into(order + "I", block, end, 0)  # the offset of the thumbnail's directory
-    except struct.error:
-        return b"", 1
-    return bytes(block), orientation
-
-
-def _tiff_exif(image: TiffImageFile) -> bytes:
-    """What the tags of a TIFF say about the photo, not about how its pixels are stored, as an EXIF block."""
-    tags = image.getexif()
-    for tag in set(tags) - _DESCRIBING_TAGS:
-        del tags[tag]
-    tags.bigtiff = False
-    return tags.tobytes().removeprefix(b"Exif\0\0")
-
-
-def _write_jpeg(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
-    exif = photo.exif and b"Exif\0\0" + photo.exif
-    image = Image.fromarray(samples)
-    encoded = io.BytesIO()  # into a real file Pillow writes a JPEG itself, without noticing that a full disk took only a part
-    image.save(encoded, "JPEG", quality=95, subsampling=0, exif=exif, icc_profile=photo.icc_profile)
-    file.write(encoded.getbuffer())
-
-
-def _write_webp(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
-    image = Image.fromarray(samples)  # exact: transparent pixels keep their colour
-    image.save(file, "WEBP", quality=95, exact=True, exif=photo.exif, icc_profile=photo.icc_profile)
-
-
-def _write_png(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
-    """Pillow writes no 16-bit RGB; the encoder that does writes no metadata, so that goes in behind its header."""
-    png = memoryview(imagecodecs.png_encode(samples))
-    file.write(png[:_PNG_HEADER])
-    profile = photo.icc_profile and b"ICC\0\0" + zlib.compress(photo.icc_profile)
-    for kind, data in ((b"iCCP", profile), (b"eXIf", photo.exif)):
-        if data:
-            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
-    file.write(png[_PNG_HEADER:])
-
-
-def _write_tiff(file: BinaryIO, samples: np.ndarray, photo: Photo) -> None:
-    """An EXIF block is a TIFF without pixels: add the tags that describe them, then append them as one strip."""
-    height, width, channels = samples.shape
-    tags = Image.Exif()
-    tags.load(photo.exif)
-    tags.endian = "<"
-    base = ExifTags.Base
-    tags[base.ImageWidth], tags[base.ImageLength] = width, height
-    tags[base.BitsPerSample], tags[base.SamplesPerPixel] = (8 * samples.itemsize,) * channels, channels
-    tags[base.Compression], tags[base.PhotometricInterpretation], tags[base.PlanarConfiguration] = 1, 2, 1
-    tags[base.RowsPerStrip], tags[base.StripByteCounts] = height, samples.nbytes
-    tags[base.Orientation] = 1
-    if channels == 4:
-        tags[base.ExtraSamples] = 2  # unassociated alpha
-    if photo.icc_profile:
-        tags[base.InterColorProfile] = photo.icc_profile
-    tags[base.StripOffsets] = 0  # counted from the end of the tags: Pillow adds their length
-    file.write(tags.tobytes().removeprefix(b"Exif\0\0"))
-    file.write(np.ascontiguousarray(samples, samples.dtype.newbyteorder("<")).data)
-
-
-_WRITERS = {"JPEG": _write_jpeg, "PNG": _write_png, "TIFF": _write_tiff, "WEBP": _write_webp}

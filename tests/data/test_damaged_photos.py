@@ -1,4 +1,5 @@
-"""Drill: 200 damaged or strange photos among the pairs. The bad ones are named before training, with their lines; the strange
+"""Damaged photos, one by one, and a drill: 200 damaged or strange ones among the pairs. The
+bad ones are named before training, with their lines; the strange
 but readable ones are trained on; none ends the process.
 """
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageCms
 
 from autohdr.cli import main
+from autohdr.data.images import check_photo, read_photo, read_samples
 from autohdr.data.pairs import PairDataset, check_pairs, read_pairs, write_pairs
 from autohdr.errors import UserError
 from autohdr.train.config import TrainConfig
@@ -94,7 +96,8 @@ def bad_photos():
         yield name, buffer.getvalue()
     for suffix in ("png", "webp", "tif"):
         yield f"animated.{suffix}", encoded(suffix, save_all=True, append_images=[PICTURE.rotate(180)])
-    yield "float.tif", tiff(np.zeros((HEIGHT, WIDTH), np.float32))
+    yield "not finite.tif", tiff(np.full((HEIGHT, WIDTH), np.nan, np.float32))
+    yield "uint32.tif", tiff(np.zeros((HEIGHT, WIDTH, 3), np.uint32), photometric="rgb")
     yield "cmyk16.tif", tiff(np.zeros((HEIGHT, WIDTH, 4), np.uint16), photometric="separated")
     yield "smaller.png", encoded("png", PICTURE.resize((WIDTH - 1, HEIGHT)))
     yield "other header.jpg", jpeg_of_size(WIDTH + 16, HEIGHT)
@@ -121,6 +124,7 @@ def strange_photos():
     yield "transparent palette.png", encoded("png", PICTURE.convert("P"), transparency=0)
     yield "alpha.webp", encoded("webp", PICTURE.convert("RGBA"))
     yield "alpha.tif", encoded("tif", PICTURE.convert("RGBA"))
+    yield "float.tif", tiff(np.zeros((HEIGHT, WIDTH), np.float32))
     yield "cmyk.tif", encoded("tif", PICTURE.convert("CMYK"))
     for suffix in ("png", "tif"):
         yield f"deep.{suffix}", deep(suffix)
@@ -172,6 +176,54 @@ def fill(folder):
         photo.write_bytes(damaged)
         made.append((photo, EITHER))
     return made
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
+def test_a_jpeg_cut_short_is_refused_or_kept_with_a_word(tmp_path, mode, options):
+    path, whole = tmp_path / "a.jpg", encoded("jpg", PICTURE.convert(mode), **options)
+    for content in (whole, whole + bytes(5000)):
+        path.write_bytes(content)
+        assert read_photo(path).notes == []
+    for content in (whole[:-300], whole[:-300] + b"\xff\xd9"):
+        path.write_bytes(content)
+        for read in (read_photo, check_photo, read_samples):
+            with pytest.raises(UserError, match="a.jpg: the JPEG is damaged: "):
+                read(path)
+        photo = read_photo(path, keep_damaged=True)
+        assert photo.pixels.shape == (HEIGHT, WIDTH, 3) and len(photo.notes) == 1
+
+
+def test_a_jpeg_whose_data_go_on_is_refused(tmp_path):
+    whole = encoded("jpg")
+    (tmp_path / "a.jpg").write_bytes(whole[:-2] + bytes(200) + whole[-2:])
+    with pytest.raises(UserError, match="the JPEG is damaged: its data go on behind the last pixel"):
+        read_photo(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("side", [1, 8, 9, 16, 17])
+@pytest.mark.parametrize("level", [0, 1, 127, 128, 129, 255])
+def test_a_plain_jpeg_is_not_taken_for_a_damaged_one(tmp_path, side, level):
+    for mode, options in (("RGB", {}), ("L", {}), ("RGB", {"subsampling": 0, "quality": 100})):
+        image = Image.new("L", (side, side), level).convert(mode)
+        (tmp_path / "a.jpg").write_bytes(encoded("jpg", image, **options))
+        assert read_photo(tmp_path / "a.jpg").notes == []
+
+
+def test_no_library_speaks_for_itself(tmp_path, capfd):
+    data = bytearray(encoded("tif"))
+    data[300:600] = bytes(byte ^ 0x55 for byte in data[300:600])
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_photo(tmp_path / "a.tif")
+    assert str(caught.value) == f"{tmp_path / 'a.tif'}: cannot be read: its data are damaged"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_kind_of_tiff_is_refused_by_its_name(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(np.zeros((HEIGHT, WIDTH, 3), np.uint32), photometric="rgb"))
+    with pytest.raises(UserError, match="got 32 bits of RGB \\(uint32\\)"):
+        read_photo(tmp_path / "a.tif")
 
 
 @pytest.mark.filterwarnings("ignore")  # decoders say in many ways that a file is strange

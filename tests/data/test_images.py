@@ -195,9 +195,9 @@ def test_other_modes_become_rgb(tmp_path, mode):
 
 
 def test_profiles_of_other_colour_spaces_are_not_kept(tmp_path):
-    grey = bytearray(ICC)
-    grey[16:20] = b"GRAY"
-    Image.new("L", (4, 4), 90).save(tmp_path / "a.jpg", icc_profile=bytes(grey))
+    cmyk = bytearray(ICC)
+    cmyk[16:20] = b"CMYK"
+    Image.new("L", (4, 4), 90).save(tmp_path / "a.jpg", icc_profile=bytes(cmyk))
     assert read_photo(tmp_path / "a.jpg").icc_profile is None
 
 
@@ -318,12 +318,12 @@ def test_animations_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "array, options",
     [
-        (np.zeros((4, 4), np.float32), {}),
+        (np.full((4, 4), np.nan, np.float32), {}),
         (np.zeros((4, 4, 4), np.uint16), {"photometric": "separated"}),
         (np.zeros((4, 4, 4), np.uint16), {"photometric": "rgb", "extrasamples": ["assocalpha"]}),
-        (np.zeros((4, 4, 3), np.float32), {"photometric": "rgb"}),
+        (np.zeros((4, 4, 3), np.float64), {"photometric": "rgb"}),
     ],
-    ids=["float-grey", "cmyk16", "premultiplied16", "float-rgb"],
+    ids=["not-finite", "cmyk16", "premultiplied16", "float64"],
 )
 def test_tiffs_beyond_us_are_refused(tmp_path, array, options):
     tifffile.imwrite(tmp_path / "a.tif", array, **options)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from autohdr.data.images import SUFFIXES, Photo, from_float, photos_in, read_photo, to_float, write_photo
+from autohdr.data.images import SUFFIXES, Photo, from_float, photos_in, read_rgb, to_float, write_photo
 from autohdr.data.synthetic.camera import merge, photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.look import tones_of_edit
@@ -95,7 +95,7 @@ def degrade(
         raise UserError(f"degrade: size must be at least {MIN_SIDE}, got {size}")
     if seed < 0:
         raise UserError(f"degrade: seed must be 0 or more, got {seed}")
-    photos = photos_in(folder, out)
+    photos, others = photos_in(folder, out)
     if not photos:
         raise UserError(f"degrade: expected photos ({', '.join(sorted(SUFFIXES))}), got none in {folder}")
     processes = _processes(workers, len(photos))
@@ -106,7 +106,7 @@ def degrade(
     skipped = [(path, reason) for path, reason in zip(photos, reasons, strict=True) if reason]
     if len(skipped) == len(photos):
         raise UserError(f"degrade: none of {len(photos)} photos could be used; {skipped[0][0]}: {skipped[0][1]}")
-    return Degraded(_list_pairs(out), len(photos) - len(skipped), skipped)
+    return Degraded(_list_pairs(out), len(photos) - len(skipped), [*skipped, *others])
 
 
 def _processes(workers: int | None, jobs: int) -> int:
@@ -164,8 +164,7 @@ def _write_pair(number: int, seed: int, images: Path, height: int, width: int, d
 def _degrade_photo(number: int, path: Path, images: Path, size: int, seed: int, digits: int) -> str:
     """Write the pair of one finished photo. Returns why there is none, or nothing."""
     try:
-        photo = read_photo(path)
-        pixels = Image.fromarray(from_float(photo.pixels))
+        pixels = Image.fromarray(from_float(read_rgb(path)))
         if max(pixels.size) > size:
             pixels.thumbnail((size, size), Image.Resampling.LANCZOS)
         check_size(pixels.height, pixels.width)
@@ -178,6 +177,5 @@ def _degrade_photo(number: int, path: Path, images: Path, size: int, seed: int, 
     tones = tones_of_edit(to_float(target))
     scene = Scene(to_radiance(wide), np.zeros(light.shape[:2], np.float16), np.ones(3, np.float32), tones)
     for picture, kind in ((photograph(rng, scene), "src"), (target, "tar")):
-        copy = Photo(to_float(picture), "JPEG", icc_profile=photo.icc_profile)
-        write_photo(images / f"{number:0{digits}}_{path.stem[:40]}_{kind}.jpg", copy)
+        write_photo(images / f"{number:0{digits}}_{path.stem[:40]}_{kind}.jpg", Photo(to_float(picture), "JPEG"))
     return ""
