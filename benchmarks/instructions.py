@@ -12,7 +12,7 @@ What is assumed, and how uncertain it is, stands in GPUS, LATENCIES and SCENARIO
 does that, kernel by kernel, where there is a GPU. Tensors hold nothing, and what depends on their values is not followed.
 
 Each row is written as soon as it is there, beside those of the same kernels. The first compiles the emulation and its kernels, in
-some minutes; then an op's takes a quarter of a minute, a model's forward pass one, its training step two.
+some minutes; then a model's forward pass takes one, its training step two, the scan's up to seven.
 
     python benchmarks/instructions.py [--gpus H200 ...] [--only restormer_base ...] [--sizes 896x896 ...] [--backends cuda triton]
 """
