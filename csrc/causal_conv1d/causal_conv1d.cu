@@ -73,6 +73,16 @@ __device__ __forceinline__ void load_taps(const ConvShape& s, const float* weigh
   for (int j = 0; j < Width; ++j) tap[j] = j >= Width - width ? weight[channel * width + j - (Width - width)] : 0.0f;
 }
 
+// v_i += Σ_j product(i, j), j from skip on: a channel's taps, of N tokens or channels.
+template <int Width, int N, class Product>
+__device__ __forceinline__ void add_taps(int skip, float (&v)[N], const Product& product) {
+#pragma unroll
+  for (int j = 0; j < Width; ++j)
+    if (j >= skip)
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] += product(i, j);
+}
+
 __device__ __forceinline__ float silu_slope(float v) {
   const float gate = sigmoid(v);
   return gate + v * gate * (1.0f - gate);
@@ -151,11 +161,7 @@ __global__ void __launch_bounds__(kThreads) forward_tokens(ConvForward a) {
     load_tokens<C, N, C::Before>(x, begin, s.seqlen, skip, window);
 #pragma unroll
     for (int k = 0; k < N; ++k) v[k] = bias;
-#pragma unroll
-    for (int j = 0; j < C::Width; ++j)
-      if (j >= skip)
-#pragma unroll
-        for (int k = 0; k < N; ++k) v[k] += tap[j] * window[k + j];
+    add_taps<C::Width>(skip, v, [&](int k, int j) { return tap[j] * window[k + j]; });
 #pragma unroll
     for (int k = 0; k < N; ++k) v[k] *= sigmoid(v[k]);
     store_tokens<C>(y, begin, s.seqlen, v);
@@ -183,11 +189,7 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(ConvBackward a, floa
     load_tokens<C, N, 0>(dy, begin, s.seqlen, 0, d);
 #pragma unroll
     for (int k = 0; k < Reach; ++k) v[k] = bias;
-#pragma unroll
-    for (int j = 0; j < C::Width; ++j)
-      if (j >= skip)
-#pragma unroll
-        for (int k = 0; k < Reach; ++k) v[k] += tap[j] * window[k + j];
+    add_taps<C::Width>(skip, v, [&](int k, int j) { return tap[j] * window[k + j]; });
 #pragma unroll
     for (int k = 0; k < Reach; ++k) d[k] = (C::Aligned && k < N) || begin + k < s.seqlen ? d[k] * silu_slope(v[k]) : 0.0f;
     float out[N] = {};
@@ -257,11 +259,7 @@ struct Parameters {
   __device__ void convolve(const float (*row)[N], int skip, float (&v)[N]) const {
 #pragma unroll
     for (int n = 0; n < N; ++n) v[n] = bias[n];
-#pragma unroll
-    for (int j = 0; j < Width; ++j)
-      if (j >= skip)
-#pragma unroll
-        for (int n = 0; n < N; ++n) v[n] += tap[n][j] * row[j][n];
+    add_taps<Width>(skip, v, [&](int n, int j) { return tap[n][j] * row[j][n]; });
   }
 };
 
