@@ -25,12 +25,23 @@ struct Axis {
   static Axis pad(const Groups& g, int64_t stride) { return {g, stride, false}; }
   static Axis unpad(const Groups& g, int64_t stride) { return {g, stride, true}; }
   static Axis plain(int64_t from, int64_t stride) { return {{1, from, 1}, stride, false}; }
-  __device__ int64_t index(int64_t i) const { return i / (groups.turn * groups.count) * groups.turn + i % groups.turn; }
-  __device__ bool has(int64_t i) const { return unpads || index(i) < groups.size; }
-  __device__ int64_t place(int64_t i) const {
-    if (!unpads) return (i / groups.turn % groups.count * groups.size + index(i)) * stride;
-    const int64_t group = i / groups.size, index = i % groups.size;
-    return ((index / groups.turn * groups.count + group) * groups.turn + index % groups.turn) * stride;
+  // In 32 bits, to which Repack::add holds a copy: 64 take a hundred instructions to divide.
+  __device__ bool has(unsigned i) const { return unpads || index(i, i / turn()) < static_cast<unsigned>(groups.size); }
+  __device__ int64_t place(unsigned i) const {
+    const unsigned count = groups.count, size = groups.size;
+    if (!unpads) {
+      const unsigned turns = i / turn();
+      return (turns % count * size + index(i, turns)) * stride;
+    }
+    const unsigned group = i / size, index = i % size, turns = index / turn();
+    return ((turns * count + group) * turn() + (index - turns * turn())) * stride;
+  }
+
+ private:
+  __device__ unsigned turn() const { return groups.turn; }
+  // Within its group, of what is in turn `turns`.
+  __device__ unsigned index(unsigned i, unsigned turns) const {
+    return turns / static_cast<unsigned>(groups.count) * turn() + (i - turns * turn());
   }
 };
 
@@ -67,7 +78,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_elements(GatherTasks al
   const int threads = slot_threads(g.slots), each = kGatherThreads / threads;
   const int mine = threadIdx.x % each, part = threadIdx.x / each;
   for (int64_t first = int64_t{blockIdx.x} * each; first < g.count; first += int64_t{gridDim.x} * each) {
-    const int64_t i = first + mine, row = i / g.width, column = i % g.width;
+    const int64_t i = first + mine;
+    const unsigned width = g.width, row = static_cast<unsigned>(i) / width, column = static_cast<unsigned>(i) - row * width;
     double sum = 0;
     if (i < g.count && g.rows.has(row) && g.columns.has(column)) {
       const float* at = task.from + g.rows.place(row) + g.columns.place(column);
@@ -101,6 +113,7 @@ class Repack {
   void add(const Gather& g, const float* from, To* to) {
     static_assert(std::is_same_v<To, T> || std::is_same_v<To, float> || std::is_same_v<To, double>);
     if (!g.count || !to) return;
+    if (g.count >> 32) throw std::runtime_error("weights or sums of more than 2^32 elements");
     if (all_.count == GatherTasks::kMost) run();
     all_.tasks[all_.count++] = {g, from, to, static_cast<int>(sizeof(To))};
     blocks_ = std::max(blocks_, ceil_div(g.count * slot_threads(g.slots), kGatherThreads));
