@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
+_PILLOW = Path(Image.__file__).parent
+_TURN = threading.Lock()
 _ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
 _MEGAPIXELS = 300
 
@@ -97,7 +100,7 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
     what lies beyond is cut off, with a note.
     """
     notes: list[str] = []
-    with _opened(path, notes) as image:
+    with _quiet(notes), _opened(path) as image:
         samples, orientation = _decode(image, notes, keep_damaged)
         samples = _turned(samples, orientation)
         parts = parts_of(image, orientation, *samples.shape[:2])
@@ -124,7 +127,7 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
     times as fast.
     """
     notes: list[str] = []
-    with _opened(path, notes) as image:
+    with _opened(path) as image:
         if at_least:
             image.draft(image.mode, (at_least, at_least))
         samples = _turned(*_decode(image, notes))[..., :3]
@@ -144,15 +147,14 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 def photo_layout(path: str | Path) -> tuple[int, int, int]:
     """Upright height, width and bits a sample, 8 or 16, by the header alone. UserError as read_photo, but for the pixels."""
-    notes: list[str] = []
-    with _opened(path, notes) as image:
+    with _opened(path) as image:
         return *_upright(image), 16 if _is_deep(image) else 8
 
 
 def check_photo(path: str | Path) -> tuple[int, int]:
     """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
     notes: list[str] = []
-    with _opened(path, notes) as image:
+    with _opened(path) as image:
         size = _upright(image)
         if image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
@@ -264,13 +266,12 @@ def _looks_like_a_photo(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path, notes: list[str]) -> Iterator[ImageFile]:
-    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file; what libraries
-    warn of becomes a note."""
+def _opened(path: str | Path) -> Iterator[ImageFile]:
+    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
     try:
         if os.path.getsize(path) == 0:
             raise UserError("the file is empty")
-        with _quiet(notes), Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             yield image
     except MemoryError:
         raise
@@ -290,7 +291,17 @@ def _opened(path: str | Path, notes: list[str]) -> Iterator[ImageFile]:
 
 @contextlib.contextmanager
 def _quiet(notes: list[str]) -> Iterator[None]:
-    """Python's warnings and tifffile's log as notes, once each."""
+    """What libraries warn of while they read a photo, and tifffile's log, as notes, once each.
+
+    Python's warnings, its logs and standard error are the whole process's: threads that read photos like this take turns, and
+    what others warn of meanwhile is passed on. Training reads in the background, and does without.
+    """
+    with _TURN, _noted(notes), _silent_stderr():
+        yield
+
+
+@contextlib.contextmanager
+def _noted(notes: list[str]) -> Iterator[None]:
     log = logging.getLogger("tifffile")
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: notes.append("its tags are damaged in places")
@@ -303,7 +314,11 @@ def _quiet(notes: list[str]) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.propagate = propagate
-        notes += [_in_words(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
+        for warning in caught:
+            if not Path(warning.filename).is_relative_to(_PILLOW):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif issubclass(warning.category, UserWarning):
+                notes.append(_in_words(str(warning.message)))
         notes[:] = dict.fromkeys(notes)
 
 
@@ -330,8 +345,7 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
         notes += load_jpeg(image, keep_damaged)
     elif isinstance(image, TiffImageFile):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)  # Pillow turns it itself
-        with _silent_stderr():
-            image.load()
+        image.load()
         orientation = 1 if turned else orientation
     else:
         image.load()

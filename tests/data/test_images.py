@@ -1,9 +1,12 @@
 """Photos through real files: every format, depth and orientation, metadata, and each refusal."""
 
 import io
+import os
 import resource
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from autohdr.data import images
 from autohdr.data.images import (
     Photo,
     check_photo,
@@ -382,3 +386,29 @@ def test_a_damaged_profile_of_a_cmyk_photo_is_found_by_the_check(tmp_path):
     for read in (check_photo, read_photo):
         with pytest.raises(UserError):
             read(path)
+
+
+def test_what_others_warn_of_meanwhile_is_passed_on(tmp_path, monkeypatch):
+    """Warnings are the whole process's: those that the trainer gives while a photo is read are not the photo's."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(path)
+    load = images.load_jpeg
+
+    def while_reading(warn):
+        monkeypatch.setattr(images, "load_jpeg", lambda *arguments: warn() or load(*arguments))
+
+    while_reading(lambda: warnings.warn("another's", stacklevel=1))
+    for read in (read_photo, read_rgb):
+        with pytest.warns(UserWarning, match="another's"):
+            read(path)
+    while_reading(lambda: warnings.warn_explicit("odd", UserWarning, Image.__file__, 1))
+    assert read_photo(path).notes == ["its file has oddities: odd"]
+
+
+def test_threads_that_read_photos_leave_standard_error_and_warnings_as_they_were(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (300, 300)).save(path)
+    before, filters = os.fstat(2), list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_photo, [path] * 40))
+    assert os.path.samestat(os.fstat(2), before) and warnings.filters == filters
