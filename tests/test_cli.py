@@ -271,6 +271,21 @@ def test_enhance_reports_what_it_skips(photos, capsys):
     assert f"skipped {photos / 'bad.png'}: " in captured.err
 
 
+def test_enhance_quality_and_damaged(photos, tmp_path, capsys):
+    whole, cut = photos / "whole.jpg", photos / "cut.jpg"
+    Image.open(photos / "0_src.png").convert("RGB").save(whole, quality=95)
+    cut.write_bytes(whole.read_bytes()[:-200])
+    sizes = []
+    for quality in (30, 98):
+        assert run("enhance", whole, "--auto-tone", "--quality", quality, "--out", tmp_path / str(quality)) == 0
+        sizes.append((tmp_path / str(quality) / "whole.jpg").stat().st_size)
+    assert sizes[0] < sizes[1]
+    assert run("enhance", cut, "--auto-tone", "--out", tmp_path / "out") == 1
+    assert f"skipped {cut}: the JPEG is damaged: it is truncated" in capsys.readouterr().err
+    assert run("enhance", cut, "--auto-tone", "--damaged", "keep", "--out", tmp_path / "out") == 0
+    assert f"{cut}: " in capsys.readouterr().err and (tmp_path / "out" / "cut.jpg").is_file()
+
+
 def test_enhance_overwrites_only_when_told(photos):
     args = ("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced")
     assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]
