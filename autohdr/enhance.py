@@ -69,7 +69,7 @@ def enhance(
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
-    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take.
+    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     UserError before any work: a strength outside 0 to 2, a quality outside 1 to 100; save_edit and a model that predicts no edit;
     max_memory and another one than a network that works in strips; a path that does not exist, no photos, two photos of one
     output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.

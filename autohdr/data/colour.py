@@ -12,7 +12,7 @@ from torch import Tensor
 from autohdr.errors import UserError
 
 STEPS = 65536
-_SPACE = slice(16, 20)  # where a profile names the colour space it is for
+ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
 _D65 = (0.3127, 0.329)
 _SRGB = (*_D65, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue
 _PRIMARIES = {  # ITU-T H.273, table 2
@@ -126,7 +126,7 @@ def is_damaged(icc_profile: bytes) -> bool:
 
 @functools.lru_cache(8)
 def _of_profile(icc_profile: bytes) -> ColourSpace | None:
-    if (kind := icc_profile[_SPACE]) not in (b"RGB ", b"GRAY"):
+    if (kind := icc_profile[ICC_SPACE]) not in (b"RGB ", b"GRAY"):
         return None
     try:
         space = _of_tags(icc_profile, kind == b"GRAY")

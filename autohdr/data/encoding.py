@@ -1,5 +1,6 @@
 """Samples into the bytes of a JPEG, PNG, WebP or TIFF, with what the file says beside them."""
 
+import functools
 import io
 import struct
 import zlib
@@ -13,8 +14,8 @@ from PIL import ExifTags, Image
 Extra = Iterable[tuple[Any, bytes]]
 QUALITY = 95
 LEAST_QUALITY = 90
-_SEGMENT = 65533  # bytes that one of a JPEG holds
-_EXIF_NAME = b"Exif\0\0"
+SEGMENT = 65533  # bytes that one of a JPEG holds
+EXIF_NAME = b"Exif\0\0"
 _PNG_HEADER = 33  # the end of the signature and the IHDR chunk
 _STRIP = 1 << 20  # bytes before compression
 _DEFLATE, _PREDICTED = 8, (5, 8, 32946, 34925, 50000)
@@ -32,8 +33,8 @@ _CODECS: dict[int, Callable[[bytes], Any]] = {
 def encode_jpeg(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extra, options: dict[str, Any]) -> bytes:
     """options: qtables or quality, subsampling, progressive, as Pillow takes them; jfif: unit and densities. extra: segments."""
     head = b""
-    for start in range(0, len(exif), _SEGMENT - len(_EXIF_NAME)):  # one of 64 KB after the other, as cameras do
-        head += _segment(0xE1, _EXIF_NAME + exif[start : start + _SEGMENT - len(_EXIF_NAME)])
+    for start in range(0, len(exif), SEGMENT - len(EXIF_NAME)):  # one of 64 KB after the other, as cameras do
+        head += _segment(0xE1, EXIF_NAME + exif[start : start + SEGMENT - len(EXIF_NAME)])
     head += b"".join(_segment(marker, data) for marker, data in extra)
     encoded = io.BytesIO()
     settings = {key: value for key, value in options.items() if key != "jfif"}
@@ -105,7 +106,7 @@ def encode_tiff(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
         tags[tag] = data
     starts = np.cumsum([0, *(len(strip) for strip in strips)])[:-1]
     tags[base.StripOffsets] = tuple(starts.tolist())  # counted from the end of the tags: Pillow adds their length
-    return b"".join([tags.tobytes().removeprefix(_EXIF_NAME), *strips])
+    return b"".join([tags.tobytes().removeprefix(EXIF_NAME), *strips])
 
 
 ENCODERS = {"JPEG": encode_jpeg, "PNG": encode_png, "TIFF": encode_tiff, "WEBP": encode_webp}
@@ -122,17 +123,17 @@ def jpeg_options(quantization: dict[int, list[int]], layer: list[tuple], progres
     sampling = [tuple(component[1:3]) for component in layer]
     subsampling = {((1, 1),) * 3: 0, ((2, 1), (1, 1), (1, 1)): 1, ((2, 2), (1, 1), (1, 1)): 2}.get(tuple(sampling), 0)
     options: dict[str, Any] = {"subsampling": subsampling, "progressive": progressive}
-    with Image.open(_least()) as least:
-        usual = least.quantization  # pyright: ignore[reportAttributeAccessIssue]
-    coarse = not tables or any(sum(table) > sum(usual[min(number, 1)]) for number, table in enumerate(tables))
+    coarse = not tables or any(sum(table) > sum(_least_tables()[min(number, 1)]) for number, table in enumerate(tables))
     return options | ({"quality": LEAST_QUALITY} if coarse else {"qtables": tables})
 
 
-def _least() -> io.BytesIO:
+@functools.cache
+def _least_tables() -> dict[int, list[int]]:
+    """Of LEAST_QUALITY."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", quality=LEAST_QUALITY)
-    file.seek(0)
-    return file
+    with Image.open(file) as least:
+        return least.quantization  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _segment(marker: int, data: bytes) -> bytes:

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageErr
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from autohdr.data.colour import ColourSpace, colour_space, is_damaged
+from autohdr.data.colour import ICC_SPACE, ColourSpace, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, compressible, jpeg_options
 from autohdr.data.jpeg import load_jpeg
 from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
@@ -42,7 +42,6 @@ _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
 _PILLOW = Path(Image.__file__).parent
 _TURN = threading.Lock()
-_ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
 _MEGAPIXELS = 300
 
 # Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
@@ -200,7 +199,7 @@ def as_samples(photo: Photo) -> np.ndarray:
 
 def has_grey_profile(photo: Photo) -> bool:
     """Whether a photo's profile can't hold colours."""
-    return photo.icc_profile is not None and photo.icc_profile[_ICC_SPACE] == b"GRAY"
+    return photo.icc_profile is not None and photo.icc_profile[ICC_SPACE] == b"GRAY"
 
 
 def to_float(samples: np.ndarray) -> np.ndarray:
@@ -354,7 +353,7 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     if image.mode not in _MODES:
         raise UserError(f"expected grey, palette, RGB or CMYK of 8 or 16 bits a channel, got Pillow mode {image.mode}")
     icc = image.info.get("icc_profile") or b""
-    if image.mode == "CMYK" and icc[_ICC_SPACE] == b"CMYK":
+    if image.mode == "CMYK" and icc[ICC_SPACE] == b"CMYK":
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
             rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -388,7 +387,7 @@ def _profile(image: ImageFile, notes: list[str]) -> bytes | None:
     icc = image.info.get("icc_profile")
     if icc is None and "icc_profile" in image.info:
         notes.append("its colour profile is damaged and is not kept")
-    if not icc or icc[_ICC_SPACE] not in (b"RGB ", b"GRAY") or icc[_ICC_SPACE] == b"GRAY" and not _is_grey(image):
+    if not icc or icc[ICC_SPACE] not in (b"RGB ", b"GRAY") or icc[ICC_SPACE] == b"GRAY" and not _is_grey(image):
         return None
     if is_damaged(icc):
         notes.append("its colour profile is damaged: the photo is taken as sRGB")

@@ -11,14 +11,14 @@ from PIL import ExifTags
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from autohdr.data.encoding import EXIF_NAME, SEGMENT
+
 ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
 PHOTOSHOP_NAME = b"Photoshop 3.0\0"
-_EXIF_NAME = b"Exif\0\0"
 _XMP_MORE = b"http://ns.adobe.com/xmp/extension/\0"
 _GAIN_MAP = b"urn:iso:std:iso:ts:21496:-1\0"
-_SEGMENT = 65533  # bytes that one of a JPEG holds
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _RAW_PROFILES = tuple(b"Raw profile type %s\0" % name for name in (b"exif", b"APP1", b"xmp", b"icc", b"icm"))
 _PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"pHYs")
@@ -200,9 +200,9 @@ def _exif(image: ImageFile) -> bytes:
         for kind, data in chunks:
             if not block and kind in _TEXTS and data.startswith((b"Raw profile type exif\0", b"Raw profile type APP1\0")):
                 found = raw_profile(_png_text(kind, data)[1])
-                block = found if found.startswith((_EXIF_NAME, b"II*\0", b"MM\0*")) else b""
-    while block.startswith(_EXIF_NAME):
-        block = block[len(_EXIF_NAME) :]
+                block = found if found.startswith((EXIF_NAME, b"II*\0", b"MM\0*")) else b""
+    while block.startswith(EXIF_NAME):
+        block = block[len(EXIF_NAME) :]
     return block
 
 
@@ -242,7 +242,7 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
     for name, data in image.applist:
         if name == "APP1" and data.startswith(XMP_NAME):
             gain_map |= b"hdrgm:Version" in data
-            if len(packet := XMP_NAME + upright_xmp(data[len(XMP_NAME) :], height, width)) > _SEGMENT:
+            if len(packet := XMP_NAME + upright_xmp(data[len(XMP_NAME) :], height, width)) > SEGMENT:
                 notes.append("its XMP is too long and is not kept")
             else:
                 yield 0xE1, packet
@@ -255,8 +255,8 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
         elif name == "COM":
             yield 0xFE, data
     kept = upright_resources(blocks)
-    for start in range(0, len(kept), _SEGMENT - len(PHOTOSHOP_NAME)):
-        yield 0xED, PHOTOSHOP_NAME + kept[start : start + _SEGMENT - len(PHOTOSHOP_NAME)]
+    for start in range(0, len(kept), SEGMENT - len(PHOTOSHOP_NAME)):
+        yield 0xED, PHOTOSHOP_NAME + kept[start : start + SEGMENT - len(PHOTOSHOP_NAME)]
     if gain_map:
         notes.append("its gain map is not in the result, which is the picture for usual screens")
     elif image.format == "MPO":
@@ -278,7 +278,7 @@ def _tiff_parts(image: TiffImageFile, orientation: int, height: int, width: int)
     extra = [(_XMP_TAG, xmp)] if (xmp := upright_xmp(_bytes(image, _XMP_TAG), height, width)) else []
     extra += [(_IPTC_TAG, iptc)] if (iptc := _bytes(image, _IPTC_TAG)) else []
     extra += [(_PHOTOSHOP_TAG, kept)] if (kept := upright_resources(_bytes(image, _PHOTOSHOP_TAG))) else []
-    return Parts(tags.tobytes().removeprefix(_EXIF_NAME), tuple(extra))
+    return Parts(tags.tobytes().removeprefix(EXIF_NAME), tuple(extra))
 
 
 def _bytes(image: TiffImageFile, tag: int) -> bytes:
