@@ -21,6 +21,7 @@ from autohdr.kernels import OPS  # noqa: E402
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.gpu_code,
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 
