@@ -19,6 +19,7 @@ if ISA in _C.build_info()["cpu_isas_here"]:
     _C.use_cpu_isa(ISA)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items):
     """Long tests come first and one by one, all others file by file: a fixture may serve a whole file."""
     part, parts = map(int, os.environ.get("AUTOHDR_TEST_PART", "0/1").split("/"))
