@@ -239,24 +239,6 @@ def record_cuda(file: Path):
     return run
 
 
-class NoGPU:
-    """What Triton asks of a GPU's driver before it launches a kernel."""
-
-    def __init__(self, architecture: str):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # kernels are kept by device
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-    def get_current_target(self):
-        return self.target
-
-
 def record_triton(architecture: str, multiprocessors: int):
     import triton
 
@@ -303,7 +285,7 @@ def record_triton(architecture: str, multiprocessors: int):
         return kernel
 
     triton.JITFunction.run = launch
-    triton.runtime.driver._active = NoGPU(architecture)
+    triton.runtime.driver._active = machine_code.NoGPU(architecture)
     scan = importlib.import_module("autohdr.kernels.selective_scan.triton_impl")
     scan._limits = lambda device: (multiprocessors, 12 << 20)  # not those of a CPU's tensors, which are the interpreter's
 

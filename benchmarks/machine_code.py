@@ -219,6 +219,24 @@ def names_of(symbols: Iterable[str]) -> list[str]:
     return list(map(short_name, demangled(tuple(symbols))))
 
 
+class NoGPU:
+    """What Triton asks of a GPU's driver before it launches a kernel."""
+
+    def __init__(self, architecture: str):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are kept by device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
 BUDGETS = ROOT / "tests" / "kernels" / "instruction_budgets.json"
 
 

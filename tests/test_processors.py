@@ -16,7 +16,7 @@ NO_BFLOAT16 = {"AUTOHDR_TEST_ONEDNN": "0"}
 KERNELS = [f"tests/kernels/test_{op}.py" for op in OPS]
 ON = "forward_and_backward and {}"  # by our kernels for that processor; those for the others are compared without this
 MODELS = [f"tests/models/test_{name}.py" for name in ("restormer", "mamba_diffusion", "tiling")]
-COMPUTES = "not parameter_count and not layout and not (test_plan and not measured)"
+COMPUTES = "not parameter_count and not layout and not stays_within and not (test_plan and not measured)"
 PLAN = "tests/test_plan.py"  # not below AVX2, where oneDNN's convolutions take memory that the plan does not count
 
 FLAGS = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())

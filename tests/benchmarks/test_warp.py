@@ -43,8 +43,6 @@ X, Y, MORE = 0x7F0000000000, 0x7F1000000000, 0x7F2000000000
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def walk(request, tmp_path_factory):
-    import warp
-
     folder = tmp_path_factory.mktemp("follow")
     (folder / "follow.cu").write_text(SOURCE)
     with pytest.MonkeyPatch.context() as patch:

@@ -18,10 +18,7 @@ pytestmark = [
     pytest.mark.gpu_code,
     pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc"),
 ]
-EVERY_KERNEL = [
-    pytest.mark.parametrize("architecture", ARCHITECTURES),
-    pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem),
-]
+EVERY_KERNEL = [pytest.param(s, a, id=f"{s.stem}-{a}") for s in SOURCES for a in ARCHITECTURES]
 FILES = ["csrc", "benchmarks/machine_code.py", "tests/kernels/test_instructions.py"]
 
 SPILLING = """
@@ -52,12 +49,6 @@ WORSE = {
 }
 
 
-def every_kernel(test):
-    for mark in EVERY_KERNEL:
-        test = mark(test)
-    return test
-
-
 def spills(source: Path, architecture: str) -> list[str]:
     """What no kernel of a file may do, a line each."""
     found = []
@@ -79,13 +70,13 @@ def beyond(found: dict[str, dict[str, int]], budgets: dict[str, dict[str, int]])
     return faults
 
 
-@every_kernel
+@pytest.mark.parametrize(("source", "architecture"), EVERY_KERNEL)
 def test_no_kernel_spills(source, architecture):
     with unless_passed(FILES, source.name, architecture):
         assert not spills(source, architecture)
 
 
-@every_kernel
+@pytest.mark.parametrize(("source", "architecture"), EVERY_KERNEL)
 def test_no_kernel_exceeds_its_budget(source, architecture):
     budgets = json.loads(machine_code.BUDGETS.read_text())
     if budgets["nvcc"] != machine_code.release():
