@@ -3,11 +3,14 @@
 import hashlib
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST_NAME = 255  # bytes, of every usual file system
+SILENT = 3600  # seconds without a change after which what another machine's process writes is abandoned
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -16,11 +19,23 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Removes what `replacing` left in a folder in processes that are gone."""
+    """Removes what `replacing` left in a folder in processes that are gone. Another machine's, whose processes can't be seen from
+    here, are taken for gone where they have not written for an hour."""
     for part in leftovers(folder):
-        named = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
-        if named and not _is_alive(int(named[1])):
+        named = re.fullmatch(r"\..+\.(\d+)@(.+)\.part", part.name, re.DOTALL)
+        if not named:
+            continue
+        try:
+            here = named[2] == _machine()
+            gone = not _is_alive(int(named[1])) if here else time.time() - part.stat().st_mtime > SILENT
+        except FileNotFoundError:  # finished meanwhile
+            continue
+        if gone:
             part.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:64]
 
 
 def _is_alive(process: int) -> bool:
@@ -41,9 +56,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     fails, what was at `path` before stays as it was, and the temporary file goes.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    ending = f".{os.getpid()}@{_machine()}.part"
+    part = path.with_name(f".{path.name}{ending}")
     if len(os.fsencode(part.name)) > LONGEST_NAME:
-        part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{os.getpid()}.part")
+        part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}{ending}")
     try:
         yield part
         with open(part, "rb+") as file:

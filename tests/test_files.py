@@ -69,12 +69,16 @@ def test_the_longest_names_can_be_written(tmp_path, name):
     assert (tmp_path / name).read_text() == "new" and os.listdir(tmp_path) == [name]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f".a.jpg.{gone.pid}.part").write_text("half")
-    kept = {f".b.jpg.{os.getpid()}.part", ".download.part", "c.jpg"}
-    for name in kept:
-        (tmp_path / name).write_text("")
-    clear_abandoned(tmp_path)
-    assert set(os.listdir(tmp_path)) == kept
+def test_what_killed_processes_left_is_cleared(tmp_path):
+    """Of this machine those of processes that are gone, of another those that have not been written to for an hour."""
+    with replacing(tmp_path / "b.jpg") as mine:
+        machine = mine.name.rpartition("@")[2]
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        old, new = tmp_path / ".c.jpg.1@elsewhere.part", tmp_path / ".d.jpg.1@elsewhere.part"
+        kept = {mine, new, tmp_path / ".download.part", tmp_path / "e.jpg"}
+        for path in {tmp_path / f".a.jpg.{gone.pid}@{machine}", old, *kept}:
+            path.write_text("")
+        os.utime(old, (0, 0))
+        clear_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == kept
