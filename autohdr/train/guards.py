@@ -1,9 +1,8 @@
-"""What protects a run: which loss is a spike, the state to go back to after one, and what signals may do."""
+"""What protects a run: which loss is a spike, the state to go back to after one, and what signals do to its workers."""
 
 import math
 import signal
 import statistics
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import is_torchelastic_launched
-from tqdm import tqdm
 
+from autohdr.signals import ENDING
 from autohdr.train.distributed import local
 
 DEVIATIONS = 10
 """A spike is more than so many standard deviations above the median. One of them is estimated as 1.4826 times the median absolute
 deviation."""
-
-ENDING = (signal.SIGINT, signal.SIGTERM)
-"""Signals with which a terminal or a batch system ends a run."""
 
 GRACE = 3600
 """A loader's worker lives on for so many seconds after a SIGTERM: the step or the validation under way still needs it."""
@@ -114,32 +109,6 @@ def not_finite(network: nn.Module) -> list[str]:
     """Names of the parameters whose gradient has a value that is not finite, on this process."""
     named = network.named_parameters()
     return [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
-
-
-@contextmanager
-def deferred_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGINT (Ctrl-C) and SIGTERM end nothing: the function that it gives returns the signal's number, else 0.
-
-    A second signal does what it always does, but not under torchrun: a batch system sends a signal to every process, and
-    torchrun passes its own on to them as a second one.
-    """
-    seen = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield lambda: 0
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        seen.append(number)
-        if not is_torchelastic_launched():
-            signal.signal(number, before[number])
-        tqdm.write("stopping after this step ...")
-
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in ENDING}
-    try:
-        yield lambda: seen[0] if seen else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

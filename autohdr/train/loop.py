@@ -10,12 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from autohdr.data.pairs import photo_digests
+from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
 from autohdr.train.checkpoint import restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
 from autohdr.train.config import TrainConfig
 from autohdr.train.folder import RunFolder
-from autohdr.train.guards import Fault, TrainingError, deferred_signals
+from autohdr.train.guards import Fault, TrainingError
 from autohdr.train.progress import Progress
 from autohdr.train.run import Run, prepare
 
@@ -93,7 +94,7 @@ class Loop:
         self._say(self._run.describe(progress.step))
         hidden = None if self._ranks.rank == 0 else True  # None: hide it where there is no terminal
         bar = tqdm(total=self._run.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
-        with bar, deferred_signals() as signalled:
+        with bar, deferred_signals("stopping after this step ...") as signalled:
             try:
                 folder.open_tensorboard(progress.step)
                 with self._run.batches.workers():

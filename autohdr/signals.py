@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM, put off to where a program can stop with everything whole."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed import is_torchelastic_launched
+from tqdm import tqdm
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Signals with which a terminal or a batch system ends a run."""
+
+
+class Abandoned(BaseException):
+    """A signal came within `Deferred.abandoning`. Not an Exception: nothing takes it for a failure of what it interrupts."""
+
+
+class Deferred:
+    """A signal that has come, or not yet; called, it returns the signal's number, else 0."""
+
+    def __init__(self) -> None:
+        self._number, self._abandoning = 0, False
+
+    def __call__(self) -> int:
+        return self._number
+
+    @contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Within the block, in the main thread, a signal raises Abandoned at once: what it does can be thrown away."""
+        try:
+            self._abandoning = True
+            if self._number:
+                raise Abandoned
+            yield
+        finally:
+            self._abandoning = False
+
+    def _note(self, number: int) -> None:
+        self._number = self._number or number
+        if self._abandoning:
+            raise Abandoned
+
+
+@contextmanager
+def deferred_signals(notice: str) -> Iterator[Deferred]:
+    """Within the block SIGINT (Ctrl-C) and SIGTERM end nothing: `notice` is printed, and the object that it gives tells.
+
+    A second signal does what it always does, but not under torchrun: a batch system sends a signal to every process, and
+    torchrun passes its own on to them as a second one.
+    """
+    deferred = Deferred()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield deferred
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if not is_torchelastic_launched():
+            signal.signal(number, before[number])
+        tqdm.write(notice, file=sys.stderr)
+        deferred._note(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in ENDING}
+    try:
+        yield deferred
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
