@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -24,9 +23,9 @@ and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohd
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it skipped,
-    2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM. Like every argument parser it raises SystemExit for -h and for bad
-    options.
+    """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it, 2 wrong input,
+    3 part of it skipped, 130 stopped by Ctrl-C, 143 by SIGTERM. Like every argument parser it raises SystemExit for -h and for
+    bad options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have characters that the encoding lacks
@@ -200,20 +199,25 @@ def enhance(
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
-    overwrite: Annotated[bool, FlagCreatePairsOff] = False,
+    on_exists: Literal["skip", "overwrite", "rename", "error"] = "skip",
+    shard: str = "1/1",
+    jobs: int | None = None,
     quality: int | None = None,
     damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     steps: int | None = None,
     max_memory: str | None = None,
+    json: Annotated[bool, FlagCreatePairsOff] = False,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
     """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay.
 
     Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
-    A photo that cannot be read or written is reported and skipped, and the exit status is then 1. What may be a photo in a folder
-    but is of a kind that is not read (.heic, .dng, a dangling link) is reported as skipped too.
+    The same call again finishes what a kill, a full disk or Ctrl-C left: OUT/autohdr.jsonl has a line of each photo, with hashes.
+    The exit status is 0 where all is done, also if before; 1 where a photo failed (it is damaged, cannot be written, there is too
+    little memory); 3 where none did but some were skipped: what may be a photo in a folder but is of a kind that is not read
+    (.heic, .dng, a dangling link), or a photo whose result exists and is not of an earlier run.
 
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
@@ -222,22 +226,27 @@ def enhance(
         auto_tone: Use the fixed auto-tone instead of a model.
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
-        overwrite: Replace results that exist already, instead of skipping their photos.
+        on_exists: What to do where a result exists and was not done before, by the same model and options from the same photo:
+            skip the photo (but make anew what OUT/autohdr.jsonl knows and nobody has changed since), overwrite everything, also
+            what was done before, rename the result to NAME-1, NAME-2, ..., or end with an error before any work.
+        shard: I/N: the I-th of N parts of the photos, for N processes, as of a Slurm array. Each writes OUT/autohdr.I-of-N.jsonl.
+        jobs: Threads that read and write photos while the model works; one a core by default.
         quality: Of JPEG and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, and a WebP 95.
-        damaged: A JPEG whose data are damaged is skipped, or what there is of it is written.
+        damaged: A JPEG whose data are damaged has failed and is left out, or what there is of it is written.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer works in
-            strips, with the same result. By default nine tenths of what is free.
-        verbose: Print each photo's plan before work on it starts: strips, files, expected memory and time.
+            strips where it needs to, with the same result. By default nine tenths of what is free.
+        json: Print what became of the photos as JSON, instead of a line.
+        verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
     if checkpoint and auto_tone:
         raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
     through = paths == [Path("-")]
     if through == (out is not None) or through and save_edit:
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
-    from autohdr.enhance import enhance
+    from autohdr.enhance import Enhancer, Interrupted, enhance
     from autohdr.measure import parse_bytes, pick_device
     from autohdr.models import load_checkpoint
     from autohdr.models.weights import SHIPPED
@@ -249,25 +258,31 @@ def enhance(
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
     if out is None:
-        with TemporaryDirectory() as folder:
-            photo = Path(folder, "photo.jpg")  # the format is told by what is in it
-            photo.write_bytes(sys.stdin.buffer.read())
-            result = enhance([photo], Path(folder, "out"), model, progress=False, **settings)
-            for _, reason in result.skipped:
-                print(f"skipped standard input: {reason}", file=sys.stderr)
-            for _, note in result.notes:
-                print(f"standard input: {note}", file=sys.stderr)
-            for path in result.written:
-                sys.stdout.buffer.write(path.read_bytes())
-        return 1 if result.skipped else 0
-    result = enhance(paths, out, model, overwrite=overwrite, save_edit=save_edit, **settings)
-    for path, reason in result.skipped:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
-    for path, note in result.notes:
-        print(f"{path}: {note}", file=sys.stderr)
-    speed = f", {result.seconds / result.megapixels:.2f} s per megapixel" if result.written else ""
-    print(f"{len(result.written)} written to {out}, {len(result.skipped)} skipped{speed}")
-    return 1 if result.skipped else 0
+        enhanced, notes, reason = Enhancer(model, **settings).file(sys.stdin.buffer.read())
+        for note in notes:
+            print(f"standard input: {note}", file=sys.stderr)
+        if reason:
+            print(f"failed standard input: {reason}", file=sys.stderr)
+        sys.stdout.buffer.write(enhanced)
+        return 1 if reason else 0
+    stopped = 0
+    try:
+        part = _parse_shard(shard)
+        result = enhance(paths, out, model, on_exists=on_exists, shard=part, jobs=jobs, save_edit=save_edit, **settings)
+    except Interrupted as error:
+        result, stopped = error.result, error.signal
+    print(result.json() if json else result)
+    for kind, photos in (("skipped ", result.skipped), ("failed ", result.failed), ("", result.notes)):
+        for path, text in photos:
+            print(f"{kind}{path}: {text}", file=sys.stderr)
+    return 128 + stopped if stopped else 1 if result.failed else 3 if result.skipped else 0
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--shard: expected I/N, such as 3/16, got {text!r}")
+    return int(part), int(parts)
 
 
 def plan(

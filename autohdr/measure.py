@@ -28,6 +28,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_workers(count: int) -> None:
     """Raise UserError for more processes than 64, or than four a processor where that is more: the machine would stall."""
     most = max(64, 4 * (os.cpu_count() or 1))

@@ -40,9 +40,9 @@ def main() -> None:
     model = load_checkpoint(args.checkpoint)
 
     # Whole files: size, format, bit depth, EXIF and colour profile stay; what can't be done is listed, never half written.
-    result = enhance(photos, out / "enhanced", model, overwrite=True, progress=False)
-    for path, reason in result.skipped:
-        print(f"skipped {path}: {reason}")
+    result = enhance(photos, out / "enhanced", model, on_exists="overwrite", progress=False)
+    for path, reason in result.skipped + result.failed:
+        print(f"not enhanced: {path}: {reason}")
     for path in result.written:
         photo = read_photo(path)
         height, width, _ = photo.pixels.shape

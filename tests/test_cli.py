@@ -16,6 +16,7 @@ from PIL import Image
 import autohdr
 from autohdr.cli import main
 from autohdr.data.pairs import read_pairs
+from autohdr.enhance import enhancer
 from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
@@ -127,7 +128,9 @@ def test_names_that_are_not_utf8(photos, checkpoint, capsys):
     given = ("--checkpoint", checkpoint, "--pairs", photos / odd / "train.jsonl", "--out", photos / odd / "report")
     assert run("eval", *given, "--device", "cpu") == 0
     assert r"caf\udce9 \udcff/report/report.html" in capsys.readouterr().out
-    assert run("enhance", photos / f"{odd}_src.png", "--auto-tone", "--out", photos / odd / "enhanced") == 0
+    capsys.readouterr()
+    assert run("enhance", photos / f"{odd}_src.png", "--auto-tone", "--out", photos / odd / "enhanced", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["manifest"] == str(photos / odd / "enhanced" / "autohdr.jsonl")
     assert (photos / odd / "enhanced" / f"{odd}_src.png").is_file()
 
 
@@ -250,25 +253,60 @@ def test_enhance_with_the_model_that_ships(photos, capsysbinary, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(sent)))
         assert run("enhance", "-") == status
         captured = capsysbinary.readouterr()
-        said = b"skipped standard input: " if status else b"standard input: its colours are "
+        said = b"failed standard input: " if status else b"standard input: its colours are "
         assert captured.out == received and captured.err.startswith(said)
 
 
-def test_enhance_verbose_prints_the_plan_first(photos, checkpoint, caplog, monkeypatch):
+def test_enhance_verbose_prints_the_plan_of_what_needs_one(photos, checkpoint, caplog, monkeypatch):
     # Under pytest the root logger has handlers already, and basicConfig would leave it as it is.
     monkeypatch.setattr(logging, "basicConfig", lambda level, format: caplog.set_level(level))
-    args = ("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "--out", photos / "enhanced", "-v")
-    assert run(*args, "--max-memory", "64GB") == 0
+    args = ("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "-v", "--max-memory")
+    assert run(*args, "64GB", "--out", photos / "whole") == 0 and "strips" not in caplog.text
+    monkeypatch.setattr(enhancer.Enhancer, "_fits", lambda self, model, image, limit: False)
+    assert run(*args, "64GB", "--out", photos / "strips") == 0
     assert re.search(r"40×32: strips of 32 rows, expected peak \d+", caplog.text)
-    assert run(*args, "--max-memory", "1MB", "--overwrite") == 1
+    assert run(*args, "1MB", "--out", photos / "none") == 1
 
 
-def test_enhance_reports_what_it_skips(photos, capsys):
-    (photos / "bad.png").write_bytes(b"no picture")
-    assert run("enhance", photos / "bad.png", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced") == 1
+def test_enhance_says_what_became_of_the_photos(photos, capsys):
+    """In four counts, whose exit status is 1 where a photo failed, 3 where some were skipped, else 0, and as JSON."""
+    (photos / "in").mkdir()
+    for name in ("0_src.png", "1_src.png"):
+        (photos / name).rename(photos / "in" / name)
+    args = ("enhance", photos / "in", "--auto-tone", "--out", photos / "enhanced")
+    (photos / "in" / "bad.png").write_bytes(b"no picture")
+    (photos / "in" / "c.heic").write_bytes(b"no picture")
+    assert run(*args) == 1
     captured = capsys.readouterr()
-    assert "1 written" in captured.out and "1 skipped" in captured.out
-    assert f"skipped {photos / 'bad.png'}: " in captured.err
+    assert captured.out.startswith(f"{photos / 'enhanced'}: 0 done before, 2 written, 1 skipped, 1 failed, ")
+    assert f"failed {photos / 'in' / 'bad.png'}: " in captured.err and f"skipped {photos / 'in' / 'c.heic'}: " in captured.err
+    (photos / "in" / "bad.png").unlink()
+    assert run(*args, "--json") == 3
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"] == {"done_before": 2, "written": 0, "skipped": 1, "failed": 0} and said["failed"] == []
+    assert [entry["source"] for entry in said["skipped"]] == [str(photos / "in" / "c.heic")]
+    assert said["manifest"] == str(photos / "enhanced" / "autohdr.jsonl")
+    (photos / "in" / "c.heic").unlink()
+    assert run(*args) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_enhance_interrupted(photos, capsys, monkeypatch, number, status):
+    """What was done is counted; the same call does the rest."""
+    args = ("enhance", photos / "0_src.png", photos / "1_src.png", "--auto-tone", "--out", photos / "enhanced")
+    tone, calls = enhancer.auto_tone, []
+
+    def stop(pixels):
+        calls.append(pixels)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return tone(pixels)
+
+    monkeypatch.setattr(enhancer, "auto_tone", stop)
+    assert run(*args) == status
+    captured = capsys.readouterr()
+    assert "0 done before, 1 written, 0 skipped, 0 failed" in captured.out and "Traceback" not in captured.err
+    assert run(*args) == 0 and "1 done before, 1 written" in capsys.readouterr().out
 
 
 def test_enhance_quality_and_damaged(photos, tmp_path, capsys):
@@ -281,14 +319,25 @@ def test_enhance_quality_and_damaged(photos, tmp_path, capsys):
         sizes.append((tmp_path / str(quality) / "whole.jpg").stat().st_size)
     assert sizes[0] < sizes[1]
     assert run("enhance", cut, "--auto-tone", "--out", tmp_path / "out") == 1
-    assert f"skipped {cut}: the JPEG is damaged: it is truncated" in capsys.readouterr().err
+    assert f"failed {cut}: the JPEG is damaged: it is truncated" in capsys.readouterr().err
     assert run("enhance", cut, "--auto-tone", "--damaged", "keep", "--out", tmp_path / "out") == 0
     assert f"{cut}: " in capsys.readouterr().err and (tmp_path / "out" / "cut.jpg").is_file()
 
 
-def test_enhance_overwrites_only_when_told(photos):
-    args = ("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced")
-    assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]
+def test_enhance_where_a_result_exists(photos, capsys):
+    (photos / "enhanced").mkdir()
+    (photos / "enhanced" / "0_src.png").write_text("precious")
+    args = ("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced", "--on-exists")
+    assert [run(*args, policy) for policy in ("skip", "error", "rename", "overwrite", "error")] == [3, 2, 0, 0, 0]
+    assert "--on-exists" in usage_error(capsys, *args, "ask")
+
+
+def test_enhance_a_shard(photos, capsys):
+    args = ("enhance", photos / "0_src.png", photos / "1_src.png", "--auto-tone", "--out", photos / "enhanced", "--shard")
+    assert run(*args, "2/2") == 0 and "1 written" in capsys.readouterr().out
+    assert sorted(os.listdir(photos / "enhanced")) == ["1_src.png", "autohdr.2-of-2.jsonl"]
+    for shard, said in (("3/2", "shard must be from 1/N to N/N, got 3/2"), ("0/2", "got 0/2"), ("2", "expected I/N")):
+        assert said in refusal(capsys, *args, shard)
 
 
 def test_demo_fails_where_gain_and_gamma_is_nearly_as_good(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from autohdr.train.config import load_config
 
 def test_demo(tmp_path, capsys):
     result = demo(tmp_path / "demo")
-    assert {path.suffix for path in result.enhanced.iterdir()} == {".jpg"} and result.report.is_file()
+    assert {path.suffix for path in result.enhanced.iterdir()} == {".jpg", ".jsonl"} and result.report.is_file()
     printed = capsys.readouterr().out
     for shown in (str(result.report), str(result.enhanced), "auto-tone", "autohdr enhance PHOTO_OR_FOLDER"):
         assert shown in printed
@@ -26,7 +26,7 @@ def test_demo_that_trains(tmp_path, capsys):
     out = tmp_path / "demo"
     size = {"scenes": 4, "held_out": 1, "height": 32, "width": 48}
     result = demo_train(out, config=config, **size)
-    assert [path.name for path in result.enhanced.iterdir()] == ["0000_src.jpg"]
+    assert sorted(path.name for path in result.enhanced.iterdir()) == ["0000_src.jpg", "autohdr.jsonl"]
     assert Image.open(result.enhanced / "0000_src.jpg").size == (48, 32)
     printed = capsys.readouterr().out
     verdict = "at least" if result.margin >= 0.5 else "LESS than"  # one room and no training: either may come of it

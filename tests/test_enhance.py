@@ -1,4 +1,4 @@
-"""The enhancer on real files: what is written, what is skipped, what is refused before any work."""
+"""The enhancer on real files: what is written, skipped and failed, what is refused before any work."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch import nn
 
 from autohdr.autotone import auto_tone
 from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_samples, to_float, write_photo
-from autohdr.enhance import enhance
+from autohdr.enhance import Enhancer, enhance
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
@@ -70,6 +70,11 @@ def save(path, height=9, width=13, format="PNG", depth=8, **fields):
 
 def run(paths, out, model=None, **options):
     return enhance(paths, out, model, progress=False, **options)
+
+
+def written(folder):
+    """The names in a folder of results, but for the manifest's."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".jsonl")
 
 
 @pytest.mark.parametrize("format, depth", [("PNG", 8), ("PNG", 16), ("TIFF", 8), ("TIFF", 16)])
@@ -177,7 +182,7 @@ def test_a_photo_of_another_colour_space_is_edited_in_srgb(tmp_path):
     for name, own, icc in (("a", pixels, srgb), ("b", imagecodecs.cms_transform(pixels, srgb, adobe, **kinds), adobe)):
         write_photo(tmp_path / f"{name}.png", Photo(own, "PNG", 16, icc_profile=icc))
     for model in (load_checkpoint(), None, Invert()):
-        run([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", model, overwrite=True)
+        run([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", model, on_exists="overwrite")
         wanted, got = (read_photo(tmp_path / "out" / name) for name in ("a.png", "b.png"))
         assert got.icc_profile == adobe and wanted.icc_profile == srgb
         seen = imagecodecs.cms_transform(got.pixels, adobe, srgb, **kinds)
@@ -225,12 +230,12 @@ def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
     assert len(run([tmp_path / "only"], tmp_path / "out", nn.Identity()).skipped) == 1
 
 
-def test_a_damaged_jpeg_is_skipped_or_kept_with_a_note(tmp_path):
+def test_a_damaged_jpeg_fails_or_is_kept_with_a_note(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", quality=95)
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
     result = run([tmp_path / "a.jpg"], tmp_path / "out")
-    assert not result.written and "its data end before the last pixel" in result.skipped[0][1]
+    assert not result.written and "its data end before the last pixel" in result.failed[0][1]
     result = run([tmp_path / "a.jpg"], tmp_path / "out", keep_damaged=True)
     assert result.written and result.notes == [(tmp_path / "a.jpg", "its data end before the last pixel")]
 
@@ -256,38 +261,28 @@ def test_folders_are_searched_and_keep_their_structure(tmp_path):
     (tmp_path / "in/notes.txt").write_text("no photo")
     save(tmp_path / "single.img")
     result = run([tmp_path / "in", tmp_path / "single.img"], tmp_path / "out", nn.Identity())
-    written = [path.relative_to(tmp_path / "out").as_posix() for path in result.written]
-    assert written == ["a.PNG", "b.png", "sub/deep/c.png", "single.img"]
-    assert sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file()) == sorted(result.written)
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in result.written]
+    assert names == ["a.PNG", "b.png", "single.img", "sub/deep/c.png"]
+    files = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {*result.written, result.manifest} and result.manifest == tmp_path / "out/autohdr.jsonl"
 
 
 def test_an_output_folder_inside_the_input_is_not_searched(tmp_path):
     save(tmp_path / "in/a.png")
     for _ in range(2):
-        result = run([tmp_path / "in"], tmp_path / "in/out", nn.Identity(), overwrite=True)
+        result = run([tmp_path / "in"], tmp_path / "in/out", nn.Identity(), on_exists="overwrite")
         assert result.written == [tmp_path / "in/out/a.png"]
 
 
-def test_unreadable_photos_are_skipped_with_the_reason(tmp_path):
+def test_unreadable_photos_fail_with_the_reason(tmp_path):
     save(tmp_path / "in/c.png")
     (tmp_path / "in/a.jpg").write_text("no photo")
     (tmp_path / "in/b.png").write_bytes((tmp_path / "in/c.png").read_bytes()[:-60])
     result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
     assert result.written == [tmp_path / "out/c.png"]
-    assert [path.name for path, _ in result.skipped] == ["a.jpg", "b.png"]
-    assert result.skipped[0][1].startswith("not a JPEG") and result.skipped[1][1].startswith("cannot be read")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["c.png"]
-
-
-def test_existing_outputs_are_only_replaced_on_request(tmp_path):
-    samples = save(tmp_path / "a.png")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/a.png").write_text("precious")
-    result = run([tmp_path / "a.png"], tmp_path / "out", Invert())
-    assert not result.written and "exists already" in result.skipped[0][1]
-    assert (tmp_path / "out/a.png").read_text() == "precious"
-    assert run([tmp_path / "a.png"], tmp_path / "out", Invert(), overwrite=True).skipped == []
-    np.testing.assert_array_equal(read_samples(tmp_path / "out/a.png"), 255 - samples)
+    assert [path.name for path, _ in result.failed] == ["a.jpg", "b.png"] and not result.skipped
+    assert result.failed[0][1].startswith("not a JPEG") and result.failed[1][1].startswith("cannot be read")
+    assert written(tmp_path / "out") == ["c.png"]
 
 
 def raises(error):
@@ -309,12 +304,12 @@ def raises(error):
     ],
     ids=["torch", "numpy", "cuda", "kernel", "c++", "bare"],
 )
-def test_out_of_memory_skips_that_photo_alone(tmp_path, error, wanted):
+def test_out_of_memory_fails_that_photo_alone(tmp_path, error, wanted):
     save(tmp_path / "in/a.png", 20, 30)
     save(tmp_path / "in/b.png", 5, 5)
     result = run([tmp_path / "in"], tmp_path / "out", Fails(error))
     assert [path.name for path in result.written] == ["b.png"]
-    ((path, reason),) = result.skipped
+    ((path, reason),) = result.failed
     assert path.name == "a.png" and reason.startswith("out of memory") and wanted in reason
 
 
@@ -342,13 +337,13 @@ def starved(x):  # the op may take half of what its output needs
 model = torch.nn.Identity()
 model.forward = starved
 result = enhance([sys.argv[1]], sys.argv[2], model, progress=False)
-print([path.name for path in result.written], [(path.name, reason) for path, reason in result.skipped])
+print([path.name for path in result.written], [(path.name, reason) for path, reason in result.failed])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
 @pytest.mark.skipif(backends("gdfn")["cpu"] != "available", reason="no compiled kernels")
-def test_a_compiled_op_without_memory_skips_that_photo_alone(tmp_path):
+def test_a_compiled_op_without_memory_fails_that_photo_alone(tmp_path):
     save(tmp_path / "in/b.png", 5, 5)
     Image.new("RGB", (3000, 3000)).save(tmp_path / "in/a.png")  # 108 MB in float: too large for a piece of freed memory
     command = [sys.executable, "-c", STARVED, str(tmp_path / "in"), str(tmp_path / "out")]
@@ -359,7 +354,7 @@ def test_a_compiled_op_without_memory_skips_that_photo_alone(tmp_path):
     assert outcome == "['b.png'] [('a.png', 'out of memory: 103 MiB more was wanted')]"
 
 
-def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path):
+def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path, monkeypatch):
     save(tmp_path / "in/small.png", 9, 13, depth=16)
     save(tmp_path / "in/tall.png", 99, 13, depth=16)
     torch.manual_seed(0)
@@ -367,14 +362,16 @@ def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path):
     result = run([tmp_path / "in"], tmp_path / "whole", model)
     assert len(result.written) == 2
     limit = resident_bytes() + 10**9
+    monkeypatch.setattr(Enhancer, "_fits", lambda self, model, image, limit: False)
     run([tmp_path / "in"], tmp_path / "limited", model, max_memory=limit)
+    monkeypatch.undo()
     for name in ("small.png", "tall.png"):
         whole, limited = (read_samples(tmp_path / folder / name).astype(int) for folder in ("whole", "limited"))
         assert np.abs(whole - limited).max() <= 1 < np.ptp(whole)
     for amount in (0, 10**6):
         too_little = run([tmp_path / "in"], tmp_path / "none", model, max_memory=amount)
         assert not too_little.written
-        assert "an image of 13×9 pixels in float32 takes" in too_little.skipped[0][1]
+        assert "an image of 13×9 pixels in float32 takes" in too_little.failed[0][1]
     for other in (None, nn.Identity()):
         with pytest.raises(
             UserError, match="max_memory is for networks that work in strips, as a Restormer does, got (Identity|the auto-tone)"
@@ -386,7 +383,7 @@ def test_a_failing_model_is_not_hidden(tmp_path):
     save(tmp_path / "a.png", 20, 30)
     with pytest.raises(RuntimeError, match="a bug"):
         run([tmp_path / "a.png"], tmp_path / "out", Fails(raises(RuntimeError("a bug"))))
-    assert not list((tmp_path / "out").iterdir())
+    assert not written(tmp_path / "out")
 
 
 def test_a_model_that_returns_nan_writes_nothing(tmp_path):
@@ -394,7 +391,7 @@ def test_a_model_that_returns_nan_writes_nothing(tmp_path):
     model = nn.Identity()
     model.forward = lambda x: x * torch.nan
     result = run([tmp_path / "a.png"], tmp_path / "out", model)
-    assert "finite" in result.skipped[0][1] and not list((tmp_path / "out").iterdir())
+    assert "finite" in result.failed[0][1] and not written(tmp_path / "out")
 
 
 def test_refusals_come_before_any_work(tmp_path):
@@ -431,17 +428,9 @@ def test_the_same_photo_twice_is_done_once(tmp_path):
     assert len(run([tmp_path / "in", tmp_path / "in/a.png"], tmp_path / "out").written) == 1
 
 
-def test_a_failed_write_is_skipped(tmp_path):
+def test_a_write_that_fails(tmp_path):
     save(tmp_path / "in/sub/a.png")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sub").write_text("a file where a folder must be")
     result = run([tmp_path / "in"], tmp_path / "out")
-    assert not result.written and "cannot write" in result.skipped[0][1]
-
-
-def test_progress_goes_to_stderr(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # it is for terminals alone
-    save(tmp_path / "a.png")
-    enhance([tmp_path / "a.png"], tmp_path / "out")
-    captured = capsys.readouterr()
-    assert captured.out == "" and "1/1" in captured.err
+    assert not result.written and "cannot write" in result.failed[0][1]

@@ -41,7 +41,8 @@ _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "C
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
 _PILLOW = Path(Image.__file__).parent
-_TURN = threading.Lock()
+STANDARD_ERROR = threading.Lock()
+"""Held while a photo is read by read_photo: what another thread writes to standard error meanwhile could be lost."""
 _MEGAPIXELS = 300
 
 # Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
@@ -100,7 +101,8 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
     """
     notes: list[str] = []
     with _quiet(notes), _opened(path) as image:
-        samples, orientation = _decode(image, notes, keep_damaged)
+        with _silent_stderr() if isinstance(image, TiffImageFile) else contextlib.nullcontext():
+            samples, orientation = _decode(image, notes, keep_damaged)
         samples = _turned(samples, orientation)
         parts = parts_of(image, orientation, *samples.shape[:2])
         pixels = samples[..., :3]
@@ -164,12 +166,18 @@ def check_photo(path: str | Path) -> tuple[int, int]:
 
 
 def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> None:
-    """Writes a photo in its own format and depth, with all that its file said; the file appears whole or not at all.
+    """Writes what encode_photo makes of a photo; the file appears whole or not at all. OSError if it can't be written."""
+    encoded = encode_photo(photo, quality)
+    with replacing(path) as part:
+        part.write_bytes(encoded)
+
+
+def encode_photo(photo: Photo, quality: int | None = None) -> bytes:
+    """The bytes of a photo's file, in its own format and depth, with all that its file said.
 
     JPEG is written as the photo's file was, with quality 90 at least; WebP lossless where it was, TIFF with its compression.
     A photo that comes from no file has quality 95 (JPEG without chroma subsampling), or no compression in a TIFF.
-    quality: 1 to 100, for JPEG and lossy WebP. UserError if a pixel is not finite or the format can't hold the photo; OSError if
-    the file can't be written.
+    quality: 1 to 100, for JPEG and lossy WebP. UserError if a pixel is not finite or the format can't hold the photo.
     """
     samples, options = as_samples(photo), photo.options
     grey = photo.grey and photo.format != "WEBP" and bool((samples == samples[..., :1]).all())
@@ -185,11 +193,9 @@ def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> N
         samples = np.dstack([samples, photo.alpha])
     try:
         samples = np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples)
-        written = ENCODERS[photo.format](samples, photo.exif, photo.icc_profile, photo.extra, options)
+        return ENCODERS[photo.format](samples, photo.exif, photo.icc_profile, photo.extra, options)
     except (ValueError, TypeError, struct.error, OSError) as error:  # a size or metadata that the format does not hold
         raise UserError(f"cannot be written as {photo.format}: {error}") from error
-    with replacing(path) as part:
-        part.write_bytes(written)
 
 
 def as_samples(photo: Photo) -> np.ndarray:
@@ -295,7 +301,7 @@ def _quiet(notes: list[str]) -> Iterator[None]:
     Python's warnings, its logs and standard error are the whole process's: threads that read photos like this take turns, and
     what others warn of meanwhile is passed on. Training reads in the background, and does without.
     """
-    with _TURN, _noted(notes), _silent_stderr():
+    with STANDARD_ERROR, _noted(notes):
         yield
 
 

@@ -1,176 +1,231 @@
-"""Enhances photo files at their own resolution, with a model or with the auto-tone."""
+"""One photo through a model, or through the auto-tone: read, edit, encode."""
 
+import hashlib
 import json
+import logging
 import math
-import os
 import re
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from autohdr.autotone import auto_tone
-from autohdr.data.images import SUFFIXES, Photo, as_samples, has_grey_profile, photos_in, read_photo, write_photo
+from autohdr.data.colour import ColourSpace
+from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, read_photo
 from autohdr.errors import UserError
-from autohdr.files import clear_abandoned, write_text
 from autohdr.kernels import apply_edit
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
+from autohdr.models import load_checkpoint
 from autohdr.models.lite import Edit, Lite, Prediction
-from autohdr.models.tiling import in_strips, works_in_strips
+from autohdr.models.network import Network
+from autohdr.models.tiling import in_strips, most_bytes, works_in_strips
+from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
 CUBE_SIDE = 33
+PLANNED_TOO_LITTLE = 1.5  # times what is planned, a pass of a small photo takes on a CPU at most
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class EnhanceResult:
-    """What became of the photos. megapixels and seconds (reading, enhancing, writing) count the written ones."""
+class Work:
+    """A photo on its way. seen: its pixels in sRGB, not cut off; after: what the model made of them."""
 
-    written: list[Path] = field(default_factory=list)
-    skipped: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason)
-    notes: list[tuple[Path, str]] = field(default_factory=list)  # (input, what is not as it was in a result)
-    megapixels: float = 0.0
-    seconds: float = 0.0
+    photo: Photo
+    space: ColourSpace | None
+    seen: np.ndarray
+    after: np.ndarray | None = None
+    edit: Edit | None = None
 
 
-def enhance(
-    paths: Iterable[str | Path],
-    out_dir: str | Path,
-    model: nn.Module | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    precision: str = "float32",
-    strength: float = 1.0,
-    save_edit: bool = False,
-    overwrite: bool = False,
-    quality: int | None = None,
-    keep_damaged: bool = False,
-    progress: bool = True,
-    max_memory: int | None = None,
-) -> EnhanceResult:
-    """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
+class Enhancer:
+    """A model and how it is to edit. `read`, `run` and `encode` are a photo's three stages, each for a thread of its own.
 
-    Each keeps its resolution, format, bit depth, colour space and what its file says, and appears whole or not at all. A photo
-    that can't be read or written, that needs more memory than there is, or whose output exists already (unless overwrite)
-    is skipped and listed with the reason; the others go on. So is what may be a photo in a folder but is none of those read.
-
-    model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
-    None is the auto-tone. It sees sRGB, and the result goes back to the photo's own colour space. One that takes samples gets
-    an sRGB photo's own, uint8 or uint16, in place of float32.
-    quality: of JPEG and lossy WebP, 1 to 100; by default that of the file, 90 at least.
-    keep_damaged: write what there is of a JPEG whose data are damaged, with a note; by default it is skipped.
+    model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode. A path is
+    that of a checkpoint; None is the auto-tone. It sees sRGB, and the result goes back to the photo's own colour space. One that
+    takes samples gets an sRGB photo's own, uint8 or uint16, in place of float32.
     precision: float32, or bfloat16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
+    quality: of JPEG and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    keep_damaged: write what there is of a JPEG whose data are damaged, with a note.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
-    does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
-    save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
-    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
-    UserError before any work: a strength outside 0 to 2, a quality outside 1 to 100; save_edit and a model that predicts no edit;
-    max_memory and another one than a network that works in strips; a path that does not exist, no photos, two photos of one
-    output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
+    does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos
+    that would not fit whole.
+    save_edit: keep what a model predicts, as `lite` does, in Work.edit.
+    reserved: bytes of what is free that are left to others; 0 at first.
+
+    An Enhancer can be pickled, its model with it. UserError: a strength, quality or precision out of range; save_edit and a model
+    that predicts no edit; max_memory and another one than a network that works in strips.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if max_memory is not None and not works_in_strips(model):
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "float32",
+        strength: float = 1.0,
+        save_edit: bool = False,
+        quality: int | None = None,
+        keep_damaged: bool = False,
+        max_memory: int | None = None,
+    ):
+        if isinstance(model, str | Path):
+            model = load_checkpoint(model)
         got = type(model).__name__ if model else "the auto-tone"
-        raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
-    if not 0 <= strength <= 2:
-        raise UserError(f"strength must be from 0 to 2, got {strength}")
-    if save_edit and not isinstance(model, Lite):
-        got = type(model).__name__ if model else "the auto-tone"
-        raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
-    if quality is not None and not 1 <= quality <= 100:
-        raise UserError(f"quality must be from 1 to 100, got {quality}")
-    device = torch.device(device)
-    as_stored = model is None or getattr(model, "takes_samples", False)
-    if model is not None:
-        model = model.eval().to(device)
-    result = EnhanceResult()
-    jobs = _jobs([Path(path) for path in paths], Path(out_dir), result.skipped)
-    for folder in {target.parent for target in jobs}:
-        clear_abandoned(folder)
-    for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=None if progress else True):
-        try:
-            if target.exists() and not overwrite:
-                raise UserError(f"{target} exists already and is not to be overwritten")
-            started = time.perf_counter()
-            photo = read_photo(source, as_stored, keep_damaged)
-            space = photo.colour_space()
-            before = photo.pixels
-            seen = space.to_srgb(before) if space else before
-            shown = seen.clip(0, 1) if space else before
-            prediction = None
-            if strength or save_edit:
-                if model is None:
-                    after = auto_tone(shown)
-                else:
-                    after, prediction = _run(model, shown, device, precision, max_memory)
-                if strength != 1:
-                    _blend(shown, after, strength)
-                photo.pixels = space.edited(before, seen, after) if space else after
-                if has_grey_profile(photo):
-                    _check_grey(photo, after)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_photo(target, photo, quality)
-            if save_edit and prediction:
-                _write_edit(target, prediction.edit, strength)
-            if prediction and (reason := _doubt(prediction)):
-                photo.notes.append(reason)
-            result.seconds += time.perf_counter() - started
-            result.megapixels += photo.pixels.shape[0] * photo.pixels.shape[1] / 1e6
-            result.written.append(target)
-            result.notes += [(source, note) for note in photo.notes]
-        except UserError as error:
-            result.skipped.append((source, str(error).removeprefix(f"{source}: ")))
-        except OSError as error:
-            result.skipped.append((source, f"cannot write {target}: {error.strerror or error}"))
-        except (MemoryError, RuntimeError) as error:
-            if (reason := _out_of_memory(error)) is None:
-                raise
-            result.skipped.append((source, reason))
-    return result
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if max_memory is not None and not works_in_strips(model):
+            raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
+        if not 0 <= strength <= 2:
+            raise UserError(f"strength must be from 0 to 2, got {strength}")
+        if save_edit and not isinstance(model, Lite):
+            raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
+        if quality is not None and not 1 <= quality <= 100:
+            raise UserError(f"quality must be from 1 to 100, got {quality}")
+        self.device, self.precision, self.strength, self.save_edit = torch.device(device), precision, strength, save_edit
+        self.quality, self.keep_damaged, self.max_memory, self.reserved = quality, keep_damaged, max_memory, 0
+        self.model = model.eval().to(self.device) if model is not None else None
+        self._plans: dict[tuple[int, int], int] = {}
+        self.as_stored = model is None or bool(getattr(model, "takes_samples", False))
+
+    def read(self, path: str | Path) -> Work:
+        """UserError as read_photo."""
+        photo = read_photo(path, self.as_stored, self.keep_damaged)
+        space = photo.colour_space()
+        return Work(photo, space, space.to_srgb(photo.pixels) if space else photo.pixels)
+
+    def run(self, work: Work) -> None:
+        """Sets `after`, and `edit` with save_edit. UserError where there is too little memory for the smallest plan."""
+        if not (self.strength or self.save_edit):
+            return
+        shown = work.seen.clip(0, 1) if work.space else work.seen
+        if self.model is None:
+            work.after = auto_tone(shown)
+        else:
+            work.after, prediction = self._predict(self.model, shown)
+            if prediction:
+                work.edit = prediction.edit if self.save_edit else None
+                work.photo.notes += _doubts(prediction)
+        if self.strength != 1:
+            _blend(shown, work.after, self.strength)
+
+    def encode(self, work: Work) -> bytes:
+        """The result's file. UserError as encode_photo."""
+        photo = work.photo
+        if work.after is not None:
+            photo.pixels = work.space.edited(photo.pixels, work.seen, work.after) if work.space else work.after
+            if has_grey_profile(photo):
+                _check_grey(photo, work.after)
+        return encode_photo(photo, self.quality)
+
+    def file(self, photo: bytes) -> tuple[bytes, list[str], str]:
+        """From a photo's file to that of its result: (result, notes, ""), or (b"", [], the reason why there is none)."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "photo.jpg")  # the format is told by what is in it
+            path.write_bytes(photo)
+            try:
+                work = self.read(path)
+                self.run(work)
+                return self.encode(work), work.photo.notes, ""
+            except (UserError, MemoryError, RuntimeError) as error:
+                return b"", [], failure(error, path)
+
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on beside its photo, as JSON holds it: the model, by its name and weights, and the options."""
+        model = {"name": "auto-tone"}
+        if self.model is not None:
+            name = getattr(getattr(self.model, "config", None), "name", type(self.model).__name__)
+            model = {"name": name, "sha256": _digest(self.model)}
+        options = {"precision": self.precision, "strength": self.strength, "steps": getattr(self.model, "steps", None)}
+        options |= {"save_edit": self.save_edit, "quality": self.quality, "keep_damaged": self.keep_damaged}
+        return {"model": model, "options": options}
+
+    def _predict(self, model: nn.Module, pixels: np.ndarray) -> tuple[np.ndarray, Prediction | None]:
+        """The model on one photo, and what a Lite predicted of it.
+
+        (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
+        """
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            prediction = model.predict(image) if isinstance(model, Lite) else None
+            if prediction:
+                output = apply_edit(image, *prediction.edit)
+            elif works_in_strips(model):
+                output = self._within_memory(model, image)
+            else:
+                output = model(image)
+        output = output[0].permute(1, 2, 0)
+        return (output.float() if output.is_floating_point() else output).cpu().numpy(), prediction
+
+    def _within_memory(self, model: Network, image: Tensor) -> Tensor:
+        """The whole photo at once where that fits, else in strips."""
+        limit = self.max_memory
+        if limit is None:
+            limit = resident_bytes(image.device) + max(free_bytes(image.device) - self.reserved, 0) * 9 // 10
+        if self._fits(model, image, limit):
+            try:
+                return model(image)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            log.info("%d×%d: out of memory: going on in strips", *image.shape[:1:-1])
+        return in_strips(model, image, limit)
+
+    def _fits(self, model: Network, image: Tensor, limit: int) -> bool:
+        left = limit - resident_bytes(image.device)
+        if most_bytes(model, image) <= left:
+            return True
+        height, width = image.shape[-2:]
+        if (height, width) not in self._plans:
+            parts = plan(model, (height, width), 1, self.precision, device=self.device).parts
+            needed = sum(size for part, size in parts.items() if part not in (PARAMETERS, IMAGES))
+            self._plans[height, width] = math.ceil(PLANNED_TOO_LITTLE * needed)
+        return self._plans[height, width] <= left
 
 
-def _jobs(paths: list[Path], out_dir: Path, skipped: list[tuple[Path, str]]) -> dict[Path, Path]:
-    """Output of each photo -> the photo. Creates out_dir once everything else is known to be right. Adds to skipped."""
-    jobs: dict[Path, Path] = {}
-    for path in paths:
-        for source, relative in _photos(path, out_dir, skipped):
-            target = out_dir / relative
-            other = jobs.setdefault(target, source)
-            if other.resolve() != source.resolve():
-                raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
-    if not jobs and not skipped:
-        raise UserError(
-            f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
-        )
-    sources = {source.resolve() for source in jobs.values()}
-    for target in jobs:
-        if target.resolve() in sources:
-            raise UserError(f"{target} is one of the photos to enhance and would be overwritten: choose another folder")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir}: the output folder cannot be created: {error.strerror}") from error
-    if not os.access(out_dir, os.W_OK):
-        raise UserError(f"{out_dir}: the output folder cannot be written to")
-    return jobs
+def failure(error: Exception, path: Path) -> str:
+    """Why a photo can't be enhanced. Raises an error that does not mean just that."""
+    if isinstance(error, UserError):
+        return str(error).removeprefix(f"{path}: ")
+    if not is_out_of_memory(error):
+        raise error
+    wanted = re.search(r"allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGTPE]iB)", str(error))
+    if not wanted:
+        return "out of memory"
+    amount, unit = wanted.groups()
+    if unit == "bytes":
+        amount, unit = f"{math.ceil(int(amount) / 2**20):,}", "MiB"
+    return f"out of memory: {amount} {unit} more was wanted"
 
 
-def _photos(path: Path, out_dir: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
-    """The photos that a path stands for, each with its place below out_dir, which is not searched itself."""
-    if not path.exists():
-        raise UserError(f"{path}: expected a photo or a folder, got a path that does not exist")
-    if not path.is_dir():
-        return [(path, Path(path.name))]
-    photos, others = photos_in(path, out_dir)
-    skipped += [other for other in others if other not in skipped]
-    return [(photo, photo.relative_to(path)) for photo in photos]
+def edit_files(edit: Edit, strength: float) -> dict[str, str]:
+    """An edit as the texts of two files, by their suffixes: JSON, and a look-up table that editors take."""
+    with torch.inference_mode():
+        steps = torch.linspace(0, 1, CUBE_SIDE)
+        blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
+        colours = torch.stack([red, green, blue]).view(1, 3, -1, CUBE_SIDE)
+        edited = apply_edit(colours, edit.curves.cpu(), edit.matrix.cpu())
+        table = (colours + strength * (edited - colours)).clamp(0, 1).flatten(2)[0].T.tolist()
+    parts = {"curves": edit.curves[0].tolist(), "matrix": edit.matrix[0].tolist(), "strength": strength}
+    lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
+    return {".json": json.dumps(parts) + "\n", ".cube": "\n".join(lines) + "\n"}
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, their names, shapes and dtypes."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            sha.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _check_grey(photo: Photo, edited: np.ndarray) -> None:
@@ -181,49 +236,14 @@ def _check_grey(photo: Photo, edited: np.ndarray) -> None:
         photo.notes.append("its profile is for grey alone and the edit has colours: the result is in sRGB")
 
 
-def _run(
-    model: nn.Module, pixels: np.ndarray, device: torch.device, precision: str, max_memory: int | None
-) -> tuple[np.ndarray, Prediction | None]:
-    """The model on one photo, and what a Lite predicted of it.
-
-    (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
-    """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        prediction = model.predict(image) if isinstance(model, Lite) else None
-        if prediction:
-            output = apply_edit(image, *prediction.edit)
-        elif works_in_strips(model):
-            free = resident_bytes(device) + free_bytes(device) * 9 // 10
-            output = in_strips(model, image, free if max_memory is None else max_memory)
-        else:
-            output = model(image)
-    output = output[0].permute(1, 2, 0)
-    return (output.float() if output.is_floating_point() else output).cpu().numpy(), prediction
-
-
-def _doubt(prediction: Prediction) -> str:
+def _doubts(prediction: Prediction) -> list[str]:
     """Why less than all of the edit is made; empty where all is."""
     if prediction.share == 1:
-        return ""
+        return []
     light, colour = prediction.distances[0].tolist()
     what = "light is" if light > colour else "colours are"
     far = f"its {what} {max(light, colour):.0f} standard deviations from what lite learnt from"
-    return f"{far}: {prediction.share.item():.0%} of the edit is made"
-
-
-def _write_edit(target: Path, edit: Edit, strength: float) -> None:
-    """Writes the edit predicted for a photo beside the photo's result, as JSON and as a look-up table."""
-    with torch.inference_mode():
-        steps = torch.linspace(0, 1, CUBE_SIDE)
-        blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
-        colours = torch.stack([red, green, blue]).view(1, 3, -1, CUBE_SIDE)
-        edited = apply_edit(colours, edit.curves.cpu(), edit.matrix.cpu())
-        table = (colours + strength * (edited - colours)).clamp(0, 1).flatten(2)[0].T.tolist()
-    parts = {"curves": edit.curves[0].tolist(), "matrix": edit.matrix[0].tolist(), "strength": strength}
-    write_text(target.with_suffix(".json"), json.dumps(parts) + "\n")
-    lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
-    write_text(target.with_suffix(".cube"), "\n".join(lines) + "\n")
+    return [f"{far}: {prediction.share.item():.0%} of the edit is made"]
 
 
 def _blend(before: np.ndarray, after: np.ndarray, strength: float) -> None:
@@ -233,16 +253,3 @@ def _blend(before: np.ndarray, after: np.ndarray, strength: float) -> None:
         mixed = a + np.float32(strength) * (b - a)
         white = np.iinfo(after.dtype).max if after.dtype.kind == "u" else 0
         after[row : row + 64] = np.rint(mixed.clip(0, white)) if white else mixed
-
-
-def _out_of_memory(error: BaseException) -> str | None:
-    """What an allocation failure wanted, in words; None for any other error."""
-    if not is_out_of_memory(error):
-        return None
-    wanted = re.search(r"allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGTPE]iB)", str(error))
-    if not wanted:
-        return "out of memory"
-    amount, unit = wanted.groups()
-    if unit == "bytes":
-        amount, unit = f"{math.ceil(int(amount) / 2**20):,}", "MiB"
-    return f"out of memory: {amount} {unit} more was wanted"

@@ -146,7 +146,7 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
     height, width = (side + -side % model.multiple for side in image.shape[-2:])
     maps, moments = _walk(model.stages(), height * width, dtype.itemsize)
     row = max(m.bytes for m in maps) // height
-    compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=dtype)) == "cpu"
+    strips = _strips_alive(image)
     pixels = image.numel() * image.element_size()
     most = min(MOST_ROWS, max(MOST_BYTES // row, GOOD_ROWS))
 
@@ -157,7 +157,7 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
             kept = sum(m.bytes for m in waiting if place[id(m)] == MEMORY)
             return kept + sum(m.bytes for m in used if place[id(m)] != FILED) + (pixels if len(used) == 1 else 0)
 
-        strip = row * ((STRIPS_COMPILED if compiled else STRIPS_REFERENCE) + (FILED in places))
+        strip = row * (strips + (FILED in places))
         fixed = resident + FIXED_BYTES + max(alive(*moment) for moment in moments)
         rows = min(max(max_memory - fixed, 0) // strip, most, height) // 2 * 2
         moved = sum({MEMORY: 0, PARKED: 2, FILED: m.passes}[p] * m.bytes for m, p in zip(maps, places, strict=True))
@@ -174,6 +174,18 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
         f"{model.config.name}: an image of {size} takes {format_bytes(min(p.peak_bytes for p in plans))} of memory at least, "
         f"{format_bytes(max_memory)} are allowed"
     )
+
+
+def most_bytes(model: Network, image: Tensor) -> int:
+    """More than model(image) takes beside the two, a few times more: where there is so much, nobody needs to plan."""
+    height, width = (side + -side % model.multiple for side in image.shape[-2:])
+    maps, _ = _walk(model.stages(), height * width, _feature_dtype(image).itemsize)
+    return FIXED_BYTES + sum(m.bytes for m in maps) + _strips_alive(image) * max(m.bytes for m in maps)
+
+
+def _strips_alive(image: Tensor) -> int:
+    compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=_feature_dtype(image))) == "cpu"
+    return STRIPS_COMPILED if compiled else STRIPS_REFERENCE
 
 
 def expected_seconds(model: Network, image: Tensor, plan: Plan) -> float:

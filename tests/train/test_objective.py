@@ -128,7 +128,7 @@ def test_steps_on_the_command_line(make_config, pair_files, tmp_path, capsys):
 
     def run(folder, steps):
         weights = str(folder / "checkpoint_best.safetensors")
-        return main(["enhance", photo, "--checkpoint", weights, "--out", out, "--steps", steps, "--overwrite"])
+        return main(["enhance", photo, "--checkpoint", weights, "--out", out, "--steps", steps, "--on-exists", "overwrite"])
 
     assert [run(bridge, "1"), run(bridge, "0"), run(direct, "1")] == [0, 2, 2]
     assert "a checkpoint that was trained as a bridge" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Pairs of rooms, one in memory or many in a folder, and pairs made from finished photos."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from autohdr.data.synthetic.scene import MIN_SIDE, Scene, check_seed, check_size
 from autohdr.data.synthetic.textures import Array
 from autohdr.errors import UserError
 from autohdr.files import write_text
-from autohdr.measure import check_workers
+from autohdr.measure import check_workers, cores
 
 _MARKER, _DEGRADED = "synth.json", "degrade.json"
 
@@ -114,8 +113,7 @@ def _processes(workers: int | None, jobs: int) -> int:
         check_workers(workers)
         if workers < 1:
             raise UserError(f"synthetic pairs: workers must be at least 1, got {workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(workers or cores or 1, jobs)
+    return min(workers or cores(), jobs)
 
 
 def _work(job: Callable, arguments: list[tuple], processes: int, name: str, progress: bool) -> Iterator:

@@ -1,0 +1,341 @@
+"""Photo files into a folder: which are to be done, what became of each, and all of them at the pace of the slowest stage."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autohdr.data.images import SUFFIXES, photo_layout, photos_in
+from autohdr.enhance.enhancer import Enhancer, Work, edit_files, failure
+from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest, Record, now
+from autohdr.enhance.overlap import overlap
+from autohdr.enhance.progress import Progress
+from autohdr.errors import UserError
+from autohdr.files import clear_abandoned, replacing, write_text
+from autohdr.measure import check_workers, cores, free_bytes
+from autohdr.signals import Abandoned, Deferred, deferred_signals
+
+ON_EXISTS = ("skip", "overwrite", "rename", "error")
+COPIES = 3  # of a photo's pixels at most while it waits: as in the file, in sRGB, and edited
+SHARE = 4  # a quarter of the free memory is for photos that wait
+
+
+@dataclass
+class EnhanceResult:
+    """What became of the photos, in their order, in four lists. megapixels: of the written ones. seconds: of the whole run."""
+
+    manifest: Path
+    done_before: list[Path] = field(default_factory=list)  # results
+    written: list[Path] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason): nothing was tried
+    failed: list[tuple[Path, str]] = field(default_factory=list)  # (input, reason)
+    notes: list[tuple[Path, str]] = field(default_factory=list)  # (input, what is not as it was in a result)
+    megapixels: float = 0.0
+    seconds: float = 0.0
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(getattr(self, name)) for name in ("done_before", "written", "skipped", "failed")}
+
+    def json(self) -> str:
+        """The counts, and what was not done or not as it was, in a line. What the manifest says more is not repeated."""
+        named = {"skipped": "reason", "failed": "reason", "notes": "note"}
+        lists = {name: [{"source": str(path), what: text} for path, text in getattr(self, name)] for name, what in named.items()}
+        facts = {"megapixels": self.megapixels, "seconds": self.seconds, "manifest": str(self.manifest)}
+        return json.dumps({"counts": self.counts()} | facts | lists)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in self.counts().items())
+        speed = f", {self.megapixels / self.seconds:.1f} MP/s" if self.written else ""
+        return f"{self.manifest.parent}: {counts}{speed}"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run; every photo is whole or untouched. result: so far. signal: its number."""
+
+    def __init__(self, result: EnhanceResult, signal: int):
+        super().__init__(f"stopped by signal {signal}")
+        self.result, self.signal = result, signal
+
+
+@dataclass
+class _Job:
+    """A photo, the place of its result, and the line that becomes its in the manifest."""
+
+    source: Path
+    target: Path
+    record: Record
+    replaces: bool = False  # what is in the result's place
+
+
+def enhance(
+    paths: Iterable[str | Path],
+    out_dir: str | Path,
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    strength: float = 1.0,
+    save_edit: bool = False,
+    on_exists: str = "skip",
+    shard: tuple[int, int] = (1, 1),
+    jobs: int | None = None,
+    quality: int | None = None,
+    keep_damaged: bool = False,
+    progress: bool = True,
+    max_memory: int | None = None,
+) -> EnhanceResult:
+    """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
+
+    Each keeps its resolution, format, bit depth, colour space and what its file says, and appears whole or not at all. One that
+    can't be read or written, or that needs more memory than there is, has failed; what may be a photo in a folder but is none of
+    those read is skipped, and so may be one whose result exists. Both are listed with the reason; the others go on.
+
+    The manifest in out_dir has a line of each photo (Record). By it a later run knows what was done before: a result that is as
+    it was written, of the same photo (by their hashes), model and options. After anything, a kill too, the same call finishes
+    the rest; what killed runs left is cleared.
+
+    model, device, precision, strength, save_edit, quality, keep_damaged, max_memory: as in Enhancer.
+    save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
+    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
+    on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
+    since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
+    everything is made anew, also what was done before. "rename": the result gets the first free name of NAME-1, NAME-2, ...
+    "error": a UserError before any work.
+    shard: (i, n), the i-th of n parts of the photos, sorted by their results' names: for n processes, each with its manifest.
+    jobs: threads that read and encode photos while the model works on others, by default one a core. Beside the photo that the
+    model has, 2 * jobs others are in memory at most, within a quarter of what is free. With max_memory on the CPU photos go one
+    by one.
+
+    UserError before any work: what Enhancer refuses; a path that does not exist, no photos, two photos of one output name, or
+    two edits of one; an output that is one of the photos, an out_dir that can't be made; jobs or a shard out of range; a
+    manifest that is none. Interrupted: Ctrl-C or SIGTERM came. The photo that the model was at is given up, those past it are
+    written.
+    """
+    if on_exists not in ON_EXISTS:
+        raise UserError(f"on_exists must be one of {', '.join(ON_EXISTS)}, got {on_exists!r}")
+    if not 1 <= shard[0] <= shard[1]:
+        raise UserError(f"shard must be from 1/N to N/N, got {shard[0]}/{shard[1]}")
+    jobs = cores() if jobs is None else jobs
+    if jobs < 1:
+        raise UserError(f"jobs must be at least 1, got {jobs}")
+    check_workers(jobs)
+    started, out_dir = time.perf_counter(), Path(out_dir)
+    settings = {"precision": precision, "strength": strength, "save_edit": save_edit, "quality": quality}
+    enhancer = Enhancer(model, device=device, keep_damaged=keep_damaged, max_memory=max_memory, **settings)
+    targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit)
+    manifest, part = Manifest(out_dir, shard), slice(shard[0] - 1, None, shard[1])
+    result = EnhanceResult(manifest.path)
+    records = [Record(os.path.abspath(path), "", SKIPPED, reason) for path, reason in passed_over[part]]
+    result.skipped += passed_over[part]
+    for folder in {out_dir, *(target.parent for target in targets)}:
+        clear_abandoned(folder)
+    fates = _Fates(manifest.read(), targets, out_dir, enhancer.identity(), on_exists)
+    with ThreadPoolExecutor(jobs) as pool:
+        found = list(pool.map(fates, sorted(targets)[part]))
+    refused = [job for job in found if job.record.status == SKIPPED]
+    if refused and on_exists == "error":
+        raise UserError("\n  ".join([f"{len(refused)} results exist already", *(job.record.reason for job in refused[:9])]))
+    result.skipped += [(job.source, job.record.reason) for job in refused]
+    result.done_before += [job.target for job in found if job.record.status == WRITTEN]
+    manifest.begin([*records, *(job.record for job in found if job.record.status != PENDING)])
+
+    todo = [job for job in found if job.record.status == PENDING]
+    on_cpu = enhancer.device.type == "cpu"
+    budget = 0 if on_cpu and max_memory is not None else free_bytes() // SHARE
+    enhancer.reserved = budget if on_cpu else 0
+    try:
+        with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
+            stages = _Stages(enhancer, manifest, signalled)
+            flights = overlap(
+                todo, stages.read, stages.run, stages.write, threads=jobs, cost=stages.bytes, budget=budget, stopped=signalled
+            )
+            with closing(flights):
+                for job, outcome in flights:
+                    _note(result, job, outcome)
+                    manifest.add(job.record)
+                    shown.step(job.record.megapixels)
+    finally:
+        manifest.end()
+    result.seconds = time.perf_counter() - started
+    if signalled() and len(result.written) + len(result.failed) < len(todo):
+        raise Interrupted(result, signalled())
+    return result
+
+
+def _note(result: EnhanceResult, job: _Job, outcome: Record | Exception) -> None:
+    """What became of a photo, in its record and in the result. Raises an error that is no fault of the photo."""
+    record = job.record
+    record.time = now()
+    if not isinstance(outcome, Exception):
+        record.status = WRITTEN
+        result.written.append(job.target)
+        result.notes += [(job.source, note) for note in record.warnings]
+        result.megapixels += record.megapixels
+        return
+    if isinstance(outcome, OSError):
+        record.reason = f"cannot write {job.target}: {outcome.strerror or outcome}"
+    else:
+        record.reason = failure(outcome, job.source)
+    record.status, record.warnings, record.result_sha256 = FAILED, [], ""
+    result.failed.append((job.source, record.reason))
+
+
+@dataclass
+class _Stages:
+    """What happens to a photo: `run` in the main thread, the others in theirs."""
+
+    enhancer: Enhancer
+    manifest: Manifest
+    signalled: Deferred
+
+    def bytes(self, job: _Job) -> int:
+        """What it takes while it waits."""
+        try:
+            height, width, bits = photo_layout(job.source)
+        except UserError:  # it will fail
+            return 0
+        return height * width * 3 * COPIES * (bits // 8 if self.enhancer.as_stored else 4)
+
+    def read(self, job: _Job) -> tuple[_Job, Work]:
+        started = time.perf_counter()
+        job.record.source_sha256 = _sha256(job.source)
+        work = self.enhancer.read(job.source)
+        job.record.seconds += time.perf_counter() - started
+        return job, work
+
+    def run(self, flight: tuple[_Job, Work]) -> tuple[_Job, Work] | None:
+        job, work = flight
+        started = time.perf_counter()
+        try:
+            with self.signalled.abandoning():
+                self.enhancer.run(work)
+        except Abandoned:
+            return None
+        job.record.seconds += time.perf_counter() - started
+        return job, work
+
+    def write(self, flight: tuple[_Job, Work]) -> Record:
+        job, work = flight
+        started, record = time.perf_counter(), job.record
+        encoded = self.enhancer.encode(work)
+        record.result_sha256 = hashlib.sha256(encoded).hexdigest()
+        record.megapixels = work.photo.pixels.shape[0] * work.photo.pixels.shape[1] / 1e6
+        record.warnings += work.photo.notes
+        if not job.replaces and os.path.lexists(job.target):
+            raise UserError(f"{job.target} has appeared meanwhile")
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        if work.edit:
+            for suffix, text in edit_files(work.edit, self.enhancer.strength).items():
+                write_text(job.target.with_suffix(suffix), text)
+        with replacing(job.target) as part:
+            part.write_bytes(encoded)
+            self.manifest.claim(record)
+        record.seconds += time.perf_counter() - started
+        return record
+
+
+@dataclass
+class _Fates:
+    """Whether a photo is done (WRITTEN), to be done (PENDING) or left alone (SKIPPED), and where its result is."""
+
+    known: Mapping[str, Record]
+    targets: Mapping[Path, Path]  # of each result, the photo
+    out_dir: Path
+    identity: Mapping[str, Any]
+    on_exists: str
+
+    def __call__(self, target: Path) -> _Job:
+        source, reason = self.targets[target], ""
+        for place in self._places(target):
+            name = str(place.relative_to(self.out_dir))
+            record = Record(os.path.abspath(source), name, PENDING, **self.identity)
+            if not os.path.lexists(place):
+                return _Job(source, place, record)
+            record.replaced_sha256 = there = _sha256(place)
+            line = self.known.get(name)
+            reason = f"{place} exists already and is not what a manifest says of this photo"
+            if self.on_exists == "overwrite":
+                return _Job(source, place, record, replaces=True)
+            if line and there and line.status in (WRITTEN, PENDING) and there == line.result_sha256:
+                changed = self._changed(source, line)
+                if not changed:
+                    return _Job(source, place, replace(line, status=WRITTEN))
+                reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
+                if self.on_exists == "skip":
+                    record.warnings.append(f"made anew: since its result was made, changed: {', '.join(changed)}")
+                    return _Job(source, place, record, replaces=True)
+            elif line and there and line.status == PENDING and there == line.replaced_sha256:  # killed before it was replaced
+                return _Job(source, place, record, replaces=True)
+            if self.on_exists != "rename":
+                break
+        return _Job(source, target, Record(os.path.abspath(source), str(target.relative_to(self.out_dir)), SKIPPED, reason))
+
+    def _places(self, target: Path) -> Iterator[Path]:
+        yield target
+        for number in count(1):
+            if (place := target.with_stem(f"{target.stem}-{number}")) not in self.targets:
+                yield place
+
+    def _changed(self, source: Path, line: Record) -> list[str]:
+        same = {"the model": line.model == self.identity["model"], "the options": line.options == self.identity["options"]}
+        return [what for what, same in (same | {"the photo": line.source_sha256 == _sha256(source)}).items() if not same]
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, as hexadecimal digits; empty where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _find(paths: list[Path], out_dir: Path, save_edit: bool) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:
+    """Output of each photo -> the photo; and what is passed over, with the reason. Creates out_dir once all else is right."""
+    targets: dict[Path, Path] = {}
+    passed_over: list[tuple[Path, str]] = []
+    edits: dict[Path, Path] = {}
+    for path in paths:
+        for source, relative in _photos(path, out_dir, passed_over):
+            target = out_dir / relative
+            other = targets.setdefault(target, source)
+            if other.resolve() != source.resolve():
+                raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
+            if save_edit and (other := edits.setdefault(target.with_suffix(""), target)) != target:
+                raise UserError(f"{other} and {target} would have their edits in one file: enhance them into different folders")
+    if not targets and not passed_over:
+        raise UserError(
+            f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
+        )
+    sources = {source.resolve() for source in targets.values()}
+    for target in targets:
+        if target.resolve() in sources:
+            raise UserError(f"{target} is one of the photos to enhance and would be overwritten: choose another folder")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out_dir}: the output folder cannot be created: {error.strerror}") from error
+    if not os.access(out_dir, os.W_OK):
+        raise UserError(f"{out_dir}: the output folder cannot be written to")
+    return targets, sorted(passed_over)
+
+
+def _photos(path: Path, out_dir: Path, passed_over: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
+    """The photos that a path stands for, each with its place below out_dir, which is not searched itself."""
+    if not path.exists():
+        raise UserError(f"{path}: expected a photo or a folder, got a path that does not exist")
+    if not path.is_dir():
+        return [(path, Path(path.name))]
+    photos, others = photos_in(path, out_dir)
+    passed_over += [other for other in others if other not in passed_over]
+    return [(photo, photo.relative_to(path)) for photo in photos]
