@@ -246,6 +246,8 @@ def enhance(
     through = paths == [Path("-")]
     if through == (out is not None) or through and save_edit:
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
+    # Until the model's next kernel its threads would spin, on cores that photos are read and encoded on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from autohdr.enhance import Enhancer, Interrupted, enhance
     from autohdr.measure import parse_bytes, pick_device
     from autohdr.models import load_checkpoint

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -14,12 +15,15 @@ from torch import nn
 
 from autohdr.autotone import auto_tone
 from autohdr.data.images import Photo, from_float, read_photo, read_rgb, read_samples, to_float, write_photo
-from autohdr.enhance import Enhancer, enhance
+from autohdr.enhance import Enhancer, enhance, enhancer
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
 from autohdr.metrics import srgb_to_lab
 from autohdr.models import create_model, load_checkpoint
+from autohdr.models.tiling import in_strips
+from autohdr.models.weights import SHIPPED
+from autohdr.plan import plan
 
 
 def room(height=40, width=60):
@@ -434,3 +438,51 @@ def test_a_write_that_fails(tmp_path):
     (tmp_path / "out/sub").write_text("a file where a folder must be")
     result = run([tmp_path / "in"], tmp_path / "out")
     assert not result.written and "cannot write" in result.failed[0][1]
+
+
+def test_an_enhancer_can_be_pickled_and_takes_batches(tmp_path):
+    """Of files or of paths, with the results of `enhance`, errors beside."""
+    Image.fromarray(room()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no photo")
+    run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), strength=0.5)
+    unpickled = pickle.loads(pickle.dumps(Enhancer(SHIPPED, strength=0.5)))
+    paths = np.array([str(tmp_path / name) for name in ("a.png", "b.png", "c.png")], object)
+    files = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
+    for batch in ({"path": paths}, {"bytes": files, "path": paths[:2], "id": [7, 8]}):
+        done = unpickled(batch)
+        assert done["enhanced"][0] == (tmp_path / "out/a.png").read_bytes() and not any(done["enhanced"][1:])
+        assert [reason.partition(" ")[0] for reason in done["reason"]] == ["", "not", "cannot"][: len(done["path"])]
+        assert done.keys() == batch.keys() | {"enhanced", "notes", "reason"} and list(done["notes"]) == [""] * len(done["path"])
+    with pytest.raises(UserError, match="expected a column bytes or path, got image"):
+        unpickled({"image": files})
+
+
+def test_a_restormer_works_in_strips_only_where_a_photo_does_not_fit(tmp_path, monkeypatch):
+    """By a rough bound where memory is plenty, by the plan where it is not; and after all where the whole ran out of memory."""
+    save(tmp_path / "a.png", 64, 96)
+    torch.manual_seed(0)
+    model = create_model("restormer_nano", dim=8)
+    calls = []
+    monkeypatch.setattr(
+        enhancer, "in_strips", lambda model, image, limit: calls.append("strips") or in_strips(model, image, limit)
+    )
+    monkeypatch.setattr(enhancer, "plan", lambda *args, **options: calls.append("plan") or plan(*args, **options))
+    worker, work = Enhancer(model), Enhancer(model).read(tmp_path / "a.png")
+    worker.run(work)
+    whole, work.after = work.after, None
+    assert not calls
+    monkeypatch.setattr(enhancer, "most_bytes", lambda model, image: 2**60)
+    worker.run(work)
+    worker.run(work)
+    assert calls == ["plan"]
+    np.testing.assert_array_equal(work.after, whole)
+    monkeypatch.setattr(enhancer, "PLANNED_TOO_LITTLE", 10**9)
+    worker = Enhancer(model)
+    worker.run(work)
+    assert calls == ["plan", "plan", "strips"]
+    np.testing.assert_allclose(work.after, whole, atol=1e-5)
+    monkeypatch.setattr(enhancer, "most_bytes", lambda model, image: 0)
+    monkeypatch.setattr(type(model), "forward", lambda self, image: raises(MemoryError())())
+    worker.run(work)
+    assert calls == ["plan", "plan", "strips", "strips"]
+    np.testing.assert_allclose(work.after, whole, atol=1e-5)

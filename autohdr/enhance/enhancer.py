@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,7 +61,8 @@ class Enhancer:
     save_edit: keep what a model predicts, as `lite` does, in Work.edit.
     reserved: bytes of what is free that are left to others; 0 at first.
 
-    An Enhancer can be pickled, its model with it. UserError: a strength, quality or precision out of range; save_edit and a model
+    An Enhancer can be pickled, its model with it, for processes that each have their own; called, it takes batches of photos.
+    UserError: a strength, quality or precision out of range; save_edit and a model
     that predicts no edit; max_memory and another one than a network that works in strips.
     """
 
@@ -125,17 +127,34 @@ class Enhancer:
                 _check_grey(photo, work.after)
         return encode_photo(photo, self.quality)
 
-    def file(self, photo: bytes) -> tuple[bytes, list[str], str]:
-        """From a photo's file to that of its result: (result, notes, ""), or (b"", [], the reason why there is none)."""
-        with TemporaryDirectory() as folder:
-            path = Path(folder, "photo.jpg")  # the format is told by what is in it
-            path.write_bytes(photo)
-            try:
-                work = self.read(path)
-                self.run(work)
-                return self.encode(work), work.photo.notes, ""
-            except (UserError, MemoryError, RuntimeError) as error:
-                return b"", [], failure(error, path)
+    def file(self, photo: bytes | str | Path) -> tuple[bytes, list[str], str]:
+        """From a photo's file, or its path, to its result's file: (result, notes, ""), or (b"", [], why there is none)."""
+        if isinstance(photo, bytes):
+            with TemporaryDirectory() as folder:
+                path = Path(folder, "photo.jpg")  # the format is told by what is in it
+                path.write_bytes(photo)
+                return self.file(path)
+        try:
+            work = self.read(photo)
+            self.run(work)
+            return self.encode(work), work.photo.notes, ""
+        except (UserError, MemoryError, RuntimeError) as error:
+            return b"", [], failure(error, Path(photo))
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """A batch of columns to one, as Ray Data's map_batches has them.
+
+        batch: photos' files in the column `bytes`, or else their paths in `path`. The result has all columns of batch, and
+        `enhanced`, the results' files, empty where there is none; `notes`, what is not as it was; `reason`, why there is none.
+        UserError where neither column is there.
+        """
+        if not batch.keys() & {"bytes", "path"}:
+            raise UserError(f"expected a column bytes or path, got {', '.join(batch) or 'none'}")
+        done = [self.file(photo) for photo in batch.get("bytes", batch.get("path", ()))]
+        enhanced = np.empty(len(done), object)
+        enhanced[:] = [result for result, _, _ in done]
+        notes = np.array(["; ".join(notes) for _, notes, _ in done], object)
+        return {**batch, "enhanced": enhanced, "notes": notes, "reason": np.array([reason for *_, reason in done], object)}
 
     def identity(self) -> dict[str, Any]:
         """What a result depends on beside its photo, as JSON holds it: the model, by its name and weights, and the options."""
