@@ -355,6 +355,22 @@ def test_stages_overlap_in_order_and_within_bounds():
     assert threading.active_count() == alive
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_threads_read_and_write_during_the_middle_stage(threads):
+    read, written = ([threading.Event() for _ in range(6)] for _ in range(2))
+
+    def middle(item):
+        assert item == 5 or read[item + 1].wait(9)
+        assert item == 0 or written[item - 1].wait(9)
+        return item
+
+    stages = {"threads": threads, "cost": lambda item: 1, "budget": 99, "stopped": lambda: False}
+    outcomes = overlap(
+        range(6), lambda item: read[item].set() or item, middle, lambda item: written[item].set() or item, **stages
+    )
+    assert list(outcomes) == [(item, item) for item in range(6)]
+
+
 def test_no_item_begins_once_stopped():
     begun = []
     stages = {"threads": 2, "cost": lambda item: 1, "budget": 99, "stopped": lambda: len(begun) > 5}

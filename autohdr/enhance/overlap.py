@@ -33,16 +33,27 @@ def overlap(
     Once stopped() is true none begins, and those before the middle stage are given up, as is one for which it returns None.
     """
     waiting, begun, ending = deque(items), deque[_Flight](), deque[_Flight]()
-    free, price = budget, None
+    flying, free, price = 0, budget, None
     with ThreadPoolExecutor(threads) as pool:
-        while True:
+
+        def begin() -> None:
+            nonlocal flying, free, price
             while waiting and len(begun) < threads and not stopped():
                 price = cost(waiting[0]) if price is None else price
-                if (begun or ending) and price > free:
-                    break
+                if flying and price > free:
+                    return
                 item = waiting.popleft()
                 begun.append(_Flight(item, price, pool.submit(_attempt, first, item)))
-                free, price = free - price, None
+                flying, free, price = flying + 1, free - price, None
+
+        def end(flight: _Flight) -> tuple[Any, Any]:
+            nonlocal flying, free
+            outcome = flight.outcome.result()
+            flying, free = flying - 1, free + flight.cost
+            return flight.item, outcome
+
+        while True:
+            begin()
             if stopped():
                 for flight in begun:
                     flight.outcome.cancel()
@@ -50,28 +61,25 @@ def overlap(
             if begun:
                 flight = begun.popleft()
                 value = flight.outcome.result()
-                flight.outcome = Future()
+                begin()  # the threads have something to do during the middle stage
                 if not isinstance(value, Exception):
                     value = _attempt(middle, value)
                 if value is None:
-                    free += flight.cost
+                    end(flight)
                     continue
                 if isinstance(value, Exception):
+                    flight.outcome = Future()
                     flight.outcome.set_result(value)
                 else:
                     flight.outcome = pool.submit(_attempt, last, value)
                 del value  # the pixels: only the last stage has them now
                 ending.append(flight)
-            elif not ending:
+            elif ending:
+                yield end(ending.popleft())
+            else:
                 return
-            while ending and (ending[0].outcome.done() or len(ending) > threads or not begun):
-                flight = ending.popleft()
-                outcome = flight.outcome.result()
-                free += flight.cost
-                yield flight.item, outcome
-                del outcome
-                if waiting and not begun:
-                    break  # there may be room for another
+            while ending and (len(ending) > threads or ending[0].outcome.done()):
+                yield end(ending.popleft())
 
 
 def _attempt(stage: Callable[[Any], Any], value: Any) -> Any:
