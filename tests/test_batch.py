@@ -105,6 +105,17 @@ def test_what_is_out_of_date_is_made_anew_and_said(photos):
     assert len(lines(photos / "out")) == 3
 
 
+def test_a_result_that_could_not_be_made_anew_is_later(photos):
+    """The old one stays until then, and is not taken for somebody else's."""
+    run(photos)
+    whole = (photos / "in/a.png").read_bytes()
+    (photos / "in/a.png").write_text("no photo")
+    assert counts(run(photos)) == (2, 0, 0, 1) and (photos / "out/a.png").exists()
+    (photos / "in/a.png").write_bytes(whole)
+    assert counts(run(photos)) == (2, 1, 0, 0)
+    assert counts(run(photos)) == (3, 0, 0, 0)
+
+
 def test_what_others_made_is_replaced_only_on_request(photos):
     (photos / "out").mkdir()
     (photos / "out/a.png").write_text("precious")

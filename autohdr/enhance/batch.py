@@ -152,7 +152,7 @@ def enhance(
     todo = [job for job in found if job.record.status == PENDING]
     on_cpu = enhancer.device.type == "cpu"
     budget = 0 if on_cpu and max_memory is not None else free_bytes() // SHARE
-    enhancer.reserved = budget if on_cpu else 0
+    enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
             stages = _Stages(enhancer, manifest, signalled)
@@ -274,7 +274,7 @@ class _Fates:
                 if self.on_exists == "skip":
                     record.warnings.append(f"made anew: since its result was made, changed: {', '.join(changed)}")
                     return _Job(source, place, record, replaces=True)
-            elif line and there and line.status == PENDING and there == line.replaced_sha256:  # killed before it was replaced
+            elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256:  # it was to be replaced
                 return _Job(source, place, record, replaces=True)
             if self.on_exists != "rename":
                 break
