@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have characters that the encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may have characters that the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"autohdr {__version__}")
         return 0
@@ -65,13 +66,16 @@ def split(pairs: Positional[Path], out: Path, test: int = 5, seed: int = 0, fold
     """
     from autohdr.data.audit import audit
     from autohdr.data.pairs import read_pairs
-    from autohdr.data.splits import write_splits
+    from autohdr.data.splits import FEW, write_splits
 
     found = audit([pairs])
     if found.groups:
         print(found)
     for file in write_splits(found.pairs, out, folds, seed, test, found.same):
-        print(f"{file}: {len(read_pairs(file))} pairs")
+        count = len(read_pairs(file))
+        print(f"{file}: {count} pairs")
+        if count < FEW and file.name != "train.jsonl":
+            print(f"warning: {file}: {count} pairs are too few to tell two models apart: {FEW} at least", file=sys.stderr)
 
 
 def audit(pairs: Positional[list[Path]], out: Path | None = None) -> int:
@@ -183,11 +187,12 @@ def evaluate(
     from autohdr.report import format_table
 
     where = pick_device(device)
-    model = _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
+    checkpoint = checkpoint or SHIPPED
+    model = _with_steps(load_checkpoint(checkpoint), steps)
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
-    results = evaluate(listed, out, model=model, **settings)
+    results = evaluate(listed, out, model=model, checkpoint=checkpoint, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
 

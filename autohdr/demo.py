@@ -13,6 +13,7 @@ from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
 from autohdr.models import load_checkpoint
+from autohdr.models.weights import SHIPPED
 from autohdr.report import format_table
 from autohdr.train.config import TrainConfig, load_config
 from autohdr.train.loop import train
@@ -42,9 +43,9 @@ def demo(out: Path) -> DemoResult:
     A folder that an earlier demo made is made anew; UserError if `out` holds anything else.
     """
     _claim(out)
-    pairs, model = read_pairs(SAMPLES), load_checkpoint()
+    pairs, model = read_pairs(SAMPLES), load_checkpoint(SHIPPED)
     enhanced = enhance([pair.src for pair in pairs], out / "enhanced", model)
-    results = evaluate(pairs, out / "report", model=model, size=SHOWN)
+    results = evaluate(pairs, out / "report", model=model, size=SHOWN, checkpoint=SHIPPED)
     print(format_table(results))
     print(f"\nreport:            {out / 'report' / 'report.html'}")
     speed = f"{enhanced.seconds / enhanced.megapixels:.2f} s a megapixel"
@@ -84,8 +85,9 @@ def demo_train(
         raise KeyboardInterrupt
 
     step(3, "evaluating on the rooms held out, at full resolution")
-    test, model = read_pairs(parts / "test.jsonl"), load_checkpoint(out / "run" / "checkpoint_best.safetensors")
-    results = evaluate(test, out / "report", model=model)
+    checkpoint = out / "run" / "checkpoint_best.safetensors"
+    test, model = read_pairs(parts / "test.jsonl"), load_checkpoint(checkpoint)
+    results = evaluate(test, out / "report", model=model, checkpoint=checkpoint)
     print(format_table(results))
 
     step(4, "enhancing them")

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
 PRECISIONS = ("float32", "bfloat16")
 MEGAPIXEL = 1_000_000
+WARM_UP = 256  # pixels a side
 BASELINES = {"gain_and_gamma": gain_and_gamma, "auto_tone": auto_tone}
 
 
@@ -39,6 +41,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     allow_trained: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures source, gain and gamma, auto-tone and model against the targets; writes results.json and report.html into out_dir.
 
@@ -47,10 +50,12 @@ def evaluate(
     precision: "float32", or "bfloat16" for autocast.
     allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. The digests of
     those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
+    checkpoint: the file of the model's weights, to be named in the results beside the lists of pairs and the date.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
-    images; "bytes_per_megapixel" the highest growth of memory during a forward pass, nan where it cannot be told.
+    images, of which a part of the first is predicted once beforehand; "bytes_per_megapixel" the highest growth of memory during
+    a forward pass, nan where it cannot be told.
     Raises UserError where there are no pairs, for pairs that were trained on, and for a prediction that is not finite: it
     names the photo.
     """
@@ -79,6 +84,8 @@ def evaluate(
         image |= {"height": height, "width": width}
         outputs = {"source": source} | {name: _toned(recipe, source) for name, recipe in BASELINES.items()}
         if model is not None:
+            if index == 0:  # what happens once, such as memory that the kernels keep, is not counted
+                _predict(model, source[..., :WARM_UP, :WARM_UP], precision, pair.src)
             outputs["model"], cost = _predict(model, source, precision, pair.src)
             image |= cost | {"trained_on": trained and bool(trained[index])}
         image["figures"] = _figures(outputs, target)
@@ -88,7 +95,15 @@ def evaluate(
 
     results = {
         "environment": _environment(device),
-        "settings": {"size": size, "resize": resize if size else None, "device": str(device), "precision": precision},
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "settings": {
+            "size": size,
+            "resize": resize if size else None,
+            "device": str(device),
+            "precision": precision,
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "pairs": sorted({str(pair.file) for pair in pairs if pair.file}),
+        },
         "model": facts and facts | summarise_costs(images),
         "summary": summarise([image["figures"] for image in images]),
         "images": images,

@@ -99,7 +99,10 @@ def test_doctor(capsys):
 
 def test_data_split(photos, capsys):
     assert run("data", "split", photos / "pairs.jsonl", "--out", photos / "parts", "--test", 2) == 0
-    assert capsys.readouterr().out.count("pairs\n") == 3
+    said = capsys.readouterr()
+    assert said.out.count("pairs\n") == 3
+    warned = [line.split(": ")[1] for line in said.err.splitlines()]  # not of few pairs to train on
+    assert warned == [str(photos / "parts" / name) for name in ("test.jsonl", "val.jsonl")]
     assert sorted(path.name for path in (photos / "parts").iterdir()) == ["test.jsonl", "train.jsonl", "val.jsonl"]
 
 
@@ -397,6 +400,7 @@ def test_train_refuses(photos, capsys):
     assert "warmup_epochs" in refusal(capsys, "train", "restormer_384", *pairs, "--epochs", 3)
     assert "is also in" in refusal(capsys, "train", "demo", *pairs, "--out", photos / "run")
     run("data", "split", photos / "pairs.jsonl", "--out", photos)
+    capsys.readouterr()
     pairs = ("--train-pairs", photos / "train.jsonl", "--val-pairs", photos / "val.jsonl")
     assert "no model is called 'resnet'" in refusal(capsys, "train", "demo", *pairs, "--model", "resnet", "--out", photos / "run")
     assert "--resume: nothing to resume" in refusal(capsys, "train", "demo", *pairs, "--resume", "--out", photos / "run")

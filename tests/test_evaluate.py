@@ -3,6 +3,8 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from autohdr.data.pairs import Pair
 from autohdr.errors import UserError
 from autohdr.evaluate import count_macs, evaluate, summarise
 from autohdr.metrics import METRICS
-from autohdr.report import format_table
+from autohdr.report import format_table, tables
 
 
 class Brighten(nn.Module):
@@ -61,7 +63,8 @@ def test_figures_equal_recomputed_ones(pairs, tmp_path):
     results = evaluate(pairs, out, model=model)
     stored = json.loads((out / "results.json").read_text("utf-8"))
     assert stored["model"]["parameters"] == 84 and stored["model"]["macs_per_megapixel"] == 81e6
-    assert stored["settings"] == {"size": None, "resize": None, "device": "cpu", "precision": "float32"}
+    settings = {"size": None, "resize": None, "device": "cpu", "precision": "float32", "checkpoint": None, "pairs": []}
+    assert stored["settings"] == settings
     assert {"autohdr", "torch", "python", "cpu", "threads", "gpu"} <= stored["environment"].keys()
     for pair, image in zip(pairs, stored["images"], strict=True):
         source, target = read_rgb(pair.src), read_rgb(pair.tar)
@@ -107,12 +110,44 @@ def test_table(pairs, tmp_path):
     results = evaluate(pairs, tmp_path / "out", model=Brighten())
     lines = format_table(results).splitlines()
     assert lines[0].startswith("3 pairs, own resolution, float32, ")
-    assert lines[2].split() == ["L1", "↓", "PSNR", "dB", "↑", "SSIM", "↑", "ΔE2000", "↓"]
-    column = lines[2].index("PSNR")
-    for line, method in zip(lines[3:], results["summary"], strict=False):
+    assert lines[3].split() == ["L1", "↓", "PSNR", "dB", "↑", "SSIM", "↑", "ΔE2000", "↓"]
+    column = lines[3].index("PSNR")
+    for line, method in zip(lines[4:], results["summary"], strict=False):
         mean, half = results["summary"][method]["psnr"]
         assert line[column:].lstrip("+").startswith(f"{mean:.2f} ± {half:.2f}")
     assert re.search(r"^Parameters: +84$", "\n".join(lines), re.M)
+
+
+def test_the_verdict_is_over_all_metrics():
+    differences = {"l1": (-0.01, 0.002), "psnr": (0.4, 0.1), "ssim": (-0.02, 0.01), "delta_e2000": (-0.3, 0.8)}
+    results = {"summary": {"model_minus_auto_tone": differences}, "model": {"name": "net"}}
+    assert tables.verdict(results) == (
+        "Against auto-tone, better: L1 -0.0100 ± 0.0020, PSNR +0.40 ± 0.10 dB; worse: SSIM -0.020 ± 0.010; "
+        "these pairs cannot tell: ΔE2000 -0.30 ± 0.80."
+    )
+    one = {"model_minus_auto_tone": dict.fromkeys(differences, (0.4, math.nan))}
+    assert tables.verdict({"summary": one, "model": None}).startswith(
+        "Against auto-tone, these pairs cannot tell: L1 +0.4000, PSNR"
+    )
+    assert not tables.verdict({"summary": {"source": differences}, "model": None})
+
+
+def test_results_name_weights_pairs_and_date(pairs, tmp_path):
+    listed = [replace(pair, file=tmp_path / "test.jsonl") for pair in pairs]
+    before = datetime.now().astimezone().replace(microsecond=0)
+    results = evaluate(listed, tmp_path / "out", model=Brighten(), checkpoint="net.safetensors")
+    assert before <= datetime.fromisoformat(results["date"]) <= datetime.now().astimezone()
+    line = f"checkpoint net.safetensors; pairs {tmp_path / 'test.jsonl'}; measured {results['date'][:16].replace('T', ' ')}"
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert format_table(results).splitlines()[1] == line and f"<p>{line}</p>" in page
+    assert tables.verdict(results) in page and tables.verdict(results) in format_table(results)
+
+
+def test_what_happens_once_is_not_timed(pairs, tmp_path):
+    model, sides = Brighten(), []
+    model.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape[2:])))
+    evaluate(pairs, tmp_path, model=model)
+    assert sides[-4:] == [(24, 40), (24, 40), (33, 17), (16, 16)]  # the first one twice
 
 
 def test_memory_that_cannot_be_told(pairs, tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ import numpy as np
 from autohdr.data.pairs import ALL_DIFFERENT, Pair, pictures, shared_photos, write_pairs
 from autohdr.errors import UserError
 
+FEW = 5
+"""Of fewer pairs a mean's confidence interval says next to nothing."""
 _PARTS = ("test.jsonl", "train.jsonl", "val.jsonl", "fold_*/train.jsonl", "fold_*/val.jsonl")
 
 
@@ -85,7 +87,11 @@ def write_splits(
     else:
         held_out, rest = _hold_out(pairs, test, same)
         parts = {"test": held_out}
-        for number, (train, val) in enumerate(k_folds(rest, folds, seed, same)):
+        try:
+            divided = k_folds(rest, folds, seed, same)
+        except UserError as error:
+            raise UserError(f"{error}; --test {test} holds out {len(held_out)} of the {len(pairs)} pairs") from None
+        for number, (train, val) in enumerate(divided):
             parts |= {f"fold_{number}/train": train, f"fold_{number}/val": val}
     files = {Path(out_dir, f"{name}.jsonl"): part for name, part in parts.items() if part}
     sources = {pair.file.resolve() for pair in pairs if pair.file}

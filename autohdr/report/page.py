@@ -30,6 +30,7 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
         text={
             "title": f"{model} against auto-tone" if model else "Auto-tone against the unedited source",
             "setting": tables.setting(results),
+            "origin": tables.origin(results),
             "verdict": tables.verdict(results),
             "caution": tables.caution(results),
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",

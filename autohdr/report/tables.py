@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
@@ -19,7 +20,8 @@ def format_table(results: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     costs = [f"{name + ':':<23} {value}" for name, value in model_costs(results).items()]
-    return "\n".join([setting(results), "", *lines, "", *filter(None, [caution(results)]), *costs]).rstrip()
+    said = filter(None, [verdict(results), caution(results)])
+    return "\n".join([setting(results), origin(results), "", *lines, "", *said, *costs]).rstrip()
 
 
 def summary_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -67,14 +69,26 @@ def setting(results: dict[str, Any]) -> str:
     return f"{count} pair{'s' * (count > 1)}, {resolution}, {settings['precision']}, {hardware}; {interval}"
 
 
+def origin(results: dict[str, Any]) -> str:
+    """Which weights and pairs were measured, and when."""
+    settings = results["settings"]
+    files = {"checkpoint": [settings["checkpoint"]] if settings["checkpoint"] else [], "pairs": settings["pairs"]}
+    date = datetime.fromisoformat(results["date"]).strftime("%Y-%m-%d %H:%M")
+    return "; ".join([*(f"{what} {', '.join(names)}" for what, names in files.items() if names), f"measured {date}"])
+
+
 def verdict(results: dict[str, Any]) -> str:
-    """Whether the model is better than auto-tone; nothing where there is no model."""
-    if MINUS + "auto_tone" not in results["summary"]:
-        return ""
-    mean, half = results["summary"][MINUS + "auto_tone"]["psnr"]
-    if not abs(mean) > half:  # also where the interval is unknown
-        return f"PSNR against auto-tone: {mean:+.2f} dB. These pairs cannot tell it from no difference."
-    return f"{'Better' if mean > 0 else 'Worse'} than auto-tone by {abs(mean):.2f} ± {half:.2f} dB PSNR."
+    """By which metrics the model is better than auto-tone, by which worse, and which cannot tell; nothing without a model."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "these pairs cannot tell": []}
+    for metric, (mean, half) in results["summary"].get(MINUS + "auto_tone", {}).items():
+        title, digits = COLUMNS[metric]
+        (name, *unit), rises = title[:-1].split(), title[-1] == "↑"
+        tells = abs(mean) > half  # not where the interval is unknown
+        which = ("better" if (mean > 0) == rises else "worse") if tells else "these pairs cannot tell"
+        interval = f" ± {half:.{digits}f}" if math.isfinite(half) else ""
+        found[which].append(" ".join([name, f"{mean:+.{digits}f}{interval}", *unit]))
+    said = "; ".join(f"{which}: {', '.join(figures)}" for which, figures in found.items() if figures)
+    return said and f"Against auto-tone, {said}."
 
 
 def caution(results: dict[str, Any]) -> str:

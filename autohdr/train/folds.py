@@ -103,7 +103,9 @@ def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str],
     trained = sum(results["model"]["trained_pairs"] for results in measured)
     return {
         "environment": measured[0]["environment"],  # the same process measured all of them, with the same settings
-        "settings": measured[0]["settings"],
+        "date": measured[-1]["date"],
+        "settings": measured[0]["settings"]
+        | {"checkpoint": None, "pairs": [p for m in measured for p in m["settings"]["pairs"]]},
         "model": measured[0]["model"] | summarise_costs(images) | {"trained_pairs": trained},
         "folds": len(measured),
         "summary": summarise([image["figures"] for image in images], others),

@@ -119,6 +119,11 @@ def test_impossible_folds_are_refused(k):
         k_folds(distinct(3), k)
 
 
+def test_folds_that_too_few_pairs_are_left_for_name_what_is_held_out(tmp_path):
+    with pytest.raises(UserError, match="from 2 folds to 3, .*got 4; --test 5 holds out 5 of the 8 pairs"):
+        write_splits(distinct(8), tmp_path, folds=4)
+
+
 def test_pairs_that_are_all_linked_are_refused():
     with pytest.raises(UserError, match="share no photo"):
         split_pairs(pairs_of([(f"s{i}", "t") for i in range(9)]), test=0)
