@@ -155,11 +155,16 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
     return replace(TrainConfig(out=Path("runs") / file.stem), **(values | (overrides or {})))
 
 
-def dump_config(config: TrainConfig, header: str = "") -> str:
-    """The TOML text that load_config reads back to the same config, from any folder; `header` becomes comments."""
+def dump_config(config: TrainConfig, header: str = "", *, inside: bool = False) -> str:
+    """The TOML text that load_config reads back to the same config, from any folder; `header` becomes comments.
+
+    inside: the text is for a file in config.out. There `out` is ".": a run is its folder, wherever that is moved or copied to.
+    """
     lines = [f"# {line}" for line in header.splitlines()]
     for item in fields(config):
         value = getattr(config, item.name)
+        if item.name == "out" and inside:
+            value = "."
         if value is not None:
             lines.append(f"{item.name} = {_toml(value.resolve() if isinstance(value, Path) else value)}")
     return "\n".join(lines) + "\n"

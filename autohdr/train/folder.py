@@ -43,10 +43,7 @@ class RunFolder:
         self.out.mkdir(parents=True, exist_ok=True)
         for part in leftovers(self.out):
             part.unlink()
-        header = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        header += f"{platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
-        with replacing(self.out / "config.toml") as part:
-            part.write_text(dump_config(self._config, header), encoding="utf-8")
+        self._write_config(self._made_by())
         (self.out / "samples").mkdir(exist_ok=True)
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
@@ -66,12 +63,26 @@ class RunFolder:
             trained_on = metadata.get("trained_on", [])
         return state, trained_on
 
-    def rewind(self, step: int) -> None:
-        """Drop what came after so many steps from the log, and half-written files. Raises UserError as record.rewind does."""
+    def go_on(self, step: int) -> None:
+        """Drop what came after so many steps from the log, and half-written files, and write the settings that the run goes on
+        with into config.toml. Raises UserError as record.rewind does."""
         self._saved_step = step
         self._ranks.first(record.rewind, self.out / "log.jsonl", step)
-        for part in leftovers(self.out) if self._writes else ():
+        if not self._writes:
+            return
+        for part in leftovers(self.out):
             part.unlink()
+        lines = (self.out / "config.toml").read_text(encoding="utf-8").splitlines()
+        made_by = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+        self._write_config("\n".join([*made_by, f"from step {step} on: {self._made_by()}"]))
+
+    def _write_config(self, header: str) -> None:
+        with replacing(self.out / "config.toml") as part:
+            part.write_text(dump_config(self._config, header, inside=True), encoding="utf-8")
+
+    def _made_by(self) -> str:
+        versions = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}"
+        return f"{versions}, {platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
 
     def open_tensorboard(self, step: int) -> None:
         """Log to tensorboard/ too, if the configuration says so. What was logged there after `step` steps is dropped."""

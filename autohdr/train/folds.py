@@ -53,9 +53,7 @@ def cross_validate(
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
     parts = config.out / "pairs"
-    if parts.is_dir():
-        _check_parts(parts, folds, pairs)
-    else:
+    if not parts.is_dir() or _moved(parts, folds, pairs):
         _divide(config, folds, pairs, parts)
 
     measured = []
@@ -75,14 +73,21 @@ def cross_validate(
 
 
 def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path) -> None:
-    """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it."""
+    """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it.
+
+    Lists that are there already are written anew where the photos lie now. Raises UserError where they are of other pairs.
+    """
     assert config.train_pairs
     _refuse_seen(config.init_weights, pairs)
     found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
+    if parts.is_dir() and _names(parts) != _names(new):
+        shutil.rmtree(new)
+        raise UserError(f"--resume: train_pairs: the cross-validation in {parts.parent} was begun with other pairs")
     with replacing(parts.with_name(MARK)) as mark:
-        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
+        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}", inside=True), encoding="utf-8")
+    shutil.rmtree(parts, ignore_errors=True)
     os.replace(new, parts)  # the lists' paths are relative: both folders have the same parent
 
 
@@ -124,13 +129,18 @@ def _photos(pair: Pair) -> tuple[str, str]:
     return str(src), str(tar)
 
 
-def _check_parts(parts: Path, folds: int, pairs: Sequence[Pair]) -> None:
-    """Raise UserError unless the lists in `parts` are of so many folds and of these pairs."""
+def _names(parts: Path) -> dict[Path, list[tuple[str, str]]]:
+    """The names of each list's photos, without folders."""
+    lists = parts.glob("fold_*/*.jsonl")
+    return {file.relative_to(parts): [(pair.src.name, pair.tar.name) for pair in read_pairs(file)] for file in lists}
+
+
+def _moved(parts: Path, folds: int, pairs: Sequence[Pair]) -> bool:
+    """Whether the lists in `parts` name other files than these pairs do. Raises UserError unless they are of so many folds."""
     lists = sorted(parts.glob("fold_*/val.jsonl"))
     if len(lists) != folds:
         raise UserError(f"--resume: folds: the cross-validation in {parts.parent} has {len(lists)}, got {folds}")
-    if sorted(_photos(pair) for file in lists for pair in read_pairs(file)) != sorted(map(_photos, pairs)):
-        raise UserError(f"--resume: train_pairs: the cross-validation in {parts.parent} was begun with other pairs")
+    return sorted(_photos(pair) for file in lists for pair in read_pairs(file)) != sorted(map(_photos, pairs))
 
 
 def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:

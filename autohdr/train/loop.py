@@ -65,9 +65,10 @@ class Loop:
         self._run, self._config, self._ranks, self._learner = run, run.config, run.ranks, run.learner
         self._folder = RunFolder(run.config, run.ranks)
         self._progress = Progress(run.batches.steps_per_epoch)
-        pairs = run.batches.dataset.pairs
-        self._identity = identity(pairs, run.batches.step_pairs)
-        self._trained_on = run.learner.trained_on.union(self._ranks.first(photo_digests, pairs).values())
+        pairs, others = run.batches.dataset.pairs, run.validation.dataset.pairs
+        digests = self._ranks.first(photo_digests, [*pairs, *others])
+        self._identity = identity(pairs, others, digests, run.batches.step_pairs)
+        self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._seconds = self._waited = 0.0  # that the steps of the epochs finished here took, and that they waited for data
 
@@ -80,12 +81,12 @@ class Loop:
     def resume(self) -> None:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
         state, trained_on = self._folder.read()
-        check_state(state, self._identity, self._config, self._ranks.count)
+        self._ranks.first(check_state, state, self._identity, self._config, self._ranks.count)
         self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
         self._progress.load_state_dict(state)
         self._learner.load_state_dict(state, self._progress.step)
         restore_rng(state["rng"])
-        self._folder.rewind(self._progress.step)
+        self._folder.go_on(self._progress.step)
 
     def train(self) -> RunSummary:
         """Train to the end of the last epoch, or until a signal comes."""

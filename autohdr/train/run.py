@@ -42,7 +42,7 @@ class Run:
 
 def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
     """Check settings, folder and pairs, and build the parts of a run as at its start. Raises UserError as these do."""
-    check_config(config)
+    check_config(config, resume)
     ranks = join(pick_device(config.device), config.rank_timeout)
     resumes = ranks.first(check_folder, config, resume)
     train_pairs, val_pairs = ranks.first(checked_pairs, config)

@@ -16,6 +16,7 @@ from PIL import Image
 from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same  # noqa: F401  blank_curve is a fixture
 from torch.utils.data._utils import signal_handling
 
+from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
@@ -119,6 +120,58 @@ def test_resume_with_other_workers_is_bitwise(make_config, monkeypatch):
         train(make_config("parts"))
     train(make_config("parts", workers=1), resume=True)
     assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
+def test_a_run_is_its_folder(make_config, pair_files, tmp_path, monkeypatch):
+    """Copied with its pairs to another disk, it goes on there; the original stays as it was, and may go."""
+    first = train(make_config("first", epochs=1)).out / "checkpoint_last.safetensors"
+    settings = {"init_weights": first, "epochs": 2}
+    train(make_config("whole", **settings))
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 2)
+        train(make_config("parts", **settings))
+    first.unlink()
+    disk, original = tmp_path / "disk", make_config("parts").out
+    for name, folder in (("copy", original), ("train", pair_files[0].parent), ("val", pair_files[1].parent)):
+        shutil.copytree(folder, disk / name)
+    before = {file: file.read_bytes() for file in original.iterdir() if file.is_file()}
+    paths = ("--train-pairs", disk / "train" / "pairs.jsonl", "--val-pairs", disk / "val" / "pairs.jsonl")
+    call = ("train", disk / "copy" / "config.toml", "--resume")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 4)
+        assert main([*map(str, (*call, *paths))]) == 130
+    assert {file: file.read_bytes() for file in original.iterdir() if file.is_file()} == before
+    assert main([*map(str, call)]) == 0  # config.toml has the new paths
+    assert same(outcome(make_config("whole").out), outcome(disk / "copy"))
+    header = (disk / "copy" / "config.toml").read_text().splitlines()[:3]
+    assert [line.split(":")[0] for line in header[1:]] == ["# from step 2 on", "# from step 4 on"]
+
+
+@pytest.mark.parametrize(("which", "message"), [(0, None), (1, "--resume: val_pairs: .* are not the photos that .* were")])
+def test_a_list_is_its_photos(make_config, pair_files, tmp_path, which, message):
+    """Under other names they are the same pairs. One that was replaced may be trained on, with a warning, not validated on."""
+    folder = shutil.copytree(pair_files[which].parent, tmp_path / "pairs")
+    key = ("train_pairs", "val_pairs")[which]
+    config = make_config(epochs=1, **{key: folder / "pairs.jsonl"})
+    train(config)
+    (folder / "1_src.png").rename(folder / "renamed.png")
+    (folder / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().replace("1_src.png", "renamed.png"))
+    train(config, resume=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "0_src.png")
+    with pytest.raises(UserError, match=message) if message else pytest.warns(UserWarning, match="replaced.*: 0_src.png"):
+        train(config, resume=True)
+
+
+def test_a_run_of_an_older_version_goes_on(make_config):
+    """Its config.toml lacks a setting that this version has."""
+    config = make_config(epochs=1)
+    train(config)
+    text = (config.out / "config.toml").read_text()
+    (config.out / "config.toml").write_text(text.replace("spike_window = 50\n", ""))
+    assert train(config, resume=True).epochs == 1
+    (config.out / "config.toml").write_text(text.replace("spike_window = 50\n", ""))
+    with pytest.raises(UserError, match="spike_window: the run in .* has 50, got 40"):
+        train(make_config(epochs=1, spike_window=40), resume=True)
 
 
 def test_resume_after_a_crash_repeats_what_was_not_saved(make_config, monkeypatch):
