@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -61,9 +61,16 @@ class Batches:
         self._config, self._ranks = config, ranks
         self._loader = Loader(self.dataset, config, ranks.device, persistent=True)
 
-    def groups(self, epoch: int) -> list[Group]:
-        """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone."""
-        order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self.dataset)).tolist()
+    def groups(self, epoch: int, left_out: Sequence[int] = ()) -> list[Group]:
+        """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone.
+
+        left_out: pairs whose places others take, drawn at random.
+        """
+        rng = np.random.default_rng([self._config.seed, epoch])
+        order = rng.permutation(len(self.dataset)).tolist()
+        if left_out:
+            others = sorted(set(order) - set(left_out))
+            order = [int(rng.choice(others)) if index in left_out else index for index in order]
         size, count = self._config.batch_size * self._ranks.count, self._config.accumulate
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batches[i : i + count] for i in range(0, len(batches), count)]

@@ -78,12 +78,11 @@ class TrainConfig:
 
     spike_factor: float = 5.0
     """A loss is a spike if it is above spike_factor times the median of the last good losses, and more than 10 robust standard
-    deviations above that median. After a spike the weights go back to the last state kept; the run goes on with the next
-    batch. 0: no loss is a spike."""
+    deviations above that median. Its step is left out. 0: no loss is a spike."""
     spike_window: int = 50
     """The median is taken over so many good losses. Before half of them are there, no loss is a spike."""
     snapshot_every: int = 10
-    """Steps between two copies, in memory, of the state that a spike goes back to."""
+    """Steps between two copies, in memory, of the state that two bad steps in a row go back to."""
     max_bad_steps: int = 5
     """The run stops after so many bad steps in a row: spikes, and losses or gradients that are not finite."""
 

@@ -1,5 +1,6 @@
 """The run folder: its configuration, logs, states and weights. The first process alone writes there."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from autohdr.files import leftovers, replacing
 from autohdr.models import read_metadata, save_weights
 from autohdr.models.network import Network
 from autohdr.train import record
-from autohdr.train.checkpoint import Background, load_newest, save_state
+from autohdr.train.checkpoint import Background, load_newest, previous, save_state
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.distributed import Ranks
 
@@ -109,6 +110,13 @@ class RunFolder:
     def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
         self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
+
+    def set_aside(self) -> bool:
+        """Take the newest state out of the way of the one before it; False where there is none before it."""
+        found = previous(self.out / _STATE).is_file()
+        if self._writes and found:
+            os.replace(self.out / _STATE, self.out / f"{_STATE}.damaged")
+        return found
 
     def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a state in the background, and then the weights in it: the average where there is one. state: a copy."""
