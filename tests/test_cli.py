@@ -186,6 +186,17 @@ def test_train_eval_enhance(photos, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("given", "resume"), [((), False), (("--resume",), True), (("--resume", "auto"), "auto"), (("--resume", "--lr", 3), True)]
+)
+def test_train_resume(monkeypatch, given, resume):
+    from autohdr.train import loop
+
+    seen = []
+    monkeypatch.setattr(loop, "train", lambda config, resume: seen.append(resume) or loop.RunSummary(config.out, 0, {}, 15))
+    assert run("train", "demo", *given) == 143 and seen == [resume]
+
+
 def test_train_interrupted(photos, capsys, monkeypatch, number, status):
     from autohdr.train import loop
 
@@ -330,6 +341,7 @@ def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
         (("train", "demo", "--resize", "stretch"), "squash"),
         (("train", "demo", "--model-args", "[1]"), "expected a JSON object"),
         (("train", "demo", "--model-args", "{dim"), "expected a JSON object"),
+        (("train", "demo", "--resume", "run"), "expected --resume or --resume auto, got run"),
         (("data", "split", "pairs.jsonl"), "--out"),
         (("data", "synth"), "--out"),
         (("data", "degrade", "finals"), "--out"),

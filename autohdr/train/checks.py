@@ -13,16 +13,18 @@ from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, share
 from autohdr.errors import UserError
 from autohdr.files import leftovers
 from autohdr.measure import check_workers
-from autohdr.train.config import LOSSES, TrainConfig, dump_config
+from autohdr.train import lock
+from autohdr.train.config import LOSSES, Resume, TrainConfig, dump_config
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
+_FREE_TO_CHANGE |= {"save_minutes"}
 _FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
 """Settings that may be others when a run is resumed: they change its weights by rounding at most. How many pairs a step takes,
 batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
 
 
-def check_config(config: TrainConfig, resume: bool = False) -> None:
+def check_config(config: TrainConfig, resume: Resume = False) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist.
 
     resume: init_weights need not exist: a run that goes on from a state does not read them.
@@ -30,7 +32,7 @@ def check_config(config: TrainConfig, resume: bool = False) -> None:
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
     at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
-    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "samples"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -80,11 +82,11 @@ def _check_losses(config: TrainConfig) -> None:
 
 def check_unused(out: Path, what: str) -> None:
     """Raise UserError unless the folder `out` is absent or empty. What a killed start left half written does not count."""
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(leftovers(out))):
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - {out / lock.NAME, *leftovers(out)}):
         raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its {what}")
 
 
-def check_folder(config: TrainConfig, resume: bool) -> bool:
+def check_folder(config: TrainConfig, resume: Resume) -> bool:
     """Whether the run goes on from a state in config.out. If not it is new, or was killed before it had written a state.
 
     Raises UserError unless the folder is free for a new run, or, for `resume`, holds one with the same settings.
@@ -92,7 +94,7 @@ def check_folder(config: TrainConfig, resume: bool) -> bool:
     out = config.out
     assert out  # check_config refuses None
     saved = out / "config.toml"
-    if not resume:
+    if not resume or resume == "auto" and not saved.is_file():
         check_unused(out, "run")
         return False
     if not saved.is_file():

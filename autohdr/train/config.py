@@ -11,6 +11,9 @@ from autohdr.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "configs"
 
+Resume = bool | Literal["auto"]
+"""Whether to go on with the run in the run folder. auto: if there is one; else it starts."""
+
 LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
 """The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
@@ -109,8 +112,10 @@ class TrainConfig:
     """Seed of the first weights, the order of the pairs and their augmentation; 0 to 2**64 - 1."""
     log_every: int = 10
     """Optimiser steps between two step lines in log.jsonl."""
+    save_minutes: float = 10
+    """Minutes between two saves within an epoch; 0: not by the clock. Each epoch's end is saved too."""
     save_every: int = 0
-    """Optimiser steps between two saves within an epoch; 0: save only at the end of each epoch."""
+    """Optimiser steps between two saves within an epoch; 0: not by steps."""
     keep: int = 2
     """Training states kept on disk: the newest, and older ones in case it is damaged."""
     best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"

@@ -4,7 +4,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ _STATE = "checkpoint_last.state.pt"
 
 
 class RunFolder:
-    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written."""
+    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written.
+
+    What cannot be written, on a full disk for instance, is kept, and written with what comes next; failure() tells.
+    """
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
         assert config.out  # check_config refuses None
@@ -34,6 +38,9 @@ class RunFolder:
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0
         self._background = Background()
+        self._unwritten: dict[str, Callable[[], None]] = {}
+        self._lines: list[dict[str, Any]] = []
+        self._failure: OSError | None = None
         self._saved_step = -1
         self._tensorboard: Any = None
 
@@ -95,21 +102,25 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl."""
         if self._writes:
-            record.append_line(self.out / "log.jsonl", entry)
+            self._lines.append(entry)
+            with self._noting_failures():
+                record.append_lines(self.out / "log.jsonl", self._lines)
+                self._lines.clear()
             if self._tensorboard:
                 record.write_scalars(self._tensorboard, entry)
 
     def show(self, history: list[dict[str, Any]], triptychs: list[record.Triptych]) -> None:
         """Write log.csv and curve.png of all epochs, and the last one's samples."""
-        if self._writes:
-            record.write_csv(self.out / "log.csv", history)
-            record.draw_curve(self.out / "curve.png", history)
-            if triptychs:
-                record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
+        with self._noting_failures():
+            if self._writes:
+                record.write_csv(self.out / "log.csv", history)
+                record.draw_curve(self.out / "curve.png", history)
+                if triptychs:
+                    record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
 
     def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
-        self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
+        self._write("best", partial(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights))
 
     def set_aside(self) -> bool:
         """Take the newest state out of the way of the one before it; False where there is none before it."""
@@ -128,17 +139,48 @@ class RunFolder:
             save_state(self.out / _STATE, state, keep)
             save_weights(self.out / "checkpoint_last.safetensors", model, metadata, (state["ema"] or state)["model"])
 
-        self._write(write)
+        self._write("last", write)
 
-    def _write(self, function: Callable[..., None], *args: Any) -> None:
+    def _write(self, what: str, job: Callable[[], None]) -> None:
         if self._writes:
-            self._background(function, *args)
+            self._background.wait()
+            self._unwritten[what] = job
+            self._background(self._write_all)
+
+    def _write_all(self) -> None:
+        for what, job in list(self._unwritten.items()):
+            with self._noting_failures():
+                job()
+                del self._unwritten[what]
+
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failure = self._failure or error
+
+    def failure(self) -> OSError | None:
+        """Why something could not be written since the last call: the first reason."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def wait(self) -> None:
-        """Wait until everything is written, all processes together: an exchange of gradients waits rank_timeout seconds only."""
+        """Wait until everything is written or has failed, all processes together: an exchange of gradients waits rank_timeout
+        seconds only."""
         if self._writes:
             self._background.wait()
         self._ranks.gather(None)
+
+    def finish(self) -> None:
+        """Wait, and try once more to write what failed. Raises OSError where that fails too."""
+        self.wait()
+        self._failure = None
+        self._write_all()
+        if self._lines:
+            record.append_lines(self.out / "log.jsonl", self._lines)
+        if failure := self.failure():
+            raise failure
 
     def close(self) -> None:
         """Wait for this process's own writing; for use after a failure too."""

@@ -19,14 +19,15 @@ from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
 from autohdr.train.checks import check_config, check_unused
-from autohdr.train.config import TrainConfig, dump_config
+from autohdr.train.config import Resume, TrainConfig, dump_config
+from autohdr.train.lock import Lock
 from autohdr.train.loop import train
 
 REPORT, MARK = "cross_validation.json", "config.toml"
 
 
 def cross_validate(
-    config: TrainConfig, folds: int, *, resume: bool = False, baseline: Path | None = None
+    config: TrainConfig, folds: int, *, resume: Resume = False, baseline: Path | None = None
 ) -> dict[str, Any] | int:
     """Train on all parts of config.train_pairs but one, measure on that one, and so for each of the `folds` parts.
 
@@ -37,7 +38,8 @@ def cross_validate(
     cross-validation", 2004).
 
     The model is compared pair by pair with the unedited source, with auto-tone and, if given, with `baseline`, the folder of
-    another cross-validation of the same pairs. resume: go on with the folds in config.out, with the same arguments.
+    another cross-validation of the same pairs. resume: go on with the folds in config.out, with the same arguments; "auto": if
+    there are any.
 
     Writes cross_validation.json, which is evaluate's results of all pairs with each image's fold, and their table as
     cross_validation.txt. Prints the table and returns the results, or the number of the signal (Ctrl-C, SIGTERM) that stopped a
@@ -52,6 +54,18 @@ def cross_validate(
     _check_folder(config.out, resume)
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
+    lock = Lock(config.out)
+    lock.take()
+    try:
+        return _all_folds(config, folds, pairs, earlier)
+    finally:
+        lock.release()
+
+
+def _all_folds(
+    config: TrainConfig, folds: int, pairs: Sequence[Pair], earlier: dict[tuple[str, str], dict[str, float]] | None
+) -> dict[str, Any] | int:
+    assert config.out
     parts = config.out / "pairs"
     if not parts.is_dir() or _moved(parts, folds, pairs):
         _divide(config, folds, pairs, parts)
@@ -116,12 +130,13 @@ def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str],
     }
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def _check_folder(out: Path, resume: Resume) -> None:
     """Raise UserError unless `out` is free for a new cross-validation, or for `resume` holds one."""
-    if resume and not (out / MARK).is_file():
+    if resume and (out / MARK).is_file():
+        return
+    if resume is True:
         raise UserError(f"--resume: nothing to resume: {out} holds no cross-validation ({MARK})")
-    if not resume:
-        check_unused(out, "folds")
+    check_unused(out, "folds")
 
 
 def _photos(pair: Pair) -> tuple[str, str]:

@@ -21,8 +21,8 @@ DEVIATIONS = 10
 """A spike is more than so many standard deviations above the median. One of them is estimated as 1.4826 times the median absolute
 deviation."""
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
-"""Signals with which a terminal or a batch system ends a run."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals with which a terminal or a batch system ends a run. Slurm's --signal=USR1@60 is its warning a minute before."""
 
 GRACE = 3600
 """A loader's worker lives on for so many seconds after a SIGTERM: the step or the validation under way still needs it."""
@@ -131,10 +131,10 @@ def not_finite(network: nn.Module) -> list[str]:
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGINT (Ctrl-C) and SIGTERM end nothing: the function that it gives returns the signal's number, else 0.
+    """Within the block the ENDING signals end nothing: the function that it gives returns the signal's number, else 0.
 
-    A second signal does what it always does, but not under torchrun: a batch system sends a signal to every process, and
-    torchrun passes its own on to them as a second one.
+    What is ignored already stays so, as SIGHUP is under nohup. A second signal does what it always does, but not under torchrun:
+    a batch system sends a signal to every process, and torchrun passes its own on to them as a second one.
     """
     seen = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
@@ -147,7 +147,8 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, before[number])
         tqdm.write("stopping after this step ...")
 
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in ENDING}
+    heeded = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield lambda: seen[0] if seen else 0
     finally:
@@ -157,7 +158,7 @@ def deferred_signals() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM: here until the block ends, and in a worker that starts within it until survive_signals.
+    """Block the ENDING signals: here until the block ends, and in a worker that starts within it until survive_signals.
 
     Between a worker's start and that call PyTorch sets handlers that would end it.
     """
@@ -169,7 +170,8 @@ def held_signals() -> Iterator[None]:
 
 
 def survive_signals(worker: int) -> None:
-    """Called in a loader's worker: ignore Ctrl-C, and end GRACE seconds after a SIGTERM. Both reach the workers too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Called in a loader's worker: end GRACE seconds after a SIGTERM, and ignore what else reaches the workers too."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -13,12 +13,16 @@ from autohdr.data.pairs import photo_digests
 from autohdr.train.batches import Group
 from autohdr.train.checkpoint import restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
-from autohdr.train.config import TrainConfig
+from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.folder import RunFolder
 from autohdr.train.guards import Fault, Return, TrainingError, deferred_signals
+from autohdr.train.lock import Lock
 from autohdr.train.progress import SPIKES, Progress
 from autohdr.train.run import Run, prepare
 from autohdr.train.step import StepResult
+
+RETRY = 60
+"""Seconds after which a save that failed is tried again."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,33 @@ class RunSummary:
     best: dict[str, float]
     """Log row of the epoch that is best by `best_metric`, the one in checkpoint_best; {} before the first."""
     interrupted: int
-    """The signal that stopped the run before its last epoch's end, SIGINT (Ctrl-C) or SIGTERM; 0: none did."""
+    """The signal that stopped the run before its last epoch's end, such as SIGTERM; 0: none did."""
     lost: dict[str, int] = field(default_factory=dict)
     """{cause: steps of the whole run that changed nothing in the end}."""
     data_wait: float = field(default=0.0, compare=False)
     """Share of the steps' time that they waited for data, in the epochs that this call finished."""
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
-    """Train as `config` says. resume: go on with the run in `config.out` from its newest state.
+def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
+    """Train as `config` says. resume: go on with the run in `config.out` from its newest state; "auto": if there is one.
 
     The run folder then holds config.toml, log.jsonl, log.csv, curve.png, samples/, the weights checkpoint_best and
     checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with those before it,
     checkpoint_last.state.previous.pt and so on. Under torchrun every process calls this, and the first one alone writes.
-    SIGINT (Ctrl-C) and SIGTERM finish the step, save and return. Raises UserError for bad settings or data, before
-    anything is written, and TrainingError after `max_bad_steps` bad steps in a row.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 finish the step, save and return. A save that fails is tried again, and training
+    goes on. Raises UserError for bad settings or data, and where another process trains in the folder, before it writes anything;
+    TrainingError after `max_bad_steps` bad steps in a row; OSError where the first or the last save fails.
     """
     run = prepare(config, resume=resume)
-    loop = Loop(run)
-    loop.resume() if run.resumes else loop.start()
-    return loop.train()
+    assert config.out  # check_config refuses None
+    lock = Lock(config.out)
+    run.ranks.first(lock.take)
+    try:
+        loop = Loop(run)
+        loop.resume() if run.resumes else loop.start()
+        return loop.train()
+    finally:
+        lock.release()
 
 
 def lr_factor(step: int, total: int, warmup: int) -> float:
@@ -74,7 +85,8 @@ class Loop:
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
-        self._due = False  # a save has been put off, as the last step was bad
+        self._due = False  # a save is due after the next good step
+        self._save_at = math.inf  # by the clock, on the first process
         self._suspects: Group = []  # the pairs of the last step, if it was a spike
         self._resumed = False  # from a state that no loss has found good since
         self._seconds = self._waited = 0.0  # that the steps of the epochs finished here took, and that they waited for data
@@ -83,7 +95,7 @@ class Loop:
         """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew."""
         self._folder.begin()
         self._save(*self._copy())
-        self._folder.wait()
+        self._folder.finish()
 
     def resume(self) -> None:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
@@ -114,7 +126,7 @@ class Loop:
                             self._finish_epoch()
                             self._heed(signalled)
                         self._save_now()
-                folder.wait()  # torchrun ends the first process, which writes, once another has ended
+                folder.finish()  # all together: torchrun ends the first process, which writes, once another has ended
             finally:
                 folder.close()
         ended = progress.epoch == config.epochs
@@ -244,6 +256,7 @@ class Loop:
 
     def _copy(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metadata and state to write, which no step changes."""
+        self._save_at = time.monotonic() + 60 * (self._config.save_minutes or math.inf)
         state = self._progress.state_dict() | self._identity | {"rng": rng_state()} | self._learner.state_dict()
         return self._metadata(), state
 
@@ -270,8 +283,12 @@ class Loop:
         return metadata | self._learner.objective.metadata() | {"trained_on": sorted(self._trained_on)}
 
     def _heed(self, signalled: Callable[[], int]) -> None:
-        """Let all processes know whether one of them has received a signal."""
-        self._stopped = int(max(self._ranks.gather_floats(signalled()))[0])
+        """Let all processes know whether one of them has received a signal, and whether the first one wants a save."""
+        if failure := self._folder.failure():
+            self._say(f"not saved: {failure}; training goes on, and tries again in {RETRY} s")
+            self._save_at = min(self._save_at, time.monotonic() + RETRY)
+        signals, wanted = zip(*self._ranks.gather_floats(signalled(), time.monotonic() >= self._save_at), strict=True)
+        self._stopped, self._due = int(max(signals)), self._due or bool(wanted[0])
 
     def _say(self, text: str) -> None:
         if self._ranks.rank == 0:

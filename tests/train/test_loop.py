@@ -4,11 +4,13 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -20,9 +22,10 @@ from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
+from autohdr.train import loop
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
-from autohdr.train.guards import TrainingError
+from autohdr.train.guards import ENDING, TrainingError, deferred_signals
 from autohdr.train.loop import Loop, lr_factor, train
 from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective
@@ -433,6 +436,24 @@ def test_saves_within_an_epoch(make_config, monkeypatch):
     assert same(outcome(make_config("whole").out), outcome(out))
 
 
+def test_saves_by_the_clock(make_config, monkeypatch):
+    """A minute passes in each step, and a save is due after two. A crash in step 6 of 6 costs what came after step 4."""
+    clock = [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def tick(make, learner, number):
+        clock[0] += 60
+        if number == 6:
+            raise MemoryError
+        return make()
+
+    patch_steps(monkeypatch, tick)
+    with pytest.raises(MemoryError):
+        train(make_config(batch_size=1, save_minutes=2, epochs=1))
+    out = make_config().out
+    assert [load_state(file)["step"] for file in (out / STATE, previous(out / STATE))] == [4, 2]
+
+
 @pytest.mark.parametrize(("metric", "best"), [("val_psnr", max), ("val_ssim", max), ("val_l1", min)])
 def test_best_by_a_metric(make_config, monkeypatch, metric, best):
     values = (0.3, 20.0, 0.8), (0.1, 22.0, 0.7), (0.2, 21.0, 0.9)
@@ -472,7 +493,7 @@ def test_says_how_long_it_waited_for_data(make_config, monkeypatch, capsys):
     assert "33.3% of the time of training was spent waiting for data" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, status):
     """Sent to the run's whole process group, loader's workers and all, as a terminal and a batch system do."""
     config = make_config(epochs=20, workers=1, log_every=1)
@@ -539,6 +560,93 @@ def test_a_failure_ends_the_workers(make_config, monkeypatch):
             patch.setattr(owner, method, crash)
             train(make_config(name, workers=1, epochs=1))
         assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_that_ends_a_run_saves_first(make_config, monkeypatch, number):
+    def send(make, learner, step):
+        if step == 2:
+            signal.raise_signal(number)
+        return make()
+
+    patch_steps(monkeypatch, send)
+    summary = train(make_config())
+    assert summary.interrupted == number and load_state(summary.out / STATE)["step"] == 2
+
+
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferred_signals() as signalled:
+            signal.raise_signal(signal.SIGHUP)
+            assert signalled() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
+def full_disk(size):
+    """No file that this process writes can be larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_costs_no_training(make_config, monkeypatch, capsys):
+    """It is full from step 2 to step 4 of 6, when epoch 1 ends: the run goes on, says so, and has saved all in the end."""
+    train(make_config("whole", log_every=1))
+    monkeypatch.setattr(loop, "RETRY", 0)
+    disk = ExitStack()
+
+    def fill(make, learner, number):
+        if number == 2:
+            disk.enter_context(full_disk(60))
+        if number == 5:
+            disk.close()
+        return make()
+
+    with disk:
+        patch_steps(monkeypatch, fill)
+        parts = train(make_config("parts", log_every=1, cache_gb=0)).out
+    said = capsys.readouterr().out
+    assert re.search(r"not saved: \[Errno 27\] File too large: '.*'; training goes on, and tries again in 0 s", said)
+    assert same(outcome(make_config("whole").out), outcome(parts))
+    assert load_state(previous(parts / STATE))["step"] > 3
+    for file in ("log.csv", "log.jsonl"):
+        assert len((parts / file).read_text().splitlines()) == len((make_config("whole").out / file).read_text().splitlines())
+    assert load_checkpoint(parts / "checkpoint_best.safetensors").metadata["step"] == 6
+
+
+def test_a_disk_that_stays_full_ends_in_an_error(make_config, monkeypatch):
+    """The last state is not on disk: that is no success. The one before it is whole, and resuming repeats the rest."""
+    disk = ExitStack()
+
+    def fill(make, learner, number):
+        if number == 4:
+            disk.enter_context(full_disk(1000))
+        return make()
+
+    with disk, monkeypatch.context() as patch, pytest.raises(OSError, match="File too large: .*checkpoint_last.state.pt"):
+        patch_steps(patch, fill)
+        train(make_config("parts"))
+    assert load_state(make_config("parts").out / STATE)["step"] == 3
+    assert not list(make_config("parts").out.glob(".*"))
+    train(make_config("parts"), resume=True)
+    train(make_config("whole"))
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
+def test_auto_starts_or_goes_on(make_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 2)
+        assert train(make_config("parts"), resume="auto").interrupted
+    assert train(make_config("parts"), resume="auto").epochs == 2
+    train(make_config("whole"))
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
 
 
 def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):

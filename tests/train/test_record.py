@@ -35,7 +35,7 @@ def test_csv(tmp_path):
 def test_rewind_drops_later_and_broken_lines(tmp_path):
     log = tmp_path / "log.jsonl"
     for step in (1, 2, 3):
-        record.append_line(log, {"step": step})
+        record.append_lines(log, [{"step": step}])
     with open(log, "a") as file:
         file.write('{"step": 2')
     record.rewind(log, 2)
