@@ -17,11 +17,11 @@ from autohdr.train import lock
 from autohdr.train.config import LOSSES, Resume, TrainConfig, dump_config
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
-_FREE_TO_CHANGE |= {"save_minutes"}
+_FREE_TO_CHANGE |= {"save_minutes", "epochs"}
 _FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
-"""Settings that may be others when a run is resumed: they change its weights by rounding at most. How many pairs a step takes,
-batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
+"""Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
+step takes, batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
 
 
 def check_config(config: TrainConfig, resume: Resume = False) -> None:
@@ -46,8 +46,6 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
     _check_losses(config)
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -163,6 +161,9 @@ def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig,
             f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
             f"got {config.batch_size} x {config.accumulate} x {processes}"
         )
+    begun = state["epoch"] + (state["epoch_steps"] > 0)
+    if config.epochs < begun:
+        raise UserError(f"--resume: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
     for key in ("train_pairs", "val_pairs"):
         file, before, after = getattr(config, key), state[key], now[key]
         expected = f"--resume: {key}: expected the pairs that the run began with, in their order"

@@ -62,7 +62,7 @@ class TrainConfig:
     """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
     epochs: int = 100
-    """Passes over the training pairs."""
+    """Passes over the training pairs. A run that is resumed may take more: the cosine is then that of the new number."""
     batch_size: int = 2
     """Pairs in one forward pass of one process."""
     accumulate: int = 1
@@ -70,7 +70,7 @@ class TrainConfig:
     lr: float = 1e-4
     """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
     warmup_epochs: float = 0
-    """Epochs in which the learning rate climbs linearly."""
+    """Epochs in which the learning rate climbs linearly; half of the run at most."""
     weight_decay: float = 0.02
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from autohdr.data.pairs import photo_digests
+from autohdr.data.pairs import Replaced, photo_digests
 from autohdr.train.batches import Group
 from autohdr.train.checkpoint import restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
@@ -80,6 +80,7 @@ class Loop:
         self._folder = RunFolder(run.config, run.ranks)
         self._progress = Progress(run.batches.steps_per_epoch)
         pairs, others = run.batches.dataset.pairs, run.validation.dataset.pairs
+        self._replaced = Replaced(pairs)
         digests = self._ranks.first(photo_digests, [*pairs, *others])
         self._identity = identity(pairs, others, digests, run.batches.step_pairs)
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
@@ -146,7 +147,7 @@ class Loop:
         config, progress, run, mark = self._config, self._progress, self._run, time.perf_counter()
         groups = run.batches.groups(progress.epoch, progress.left_out)[progress.epoch_steps :]
         batches = run.batches.read(groups, progress.epoch)
-        warmup = round(config.warmup_epochs * progress.steps_per_epoch)
+        warmup = min(round(config.warmup_epochs * progress.steps_per_epoch), run.steps // 2)
         self._learner.model.train()
         for group in groups:
             lr = config.lr * lr_factor(progress.step, run.steps, warmup)
@@ -158,8 +159,7 @@ class Loop:
             bar.set_postfix_str(shown, refresh=False)
             if not result.fault and progress.step % config.log_every == 0:
                 entry = {"kind": "step", "step": progress.step, "epoch": progress.epoch + 1} | result.losses | {"lr": lr}
-                entry["grad_norm"] = result.norm if math.isfinite(result.norm) else None  # None: it overflowed in float16
-                self._folder.log(entry)
+                self._folder.log(entry | {"grad_norm": result.norm})
             progress.epoch_wait += result.waited
             progress.epoch_seconds += time.perf_counter() - mark
             mark = time.perf_counter()
@@ -278,6 +278,8 @@ class Loop:
     def _metadata(self) -> dict[str, Any]:
         """What the weights' files say beside the weights."""
         progress = self._progress
+        if self._ranks.rank == 0:
+            self._trained_on.update(self._replaced.digests())
         metadata = {"run": progress.run_id, "step": progress.step, "epoch": progress.epoch}
         metadata["metrics"] = progress.history[-1] if progress.history else {}
         return metadata | self._learner.objective.metadata() | {"trained_on": sorted(self._trained_on)}

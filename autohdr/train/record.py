@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ Triptych = tuple[Tensor, Tensor, Tensor]
 
 
 def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Add JSON objects to a JSONL log, all or none: where the disk is full, OSError, and the log is as it was."""
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    """Add JSON objects to a JSONL log, all or none: where the disk is full, OSError, and the log is as it was.
+
+    A number that is not finite, which JSON lacks, becomes null.
+    """
+    lines = "".join(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n" for entry in entries).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -27,6 +31,10 @@ def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_scalars(writer: Any, entry: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from autohdr.train.loop import Loop, train
 from autohdr.train.objective import Objective
 from autohdr.train.rehearsal import rehearse
 from autohdr.train.run import prepare
+from autohdr.train.step import Step
 
 
 def entries(out, *kinds):
@@ -269,6 +270,19 @@ def test_the_limit_is_robust():
     for step in range(20):
         guard.passed(step, 1.0 + step % 2)
     assert guard.limit() == pytest.approx(1.5 + 10 * 1.4826 * 0.5)  # wide by nature: the deviations decide
+
+
+def test_a_rehearsal_measures_whole_steps(make_config, monkeypatch):
+    """Six pairs make a step of four and one of two."""
+    seen, call = [], Step.__call__
+
+    def see(self, group, *args, **others):
+        seen.append(group)
+        return call(self, group, *args, **others)
+
+    monkeypatch.setattr(Step, "__call__", see)
+    rehearse(make_config(batch_size=4))
+    assert [len(group[0]) for group in seen] == [4, 4]
 
 
 def test_a_rehearsal_says_what_is_not_finite(make_config, monkeypatch):
