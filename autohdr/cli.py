@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"autohdr {__version__}")
         return 0
     try:
-        app, options = _app(argv), {"config": (OmitArgPrefixes,), "registry": _registry()}
-        return app.cli(prog="autohdr", description=DESCRIPTION, args=argv, **options) or 0
+        verbs, options = _verbs(argv), {"config": (OmitArgPrefixes,), "registry": _registry()}
+        named = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in verbs), None)
+        if named:  # by itself: what it says of a wrong option points to its own help
+            rest = argv[len(named.split()) :]
+            return tyro.cli(verbs[named], prog=f"autohdr {named}", args=rest, **options) or 0
+        return _app(verbs).cli(prog="autohdr", description=DESCRIPTION, args=argv, **options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -446,22 +450,21 @@ def _parse_table(args: list[str]) -> dict[str, Any]:
     return value
 
 
-def _app(argv: list[str]) -> SubcommandApp:
+def _verbs(argv: list[str]) -> dict[str, Any]:
+    """{what comes after `autohdr`: the function of its options}, in the order of the help."""
+    verbs = {"doctor": doctor, "data split": split, "data audit": audit, "data synth": synth, "data degrade": degrade}
+    verbs |= {"train": _train_verb(argv), "adapt": adapt, "eval": evaluate, "enhance": enhance, "plan": plan, "demo": demo}
+    return verbs
+
+
+def _app(verbs: dict[str, Any]) -> SubcommandApp:
     app, data = SubcommandApp(), SubcommandApp()
-    data.command(split)
-    data.command(audit)
-    data.command(synth)
-    data.command(degrade)
-    app.command(doctor)
-    app.command(
-        data,
-        name="data",
-        help="Make pairs: split a list of them, find near-duplicates in some, synthesise some, or make some of finished photos.",
-    )
-    app.command(_train_verb(argv))
-    app.command(adapt)
-    app.command(name="eval")(evaluate)
-    app.command(enhance)
-    app.command(plan)
-    app.command(demo)
+    about = "Make pairs: split a list of them, find near-duplicates in some, synthesise some, or make some of finished photos."
+    for name, function in verbs.items():
+        if name.startswith("data "):
+            data.command(name=name.removeprefix("data "))(function)
+        else:
+            app.command(name=name)(function)
+        if name == "doctor":
+            app.command(data, name="data", help=about)
     return app

@@ -327,6 +327,12 @@ def test_a_folder_that_cannot_be_made(photos, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("call", [("train", "demo", "--lrr", 3), ("data", "split", "pairs.jsonl", "--out", "x", "--tset", 3)])
+def test_an_unknown_option_points_to_its_verbs_help(capsys, call):
+    verb = " ".join(call[: 1 + (call[0] == "data")])
+    assert f"autohdr {verb} --help" in usage_error(capsys, *call).partition("For full helptext, run")[2]
+
+
 def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
     assert "doctor" in usage_error(capsys)
     assert "paint" in usage_error(capsys, "paint")
