@@ -101,8 +101,12 @@ def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path)
         raise UserError(f"--resume: train_pairs: the cross-validation in {parts.parent} was begun with other pairs")
     with replacing(parts.with_name(MARK)) as mark:
         mark.write_text(dump_config(config, f"cross-validation, --folds {folds}", inside=True), encoding="utf-8")
-    shutil.rmtree(parts, ignore_errors=True)
-    os.replace(new, parts)  # the lists' paths are relative: both folders have the same parent
+    old = parts.with_name(f".{parts.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if parts.is_dir():
+        os.replace(parts, old)  # a kill here leaves no lists, and they are made again
+    os.replace(new, parts)  # the lists' paths are relative: all these folders have the same parent
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _measure(config: TrainConfig, held_out: Sequence[Pair], out: Path) -> dict[str, Any]:
