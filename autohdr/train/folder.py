@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,9 @@ from autohdr.train.checkpoint import Background, load_newest, previous, save_sta
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.distributed import Ranks
 
+CURVE_EVERY = 30
+"""Seconds between two drawings of the curve, which take longer than some epochs."""
+
 _STATE = "checkpoint_last.state.pt"
 
 
@@ -37,7 +41,9 @@ class RunFolder:
         self.out = config.out
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0
-        self._background = Background()
+        self._background, self._pictures = Background(), Background()
+        self._undrawn: list[dict[str, Any]] = []
+        self._draw_at = 0.0
         self._unwritten: dict[str, Callable[[], None]] = {}
         self._lines: list[dict[str, Any]] = []
         self._failure: OSError | None = None
@@ -110,13 +116,22 @@ class RunFolder:
                 record.write_scalars(self._tensorboard, entry)
 
     def show(self, history: list[dict[str, Any]], triptychs: list[record.Triptych]) -> None:
-        """Write log.csv and curve.png of all epochs, and the last one's samples."""
+        """Write log.csv of all epochs; in the background the last one's samples, and every CURVE_EVERY seconds curve.png."""
+        if not self._writes:
+            return
         with self._noting_failures():
-            if self._writes:
-                record.write_csv(self.out / "log.csv", history)
+            record.write_csv(self.out / "log.csv", history)
+        self._undrawn = list(history)
+        self._pictures(self._draw, triptychs, len(history))
+
+    def _draw(self, triptychs: list[record.Triptych], epoch: int) -> None:
+        with self._noting_failures():
+            if triptychs:
+                record.write_triptychs(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
+            if self._undrawn and time.monotonic() >= self._draw_at:
+                history, self._undrawn = self._undrawn, []
                 record.draw_curve(self.out / "curve.png", history)
-                if triptychs:
-                    record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
+                self._draw_at = time.monotonic() + CURVE_EVERY
 
     def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
@@ -175,7 +190,9 @@ class RunFolder:
     def finish(self) -> None:
         """Wait, and try once more to write what failed. Raises OSError where that fails too."""
         self.wait()
-        self._failure = None
+        self._pictures.wait()
+        self._failure, self._draw_at = None, 0.0
+        self._draw([], 0)
         self._write_all()
         if self._lines:
             record.append_lines(self.out / "log.jsonl", self._lines)
@@ -185,6 +202,7 @@ class RunFolder:
     def close(self) -> None:
         """Wait for this process's own writing; for use after a failure too."""
         self._background.wait()
+        self._pictures.wait()
         if self._tensorboard:
             self._tensorboard.close()
 

@@ -206,7 +206,8 @@ class Loop:
 
     def _returned(self, returned: Return, cause: str, step: int) -> None:
         """Log and print that the guard has put back a good state."""
-        self._progress.lost[f"going back after {cause}"] += returned.undone
+        if returned.undone:
+            self._progress.lost[f"going back after {cause}"] += returned.undone
         self._folder.log(
             {"kind": "rolled back", "cause": cause, "step": step, "epoch": self._progress.epoch + 1} | vars(returned)
         )

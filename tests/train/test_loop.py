@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 
@@ -22,7 +23,7 @@ from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
-from autohdr.train import loop
+from autohdr.train import loop, record
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
 from autohdr.train.guards import ENDING, TrainingError, deferred_signals
@@ -85,6 +86,17 @@ def test_run_folder(make_config):
         load_checkpoint(config.out / "checkpoint_last.safetensors").state_dict(),
         load_state(config.out / STATE)["model"],
     )
+
+
+def test_the_curve_is_drawn_beside_training_and_not_in_every_epoch(make_config, monkeypatch):
+    drawn = []
+
+    def draw(path, history):
+        drawn.append((len(history), threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(record, "draw_curve", draw)
+    train(make_config(epochs=4, batch_size=6))
+    assert drawn == [(1, False), (4, True)]  # and at the end
 
 
 def test_validation_matches_the_saved_weights(make_config, pair_files):
