@@ -16,7 +16,15 @@ from tyro.extras import SubcommandApp
 
 from autohdr import __version__
 from autohdr.errors import UserError
-from autohdr.train.config import TrainConfig, dump_config, load_config, recipes
+from autohdr.train.config import Resume, TrainConfig, dump_config, load_config, recipes
+
+_RESUME = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[auto]",
+    instance_from_str=lambda words: _resume(words),
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [] if value is False else [str(value)],
+)
 
 DESCRIPTION = """Turn unedited real-estate photos into edited, HDR-looking ones: train a model on pairs, evaluate it,
 and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohdr --version` prints the version."""
@@ -24,8 +32,8 @@ and run it over folders of photos. `autohdr VERB -h` explains each verb; `autohd
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; `argv` without the program's name. Returns the exit status: 0 done, 1 failed or part of it, 2 wrong input,
-    3 part of it skipped, 130 stopped by Ctrl-C, 143 by SIGTERM. Like every argument parser it raises SystemExit for -h and for
-    bad options.
+    3 part of it skipped, 128 and a signal's number where one stopped a run (Ctrl-C 130, SIGTERM 143). Like every argument parser
+    it raises SystemExit for -h and for bad options.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -35,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"autohdr {__version__}")
         return 0
     try:
-        app, options = _app(argv), {"config": (OmitArgPrefixes,), "registry": _registry()}
-        return app.cli(prog="autohdr", description=DESCRIPTION, args=argv, **options) or 0
+        verbs, options = _verbs(argv), {"config": (OmitArgPrefixes,), "registry": _registry()}
+        named = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in verbs), None)
+        if named:  # by itself: what it says of a wrong option points to its own help
+            rest = argv[len(named.split()) :]
+            return tyro.cli(verbs[named], prog=f"autohdr {named}", args=rest, **options) or 0
+        return _app(verbs).cli(prog="autohdr", description=DESCRIPTION, args=argv, **options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -356,7 +368,7 @@ def _train_verb(argv: list[str]) -> Any:
     def train(
         config: Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")],
         settings: TrainConfig = recipe,
-        resume: Annotated[bool, FlagCreatePairsOff] = False,
+        resume: Annotated[Resume, _RESUME] = False,
         dry_run: Annotated[bool, FlagCreatePairsOff] = False,
         print_config: Annotated[bool, FlagCreatePairsOff] = False,
         folds: int | None = None,
@@ -364,14 +376,14 @@ def _train_verb(argv: list[str]) -> Any:
     ) -> int:
         """Train a model. Every setting of the TOML file can be overridden by an option.
 
-        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C and SIGTERM finish the step
-        and save; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there. On several GPUs:
+        The run folder gets the resolved config, logs, curve.png, samples and checkpoints. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1
+        finish the step and save; `autohdr train RUN_FOLDER/config.toml --resume` goes on from there. On several GPUs:
         `torchrun --nproc-per-node 8 -m autohdr train CONFIG`.
 
         Args:
             config: TOML file, or the name of a recipe: RECIPES. It comes first, before the options.
             settings: The defaults are those of CONFIG, where it is named before -h.
-            resume: Go on with the run that is in the run folder.
+            resume: Go on with the run that is in the run folder; `--resume auto` starts it where there is none.
             dry_run: Build everything, check the data, make two steps, and tell memory and time; write nothing.
             print_config: Print the settings as TOML, and do nothing else.
             folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
@@ -389,7 +401,7 @@ def _train_verb(argv: list[str]) -> Any:
     return train
 
 
-def _train(settings: TrainConfig, resume: bool, dry_run: bool, folds: int | None, baseline: Path | None) -> int:
+def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | None, baseline: Path | None) -> int:
     """Rehearse a run, cross-validate, or train: the exit status."""
     if baseline and folds is None:
         raise UserError("--baseline: compares cross-validations: give --folds as well")
@@ -444,6 +456,12 @@ def _registry() -> ConstructorRegistry:
     return registry
 
 
+def _resume(words: list[str]) -> Resume:
+    if words not in ([], ["auto"]):
+        raise ValueError(f"expected --resume or --resume auto, got {' '.join(words)}")
+    return "auto" if words else True
+
+
 def _parse_table(args: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(args[0])
@@ -454,22 +472,21 @@ def _parse_table(args: list[str]) -> dict[str, Any]:
     return value
 
 
-def _app(argv: list[str]) -> SubcommandApp:
+def _verbs(argv: list[str]) -> dict[str, Any]:
+    """{what comes after `autohdr`: the function of its options}, in the order of the help."""
+    verbs = {"doctor": doctor, "data split": split, "data audit": audit, "data synth": synth, "data degrade": degrade}
+    verbs |= {"train": _train_verb(argv), "adapt": adapt, "eval": evaluate, "enhance": enhance, "plan": plan, "demo": demo}
+    return verbs
+
+
+def _app(verbs: dict[str, Any]) -> SubcommandApp:
     app, data = SubcommandApp(), SubcommandApp()
-    data.command(split)
-    data.command(audit)
-    data.command(synth)
-    data.command(degrade)
-    app.command(doctor)
-    app.command(
-        data,
-        name="data",
-        help="Make pairs: split a list of them, find near-duplicates in some, synthesise some, or make some of finished photos.",
-    )
-    app.command(_train_verb(argv))
-    app.command(adapt)
-    app.command(name="eval")(evaluate)
-    app.command(enhance)
-    app.command(plan)
-    app.command(demo)
+    about = "Make pairs: split a list of them, find near-duplicates in some, synthesise some, or make some of finished photos."
+    for name, function in verbs.items():
+        if name.startswith("data "):
+            data.command(name=name.removeprefix("data "))(function)
+        else:
+            app.command(name=name)(function)
+        if name == "doctor":
+            app.command(data, name="data", help=about)
     return app

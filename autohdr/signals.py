@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, put off to where a program can stop with everything whole."""
+"""Ctrl-C, SIGTERM and their like, put off to where a program can stop with everything whole."""
 
 import signal
 import sys
@@ -10,8 +10,8 @@ from typing import Any
 from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
-"""Signals with which a terminal or a batch system ends a run."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals with which a terminal or a batch system ends a run. Slurm's --signal=USR1@60 is its warning a minute before."""
 
 
 class Abandoned(BaseException):
@@ -46,10 +46,10 @@ class Deferred:
 
 @contextmanager
 def deferred_signals(notice: str) -> Iterator[Deferred]:
-    """Within the block SIGINT (Ctrl-C) and SIGTERM end nothing: `notice` is printed, and the object that it gives tells.
+    """Within the block the ENDING signals end nothing: `notice` is printed, and the object that it gives tells.
 
-    A second signal does what it always does, but not under torchrun: a batch system sends a signal to every process, and
-    torchrun passes its own on to them as a second one.
+    What is ignored already stays so, as SIGHUP is under nohup. A second signal does what it always does, but not under torchrun:
+    a batch system sends a signal to every process, and torchrun passes its own on to them as a second one.
     """
     deferred = Deferred()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
@@ -62,7 +62,8 @@ def deferred_signals(notice: str) -> Iterator[Deferred]:
         tqdm.write(notice, file=sys.stderr)
         deferred._note(number)
 
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in ENDING}
+    heeded = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield deferred
     finally:

@@ -191,6 +191,17 @@ def test_train_eval_enhance(photos, capsys):
     assert Image.open(photos / "enhanced" / "0_src.png").size == (40, 32)
 
 
+@pytest.mark.parametrize(
+    ("given", "resume"), [((), False), (("--resume",), True), (("--resume", "auto"), "auto"), (("--resume", "--lr", 3), True)]
+)
+def test_train_resume(monkeypatch, given, resume):
+    from autohdr.train import loop
+
+    seen = []
+    monkeypatch.setattr(loop, "train", lambda config, resume: seen.append(resume) or loop.RunSummary(config.out, 0, {}, 15))
+    assert run("train", "demo", *given) == 143 and seen == [resume]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_train_interrupted(photos, capsys, monkeypatch, number, status):
     from autohdr.train import loop
@@ -368,6 +379,12 @@ def test_a_folder_that_cannot_be_made(photos, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("call", [("train", "demo", "--lrr", 3), ("data", "split", "pairs.jsonl", "--out", "x", "--tset", 3)])
+def test_an_unknown_option_points_to_its_verbs_help(capsys, call):
+    verb = " ".join(call[: 1 + (call[0] == "data")])
+    assert f"autohdr {verb} --help" in usage_error(capsys, *call).partition("For full helptext, run")[2]
+
+
 def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
     assert "doctor" in usage_error(capsys)
     assert "paint" in usage_error(capsys, "paint")
@@ -382,6 +399,7 @@ def test_refuses_no_verb_and_unknown_verbs_and_options(capsys):
         (("train", "demo", "--resize", "stretch"), "squash"),
         (("train", "demo", "--model-args", "[1]"), "expected a JSON object"),
         (("train", "demo", "--model-args", "{dim"), "expected a JSON object"),
+        (("train", "demo", "--resume", "run"), "expected --resume or --resume auto, got run"),
         (("data", "split", "pairs.jsonl"), "--out"),
         (("data", "synth"), "--out"),
         (("data", "degrade", "finals"), "--out"),
@@ -397,7 +415,6 @@ def test_train_refuses(photos, capsys):
     assert "CONFIG comes first" in refusal(capsys, "train", "--epochs", 3, "demo")
     assert "train_pairs: required; give --train-pairs" in refusal(capsys, "train", "restormer_384")
     pairs = ("--train-pairs", photos / "pairs.jsonl", "--val-pairs", photos / "pairs.jsonl")
-    assert "warmup_epochs" in refusal(capsys, "train", "restormer_384", *pairs, "--epochs", 3)
     assert "is also in" in refusal(capsys, "train", "demo", *pairs, "--out", photos / "run")
     run("data", "split", photos / "pairs.jsonl", "--out", photos)
     capsys.readouterr()

@@ -41,9 +41,9 @@ class DecodedCache:
         return [self.folder / f"{key}_{number}.npy" for number in range(len(photos))]
 
     def load(self, files: Sequence[Path]) -> list[np.ndarray] | None:
-        """The arrays, mapped read-only; None where one is absent or damaged."""
+        """The arrays, mapped read-only; None where one is absent or damaged, and of no files."""
         try:
-            return [np.load(file, mmap_mode="r") for file in files]
+            return [np.load(file, mmap_mode="r") for file in files] or None
         except (OSError, ValueError, EOFError):
             return None
 

@@ -92,13 +92,39 @@ def photo_digests(pairs: Sequence[Pair]) -> dict[Path, str]:
     would pass for another. audit.near_duplicates finds a photo that was saved anew.
     """
 
-    def digest(photo: Path) -> str:
-        with open(photo, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     photos = list({photo for pair in pairs for photo in (pair.src, pair.tar)})
     with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the GIL
-        return dict(zip(photos, pool.map(digest, photos), strict=True))
+        return dict(zip(photos, pool.map(_digest, photos), strict=True))
+
+
+class Replaced:
+    """Notices photos whose files are replaced while they are in use."""
+
+    def __init__(self, pairs: Sequence[Pair]):
+        self._stamps = {photo: _stamp(photo) for pair in pairs for photo in (pair.src, pair.tar)}
+
+    def digests(self) -> Iterator[str]:
+        """SHA-256 of each file that was replaced since the last call. One that is gone for now is looked at the next time."""
+        for photo, before in self._stamps.items():
+            if (now := _stamp(photo)) not in (None, before):
+                try:
+                    yield _digest(photo)
+                except OSError:
+                    continue
+                self._stamps[photo] = now
+
+
+def _digest(photo: Path) -> str:
+    with open(photo, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(photo: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(photo)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def shared_photos(
@@ -156,7 +182,7 @@ class PairDataset(Dataset[Sample]):
             raise UserError(f"size must be at least 1, got {size}")
         self.resize, self.augment, self.seed = resize, augment, seed
         self._cache: DecodedCache | None = None
-        self._kept = 0  # so many of the first pairs are in the cache, or will be
+        self._files: list[list[Path]] = []  # in the cache, or to be, of the first pairs
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,14 +209,15 @@ class PairDataset(Dataset[Sample]):
 
         They are written when they are first read, and the samples are the same bit for bit. Processes may share the folder.
         """
-        self._cache, self._kept, total = DecodedCache(folder), 0, 0
+        self._cache, self._files, total = DecodedCache(folder), [], 0
         for pair in self.pairs:
             height, width, *depths = *photo_layout(pair.src), photo_layout(pair.tar)[2]
             height, width = self.resized(height, width)
             wanted = height * width * 3 * sum(depths) // 8
             if total + wanted > limit:
                 break
-            self._kept, total = self._kept + 1, total + wanted
+            self._files.append(self._cache.files((pair.src, pair.tar), self.size, self.resize))
+            total += wanted
         return total
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -204,9 +231,9 @@ class PairDataset(Dataset[Sample]):
     def _resized(self, index: int) -> Sequence[np.ndarray]:
         """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
         pair = self.pairs[index]
-        cache = self._cache if index < self._kept else None
+        cache = self._cache if index < len(self._files) else None
         files = cache.files((pair.src, pair.tar), self.size, self.resize) if cache else []
-        if cache and files and (kept := cache.load(files)):
+        if cache and (kept := cache.load(files or self._files[index])):  # of photos that are gone, what they were at first
             return kept
         photos = [read_samples(pair.src), read_samples(pair.tar)]
         if photos[0].shape != photos[1].shape:

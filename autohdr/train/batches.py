@@ -1,16 +1,19 @@
 """Which pairs each step takes, and their way from the disk to the device."""
 
 import math
+import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from autohdr.data.pairs import Pair, PairDataset
+from autohdr.data.pairs import Pair, PairDataset, Sample
+from autohdr.errors import UserError
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks
 from autohdr.train.guards import held_signals, survive_signals
@@ -19,16 +22,46 @@ Group = list[list[int]]
 """The pairs of one step, as indices into the list of pairs: one batch for each forward pass, for all processes together."""
 
 
+WAITS = (0.1, 0.4, 1.5, 6.0)
+"""Seconds before a photo that cannot be read is tried again: a network's disk may be gone for a while."""
+
+
+class _Patient(Dataset[Sample]):
+    """Pairs, read again where a photo cannot be read."""
+
+    def __init__(self, pairs: PairDataset, stand_ins: bool):
+        """stand_ins: after the last try the next pair that can be read has the place, and a warning says so; else UserError."""
+        self.pairs, self.stand_ins = pairs, stand_ins
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        for wait in WAITS:
+            try:
+                return self.pairs[index]
+            except UserError:
+                time.sleep(wait)
+        others = [(index + step) % len(self) for step in range(len(self))] if self.stand_ins else [index]
+        for other in others[:-1]:
+            try:
+                return self.pairs[other]
+            except UserError as error:
+                warnings.warn(f"left out this time, another pair has its place: {error}", stacklevel=2)
+        return self.pairs[others[-1]]
+
+
 class Loader:
     """Brings batches of a dataset's pairs to the device; config.workers processes read and decode them."""
 
-    def __init__(self, dataset: PairDataset, config: TrainConfig, device: torch.device, persistent: bool = False):
-        """persistent: the workers stay between calls, until this object is deleted."""
+    def __init__(self, dataset: PairDataset, config: TrainConfig, device: torch.device, training: bool = False):
+        """training: the workers stay between calls, until this object is deleted, and a pair that can no longer be read is left
+        out. Without it that raises UserError: a validation of fewer pairs could not be compared with the others."""
         self.device = device
         self._batches: list[list[int]] = []
-        workers = {"prefetch_factor": 4, "persistent_workers": persistent} if config.workers else {}
+        workers = {"prefetch_factor": 4, "persistent_workers": training} if config.workers else {}
         self._loader = DataLoader(
-            dataset,
+            _Patient(dataset, stand_ins=training),
             batch_sampler=self._batches,
             num_workers=config.workers,
             pin_memory=device.type == "cuda",
@@ -59,11 +92,18 @@ class Batches:
         self.step_pairs = config.batch_size * config.accumulate * ranks.count
         self.steps_per_epoch = math.ceil(len(pairs) / self.step_pairs)
         self._config, self._ranks = config, ranks
-        self._loader = Loader(self.dataset, config, ranks.device, persistent=True)
+        self._loader = Loader(self.dataset, config, ranks.device, training=True)
 
-    def groups(self, epoch: int) -> list[Group]:
-        """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone."""
-        order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self.dataset)).tolist()
+    def groups(self, epoch: int, left_out: Sequence[int] = ()) -> list[Group]:
+        """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone.
+
+        left_out: pairs whose places others take, drawn at random.
+        """
+        rng = np.random.default_rng([self._config.seed, epoch])
+        order = rng.permutation(len(self.dataset)).tolist()
+        if left_out:
+            others = sorted(set(order) - set(left_out))
+            order = [int(rng.choice(others)) if index in left_out else index for index in order]
         size, count = self._config.batch_size * self._ranks.count, self._config.accumulate
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batches[i : i + count] for i in range(0, len(batches), count)]

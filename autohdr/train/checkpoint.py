@@ -21,7 +21,7 @@ from autohdr.errors import UserError
 from autohdr.files import replacing
 from autohdr.train.progress import Progress
 
-_KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
+_KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "val_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 """What a state holds: Progress's plain values, checks.identity's, rng_state() and Learner's."""
 
 

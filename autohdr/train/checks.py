@@ -1,9 +1,10 @@
 """May this run start, may it go on? Checks its settings, its folder, its pairs and its state, and writes nothing."""
 
-import hashlib
 import importlib.util
 import re
 import tomllib
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,26 @@ from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, share
 from autohdr.errors import UserError
 from autohdr.files import leftovers
 from autohdr.measure import check_workers
-from autohdr.train.config import LOSSES, TrainConfig, dump_config
+from autohdr.train import lock
+from autohdr.train.config import LOSSES, Resume, TrainConfig, dump_config
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
+_FREE_TO_CHANGE |= {"save_minutes", "epochs"}
 _FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
-"""Settings that may be others when a run is resumed: they change its weights by rounding at most. How many pairs a step takes,
-batch_size x accumulate x processes, may not change: check_state."""
+_FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
+"""Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
+step takes, batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
 
 
-def check_config(config: TrainConfig) -> None:
-    """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist."""
+def check_config(config: TrainConfig, resume: Resume = False) -> None:
+    """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist.
+
+    resume: init_weights need not exist: a run that goes on from a state does not read them.
+    """
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
     at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
-    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "samples"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -39,8 +46,6 @@ def check_config(config: TrainConfig) -> None:
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
     _check_losses(config)
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(f"warmup_epochs: expected fewer than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -52,7 +57,8 @@ def check_config(config: TrainConfig) -> None:
         file = getattr(config, name)
         if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes
             raise UserError(f"{name}: expected a path in UTF-8, as config.toml is; got {str(file)!r}")
-        if name != "out" and file is not None and not file.is_file():
+        needed = name != "out" and not (resume and name == "init_weights")
+        if needed and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
 
 
@@ -74,11 +80,11 @@ def _check_losses(config: TrainConfig) -> None:
 
 def check_unused(out: Path, what: str) -> None:
     """Raise UserError unless the folder `out` is absent or empty. What a killed start left half written does not count."""
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(leftovers(out))):
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - {out / lock.NAME, *leftovers(out)}):
         raise UserError(f"out: {out} already holds files: give another --out, or --resume to continue its {what}")
 
 
-def check_folder(config: TrainConfig, resume: bool) -> bool:
+def check_folder(config: TrainConfig, resume: Resume) -> bool:
     """Whether the run goes on from a state in config.out. If not it is new, or was killed before it had written a state.
 
     Raises UserError unless the folder is free for a new run, or, for `resume`, holds one with the same settings.
@@ -86,13 +92,14 @@ def check_folder(config: TrainConfig, resume: bool) -> bool:
     out = config.out
     assert out  # check_config refuses None
     saved = out / "config.toml"
-    if not resume:
+    if not resume or resume == "auto" and not saved.is_file():
         check_unused(out, "run")
         return False
     if not saved.is_file():
         raise UserError(f"--resume: nothing to resume: {out} holds no run (no config.toml)")
     try:
-        before, now = tomllib.loads(saved.read_text(encoding="utf-8")), tomllib.loads(dump_config(config))
+        defaults, now = tomllib.loads(dump_config(TrainConfig())), tomllib.loads(dump_config(config))
+        before = defaults | tomllib.loads(saved.read_text(encoding="utf-8"))  # an older version had fewer settings
     except ValueError as error:
         raise UserError(f"--resume: {saved}: not valid TOML: {error}") from None
     for key in (before.keys() | now.keys()) - _FREE_TO_CHANGE:
@@ -134,21 +141,40 @@ def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, r
             )
 
 
-def identity(pairs: list[Pair], step_pairs: int) -> dict[str, Any]:
-    """What a state says of the pairs: how many a step takes, and the SHA-256 of their photos' names (no folders) in order."""
-    names = "\n".join(f"{pair.src.name}\t{pair.tar.name}" for pair in pairs)
-    return {"step_pairs": step_pairs, "train_pairs": hashlib.sha256(names.encode()).hexdigest()}
+def identity(train_pairs: list[Pair], val_pairs: list[Pair], digests: Mapping[Path, str], step_pairs: int) -> dict[str, Any]:
+    """What a state says of the pairs: how many a step takes, and each one's photos by name, without folders, and SHA-256."""
+    lists = {"train_pairs": train_pairs, "val_pairs": val_pairs}
+    return {"step_pairs": step_pairs} | {
+        key: [[pair.src.name, pair.tar.name, digests[pair.src], digests[pair.tar]] for pair in pairs]
+        for key, pairs in lists.items()
+    }
 
 
 def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int) -> None:
-    """Raise UserError unless the state is of a run over the same pairs. now: the pairs' identity()."""
+    """Raise UserError unless the state is of a run over the same pairs, wherever they lie now. now: the pairs' identity().
+
+    A pair is the same if its photos are. One to train on may also have been replaced under its name, of which a warning tells;
+    one to validate on may not: the best epoch would be chosen across two sets.
+    """
     if state["step_pairs"] != now["step_pairs"]:
         raise UserError(
             f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
             f"got {config.batch_size} x {config.accumulate} x {processes}"
         )
-    if state["train_pairs"] != now["train_pairs"]:
-        raise UserError(
-            f"--resume: train_pairs: expected the pairs that the run began with, in their order; {config.train_pairs} "
-            "names others now"
-        )
+    begun = state["epoch"] + (state["epoch_steps"] > 0)
+    if config.epochs < begun:
+        raise UserError(f"--resume: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
+    for key in ("train_pairs", "val_pairs"):
+        file, before, after = getattr(config, key), state[key], now[key]
+        expected = f"--resume: {key}: expected the pairs that the run began with, in their order"
+        if len(before) != len(after):
+            raise UserError(f"{expected}: {len(before)}; {file} lists {len(after)}")
+        replaced = [(was, there) for was, there in zip(before, after, strict=True) if was[2:] != there[2:]]
+        for was, there in replaced:
+            if key == "val_pairs" or was[:2] != there[:2]:
+                raise UserError(
+                    f"{expected}; in {file} {' and '.join(there[:2])} are not the photos that {' and '.join(was[:2])} were"
+                )
+        if replaced:
+            names = ", ".join(there[0] for _, there in replaced)
+            warnings.warn(f"{file}: pairs replaced since the run was saved: {names}", stacklevel=2)

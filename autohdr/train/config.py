@@ -11,6 +11,9 @@ from autohdr.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "configs"
 
+Resume = bool | Literal["auto"]
+"""Whether to go on with the run in the run folder. auto: if there is one; else it starts."""
+
 LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
 """The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
@@ -59,7 +62,7 @@ class TrainConfig:
     """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
     epochs: int = 100
-    """Passes over the training pairs."""
+    """Passes over the training pairs. A run that is resumed may take more: the cosine is then that of the new number."""
     batch_size: int = 2
     """Pairs in one forward pass of one process."""
     accumulate: int = 1
@@ -67,7 +70,7 @@ class TrainConfig:
     lr: float = 1e-4
     """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
     warmup_epochs: float = 0
-    """Epochs in which the learning rate climbs linearly."""
+    """Epochs in which the learning rate climbs linearly; half of the run at most."""
     weight_decay: float = 0.02
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
@@ -78,12 +81,11 @@ class TrainConfig:
 
     spike_factor: float = 5.0
     """A loss is a spike if it is above spike_factor times the median of the last good losses, and more than 10 robust standard
-    deviations above that median. After a spike the weights go back to the last state kept; the run goes on with the next
-    batch. 0: no loss is a spike."""
+    deviations above that median. Its step is left out. 0: no loss is a spike."""
     spike_window: int = 50
     """The median is taken over so many good losses. Before half of them are there, no loss is a spike."""
     snapshot_every: int = 10
-    """Steps between two copies, in memory, of the state that a spike goes back to."""
+    """Steps between two copies, in memory, of the state that two bad steps in a row go back to."""
     max_bad_steps: int = 5
     """The run stops after so many bad steps in a row: spikes, and losses or gradients that are not finite."""
 
@@ -110,8 +112,10 @@ class TrainConfig:
     """Seed of the first weights, the order of the pairs and their augmentation; 0 to 2**64 - 1."""
     log_every: int = 10
     """Optimiser steps between two step lines in log.jsonl."""
+    save_minutes: float = 10
+    """Minutes between two saves within an epoch; 0: not by the clock. Each epoch's end is saved too."""
     save_every: int = 0
-    """Optimiser steps between two saves within an epoch; 0: save only at the end of each epoch."""
+    """Optimiser steps between two saves within an epoch; 0: not by steps."""
     keep: int = 2
     """Training states kept on disk: the newest, and older ones in case it is damaged."""
     best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"
@@ -155,11 +159,16 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
     return replace(TrainConfig(out=Path("runs") / file.stem), **(values | (overrides or {})))
 
 
-def dump_config(config: TrainConfig, header: str = "") -> str:
-    """The TOML text that load_config reads back to the same config, from any folder; `header` becomes comments."""
+def dump_config(config: TrainConfig, header: str = "", *, inside: bool = False) -> str:
+    """The TOML text that load_config reads back to the same config, from any folder; `header` becomes comments.
+
+    inside: the text is for a file in config.out. There `out` is ".": a run is its folder, wherever that is moved or copied to.
+    """
     lines = [f"# {line}" for line in header.splitlines()]
     for item in fields(config):
         value = getattr(config, item.name)
+        if item.name == "out" and inside:
+            value = "."
         if value is not None:
             lines.append(f"{item.name} = {_toml(value.resolve() if isinstance(value, Path) else value)}")
     return "\n".join(lines) + "\n"

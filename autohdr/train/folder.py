@@ -1,9 +1,12 @@
 """The run folder: its configuration, logs, states and weights. The first process alone writes there."""
 
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +20,33 @@ from autohdr.files import leftovers, replacing
 from autohdr.models import read_metadata, save_weights
 from autohdr.models.network import Network
 from autohdr.train import record
-from autohdr.train.checkpoint import Background, load_newest, save_state
+from autohdr.train.checkpoint import Background, load_newest, previous, save_state
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.distributed import Ranks
+
+CURVE_EVERY = 30
+"""Seconds between two drawings of the curve, which take longer than some epochs."""
 
 _STATE = "checkpoint_last.state.pt"
 
 
 class RunFolder:
-    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written."""
+    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written.
+
+    What cannot be written, on a full disk for instance, is kept, and written with what comes next; failure() tells.
+    """
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
         assert config.out  # check_config refuses None
         self.out = config.out
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0
-        self._background = Background()
+        self._background, self._pictures = Background(), Background()
+        self._undrawn: list[dict[str, Any]] = []
+        self._draw_at = 0.0
+        self._unwritten: dict[str, Callable[[], None]] = {}
+        self._lines: list[dict[str, Any]] = []
+        self._failure: OSError | None = None
         self._saved_step = -1
         self._tensorboard: Any = None
 
@@ -43,10 +57,7 @@ class RunFolder:
         self.out.mkdir(parents=True, exist_ok=True)
         for part in leftovers(self.out):
             part.unlink()
-        header = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        header += f"{platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
-        with replacing(self.out / "config.toml") as part:
-            part.write_text(dump_config(self._config, header), encoding="utf-8")
+        self._write_config(self._made_by())
         (self.out / "samples").mkdir(exist_ok=True)
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
@@ -66,12 +77,26 @@ class RunFolder:
             trained_on = metadata.get("trained_on", [])
         return state, trained_on
 
-    def rewind(self, step: int) -> None:
-        """Drop what came after so many steps from the log, and half-written files. Raises UserError as record.rewind does."""
+    def go_on(self, step: int) -> None:
+        """Drop what came after so many steps from the log, and half-written files, and write the settings that the run goes on
+        with into config.toml. Raises UserError as record.rewind does."""
         self._saved_step = step
         self._ranks.first(record.rewind, self.out / "log.jsonl", step)
-        for part in leftovers(self.out) if self._writes else ():
+        if not self._writes:
+            return
+        for part in leftovers(self.out):
             part.unlink()
+        lines = (self.out / "config.toml").read_text(encoding="utf-8").splitlines()
+        made_by = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+        self._write_config("\n".join([*made_by, f"from step {step} on: {self._made_by()}"]))
+
+    def _write_config(self, header: str) -> None:
+        with replacing(self.out / "config.toml") as part:
+            part.write_text(dump_config(self._config, header, inside=True), encoding="utf-8")
+
+    def _made_by(self) -> str:
+        versions = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}"
+        return f"{versions}, {platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
 
     def open_tensorboard(self, step: int) -> None:
         """Log to tensorboard/ too, if the configuration says so. What was logged there after `step` steps is dropped."""
@@ -83,21 +108,41 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl."""
         if self._writes:
-            record.append_line(self.out / "log.jsonl", entry)
+            self._lines.append(entry)
+            with self._noting_failures():
+                record.append_lines(self.out / "log.jsonl", self._lines)
+                self._lines.clear()
             if self._tensorboard:
                 record.write_scalars(self._tensorboard, entry)
 
     def show(self, history: list[dict[str, Any]], triptychs: list[record.Triptych]) -> None:
-        """Write log.csv and curve.png of all epochs, and the last one's samples."""
-        if self._writes:
+        """Write log.csv of all epochs; in the background the last one's samples, and every CURVE_EVERY seconds curve.png."""
+        if not self._writes:
+            return
+        with self._noting_failures():
             record.write_csv(self.out / "log.csv", history)
-            record.draw_curve(self.out / "curve.png", history)
+        self._undrawn = list(history)
+        self._pictures(self._draw, triptychs, len(history))
+
+    def _draw(self, triptychs: list[record.Triptych], epoch: int) -> None:
+        with self._noting_failures():
             if triptychs:
-                record.write_triptychs(self.out / "samples" / f"epoch_{len(history):03d}.jpg", triptychs)
+                record.write_triptychs(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
+            if self._undrawn and time.monotonic() >= self._draw_at:
+                history, self._undrawn = self._undrawn, []
+                record.draw_curve(self.out / "curve.png", history)
+                self._draw_at = time.monotonic() + CURVE_EVERY
 
     def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
-        self._write(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
+        self._write("best", partial(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights))
+
+    def set_aside(self) -> bool:
+        """Take the newest state out of the way of the one before it; False where there is none before it."""
+        found = previous(self.out / _STATE).is_file()
+        if self._writes and found:
+            os.replace(self.out / _STATE, self.out / f"{_STATE}.damaged")
+        return found
 
     def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a state in the background, and then the weights in it: the average where there is one. state: a copy."""
@@ -109,21 +154,55 @@ class RunFolder:
             save_state(self.out / _STATE, state, keep)
             save_weights(self.out / "checkpoint_last.safetensors", model, metadata, (state["ema"] or state)["model"])
 
-        self._write(write)
+        self._write("last", write)
 
-    def _write(self, function: Callable[..., None], *args: Any) -> None:
+    def _write(self, what: str, job: Callable[[], None]) -> None:
         if self._writes:
-            self._background(function, *args)
+            self._background.wait()
+            self._unwritten[what] = job
+            self._background(self._write_all)
+
+    def _write_all(self) -> None:
+        for what, job in list(self._unwritten.items()):
+            with self._noting_failures():
+                job()
+                del self._unwritten[what]
+
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failure = self._failure or error
+
+    def failure(self) -> OSError | None:
+        """Why something could not be written since the last call: the first reason."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def wait(self) -> None:
-        """Wait until everything is written, all processes together: an exchange of gradients waits rank_timeout seconds only."""
+        """Wait until everything is written or has failed, all processes together: an exchange of gradients waits rank_timeout
+        seconds only."""
         if self._writes:
             self._background.wait()
         self._ranks.gather(None)
 
+    def finish(self) -> None:
+        """Wait, and try once more to write what failed. Raises OSError where that fails too."""
+        self.wait()
+        self._pictures.wait()
+        self._failure, self._draw_at = None, 0.0
+        self._draw([], 0)
+        self._write_all()
+        if self._lines:
+            record.append_lines(self.out / "log.jsonl", self._lines)
+        if failure := self.failure():
+            raise failure
+
     def close(self) -> None:
         """Wait for this process's own writing; for use after a failure too."""
         self._background.wait()
+        self._pictures.wait()
         if self._tensorboard:
             self._tensorboard.close()
 

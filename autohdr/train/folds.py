@@ -19,14 +19,15 @@ from autohdr.measure import pick_device
 from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
 from autohdr.train.checks import check_config, check_unused
-from autohdr.train.config import TrainConfig, dump_config
+from autohdr.train.config import Resume, TrainConfig, dump_config
+from autohdr.train.lock import Lock
 from autohdr.train.loop import train
 
 REPORT, MARK = "cross_validation.json", "config.toml"
 
 
 def cross_validate(
-    config: TrainConfig, folds: int, *, resume: bool = False, baseline: Path | None = None
+    config: TrainConfig, folds: int, *, resume: Resume = False, baseline: Path | None = None
 ) -> dict[str, Any] | int:
     """Train on all parts of config.train_pairs but one, measure on that one, and so for each of the `folds` parts.
 
@@ -37,7 +38,8 @@ def cross_validate(
     cross-validation", 2004).
 
     The model is compared pair by pair with the unedited source, with auto-tone and, if given, with `baseline`, the folder of
-    another cross-validation of the same pairs. resume: go on with the folds in config.out, with the same arguments.
+    another cross-validation of the same pairs. resume: go on with the folds in config.out, with the same arguments; "auto": if
+    there are any.
 
     Writes cross_validation.json, which is evaluate's results of all pairs with each image's fold, and their table as
     cross_validation.txt. Prints the table and returns the results, or the number of the signal (Ctrl-C, SIGTERM) that stopped a
@@ -52,10 +54,20 @@ def cross_validate(
     _check_folder(config.out, resume)
     pairs = read_pairs(config.train_pairs)
     earlier = _figures(baseline, pairs, config) if baseline else None
+    lock = Lock(config.out)
+    lock.take()
+    try:
+        return _all_folds(config, folds, pairs, earlier)
+    finally:
+        lock.release()
+
+
+def _all_folds(
+    config: TrainConfig, folds: int, pairs: Sequence[Pair], earlier: dict[tuple[str, str], dict[str, float]] | None
+) -> dict[str, Any] | int:
+    assert config.out
     parts = config.out / "pairs"
-    if parts.is_dir():
-        _check_parts(parts, folds, pairs)
-    else:
+    if not parts.is_dir() or _moved(parts, folds, pairs):
         _divide(config, folds, pairs, parts)
 
     measured = []
@@ -75,15 +87,26 @@ def cross_validate(
 
 
 def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path) -> None:
-    """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it."""
+    """Write config.toml and the folds' lists, which are whole once `parts` exists. A start or --resume after a kill redoes it.
+
+    Lists that are there already are written anew where the photos lie now. Raises UserError where they are of other pairs.
+    """
     assert config.train_pairs
     _refuse_seen(config.init_weights, pairs)
     found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
+    if parts.is_dir() and _names(parts) != _names(new):
+        shutil.rmtree(new)
+        raise UserError(f"--resume: train_pairs: the cross-validation in {parts.parent} was begun with other pairs")
     with replacing(parts.with_name(MARK)) as mark:
-        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}"), encoding="utf-8")
-    os.replace(new, parts)  # the lists' paths are relative: both folders have the same parent
+        mark.write_text(dump_config(config, f"cross-validation, --folds {folds}", inside=True), encoding="utf-8")
+    old = parts.with_name(f".{parts.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if parts.is_dir():
+        os.replace(parts, old)  # a kill here leaves no lists, and they are made again
+    os.replace(new, parts)  # the lists' paths are relative: all these folders have the same parent
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _measure(config: TrainConfig, held_out: Sequence[Pair], out: Path) -> dict[str, Any]:
@@ -113,12 +136,13 @@ def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str],
     }
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def _check_folder(out: Path, resume: Resume) -> None:
     """Raise UserError unless `out` is free for a new cross-validation, or for `resume` holds one."""
-    if resume and not (out / MARK).is_file():
+    if resume and (out / MARK).is_file():
+        return
+    if resume is True:
         raise UserError(f"--resume: nothing to resume: {out} holds no cross-validation ({MARK})")
-    if not resume:
-        check_unused(out, "folds")
+    check_unused(out, "folds")
 
 
 def _photos(pair: Pair) -> tuple[str, str]:
@@ -126,13 +150,18 @@ def _photos(pair: Pair) -> tuple[str, str]:
     return str(src), str(tar)
 
 
-def _check_parts(parts: Path, folds: int, pairs: Sequence[Pair]) -> None:
-    """Raise UserError unless the lists in `parts` are of so many folds and of these pairs."""
+def _names(parts: Path) -> dict[Path, list[tuple[str, str]]]:
+    """The names of each list's photos, without folders."""
+    lists = parts.glob("fold_*/*.jsonl")
+    return {file.relative_to(parts): [(pair.src.name, pair.tar.name) for pair in read_pairs(file)] for file in lists}
+
+
+def _moved(parts: Path, folds: int, pairs: Sequence[Pair]) -> bool:
+    """Whether the lists in `parts` name other files than these pairs do. Raises UserError unless they are of so many folds."""
     lists = sorted(parts.glob("fold_*/val.jsonl"))
     if len(lists) != folds:
         raise UserError(f"--resume: folds: the cross-validation in {parts.parent} has {len(lists)}, got {folds}")
-    if sorted(_photos(pair) for file in lists for pair in read_pairs(file)) != sorted(map(_photos, pairs)):
-        raise UserError(f"--resume: train_pairs: the cross-validation in {parts.parent} was begun with other pairs")
+    return sorted(_photos(pair) for file in lists for pair in read_pairs(file)) != sorted(map(_photos, pairs))
 
 
 def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:

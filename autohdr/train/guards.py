@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +24,25 @@ GRACE = 3600
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The message names the step and its photos; the checkpoints on disk are from before."""
+    """Training cannot go on. The message names the step and its photos."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with a step that was left out."""
 
+    kind: Literal["a spike", "a loss that is not finite", "a gradient that is not finite"]
     cause: str
     tensors: list[str] | None = None
-    """The parameters whose gradient is not finite, or "loss"; None after a spike."""
-    back_to: int | None = None
-    """After a spike: the state put back is that after so many steps."""
+    """The parameters whose gradient is not finite, or "loss"; None for a spike."""
 
-    def entry(self) -> dict[str, Any]:
-        """The beginning of its line in log.jsonl."""
-        if self.back_to is None:
-            return {"kind": "skipped", "cause": self.cause, "tensors": self.tensors}
-        return {"kind": "rolled back", "cause": self.cause, "to": self.back_to}
+
+@dataclass(frozen=True)
+class Return:
+    """The guard has put back the state after `to` steps, and `undone` good steps are lost."""
+
+    to: int
+    undone: int
 
 
 class Guard:
@@ -50,15 +51,19 @@ class Guard:
     A loss is a spike if it is above `factor` times the median of the last `window` good losses, and more than DEVIATIONS robust
     standard deviations above that median. Before half a window is full, no loss is a spike. Every `interval` steps the state
     kept is a newer one: it is copied when its loss has been found good, before the step changes it.
+
+    A bad step may be its data's fault or the weights'. So the first is left out, and nothing else; if the next one is bad too,
+    the state kept takes the place of the present one.
     """
 
     def __init__(self, factor: float, window: int, interval: int, tensors: Callable[[], list[Tensor]]):
-        """tensors(): all that a step changes in place, always in the same order. factor 0: no spikes, and no state is kept."""
+        """tensors(): all that a step changes in place, always in the same order. factor 0: no loss is a spike."""
         self.factor, self.window, self.interval, self.tensors = factor, window, interval, tensors
         self.losses: deque[float] = deque(maxlen=window)
         self.in_a_row = 0  # bad steps since the last good one
         self.kept: list[Tensor] = []
         self.kept_at = 0  # steps behind the run when the state was copied
+        self.since = 0  # good steps since then
 
     def limit(self) -> float:
         """The next loss is a spike if it is above this."""
@@ -74,20 +79,28 @@ class Guard:
         self.in_a_row = 0
         if not self.kept or step - self.kept_at >= self.interval:
             self.keep(step)
+        self.since += 1
 
     def keep(self, step: int) -> None:
         """Copy the present state, which is that after `step` steps."""
-        tensors = self.tensors() if self.factor else []
+        tensors = self.tensors()
         if len(self.kept) != len(tensors):  # the optimiser's are not there before its first step
             self.kept = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
         _copy(tensors, self.kept)
-        self.kept_at = step
+        self.kept_at, self.since = step, 0
 
-    def failed(self, fault: Fault) -> None:
-        """A step is left out; after a spike the state kept takes the place of the present one."""
+    def failed(self) -> Return | None:
+        """A step is left out. The second in a row puts back the state kept, if there is one."""
         self.in_a_row += 1
-        if fault.back_to is not None:
-            _copy(self.kept, self.tensors())
+        return self.put_back() if self.in_a_row == 2 else None
+
+    def put_back(self) -> Return | None:
+        """Go back to the state kept; None where there is none."""
+        if not self.kept:  # before the optimiser's first step
+            return None
+        _copy(self.kept, self.tensors())
+        undone, self.since = self.since, 0
+        return Return(self.kept_at, undone)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "in_a_row": self.in_a_row}
@@ -113,7 +126,7 @@ def not_finite(network: nn.Module) -> list[str]:
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM: here until the block ends, and in a worker that starts within it until survive_signals.
+    """Block the ENDING signals: here until the block ends, and in a worker that starts within it until survive_signals.
 
     Between a worker's start and that call PyTorch sets handlers that would end it.
     """
@@ -125,7 +138,8 @@ def held_signals() -> Iterator[None]:
 
 
 def survive_signals(worker: int) -> None:
-    """Called in a loader's worker: ignore Ctrl-C, and end GRACE seconds after a SIGTERM. Both reach the workers too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Called in a loader's worker: end GRACE seconds after a SIGTERM, and ignore what else reaches the workers too."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

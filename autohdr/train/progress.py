@@ -3,8 +3,12 @@
 import copy
 import math
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+SPIKES = 3
+"""A pair is left out once it was in a spike in so many epochs, and the step after each was good."""
 
 
 @dataclass
@@ -27,6 +31,12 @@ class Progress:
     """Seconds that the present epoch's steps took."""
     epoch_wait: float = 0.0
     """Seconds of them in which a step waited for its pairs."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """{cause: steps that changed nothing in the end}."""
+    spikes: Counter[int] = field(default_factory=Counter)
+    """{index of a pair: the epochs in which its step was a spike, and the next one good}: its own fault, not the weights'."""
+    left_out: list[int] = field(default_factory=list)
+    """Pairs that are no longer trained on, from the present epoch on at the latest."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row for each whole epoch, as log.csv has it."""
 
@@ -45,6 +55,13 @@ class Progress:
     def train_means(self) -> dict[str, float]:
         """{train_NAME: mean over the present epoch's pairs}, nan where every step was bad."""
         return {f"train_{name}": total / (self.epoch_samples or math.nan) for name, total in self.epoch_losses.items()}
+
+    def leave_out(self, most: int) -> list[int]:
+        """The pairs that are left out from the next epoch on, and were not before: `most` in all at most."""
+        odd = [index for index, count in self.spikes.items() if count >= SPIKES and index not in self.left_out]
+        new = odd[: most - len(self.left_out)]
+        self.left_out += new
+        return new
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """Count the present epoch, whose figures are `row`, and begin the next."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,24 @@ Triptych = tuple[Tensor, Tensor, Tensor]
 """Source, output and target of a pair, (3, H, W) in [0, 1]."""
 
 
-def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add one JSON object to a JSONL log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Add JSON objects to a JSONL log, all or none: where the disk is full, OSError, and the log is as it was.
+
+    A number that is not finite, which JSON lacks, becomes null.
+    """
+    lines = "".join(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n" for entry in entries).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
@@ -50,7 +65,7 @@ def rewind(path: Path, step: int) -> None:
 
 def write_csv(path: Path, history: list[dict[str, Any]]) -> None:
     """One row for each epoch."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)

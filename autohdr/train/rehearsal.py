@@ -38,7 +38,8 @@ def rehearse(config: TrainConfig) -> str:
 
 def _two_steps(run: Run) -> tuple[list[Measurement], list[float]]:
     """What each step took, and the seconds that it waited for data. Their learning rate is 0."""
-    groups = (run.batches.groups(0) * 2)[:2]
+    groups = run.batches.groups(0)
+    groups = ((groups[:-1] or groups) * 2)[:2]  # an epoch's last step may be smaller
     batches, steps, waits = run.batches.read(groups, 0), [], []
     for number, group in enumerate(groups):
         with measure(run.ranks.device) as measured:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from autohdr.measure import pick_device
 from autohdr.train.batches import Batches
 from autohdr.train.checks import check_config, check_folder, checked_pairs
-from autohdr.train.config import TrainConfig
+from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.distributed import Ranks, join
 from autohdr.train.learner import Learner
 from autohdr.train.step import Step
@@ -40,9 +40,9 @@ class Run:
         )
 
 
-def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
+def prepare(config: TrainConfig, *, resume: Resume = False) -> Run:
     """Check settings, folder and pairs, and build the parts of a run as at its start. Raises UserError as these do."""
-    check_config(config)
+    check_config(config, resume)
     ranks = join(pick_device(config.device), config.rank_timeout)
     resumes = ranks.first(check_folder, config, resume)
     train_pairs, val_pairs = ranks.first(checked_pairs, config)

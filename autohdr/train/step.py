@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from autohdr.train.batches import Group
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks
-from autohdr.train.guards import Fault, not_finite
+from autohdr.train.guards import Fault, Return, not_finite
 from autohdr.train.learner import Learner
 from autohdr.train.losses import Criterion
 
@@ -27,6 +27,8 @@ class StepResult:
     """L2 norm of the whole gradient before clipping. Not finite without a fault: float16 overflowed, and no weight changed."""
     fault: Fault | None
     """Why the step was left out; None: it was not."""
+    returned: Return | None
+    """Set where the step before was left out too: then the guard has gone back to a good state."""
     waited: float
     """Seconds that this process waited for its pairs."""
 
@@ -34,7 +36,7 @@ class StepResult:
 class Step:
     """Makes one AdamW step over the batches of a group. It changes the learner, and nothing else.
 
-    A step whose loss or gradient is bad is left out: it changes no weight. After a spike it puts back what the guard kept.
+    A step whose loss or gradient is bad is left out: it changes no weight. The second in a row puts back what the guard kept.
     """
 
     def __init__(self, config: TrainConfig, learner: Learner, ranks: Ranks):
@@ -61,15 +63,14 @@ class Step:
         if not overflow:
             if fault := self._fault(losses["loss"], norm):
                 scaler.update(scaler.get_scale())  # the scaler wants every step ended; its scale stays
-                learner.guard.failed(fault)
-                return StepResult(losses, norm, fault, waited)
+                return StepResult(losses, norm, fault, learner.guard.failed(), waited)
             learner.guard.passed(step, losses["loss"])
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip or math.inf, length)
         scaler.step(optimizer)  # float16: changes nothing where the gradient is not finite
         scaler.update()
         if not overflow:
             learner.average.update()
-        return StepResult(losses, norm, None, waited)
+        return StepResult(losses, norm, None, None, waited)
 
     def _accumulate(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], epoch: int) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of the group's mean loss. Returns this process's share of the mean losses, and seconds waited."""
@@ -94,12 +95,12 @@ class Step:
         """What is wrong with the step. All processes call this, and find the same."""
         guard, numbers = self.learner.guard, f"(loss {loss}, gradient norm {norm})"
         if not math.isfinite(loss):
-            return Fault(f"the loss is not finite {numbers}", tensors=["loss"])
+            return Fault("a loss that is not finite", f"the loss is not finite {numbers}", ["loss"])
         if not math.isfinite(norm):
             found = {name for names in self._ranks.gather(not_finite(self.learner.model)) for name in names}
             names = [name for name, _ in self.learner.model.named_parameters() if name in found]
             where = f"in {len(names)} parameters, first {names[0]}" if names else "in its norm alone, which is too large"
-            return Fault(f"the gradient is not finite {where} {numbers}", tensors=names)
+            return Fault("a gradient that is not finite", f"the gradient is not finite {where} {numbers}", names)
         if loss > (limit := guard.limit()):
-            return Fault(f"the loss {loss:.4g} is a spike, above {limit:.4g}", back_to=guard.kept_at)
+            return Fault("a spike", f"the loss {loss:.4g} is a spike, above {limit:.4g}")
         return None

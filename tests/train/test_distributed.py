@@ -135,7 +135,7 @@ def test_processes_skip_the_same_step(folder, two, parallel):
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_processes_roll_back_together(folder, two, parallel):
     (entry,) = log(folder / f"{parallel} spike", "rolled back")
-    assert (entry["step"], entry["to"]) == (7, 5)
+    assert (entry["step"], entry["to"]) == (8, 5)
     assert two[0][f"{parallel} spike"] == two[1][f"{parallel} spike"]
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -68,6 +69,26 @@ def test_resumed_folds_end_as_uninterrupted_ones(config, monkeypatch, capsys):
     with pytest.raises(UserError, match="folds: .* has 2, got 3"):
         cross_validate(config, 3, resume=True)
     assert figures(cross_validate(load_config(config.out / "config.toml", {"out": config.out}), 2, resume=True)) == figures(whole)
+
+
+def test_moved_folds_go_on(config, pair_files, tmp_path, monkeypatch):
+    """With their pairs on another disk; the fold that is done is not done again."""
+    whole = cross_validate(replace(config, out=config.out.with_name("whole")), 2)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(folds, "_measure", lambda *args: (_ for _ in ()).throw(MemoryError))
+        cross_validate(config, 2)
+    disk = tmp_path / "disk"
+    shutil.copytree(pair_files[0].parent, disk / "pairs")
+    shutil.move(config.out, disk / "moved")
+    moved = load_config(disk / "moved" / "config.toml", {"train_pairs": disk / "pairs" / "pairs.jsonl"})
+    assert moved.out == disk / "moved"
+    results = cross_validate(moved, 2, resume=True)
+    assert [*figures(results).values()] == [*figures(whole).values()] and not config.out.exists()
+    (disk / "pairs" / "0_src.png").rename(disk / "pairs" / "other.png")
+    lines = (disk / "pairs" / "pairs.jsonl").read_text().replace("0_src.png", "other.png")
+    (disk / "pairs" / "pairs.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="--resume: train_pairs: .* was begun with other pairs"):
+        cross_validate(moved, 2, resume=True)
 
 
 def test_a_picture_that_comes_again_is_in_one_fold(config, tmp_path):

@@ -4,11 +4,14 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -16,9 +19,12 @@ from PIL import Image
 from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same  # noqa: F401  blank_curve is a fixture
 from torch.utils.data._utils import signal_handling
 
+from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
+from autohdr.signals import ENDING, deferred_signals
 from autohdr.models import load_checkpoint
+from autohdr.train import loop, record
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
 from autohdr.train.guards import TrainingError
@@ -83,6 +89,17 @@ def test_run_folder(make_config):
     )
 
 
+def test_the_curve_is_drawn_beside_training_and_not_in_every_epoch(make_config, monkeypatch):
+    drawn = []
+
+    def draw(path, history):
+        drawn.append((len(history), threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(record, "draw_curve", draw)
+    train(make_config(epochs=4, batch_size=6))
+    assert drawn == [(1, False), (4, True)]  # and at the end
+
+
 def test_validation_matches_the_saved_weights(make_config, pair_files):
     """The best epoch's figures are those of the weights in checkpoint_best, measured apart from the trainer."""
     from autohdr import metrics
@@ -119,6 +136,58 @@ def test_resume_with_other_workers_is_bitwise(make_config, monkeypatch):
         train(make_config("parts"))
     train(make_config("parts", workers=1), resume=True)
     assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
+def test_a_run_is_its_folder(make_config, pair_files, tmp_path, monkeypatch):
+    """Copied with its pairs to another disk, it goes on there; the original stays as it was, and may go."""
+    first = train(make_config("first", epochs=1)).out / "checkpoint_last.safetensors"
+    settings = {"init_weights": first, "epochs": 2}
+    train(make_config("whole", **settings))
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 2)
+        train(make_config("parts", **settings))
+    first.unlink()
+    disk, original = tmp_path / "disk", make_config("parts").out
+    for name, folder in (("copy", original), ("train", pair_files[0].parent), ("val", pair_files[1].parent)):
+        shutil.copytree(folder, disk / name)
+    before = {file: file.read_bytes() for file in original.iterdir() if file.is_file()}
+    paths = ("--train-pairs", disk / "train" / "pairs.jsonl", "--val-pairs", disk / "val" / "pairs.jsonl")
+    call = ("train", disk / "copy" / "config.toml", "--resume")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 4)
+        assert main([*map(str, (*call, *paths))]) == 130
+    assert {file: file.read_bytes() for file in original.iterdir() if file.is_file()} == before
+    assert main([*map(str, call)]) == 0  # config.toml has the new paths
+    assert same(outcome(make_config("whole").out), outcome(disk / "copy"))
+    header = (disk / "copy" / "config.toml").read_text().splitlines()[:3]
+    assert [line.split(":")[0] for line in header[1:]] == ["# from step 2 on", "# from step 4 on"]
+
+
+@pytest.mark.parametrize(("which", "message"), [(0, None), (1, "--resume: val_pairs: .* are not the photos that .* were")])
+def test_a_list_is_its_photos(make_config, pair_files, tmp_path, which, message):
+    """Under other names they are the same pairs. One that was replaced may be trained on, with a warning, not validated on."""
+    folder = shutil.copytree(pair_files[which].parent, tmp_path / "pairs")
+    key = ("train_pairs", "val_pairs")[which]
+    config = make_config(epochs=1, **{key: folder / "pairs.jsonl"})
+    train(config)
+    (folder / "1_src.png").rename(folder / "renamed.png")
+    (folder / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().replace("1_src.png", "renamed.png"))
+    train(config, resume=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "0_src.png")
+    with pytest.raises(UserError, match=message) if message else pytest.warns(UserWarning, match="replaced.*: 0_src.png"):
+        train(config, resume=True)
+
+
+def test_a_run_of_an_older_version_goes_on(make_config):
+    """Its config.toml lacks a setting that this version has."""
+    config = make_config(epochs=1)
+    train(config)
+    text = (config.out / "config.toml").read_text()
+    (config.out / "config.toml").write_text(text.replace("spike_window = 50\n", ""))
+    assert train(config, resume=True).epochs == 1
+    (config.out / "config.toml").write_text(text.replace("spike_window = 50\n", ""))
+    with pytest.raises(UserError, match="spike_window: the run in .* has 50, got 40"):
+        train(make_config(epochs=1, spike_window=40), resume=True)
 
 
 def test_resume_after_a_crash_repeats_what_was_not_saved(make_config, monkeypatch):
@@ -172,6 +241,25 @@ def test_schedule_is_by_step(make_config):
     lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if line["kind"] == "step"]
     assert rates == [1e-3 * lr_factor(step, total=12, warmup=3) for step in range(12)]
+
+
+def test_a_warm_up_takes_half_of_a_short_run_at_most(make_config):
+    config = make_config(epochs=1, warmup_epochs=5, batch_size=1, log_every=1, lr=1e-3)
+    train(config)
+    lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if line["kind"] == "step"]
+    assert rates == [1e-3 * lr_factor(step, total=6, warmup=3) for step in range(6)]
+
+
+def test_a_finished_run_takes_more_epochs(make_config):
+    out = train(make_config(epochs=1, log_every=1)).out
+    assert train(make_config(epochs=2, log_every=1), resume=True).epochs == 2
+    assert load_config(out / "config.toml").epochs == 2
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if line["kind"] == "step"]
+    assert rates[3:] == [2e-3 * lr_factor(step, total=6, warmup=0) for step in (3, 4, 5)]
+    with pytest.raises(UserError, match="--resume: epochs: expected at least 2, which the run has begun, got 1"):
+        train(make_config(epochs=1), resume=True)
 
 
 def test_clipping_bounds_the_gradient(make_config):
@@ -380,6 +468,24 @@ def test_saves_within_an_epoch(make_config, monkeypatch):
     assert same(outcome(make_config("whole").out), outcome(out))
 
 
+def test_saves_by_the_clock(make_config, monkeypatch):
+    """A minute passes in each step, and a save is due after two. A crash in step 6 of 6 costs what came after step 4."""
+    clock = [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def tick(make, learner, number):
+        clock[0] += 60
+        if number == 6:
+            raise MemoryError
+        return make()
+
+    patch_steps(monkeypatch, tick)
+    with pytest.raises(MemoryError):
+        train(make_config(batch_size=1, save_minutes=2, epochs=1))
+    out = make_config().out
+    assert [load_state(file)["step"] for file in (out / STATE, previous(out / STATE))] == [4, 2]
+
+
 @pytest.mark.parametrize(("metric", "best"), [("val_psnr", max), ("val_ssim", max), ("val_l1", min)])
 def test_best_by_a_metric(make_config, monkeypatch, metric, best):
     values = (0.3, 20.0, 0.8), (0.1, 22.0, 0.7), (0.2, 21.0, 0.9)
@@ -419,7 +525,7 @@ def test_says_how_long_it_waited_for_data(make_config, monkeypatch, capsys):
     assert "33.3% of the time of training was spent waiting for data" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_finishes_the_step_and_saves(make_config, tmp_path, number, status):
     """Sent to the run's whole process group, loader's workers and all, as a terminal and a batch system do."""
     config = make_config(epochs=20, workers=1, log_every=1)
@@ -486,6 +592,93 @@ def test_a_failure_ends_the_workers(make_config, monkeypatch):
             patch.setattr(owner, method, crash)
             train(make_config(name, workers=1, epochs=1))
         assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_that_ends_a_run_saves_first(make_config, monkeypatch, number):
+    def send(make, learner, step):
+        if step == 2:
+            signal.raise_signal(number)
+        return make()
+
+    patch_steps(monkeypatch, send)
+    summary = train(make_config())
+    assert summary.interrupted == number and load_state(summary.out / STATE)["step"] == 2
+
+
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferred_signals("stopping") as signalled:
+            signal.raise_signal(signal.SIGHUP)
+            assert signalled() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
+def full_disk(size):
+    """No file that this process writes can be larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_costs_no_training(make_config, monkeypatch, capsys):
+    """It is full from step 2 to step 4 of 6, when epoch 1 ends: the run goes on, says so, and has saved all in the end."""
+    train(make_config("whole", log_every=1))
+    monkeypatch.setattr(loop, "RETRY", 0)
+    disk = ExitStack()
+
+    def fill(make, learner, number):
+        if number == 2:
+            disk.enter_context(full_disk(60))
+        if number == 5:
+            disk.close()
+        return make()
+
+    with disk:
+        patch_steps(monkeypatch, fill)
+        parts = train(make_config("parts", log_every=1, cache_gb=0)).out
+    said = capsys.readouterr().out
+    assert re.search(r"not saved: \[Errno 27\] File too large: '.*'; training goes on, and tries again in 0 s", said)
+    assert same(outcome(make_config("whole").out), outcome(parts))
+    assert load_state(previous(parts / STATE))["step"] > 3
+    for file in ("log.csv", "log.jsonl"):
+        assert len((parts / file).read_text().splitlines()) == len((make_config("whole").out / file).read_text().splitlines())
+    assert load_checkpoint(parts / "checkpoint_best.safetensors").metadata["step"] == 6
+
+
+def test_a_disk_that_stays_full_ends_in_an_error(make_config, monkeypatch):
+    """The last state is not on disk: that is no success. The one before it is whole, and resuming repeats the rest."""
+    disk = ExitStack()
+
+    def fill(make, learner, number):
+        if number == 4:
+            disk.enter_context(full_disk(1000))
+        return make()
+
+    with disk, monkeypatch.context() as patch, pytest.raises(OSError, match="File too large: .*checkpoint_last.state.pt"):
+        patch_steps(patch, fill)
+        train(make_config("parts"))
+    assert load_state(make_config("parts").out / STATE)["step"] == 3
+    assert not list(make_config("parts").out.glob(".*"))
+    train(make_config("parts"), resume=True)
+    train(make_config("whole"))
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
+
+
+def test_auto_starts_or_goes_on(make_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 2)
+        assert train(make_config("parts"), resume="auto").interrupted
+    assert train(make_config("parts"), resume="auto").epochs == 2
+    train(make_config("whole"))
+    assert same(outcome(make_config("whole").out), outcome(make_config("parts").out))
 
 
 def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):

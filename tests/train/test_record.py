@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -32,10 +33,15 @@ def test_csv(tmp_path):
     assert lines == ["epoch,train_l1,val_l1,val_psnr,val_ssim", "1,0.2,0.3,15.0,0.5", "2,0.1,0.15,16.0,0.5"]
 
 
+def test_a_number_that_is_not_finite_is_null_in_the_log(tmp_path):
+    record.append_lines(tmp_path / "log.jsonl", [{"kind": "epoch", "val_psnr": math.inf, "grad_norm": math.nan, "lr": 0.5}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"kind": "epoch", "val_psnr": null, "grad_norm": null, "lr": 0.5}\n'
+
+
 def test_rewind_drops_later_and_broken_lines(tmp_path):
     log = tmp_path / "log.jsonl"
     for step in (1, 2, 3):
-        record.append_line(log, {"step": step})
+        record.append_lines(log, [{"step": step}])
     with open(log, "a") as file:
         file.write('{"step": 2')
     record.rewind(log, 2)

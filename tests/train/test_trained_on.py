@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from PIL import Image, ImageOps
-from runs import blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
+from runs import blank_curve, interrupt_at_step, patch_steps  # noqa: F401  blank_curve is a fixture
 
 from autohdr.cli import main
 from autohdr.data.pairs import photo_digests, read_pairs
@@ -53,6 +53,21 @@ def test_a_photo_replaced_before_resuming_is_carried_beside_the_new_one(make_con
     train(config, resume=True)
     assert carried(config.out, "last") == sorted({*before, *digests(own_pairs)})
     assert len(carried(config.out, "last")) == len(before) + 1
+
+
+def test_a_photo_replaced_while_the_run_goes_on_is_carried_too(make_config, own_pairs, monkeypatch):
+    before = digests(own_pairs)
+
+    def replace(make, learner, number):
+        if number == 2:
+            Image.new("RGB", (32, 32), "red").save(own_pairs.parent / "3_tar.png")
+        return make()
+
+    patch_steps(monkeypatch, replace)
+    config = make_config(epochs=1, train_pairs=own_pairs)
+    train(config)
+    assert len(carried(config.out)) == len(before) + 1
+    assert carried(config.out) == carried(config.out, "last") == sorted({*before, *digests(own_pairs)})
 
 
 def test_eval_refuses_what_was_trained_on(make_config, pair_files, tmp_path, capsys):

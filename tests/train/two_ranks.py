@@ -26,14 +26,14 @@ RANK = int(os.environ["RANK"])
 make_step, predict = Step.__call__, Objective.predict
 
 
-def in_step(number, rank, action, changed=None):
-    """Before that optimiser step, counted from 1, that process does `action(learner)`, and after it what this returns.
+def in_steps(numbers, rank, action, changed=None):
+    """Before those optimiser steps, counted from 1, that process does `action(learner)`, and after it what this returns.
 
     changed: gets, for each step, whether it changed this process's weights, moments or average.
     """
 
     def patched(self, *args, step, **others):
-        undo = action(self.learner) if (step + 1, RANK) == (number, rank) else None
+        undo = action(self.learner) if step + 1 in numbers and rank == RANK else None
         before = [tensor.clone() for tensor in self.learner.tensors()]
         try:
             return make_step(self, *args, step=step, **others)
@@ -82,18 +82,18 @@ def main(config, out):
     for parallel in ("ddp", "fsdp"):
         run(parallel, parallel=parallel)
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
-        with in_step(3, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
+        with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
         run(f"one to two {parallel}", resume=True, parallel=parallel)
-        with in_step(3, 1, spoil("output.weight", float("nan"))):
+        with in_steps({3}, 1, spoil("output.weight", float("nan"))):
             run(f"{parallel} not finite", parallel=parallel)
-        with in_step(7, 1, brighten):
+        with in_steps({7, 8}, 1, brighten):
             run(f"{parallel} spike", parallel=parallel, spike_window=4, snapshot_every=4, epochs=4)
 
     changed = seen["changed in float16"] = []
     # After unscale_, where each process looks at its own part of the gradient: the verdict has to be one.
-    with in_step(2, 1, spoil("output.weight", float("inf")), changed):
+    with in_steps({2}, 1, spoil("output.weight", float("inf")), changed):
         run("fsdp float16", parallel="fsdp", precision="float16")
 
     reductions = seen["reductions"] = []
