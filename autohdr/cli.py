@@ -213,7 +213,7 @@ def enhance(
 
     Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
     A photo that cannot be read or written is reported and skipped, and the exit status is then 1. What may be a photo in a folder
-    but is of a kind that is not read (.heic, .dng, a dangling link) is reported as skipped too.
+    but is of a kind that is not read (.jxl, .psd, a dangling link) is reported as skipped too.
 
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from autohdr.autotone import auto_tone
-from autohdr.data.images import SUFFIXES, Photo, as_samples, has_grey_profile, photos_in, read_photo, write_photo
+from autohdr.data.images import KINDS, Photo, as_samples, has_grey_profile, photos_in, read_photo, write_photo
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, write_text
 from autohdr.kernels import apply_edit
@@ -146,9 +146,7 @@ def _jobs(paths: list[Path], out_dir: Path, skipped: list[tuple[Path, str]]) -> 
             if other.resolve() != source.resolve():
                 raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
     if not jobs and not skipped:
-        raise UserError(
-            f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
-        )
+        raise UserError(f"expected photos ({KINDS}), got none in {', '.join(map(str, paths)) or 'no paths'}")
     sources = {source.resolve() for source in jobs.values()}
     for target in jobs:
         if target.resolve() in sources:

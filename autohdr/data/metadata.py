@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
+from autohdr.data.heif import HeifFile
+from autohdr.data.raw import RawFile
 
 ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
@@ -130,7 +132,9 @@ class Parts:
 
 
 def orientation_of(image: ImageFile) -> int:
-    """The EXIF orientation, 1 to 8, that a file opened by Pillow asks for: in its EXIF or, where that names none, in its XMP."""
+    """The EXIF orientation, 1 to 8, that is still to be applied: in a file's EXIF or, where that names none, in its XMP."""
+    if isinstance(image, HeifFile | RawFile):
+        return 1
     if isinstance(image, TiffImageFile):
         value = image.tag_v2.get(_BASE.Orientation)
         if isinstance(value, (bytes, tuple)):
@@ -141,18 +145,19 @@ def orientation_of(image: ImageFile) -> int:
 
 
 def parts_of(image: ImageFile, orientation: int, height: int, width: int) -> Parts:
-    """The parts of a file opened by Pillow. height and width are those of the upright photo."""
-    if isinstance(image, TiffImageFile):
-        return _tiff_parts(image, orientation, height, width)
+    """The parts of a file. height and width are those of the upright photo."""
+    if (tags := getattr(image, "tag_v2", None)) is not None:
+        return _tiff_parts(image, tags, orientation, height, width)
     block = _exif(image)
     parts = Parts(upright_exif(block, orientation, height, width))
     if block and not parts.exif:
         parts.notes.append("its EXIF is damaged and is not kept")
     if image.format == "PNG":
         parts.extra = tuple(_png_extra(image, orientation in ACROSS, height, width))
-    elif image.format == "WEBP":
+    elif image.format in ("WEBP", "AVIF", "HEIF", "RAW"):
         parts.extra = (("xmp", upright_xmp(xmp, height, width)),) if (xmp := _xmp(image)) else ()
-        parts.options = {"lossless": True} if _is_lossless(image) else {}
+        parts.options = {"lossless": True} if image.format == "WEBP" and _is_lossless(image) else {}
+        parts.notes += image.left_out() if isinstance(image, HeifFile) else []
     else:
         parts.extra = tuple(_jpeg_extra(image, height, width, parts.notes))
         if "jfif_unit" in image.info and image.info["jfif_unit"] in (0, 1, 2):
@@ -208,7 +213,7 @@ def _exif(image: ImageFile) -> bytes:
 
 def _xmp(image: ImageFile) -> bytes:
     if isinstance(image, TiffImageFile):
-        return _bytes(image, _XMP_TAG)
+        return _bytes(image.tag_v2, _XMP_TAG)
     if image.format != "PNG":
         return image.info.get("xmp", b"")
     for kind, data in png_chunks(image):
@@ -263,7 +268,7 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
         notes.append(f"of its {image.n_frames} pictures the first is in the result")
 
 
-def _tiff_parts(image: TiffImageFile, orientation: int, height: int, width: int) -> Parts:
+def _tiff_parts(image: ImageFile, directory: ImageFileDirectory_v2, orientation: int, height: int, width: int) -> Parts:
     """What the tags of a TIFF say about the photo, not about how its pixels are stored."""
     tags = image.getexif()
     for tag in set(tags) - _DESCRIBING_TAGS:
@@ -275,18 +280,18 @@ def _tiff_parts(image: TiffImageFile, orientation: int, height: int, width: int)
             details[tag] = size
     if orientation in ACROSS and {_BASE.XResolution, _BASE.YResolution} <= set(tags):
         tags[_BASE.XResolution], tags[_BASE.YResolution] = tags[_BASE.YResolution], tags[_BASE.XResolution]
-    extra = [(_XMP_TAG, xmp)] if (xmp := upright_xmp(_bytes(image, _XMP_TAG), height, width)) else []
-    extra += [(_IPTC_TAG, iptc)] if (iptc := _bytes(image, _IPTC_TAG)) else []
-    extra += [(_PHOTOSHOP_TAG, kept)] if (kept := upright_resources(_bytes(image, _PHOTOSHOP_TAG))) else []
+    extra = [(_XMP_TAG, xmp)] if (xmp := upright_xmp(_bytes(directory, _XMP_TAG), height, width)) else []
+    extra += [(_IPTC_TAG, iptc)] if (iptc := _bytes(directory, _IPTC_TAG)) else []
+    extra += [(_PHOTOSHOP_TAG, kept)] if (kept := upright_resources(_bytes(directory, _PHOTOSHOP_TAG))) else []
     return Parts(tags.tobytes().removeprefix(EXIF_NAME), tuple(extra))
 
 
-def _bytes(image: TiffImageFile, tag: int) -> bytes:
+def _bytes(directory: ImageFileDirectory_v2, tag: int) -> bytes:
     """The bytes of a tag, of whatever type it is."""
-    value = image.tag_v2.get(tag, b"")
+    value = directory.get(tag, b"")
     if isinstance(value, tuple) and all(isinstance(part, int) for part in value):
-        kind = {1: "B", 3: "H"}.get(image.tag_v2.tagtype.get(tag, 4), "I")
-        return struct.pack(("<" if image.tag_v2.prefix == b"II" else ">") + kind * len(value), *value)
+        kind = {1: "B", 3: "H"}.get(directory.tagtype.get(tag, 4), "I")
+        return struct.pack(("<" if directory.prefix == b"II" else ">") + kind * len(value), *value)
     return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value if isinstance(value, bytes) else b""
 
 
