@@ -202,6 +202,10 @@ def enhance(
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
     overwrite: Annotated[bool, FlagCreatePairsOff] = False,
     quality: int | None = None,
+    format: Literal["jpeg", "png", "tiff", "webp", "avif", "same"] = "same",
+    depth: Literal[8, 16] | None = None,
+    subsampling: Literal["444", "422", "420"] | None = None,
+    strip: Literal["gps", "all"] | None = None,
     damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
@@ -209,7 +213,7 @@ def enhance(
     max_memory: str | None = None,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
-    """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay.
+    """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay, unless asked otherwise.
 
     Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
     A photo that cannot be read or written is reported and skipped, and the exit status is then 1. What may be a photo in a folder
@@ -223,7 +227,11 @@ def enhance(
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
         overwrite: Replace results that exist already, instead of skipping their photos.
-        quality: Of JPEG and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, and a WebP 95.
+        quality: Of JPEG, AVIF and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, a WebP 95, an AVIF 90.
+        format: Of the results; HEIC and raw become JPEG by default. What a format does not hold of a photo, a line says.
+        depth: Bits a channel; by default the photo's own, where the format has them.
+        subsampling: Of the colours of JPEG and AVIF; by default a JPEG has its file's own.
+        strip: Take the place out of what a photo says, or everything but its colour and density.
         damaged: A JPEG whose data are damaged is skipped, or what there is of it is written.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
@@ -248,6 +256,7 @@ def enhance(
     model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
+    settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:
         with TemporaryDirectory() as folder:
             photo = Path(folder, "photo.jpg")  # the format is told by what is in it

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from autohdr.autotone import auto_tone
+from autohdr.data.conversion import check_conversion, converted, result_name, stripped
 from autohdr.data.images import KINDS, Photo, as_samples, has_grey_profile, photos_in, read_photo, write_photo
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, write_text
@@ -49,6 +50,10 @@ def enhance(
     save_edit: bool = False,
     overwrite: bool = False,
     quality: int | None = None,
+    format: str = "same",
+    depth: int | None = None,
+    subsampling: str = "",
+    strip: str = "",
     keep_damaged: bool = False,
     progress: bool = True,
     max_memory: int | None = None,
@@ -62,7 +67,10 @@ def enhance(
     model: maps (1, 3, H, W) float32 in [0, 1], channels-last, to the same; it is moved to device and set to eval mode.
     None is the auto-tone. It sees sRGB, and the result goes back to the photo's own colour space. One that takes samples gets
     an sRGB photo's own, uint8 or uint16, in place of float32.
-    quality: of JPEG and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    quality: of JPEG, AVIF and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    format: jpeg, png, tiff, webp or avif; same, of HEIC and raw, is jpeg. depth: 8 or 16 bits a channel, by default the photo's.
+    subsampling: of a JPEG or an AVIF, 444, 422 or 420. strip: gps takes the place out of what a photo says, all everything but
+    its colour and density. What a format does not hold is in the notes.
     keep_damaged: write what there is of a JPEG whose data are damaged, with a note; by default it is skipped.
     precision: float32, or bfloat16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
@@ -70,7 +78,8 @@ def enhance(
     does, with the same pixels as a result; a photo that needs more even so is skipped. By default nine tenths of what is free.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
-    UserError before any work: a strength outside 0 to 2, a quality outside 1 to 100; save_edit and a model that predicts no edit;
+    UserError before any work: a strength outside 0 to 2, a quality outside 1 to 100, a format, a depth in it, a subsampling or
+    what to strip that there is not; save_edit and a model that predicts no edit;
     max_memory and another one than a network that works in strips; a path that does not exist, no photos, two photos of one
     output name, an output that is one of the photos, an out_dir that can't be made, an unknown precision.
     """
@@ -86,12 +95,13 @@ def enhance(
         raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
     if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"quality must be from 1 to 100, got {quality}")
+    check_conversion(format, depth, subsampling, strip)
     device = torch.device(device)
-    as_stored = model is None or getattr(model, "takes_samples", False)
+    as_stored = depth != 16 and (model is None or getattr(model, "takes_samples", False))  # an edit of 8 bits has no more
     if model is not None:
         model = model.eval().to(device)
     result = EnhanceResult()
-    jobs = _jobs([Path(path) for path in paths], Path(out_dir), result.skipped)
+    jobs = _jobs([Path(path) for path in paths], Path(out_dir), result.skipped, format)
     for folder in {target.parent for target in jobs}:
         clear_abandoned(folder)
     for target, source in tqdm(jobs.items(), desc="enhance", unit="photo", disable=None if progress else True):
@@ -116,7 +126,8 @@ def enhance(
                 if has_grey_profile(photo):
                     _check_grey(photo, after)
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_photo(target, photo, quality)
+            photo = converted(stripped(photo, strip), format, depth)
+            write_photo(target, photo, quality, subsampling)
             if save_edit and prediction:
                 _write_edit(target, prediction.edit, strength)
             if prediction and (reason := _doubt(prediction)):
@@ -136,12 +147,12 @@ def enhance(
     return result
 
 
-def _jobs(paths: list[Path], out_dir: Path, skipped: list[tuple[Path, str]]) -> dict[Path, Path]:
+def _jobs(paths: list[Path], out_dir: Path, skipped: list[tuple[Path, str]], format: str) -> dict[Path, Path]:
     """Output of each photo -> the photo. Creates out_dir once everything else is known to be right. Adds to skipped."""
     jobs: dict[Path, Path] = {}
     for path in paths:
         for source, relative in _photos(path, out_dir, skipped):
-            target = out_dir / relative
+            target = out_dir / result_name(relative, format)
             other = jobs.setdefault(target, source)
             if other.resolve() != source.resolve():
                 raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")

@@ -286,6 +286,16 @@ def test_enhance_quality_and_damaged(photos, tmp_path, capsys):
     assert f"{cut}: " in capsys.readouterr().err and (tmp_path / "out" / "cut.jpg").is_file()
 
 
+def test_enhance_into_another_format(photos, tmp_path, capsys):
+    photo = photos / "0_src.png"
+    options = ("--format", "jpeg", "--depth", "8", "--subsampling", "420", "--strip", "gps")
+    assert run("enhance", photo, "--auto-tone", *options, "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "0_src.jpg") as image:
+        assert image.format == "JPEG" and image.layer[0][1:3] == (2, 2)
+    assert run("enhance", photo, "--auto-tone", "--format", "jpeg", "--depth", "16", "--out", tmp_path / "out") == 2
+    assert "a JPEG holds 8 bits a channel, not 16" in capsys.readouterr().err
+
+
 def test_enhance_overwrites_only_when_told(photos):
     args = ("enhance", photos / "0_src.png", "--auto-tone", "--out", photos / "enhanced")
     assert [run(*args), run(*args), run(*args, "--overwrite")] == [0, 1, 0]

@@ -40,7 +40,7 @@ def encode_jpeg(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
     encoded = io.BytesIO()
     settings = {key: value for key, value in options.items() if key != "jfif"}
     if not settings.keys() & {"quality", "qtables"}:
-        settings |= {"quality": QUALITY, "subsampling": 0}
+        settings = {"quality": QUALITY, "subsampling": 0} | settings
     Image.fromarray(samples).save(encoded, "JPEG", extra=head, icc_profile=icc, **settings)
     data = bytearray(encoded.getbuffer())
     if "jfif" in options and data[2:4] == b"\xff\xe0":

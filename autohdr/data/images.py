@@ -171,13 +171,13 @@ def check_photo(path: str | Path) -> tuple[int, int]:
     return size
 
 
-def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> None:
+def write_photo(path: str | Path, photo: Photo, quality: int | None = None, subsampling: str = "") -> None:
     """Writes a photo in its own format and depth, with all that its file said; the file appears whole or not at all.
 
     JPEG is written as the photo's file was, with quality 90 at least; WebP lossless where it was, TIFF with its compression.
-    A photo that comes from no file has quality 95 (JPEG without chroma subsampling), or no compression in a TIFF.
-    quality: 1 to 100, for JPEG and lossy WebP. UserError if a pixel is not finite or the format can't hold the photo; OSError if
-    the file can't be written.
+    A photo that comes from no file of the format has quality 95 (AVIF 90; JPEG and AVIF without chroma subsampling), or no
+    compression in a TIFF. quality: 1 to 100, for JPEG, AVIF and lossy WebP. subsampling: of JPEG and AVIF, 444, 422 or 420.
+    UserError if a pixel is not finite or the format can't hold the photo; OSError if the file can't be written.
     """
     if photo.format not in ENCODERS:
         raise UserError(f"{photo.format} is not written, only {', '.join(ENCODERS)}")
@@ -187,6 +187,8 @@ def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> N
         raise UserError("expected grey pixels for a grey profile, got colours")
     if quality is not None:
         options = {key: value for key, value in options.items() if key != "qtables"} | {"quality": quality}
+    if subsampling:
+        options = options | {"subsampling": ":".join(subsampling)}
     if "float" in options:
         samples = samples.astype(np.dtype(str(options["float"])))
     if grey:
