@@ -270,7 +270,8 @@ def _say_in_exif(photo: Photo, said: _Said) -> None:
             entries[tag] = text
         else:
             lost.append(keyword)
-    photo.exif = with_entries(photo.exif, entries)
+    if entries:
+        photo.exif = with_entries(photo.exif, entries)
     if lost:
         said.lost.append(f"of its texts {', '.join(lost)} are")
 

@@ -130,7 +130,7 @@ def exif_density(block: bytes) -> tuple[int, float, float] | None:
 
 
 def with_entries(block: bytes, values: dict[int, str | int | tuple[int, int]]) -> bytes:
-    """An EXIF block, or an empty one, that says these too, by tag: texts, small numbers, fractions. What it says already stays.
+    """An EXIF block, or an empty one, that says these, by tag: small numbers and fractions, and texts where it has none.
 
     The directory is written anew behind the block: nothing else moves.
     """
@@ -140,9 +140,9 @@ def with_entries(block: bytes, values: dict[int, str | int | tuple[int, int]]) -
     entries = {entry.tag: entry for entry in (found[0] if found else ())}
     patched = bytearray(block)
     for tag, value in values.items():
-        if tag in entries:
-            continue
         if isinstance(value, str):
+            if tag in entries:
+                continue
             kind, data = 2, value.encode() + b"\0"
         elif isinstance(value, int):
             kind, data = 3, struct.pack(order + "H", value)
@@ -154,8 +154,6 @@ def with_entries(block: bytes, values: dict[int, str | int | tuple[int, int]]) -
             data, place = struct.pack(order + "I", len(patched)), data
             patched += place
         entries[tag] = _Entry(tag, kind, count, data.ljust(4, b"\0"))
-    if len(entries) == len(found[0] if found else ()):
-        return bytes(block)
     patched += bytes(len(patched) % 2)
     struct.pack_into(order + "I", patched, 4, len(patched))
     listed = b"".join(struct.pack(order + "HHI4s", *entries[tag]) for tag in sorted(entries))
@@ -377,12 +375,8 @@ def _tiff_parts(image: ImageFile, directory: ImageFileDirectory_v2, orientation:
 
 
 def _bytes(directory: ImageFileDirectory_v2, tag: int) -> bytes:
-    """The bytes of a tag, of whatever type it is."""
-    value = directory.get(tag, b"")
-    if isinstance(value, tuple) and all(isinstance(part, int) for part in value):
-        kind = {1: "B", 3: "H"}.get(directory.tagtype.get(tag, 4), "I")
-        return struct.pack(("<" if directory.prefix == b"II" else ">") + kind * len(value), *value)
-    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value if isinstance(value, bytes) else b""
+    """The bytes of a tag as they are in the file, of whatever type: of several whole numbers Pillow gives the first alone."""
+    return directory._tagdata.get(tag, b"")
 
 
 def _is_lossless(image: ImageFile) -> bool:

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from autohdr.data.conversion import converted, dithered, result_name, stripped
 from autohdr.data.images import Photo, as_samples, read_photo, read_rgb, to_float, write_photo
+from autohdr.data.metadata import with_entries
 from autohdr.errors import UserError
 
 SUFFIX = {"jpeg": ".jpg", "png": ".png", "tiff": ".tif", "webp": ".webp", "avif": ".avif"}
@@ -117,6 +118,19 @@ def test_the_iptc_tag_of_a_tiff_becomes_a_resource_and_back(tmp_path):
     assert dict(converted(photo, "tiff").extra) == {33723: b"words", 34377: IPTC}
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", [1, 4, 7])
+def test_iptc_of_any_type_is_kept(tmp_path, kind, order):
+    """Many write it as whole numbers of 32 bits."""
+    words = b"\x1c\x02\x19\0\x07kitchen"
+    data = np.frombuffer(words, order + "u4") if kind == 4 else words
+    tags = [(33723, {1: "B", 4: "I", 7: 7}[kind], len(data), data if kind == 4 else words, True)]
+    tifffile.imwrite(tmp_path / "a.tif", np.asarray(PICTURE), photometric="rgb", byteorder=order, extratags=tags)
+    photo = read_photo(tmp_path / "a.tif")
+    assert photo.extra == ((33723, words),) and photo.notes == []
+    assert words in converted(photo, "jpeg").extra[0][1]
+
+
 def test_texts_go_where_there_is_a_place_for_them(tmp_path):
     chunks = ((b"tEXt", b"Author\0Ren\xe9"), (b"iTXt", b"Title\0\0\0\0\0\xe6\x88\xbf"), (b"tEXt", b"Comment\0good"))
     photo = Photo(to_float(np.asarray(PICTURE)), "PNG", extra=chunks)
@@ -140,6 +154,8 @@ def test_a_density_added_to_exif_moves_nothing_in_it(tmp_path):
     told = Image.Exif()
     told.load(exif)
     assert [round(float(told[tag]), 1) for tag in (282, 283, 296)] == [300.0, 150.0, 2] and told[ExifTags.Base.Make] == "Maker"
+    told.load(with_entries(exif, {282: (7200, 100), 271: "Another"}))
+    assert told[282] == 72.0 and round(float(told[283])) == 150 and told[ExifTags.Base.Make] == "Maker"
 
 
 def test_what_a_jpeg_cannot_hold_is_told():
