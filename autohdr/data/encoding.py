@@ -62,6 +62,8 @@ def encode_avif(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
     """options: quality, subsampling. extra: xmp, by its name in Pillow."""
     encoded = io.BytesIO()
     settings: dict[str, Any] = {"quality": AVIF_QUALITY, "subsampling": "4:4:4"} | options | dict(extra)
+    if samples.ndim == 2:
+        del settings["subsampling"]
     Image.fromarray(samples).save(encoded, "AVIF", exif=exif, icc_profile=icc or b"", **settings)
     return encoded.getvalue()
 

@@ -182,7 +182,7 @@ def write_photo(path: str | Path, photo: Photo, quality: int | None = None, subs
     if photo.format not in ENCODERS:
         raise UserError(f"{photo.format} is not written, only {', '.join(ENCODERS)}")
     samples, options = as_samples(photo), photo.options
-    grey = photo.grey and photo.format not in ("WEBP", "AVIF") and bool((samples == samples[..., :1]).all())
+    grey = photo.grey and photo.format != "WEBP" and bool((samples == samples[..., :1]).all())
     if has_grey_profile(photo) and not grey:
         raise UserError("expected grey pixels for a grey profile, got colours")
     if quality is not None:

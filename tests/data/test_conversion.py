@@ -228,7 +228,8 @@ def test_grey_with_a_grey_profile(tmp_path, target, depth):
     out, notes = written(tmp_path / "in", photo, target)
     np.testing.assert_allclose(read_rgb(out) * 255, 137.2, atol=1.5)
     with Image.open(out) as image:
-        assert image.mode == ("RGB" if target in ("webp", "avif") else "I;16" if depth == 16 and target != "jpeg" else "L")
+        modes = {"webp": ("RGB",), "avif": ("L", "RGB"), "jpeg": ("L",)}  # an older Pillow writes a grey AVIF in colour
+        assert image.mode in modes.get(target, ("L" if depth == 8 else "I;16",))
     assert any("its colours are converted" in note for note in notes) == (target in ("webp", "avif"))
 
 
