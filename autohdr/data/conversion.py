@@ -195,7 +195,7 @@ def _said(photo: Photo) -> _Said:
                 said.resources += raw_profile(text)
             else:
                 said.add_text(keyword.decode("latin-1"), text.decode("utf-8" if key == b"iTXt" else "latin-1", "replace"))
-    if iptc and IPTC not in dict(resources(said.resources)):
+    if iptc and IPTC not in resources(said.resources):
         said.resources += resource(IPTC, iptc)
     said.density = _own_density(photo) or exif_density(photo.exif)
     return said
@@ -248,7 +248,7 @@ def _say_png(photo: Photo, said: _Said) -> None:
 
 
 def _say_tiff(photo: Photo, said: _Said) -> None:
-    iptc = dict(resources(said.resources)).get(IPTC)
+    iptc = resources(said.resources).get(IPTC)
     parts = ((XMP_TAG, said.xmp), (IPTC_TAG, iptc), (PHOTOSHOP_TAG, said.resources))
     photo.extra = tuple((tag, data) for tag, data in parts if data)
     _say_in_exif(photo, said)
@@ -257,7 +257,7 @@ def _say_tiff(photo: Photo, said: _Said) -> None:
 def _say_xmp_alone(photo: Photo, said: _Said) -> None:
     photo.extra = (("xmp", said.xmp),) if said.xmp else ()
     if said.resources:
-        said.lost.append("its IPTC is" if IPTC in dict(resources(said.resources)) else "Photoshop's parts are")
+        said.lost.append("its IPTC is" if IPTC in resources(said.resources) else "Photoshop's parts are")
     _say_in_exif(photo, said)
 
 

@@ -164,7 +164,7 @@ def check_photo(path: str | Path) -> tuple[int, int]:
     with _opened(path) as image:
         size = _upright(image)
         if image.format in ("JPEG", "MPO", "RAW"):
-            image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
+            image.draft(image.mode, (1, 1))  # reads all, without transforming every coefficient or interpolating: twice as fast
         _decode(image, notes)
         _profile(image, notes)
     _warn(path, notes)
@@ -456,7 +456,7 @@ def _coded_space(image: ImageFile) -> ColourSpace | None:
     """What the numbers of a HEIC's or an AVIF's box say of its colours, where no profile does; None for sRGB."""
     if "nclx" not in image.info or image.info.get("icc_profile"):
         return None
-    return colour_space(None, {b"cICP": bytes([*image.info["nclx"], 0, 1])})
+    return colour_space(None, {b"cICP": bytes([*(min(number, 255) for number in image.info["nclx"]), 0, 1])})
 
 
 def _is_grey(image: ImageFile) -> bool:

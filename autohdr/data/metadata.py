@@ -106,7 +106,7 @@ def without_gps(block: bytes) -> bytes:
     for (at,) in (struct.unpack(order + "I", entry.value) for entry in found[0] if entry.tag == _IFD.GPSInfo):
         said = (_directory(block, at, order) or ([],))[0]
         places = [(place, _length(entry)) for entry in said if (place := _place(entry, order)) is not None]
-        for place, length in (*places, (at, 2 + 12 * len(said))):
+        for place, length in (*places, (at, 2 + 12 * len(said))) if said else ():
             patched[place : place + length] = bytes(len(patched[place : place + length]))
     data = struct.pack(order + "H", len(kept)) + b"".join(struct.pack(order + "HHI4s", *entry) for entry in kept)
     patched[start : start + 2 + 12 * len(found[0])] = data.ljust(2 + 12 * len(found[0]), b"\0")
@@ -160,10 +160,9 @@ def with_entries(block: bytes, values: dict[int, str | int | tuple[int, int]]) -
     return bytes(patched) + struct.pack(order + "H", len(entries)) + listed + bytes(4)
 
 
-def resources(blocks: bytes) -> Iterator[tuple[int, bytes]]:
-    """Photoshop's image resources, number and data, as far as they are whole."""
-    for number, _, data in _resources(blocks):
-        yield number, data
+def resources(blocks: bytes) -> dict[int, bytes]:
+    """The data of Photoshop's image resources by their numbers, as far as they are whole."""
+    return {number: data for number, _, data in _resources(blocks)}
 
 
 def resource(number: int, data: bytes) -> bytes:
