@@ -250,6 +250,14 @@ def test_the_place_is_taken_out_and_nothing_else(tmp_path, format):
     assert format not in ("jpeg", "tiff") or IPTC in data
 
 
+def test_a_place_that_cannot_be_read_takes_nothing_with_it():
+    entries = struct.pack("<HHHIIHHIII", 2, 0x10F, 2, 8, 38, 0x8825, 4, 1, 44, 0)  # the place is said to be in the maker's name
+    photo = Photo(np.zeros((2, 2, 3), np.float32), "WEBP", exif=b"II*\0" + struct.pack("<I", 8) + entries + b"Maker 1\0")
+    exif = Image.Exif()
+    exif.load(stripped(photo, "gps").exif)
+    assert dict(exif) == {0x10F: "Maker 1"}
+
+
 @pytest.mark.parametrize("format", SUFFIX)
 def test_all_is_taken_out_but_colour_and_density(tmp_path, format):
     path = source(tmp_path, format)
