@@ -220,6 +220,10 @@ def enhance(
     shard: str = "1/1",
     jobs: int | None = None,
     quality: int | None = None,
+    format: Literal["jpeg", "png", "tiff", "webp", "avif", "same"] = "same",
+    depth: Literal[8, 16] | None = None,
+    subsampling: Literal["444", "422", "420"] | None = None,
+    strip: Literal["gps", "all"] | None = None,
     damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
@@ -228,13 +232,13 @@ def enhance(
     json: Annotated[bool, FlagCreatePairsOff] = False,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
-    """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay.
+    """Enhance photos at their own resolution; format, bit depth, colour space and metadata stay, unless asked otherwise.
 
     Of a photo that is unlike those that the shipped model learnt from, less is changed, and a line says so.
     The same call again finishes what a kill, a full disk or Ctrl-C left: OUT/autohdr.jsonl has a line of each photo, with hashes.
     The exit status is 0 where all is done, also if before; 1 where a photo failed (it is damaged, cannot be written, there is too
     little memory); 3 where none did but some were skipped: what may be a photo in a folder but is of a kind that is not read
-    (.heic, .dng, a dangling link), or a photo whose result exists and is not of an earlier run.
+    (.jxl, .psd, a dangling link), or a photo whose result exists and is not of an earlier run.
 
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
@@ -248,7 +252,11 @@ def enhance(
             what was done before, rename the result to NAME-1, NAME-2, ..., or end with an error before any work.
         shard: I/N: the I-th of N parts of the photos, for N processes, as of a Slurm array. Each writes OUT/autohdr.I-of-N.jsonl.
         jobs: Threads that read and write photos while the model works; one a core by default.
-        quality: Of JPEG and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, and a WebP 95.
+        quality: Of JPEG, AVIF and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, a WebP 95, an AVIF 90.
+        format: Of the results; HEIC and raw become JPEG by default. What a format does not hold of a photo, a line says.
+        depth: Bits a channel; by default the photo's own, where the format has them.
+        subsampling: Of the colours of JPEG and AVIF; by default a JPEG has its file's own.
+        strip: Take the place out of what a photo says, or everything but its colour and density.
         damaged: A JPEG whose data are damaged has failed and is left out, or what there is of it is written.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
@@ -276,6 +284,7 @@ def enhance(
     model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
+    settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:
         enhanced, notes, reason = Enhancer(model, **settings).file(sys.stdin.buffer.read())
         for note in notes:

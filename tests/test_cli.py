@@ -354,6 +354,16 @@ def test_enhance_a_shard(photos, capsys):
         assert said in refusal(capsys, *args, shard)
 
 
+def test_enhance_into_another_format(photos, tmp_path, capsys):
+    photo = photos / "0_src.png"
+    options = ("--format", "jpeg", "--depth", "8", "--subsampling", "420", "--strip", "gps")
+    assert run("enhance", photo, "--auto-tone", *options, "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "0_src.jpg") as image:
+        assert image.format == "JPEG" and image.layer[0][1:3] == (2, 2)
+    assert run("enhance", photo, "--auto-tone", "--format", "jpeg", "--depth", "16", "--out", tmp_path / "out") == 2
+    assert "a JPEG holds 8 bits a channel, not 16" in capsys.readouterr().err
+
+
 def test_demo_fails_where_gain_and_gamma_is_nearly_as_good(monkeypatch, tmp_path):
     from autohdr import demo
 

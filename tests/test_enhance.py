@@ -8,6 +8,7 @@ import sys
 
 import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -215,7 +216,7 @@ def test_a_photo_with_a_grey_profile_stays_so_where_its_edit_is_grey(tmp_path):
 
 def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
     save(tmp_path / "in/a.png")
-    for name in ("b.HEIC", "c.cr2", "d.dng", "e.gif"):
+    for name in ("b.HEIC", "c.cr2", "d.jxl", "e.gif"):
         (tmp_path / "in" / name).write_bytes(b"what is in it")
     (tmp_path / "in/f.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "in/g").symlink_to(tmp_path)
@@ -226,12 +227,61 @@ def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
         Image.new("RGB", (9, 9)).save(tmp_path / f"in/i.{suffix}", "JPEG")
     result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
     assert [path.name for path in result.written] == ["a.png", "i.jfif", "i.jpe"]
-    assert [path.name for path, _ in result.skipped] == ["b.HEIC", "c.cr2", "d.dng", "e.gif", "f.jpg", "g", "h.bak"]
-    assert "of the kind .heic" in result.skipped[0][1] and "a link to nothing" in result.skipped[4][1]
+    assert [path.name for path, _ in result.skipped] == ["d.jxl", "e.gif", "f.jpg", "g", "h.bak", "b.HEIC", "c.cr2"]
+    assert "of the kind .jxl" in result.skipped[0][1] and "a link to nothing" in result.skipped[2][1]
     (tmp_path / "in/a.png").unlink()
     (tmp_path / "only").mkdir()
     (tmp_path / "only/b.heic").write_text("none")
     assert len(run([tmp_path / "only"], tmp_path / "out", nn.Identity()).skipped) == 1
+
+
+def test_a_heic_becomes_a_jpeg_and_each_format_that_is_asked_for(tmp_path):
+    (tmp_path / "in").mkdir()
+    pillow_heif.from_pillow(Image.fromarray(room())).save(tmp_path / "in/a.heic", quality=95)
+    for options, suffix, kind, depth in (
+        ({}, ".jpg", "JPEG", 8),
+        ({"format": "tiff"}, ".tif", "TIFF", 8),
+        ({"format": "png", "depth": 16}, ".png", "PNG", 16),
+        ({"format": "avif", "subsampling": "420", "quality": 80}, ".avif", "AVIF", 8),
+        ({"format": "webp", "strip": "all"}, ".webp", "WEBP", 8),
+    ):
+        result = run([tmp_path / "in"], tmp_path / f"out{suffix}", **options)
+        assert result.written == [tmp_path / f"out{suffix}/a{suffix}"] and result.skipped == result.notes == []
+        photo = read_photo(result.written[0])
+        assert (photo.format, photo.depth) == (kind, depth)
+        assert np.abs(photo.pixels - auto_tone(read_rgb(tmp_path / "in/a.heic"))).mean() < 0.03
+    assert len(np.unique(read_samples(tmp_path / "out.png/a.png"))) > 300  # the edit has 16 bits, not what 8 of them give
+
+
+def test_what_a_format_does_not_hold_is_noted(tmp_path):
+    save(tmp_path / "a.png", 8, 9, "PNG", 16)
+    result = run([tmp_path / "a.png"], tmp_path / "out", Invert(), format="jpeg")
+    assert result.notes == [(tmp_path / "a.png", "16 bits a channel become 8: a JPEG holds no more")]
+
+
+def test_two_photos_that_would_become_one_file_are_refused(tmp_path):
+    for name in ("a.png", "a.tif"):
+        save(tmp_path / "in" / name, 8, 9)
+    with pytest.raises(UserError, match="would both become"):
+        run([tmp_path / "in"], tmp_path / "out", Invert(), format="jpeg")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"format": "heic"}, "format must be one of jpeg, png"),
+        ({"format": "jpeg", "depth": 16}, "a JPEG holds 8 bits"),
+        ({"depth": 12}, "depth must be one of 8, 16"),
+        ({"subsampling": "411"}, "subsampling must be one of 444"),
+        ({"strip": "name"}, "strip must be one of gps, all"),
+    ],
+)
+def test_formats_that_there_are_not_are_refused(tmp_path, options, reason):
+    save(tmp_path / "a.png", 8, 9)
+    with pytest.raises(UserError, match=reason):
+        run([tmp_path / "a.png"], tmp_path / "out", Invert(), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_jpeg_fails_or_is_kept_with_a_note(tmp_path):

@@ -25,6 +25,7 @@ _PRIMARIES = {  # ITU-T H.273, table 2
     12: (*_D65, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
     22: (*_D65, 0.63, 0.34, 0.295, 0.605, 0.155, 0.077),
 }
+_NAMES = ({1: "BT.709", 9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}, {8: "linear", 13: "sRGB's curve", 16: "PQ", 18: "HLG"})
 _GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
 _BT709 = (1, 6, 14, 15)
 _SRGB_TRANSFER, _PQ, _HLG = 13, 16, 18
@@ -113,6 +114,13 @@ def colour_space(icc_profile: bytes | None, chunks: Mapping[bytes, bytes] | None
         return None
     gamma, corners = chunks.get(b"gAMA", b""), chunks.get(b"cHRM", b"")
     return _of_gamma(int.from_bytes(gamma[:4]), struct.unpack(">8I", corners) if len(corners) == 32 else ())
+
+
+def coded_name(primaries: int, transfer: int) -> str:
+    """What two numbers of H.273 mean, in words."""
+    return " with ".join(
+        names.get(number, f"H.273's {number}") for names, number in zip(_NAMES, (primaries, transfer), strict=True)
+    )
 
 
 def is_damaged(icc_profile: bytes) -> bool:

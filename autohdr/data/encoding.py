@@ -1,4 +1,4 @@
-"""Samples into the bytes of a JPEG, PNG, WebP or TIFF, with what the file says beside them."""
+"""Samples into the bytes of a JPEG, PNG, WebP, AVIF or TIFF, with what the file says beside them."""
 
 import functools
 import io
@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 Extra = Iterable[tuple[Any, bytes]]
 QUALITY = 95
+AVIF_QUALITY = 90
 LEAST_QUALITY = 90
 SEGMENT = 65533  # bytes that one of a JPEG holds
 EXIF_NAME = b"Exif\0\0"
@@ -39,7 +40,7 @@ def encode_jpeg(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
     encoded = io.BytesIO()
     settings = {key: value for key, value in options.items() if key != "jfif"}
     if not settings.keys() & {"quality", "qtables"}:
-        settings |= {"quality": QUALITY, "subsampling": 0}
+        settings = {"quality": QUALITY, "subsampling": 0} | settings
     Image.fromarray(samples).save(encoded, "JPEG", extra=head, icc_profile=icc, **settings)
     data = bytearray(encoded.getbuffer())
     if "jfif" in options and data[2:4] == b"\xff\xe0":
@@ -54,6 +55,16 @@ def encode_webp(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
     if settings.get("lossless"):
         settings["quality"] = 75  # the effort, not the quality
     Image.fromarray(samples).save(encoded, "WEBP", exif=exif, icc_profile=icc, **settings)
+    return encoded.getvalue()
+
+
+def encode_avif(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extra, options: dict[str, Any]) -> bytes:
+    """options: quality, subsampling. extra: xmp, by its name in Pillow."""
+    encoded = io.BytesIO()
+    settings: dict[str, Any] = {"quality": AVIF_QUALITY, "subsampling": "4:4:4"} | options | dict(extra)
+    if samples.ndim == 2:
+        del settings["subsampling"]
+    Image.fromarray(samples).save(encoded, "AVIF", exif=exif, icc_profile=icc or b"", **settings)
     return encoded.getvalue()
 
 
@@ -109,7 +120,7 @@ def encode_tiff(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
     return b"".join([tags.tobytes().removeprefix(EXIF_NAME), *strips])
 
 
-ENCODERS = {"JPEG": encode_jpeg, "PNG": encode_png, "TIFF": encode_tiff, "WEBP": encode_webp}
+ENCODERS = {"JPEG": encode_jpeg, "PNG": encode_png, "TIFF": encode_tiff, "WEBP": encode_webp, "AVIF": encode_avif}
 
 
 def compressible(compression: int) -> bool:

@@ -1,10 +1,11 @@
-"""Photos in and out: JPEG, PNG, WebP and TIFF with 8 or 16 bits a channel, and TIFF in floating point.
+"""Photos in and out: JPEG, PNG, WebP, AVIF and TIFF of 8 or 16 bits a channel, TIFF in floating point; HEIC and camera raw in.
 
 Pixels are RGB in the file's own colour space (its profile travels along) and upright (the orientation is applied on reading).
 Transparency is carried along, never blended in.
 """
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import logging
@@ -20,23 +21,24 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from autohdr.data.colour import ICC_SPACE, ColourSpace, colour_space, is_damaged
+from autohdr.data import heif, raw
+from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, compressible, jpeg_options
 from autohdr.data.jpeg import load_jpeg
 from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"})
-_OTHER_PHOTOS = frozenset(
-    ".3fr .arw .avif .bmp .cr2 .cr3 .crw .dcr .dng .erf .exr .fff .gif .hdr .heic .heif .hif .iiq .insp .j2k .jp2 .jpf .jpx .jxl"
-    " .jxr .kdc .mef .mos .mrw .nef .nrw .orf .pef .pgm .ppm .psb .psd .raf .raw .rw2 .rwl .sr2 .srf .srw .tga .x3f".split()
-)
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+KINDS = "JPEG, PNG, WebP, TIFF, AVIF, HEIC or camera raw"
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .avif".split()) | heif.SUFFIXES | raw.SUFFIXES
+_OTHER_PHOTOS = frozenset(".bmp .exr .gif .hdr .insp .j2k .jp2 .jpf .jpx .jxl .jxr .pgm .ppm .psb .psd .tga".split())
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_HEAD = 64  # bytes that tell what a file is
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
@@ -66,12 +68,13 @@ _know_more_tiffs()
 class Photo:
     """A photo, and what it takes beside the pixels to write it again as it was.
 
-    pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth. format: JPEG, PNG, WEBP
-    or TIFF. depth: 8 or 16 bits a channel, or 32.
+    pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth. format: JPEG, PNG,
+    WEBP, TIFF or AVIF; HEIF and RAW are read but not written. depth: 8 or 16 bits a channel, or 32.
     alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
     without a thumbnail, or empty. icc_profile: an RGB or a grey profile or None.
     extra: what else the file says, as its format has it: (marker, data) of JPEG segments, (kind, data) of PNG chunks,
-    (name, data) of WebP, (tag, data) of TIFF. grey: the file has grey alone, and is written so where the pixels are grey.
+    (name, data) of WebP, AVIF and HEIC, (tag, data) of TIFF and raw. grey: the file has grey alone, and is written so where the
+    pixels are grey.
     options: how it was compressed, as encoding.encode_jpeg and the others take it. notes: what was not as it should be, in words.
     """
 
@@ -97,13 +100,18 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
     as_stored: leave its pixels the uint8 or uint16 samples that they are in the file, a quarter or half of the memory.
     keep_damaged: read what there is of a JPEG whose data are damaged, with a note.
     A TIFF in floating point (float16, float32) is taken as its profile says, as sRGB without one; 0 is black and 1 white, and
-    what lies beyond is cut off, with a note.
+    what lies beyond is cut off, with a note. A raw photo comes with 16 bits, in sRGB, developed without a look. Colours that an
+    AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
     """
     notes: list[str] = []
     with _quiet(notes), _opened(path) as image:
         with _silent_stderr() if isinstance(image, TiffImageFile) else contextlib.nullcontext():
             samples, orientation = _decode(image, notes, keep_damaged)
         samples = _turned(samples, orientation)
+        if space := _coded_space(image):
+            srgb = from_float(space.to_srgb(samples[..., :3]), 8 * samples.itemsize)
+            samples = np.concatenate([srgb, samples[..., 3:]], 2)
+            notes.append(f"its colours, {coded_name(*image.info['nclx'])}, are converted to sRGB, and cut off beyond it")
         parts = parts_of(image, orientation, *samples.shape[:2])
         pixels = samples[..., :3]
         photo = Photo(
@@ -124,8 +132,8 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
 def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
     """The pixels alone, in sRGB: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
 
-    at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, several
-    times as fast.
+    at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, and a raw
+    photo at a half, several times as fast.
     """
     notes: list[str] = []
     with _opened(path) as image:
@@ -133,7 +141,7 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
             image.draft(image.mode, (at_least, at_least))
         samples = _turned(*_decode(image, notes))[..., :3]
         chunks = dict(png_chunks(image)) if image.format == "PNG" else None
-        space = colour_space(_profile(image, notes), chunks)
+        space = _coded_space(image) or colour_space(_profile(image, notes), chunks)
         if space or samples.dtype.kind == "f":
             pixels = space.to_srgb(samples) if space else samples
             samples = from_float(pixels, 8 if samples.dtype == np.uint8 else 16)
@@ -157,34 +165,39 @@ def check_photo(path: str | Path) -> tuple[int, int]:
     notes: list[str] = []
     with _opened(path) as image:
         size = _upright(image)
-        if image.format in ("JPEG", "MPO"):
-            image.draft(image.mode, (1, 1))  # reads every coefficient without transforming them all: twice as fast
+        if image.format in ("JPEG", "MPO", "RAW"):
+            image.draft(image.mode, (1, 1))  # reads all, without transforming every coefficient or interpolating: twice as fast
         _decode(image, notes)
         _profile(image, notes)
     _warn(path, notes)
     return size
 
 
-def write_photo(path: str | Path, photo: Photo, quality: int | None = None) -> None:
+def write_photo(path: str | Path, photo: Photo, quality: int | None = None, subsampling: str = "") -> None:
     """Writes what encode_photo makes of a photo; the file appears whole or not at all. OSError if it can't be written."""
-    encoded = encode_photo(photo, quality)
+    encoded = encode_photo(photo, quality, subsampling)
     with replacing(path) as part:
         part.write_bytes(encoded)
 
 
-def encode_photo(photo: Photo, quality: int | None = None) -> bytes:
+def encode_photo(photo: Photo, quality: int | None = None, subsampling: str = "") -> bytes:
     """The bytes of a photo's file, in its own format and depth, with all that its file said.
 
     JPEG is written as the photo's file was, with quality 90 at least; WebP lossless where it was, TIFF with its compression.
-    A photo that comes from no file has quality 95 (JPEG without chroma subsampling), or no compression in a TIFF.
-    quality: 1 to 100, for JPEG and lossy WebP. UserError if a pixel is not finite or the format can't hold the photo.
+    A photo that comes from no file of the format has quality 95 (AVIF 90; JPEG and AVIF without chroma subsampling), or no
+    compression in a TIFF. quality: 1 to 100, for JPEG, AVIF and lossy WebP. subsampling: of JPEG and AVIF, 444, 422 or 420.
+    UserError if a pixel is not finite or the format can't hold the photo.
     """
+    if photo.format not in ENCODERS:
+        raise UserError(f"{photo.format} is not written, only {', '.join(ENCODERS)}")
     samples, options = as_samples(photo), photo.options
     grey = photo.grey and photo.format != "WEBP" and bool((samples == samples[..., :1]).all())
     if has_grey_profile(photo) and not grey:
         raise UserError("expected grey pixels for a grey profile, got colours")
     if quality is not None:
         options = {key: value for key, value in options.items() if key != "qtables"} | {"quality": quality}
+    if subsampling:
+        options = options | {"subsampling": ":".join(subsampling)}
     if "float" in options:
         samples = samples.astype(np.dtype(str(options["float"])))
     if grey:
@@ -251,23 +264,43 @@ def photos_in(folder: Path, but: Path) -> tuple[list[Path], list[tuple[Path, str
         for path in (here / name for name in files if not name.startswith(".")):
             suffix = path.suffix.lower()
             if suffix in SUFFIXES and path.is_file():
-                found.append(path)
+                if lacking := _lacking(_kind(suffix)):
+                    skipped.append((path, lacking))
+                else:
+                    found.append(path)
             elif suffix in SUFFIXES:
                 skipped.append((path, "a link to nothing" if path.is_symlink() else "not a file"))
             elif suffix in _OTHER_PHOTOS:
-                skipped.append((path, f"photos of the kind {suffix} are not read, only {', '.join(sorted(SUFFIXES))}"))
+                skipped.append((path, f"photos of the kind {suffix} are not read, only {KINDS}"))
             elif path.is_file() and _looks_like_a_photo(path):
-                skipped.append((path, f"a photo whose name ends in none of {', '.join(sorted(SUFFIXES))}"))
+                skipped.append((path, f"a photo whose name does not end as one of {KINDS} does"))
     return sorted(found), sorted(skipped)
+
+
+def _kind(suffix: str) -> str:
+    return "RAW" if suffix in raw.SUFFIXES else "HEIF" if suffix in heif.SUFFIXES else "AVIF" if suffix == ".avif" else ""
+
+
+def _lacking(kind: str) -> str:
+    """What to install for a kind of photo; empty where it can be read."""
+    if kind == "RAW" and not importlib.util.find_spec("rawpy"):
+        return 'camera raw needs rawpy: pip install "autohdr[raw]"'
+    if kind == "HEIF" and not importlib.util.find_spec("pillow_heif"):
+        return 'HEIC needs pillow-heif: pip install "autohdr[heif]"'
+    if kind == "AVIF" and not features.check("avif"):
+        return "AVIF needs a Pillow that has it: pip install --force-reinstall pillow"
+    return ""
 
 
 def _looks_like_a_photo(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            start = file.read(12)
+            start = file.read(_HEAD)
     except OSError:
         return False
-    return start[:4] == b"RIFF" and start[8:] == b"WEBP" or start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*"))
+    if heif.container(start):
+        return True
+    return start[:4] == b"RIFF" and start[8:12] == b"WEBP" or start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*"))
 
 
 @contextlib.contextmanager
@@ -276,14 +309,16 @@ def _opened(path: str | Path) -> Iterator[ImageFile]:
     try:
         if os.path.getsize(path) == 0:
             raise UserError("the file is empty")
-        with Image.open(path, formats=_FORMATS) as image:
+        with _image(path) as image:
+            if image.width * image.height > _MEGAPIXELS * 1_000_000:
+                raise UserError(f"{image.width * image.height} pixels are more than {_MEGAPIXELS} megapixels")
             yield image
     except MemoryError:
         raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a JPEG, PNG, WebP or TIFF photo, or its header is damaged") from error
+        raise UserError(f"{path}: not a {KINDS} photo, or its header is damaged") from error
     except Image.DecompressionBombError as error:
         size = str(error).partition("(")[2].partition(" ")[0]
         raise UserError(f"{path}: {size} pixels are more than {_MEGAPIXELS} megapixels") from error
@@ -292,6 +327,25 @@ def _opened(path: str | Path) -> Iterator[ImageFile]:
         if not reason:
             reason = "it is truncated" if "truncated" in str(error).lower() else "its data are damaged"
         raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def _image(path: str | Path) -> ImageFile:
+    """A file as an image, by what is in it, not by its name. UserError where a library is missing; whatever libraries raise."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(_JPEG_XL):
+        raise UserError(f"JPEG XL is not read, only {KINDS}")
+    kind = "RAW" if raw.is_raw(path, head) else heif.container(head)
+    if lacking := _lacking(kind):
+        raise UserError(lacking)
+    if kind == "RAW":
+        return raw.RawFile(path)
+    if kind == "HEIF":
+        return heif.HeifFile(path)
+    image = Image.open(path, formats=_FORMATS)
+    if kind == "AVIF":
+        image.info |= heif.avif_info(path)
+    return image
 
 
 @contextlib.contextmanager
@@ -341,11 +395,16 @@ def _warn(path: str | Path, notes: list[str]) -> None:
 def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> tuple[np.ndarray, int]:
     """The samples, (H, W, 3) or with alpha (H, W, 4), uint8, uint16 or float, and the orientation still to be applied."""
     if not _is_single(image):
-        raise UserError("expected a single photo, got several frames or pages, or a camera's raw file")
+        raise UserError("expected a single photo, got several frames or pages")
     orientation = orientation_of(image)
     deep = _is_deep(image)
     if deep and isinstance(image, TiffImageFile):
         return _deep_tiff(os.fsdecode(image.filename), notes), orientation
+    if isinstance(image, raw.RawFile | heif.HeifFile):
+        return _rgb(image.samples()), orientation
+    if deep and image.format == "AVIF":
+        samples = imagecodecs.avif_decode(Path(os.fsdecode(image.filename)).read_bytes())
+        return _rgb(heif.sixteen_bits(samples, image.info["bit_depth"])), orientation
     if image.format in ("JPEG", "MPO"):
         notes += load_jpeg(image, keep_damaged)
     elif isinstance(image, TiffImageFile):
@@ -400,6 +459,13 @@ def _profile(image: ImageFile, notes: list[str]) -> bytes | None:
     return icc
 
 
+def _coded_space(image: ImageFile) -> ColourSpace | None:
+    """What the numbers of a HEIC's or an AVIF's box say of its colours, where no profile does; None for sRGB."""
+    if "nclx" not in image.info or image.info.get("icc_profile"):
+        return None
+    return colour_space(None, {b"cICP": bytes([*(min(number, 255) for number in image.info["nclx"]), 0, 1])})
+
+
 def _is_grey(image: ImageFile) -> bool:
     if isinstance(image, TiffImageFile):
         return image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) in (0, 1)
@@ -425,6 +491,8 @@ def _is_deep(image: ImageFile) -> bool:
     if image.format == "PNG":
         with open(image.filename, "rb") as file:
             return file.read(_PNG_DEPTH + 1)[_PNG_DEPTH] == 16
+    if image.info.get("bit_depth", 8) > 8:
+        return True
     return isinstance(image, TiffImageFile) and max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
 
 
@@ -439,10 +507,11 @@ def _upright(image: ImageFile) -> tuple[int, int]:
 def _is_single(image: ImageFile) -> bool:
     """Whether a file holds one photo, not an animation or a stack.
 
-    Small copies do not count: a TIFF may have them as pages, and an MPO (from a camera) is a JPEG with previews.
+    Small copies do not count: a TIFF may have them as pages, and an MPO (from a camera) is a JPEG with previews. Of a HEIC's
+    pictures one is the first.
     """
     if not isinstance(image, TiffImageFile):
-        return image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+        return image.format in ("MPO", "HEIF") or getattr(image, "n_frames", 1) == 1
     reduced = []
     for page in range(image.n_frames):
         image.seek(page)

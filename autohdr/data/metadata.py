@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
+from autohdr.data.heif import HeifFile
+from autohdr.data.raw import RawFile
 
 ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
@@ -19,10 +21,11 @@ XMP_KEYWORD = b"XML:com.adobe.xmp"
 PHOTOSHOP_NAME = b"Photoshop 3.0\0"
 _XMP_MORE = b"http://ns.adobe.com/xmp/extension/\0"
 _GAIN_MAP = b"urn:iso:std:iso:ts:21496:-1\0"
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _RAW_PROFILES = tuple(b"Raw profile type %s\0" % name for name in (b"exif", b"APP1", b"xmp", b"icc", b"icm"))
-_PNG_KEPT = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"pHYs")
-_XMP_TAG, _IPTC_TAG, _PHOTOSHOP_TAG = 700, 33723, 34377
+COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
+XMP_TAG, IPTC_TAG, PHOTOSHOP_TAG = 700, 33723, 34377
+IPTC = 0x0404  # among Photoshop's resources
 
 _BASE, _IFD = ExifTags.Base, ExifTags.IFD
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 6: "b", 7: "s", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d", 13: "I"}
@@ -91,22 +94,110 @@ def upright_xmp(xmp: bytes, height: int, width: int) -> bytes:
     return re.sub(rb"<((hdrgm|GCamera):\w+)\b.*?</\1\s*>", b"", xmp, flags=re.DOTALL)
 
 
+def without_gps(block: bytes) -> bytes:
+    """An EXIF block without its GPS directory: the entry is gone, and what it said is zeros. Nothing else moves."""
+    if not (order := _order(block)):
+        return block
+    patched = bytearray(block)
+    (start,) = struct.unpack_from(order + "I", block, 4)
+    if not (found := _directory(block, start, order)):
+        return block
+    kept = [entry for entry in found[0] if entry.tag != _IFD.GPSInfo]
+    for (at,) in (struct.unpack(order + "I", entry.value) for entry in found[0] if entry.tag == _IFD.GPSInfo):
+        said = (_directory(block, at, order) or ([],))[0]
+        places = [(place, _length(entry)) for entry in said if (place := _place(entry, order)) is not None]
+        for place, length in (*places, (at, 2 + 12 * len(said))) if said else ():
+            patched[place : place + length] = bytes(len(patched[place : place + length]))
+    data = struct.pack(order + "H", len(kept)) + b"".join(struct.pack(order + "HHI4s", *entry) for entry in kept)
+    patched[start : start + 2 + 12 * len(found[0])] = data.ljust(2 + 12 * len(found[0]), b"\0")
+    return bytes(patched)
+
+
+def without_gps_in_xmp(xmp: bytes) -> bytes:
+    """An XMP packet without properties whose name begins with GPS, in any namespace (EXIF's, a drone's)."""
+    xmp = re.sub(rb"""\s(?!xmlns:)[\w.-]+:GPS\w*\s*=\s*("[^"]*"|'[^']*')""", b"", xmp, flags=re.IGNORECASE)
+    element = rb"<([\w.-]+:GPS\w*)\b(?:[^>]*/>|.*?</\1\s*>)"
+    return re.sub(element, b"", xmp, flags=re.IGNORECASE | re.DOTALL)
+
+
+def exif_density(block: bytes) -> tuple[int, float, float] | None:
+    """The density that an EXIF block names, in JFIF's units: 1 for pixels an inch, 2 a centimetre; None where there is none."""
+    if not (order := _order(block)) or not (found := _directory(block, struct.unpack_from(order + "I", block, 4)[0], order)):
+        return None
+    values = {entry.tag: _number(block, entry, order) for entry in found[0]}
+    x, y, unit = (values.get(tag) for tag in (_BASE.XResolution, _BASE.YResolution, _BASE.ResolutionUnit))
+    return (1 if unit is None else int(unit) - 1, x, y) if x and y and unit in (None, 2, 3) else None
+
+
+def with_entries(block: bytes, values: dict[int, str | int | tuple[int, int]]) -> bytes:
+    """An EXIF block, or an empty one, that says these, by tag: small numbers and fractions, and texts where it has none.
+
+    The directory is written anew behind the block: nothing else moves.
+    """
+    block = block or b"II*\0" + struct.pack("<IHI", 8, 0, 0)
+    order = _order(block)
+    found = _directory(block, struct.unpack_from(order + "I", block, 4)[0], order)
+    entries = {entry.tag: entry for entry in (found[0] if found else ())}
+    patched = bytearray(block)
+    for tag, value in values.items():
+        if isinstance(value, str):
+            if tag in entries:
+                continue
+            kind, data = 2, value.encode() + b"\0"
+        elif isinstance(value, int):
+            kind, data = 3, struct.pack(order + "H", value)
+        else:
+            kind, data = 5, struct.pack(order + "II", *value)
+        count = len(data) if kind == 2 else 1
+        if len(data) > 4:
+            patched += bytes(len(patched) % 2)
+            data, place = struct.pack(order + "I", len(patched)), data
+            patched += place
+        entries[tag] = _Entry(tag, kind, count, data.ljust(4, b"\0"))
+    patched += bytes(len(patched) % 2)
+    struct.pack_into(order + "I", patched, 4, len(patched))
+    listed = b"".join(struct.pack(order + "HHI4s", *entries[tag]) for tag in sorted(entries))
+    return bytes(patched) + struct.pack(order + "H", len(entries)) + listed + bytes(4)
+
+
+def resources(blocks: bytes) -> dict[int, bytes]:
+    """The data of Photoshop's image resources by their numbers, as far as they are whole."""
+    return {number: data for number, _, data in _resources(blocks)}
+
+
+def resource(number: int, data: bytes) -> bytes:
+    """An image resource of Photoshop's without a name."""
+    return struct.pack(">4sHHI", b"8BIM", number, 0, len(data)) + data + bytes(len(data) % 2)
+
+
 def upright_resources(blocks: bytes) -> bytes:
     """Photoshop's image resources, IPTC among them, without thumbnails and copies of EXIF and XMP. Empty where none is left."""
-    kept = bytearray()
+    return b"".join(whole for number, whole, _ in _resources(blocks) if number not in _OUTDATED_RESOURCES)
+
+
+def _resources(blocks: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     at = 0
     while blocks[at : at + 4] == b"8BIM" and at + 7 <= len(blocks):
         name_end = at + 7 + blocks[at + 6]
         name_end += (name_end - at) % 2
         if name_end + 4 > len(blocks):
             break
-        end = name_end + 4 + struct.unpack_from(">I", blocks, name_end)[0]
+        start, end = name_end + 4, name_end + 4 + struct.unpack_from(">I", blocks, name_end)[0]
         if end > len(blocks):
             break
-        if struct.unpack_from(">H", blocks, at + 4)[0] not in _OUTDATED_RESOURCES:
-            kept += blocks[at:end] + bytes((end - at) % 2)
+        yield struct.unpack_from(">H", blocks, at + 4)[0], blocks[at:end] + bytes((end - at) % 2), blocks[start:end]
         at = end + (end - at) % 2
-    return bytes(kept)
+
+
+def photoshop_segments(blocks: bytes) -> Iterator[bytes]:
+    """Image resources as JPEG's segments hold them."""
+    for start in range(0, len(blocks), SEGMENT - len(PHOTOSHOP_NAME)):
+        yield PHOTOSHOP_NAME + blocks[start : start + SEGMENT - len(PHOTOSHOP_NAME)]
+
+
+def xmp_chunk(xmp: bytes) -> tuple[bytes, bytes]:
+    """An XMP packet as a PNG's chunk, kind and data."""
+    return b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + xmp
 
 
 def raw_profile(text: bytes) -> bytes:
@@ -130,7 +221,9 @@ class Parts:
 
 
 def orientation_of(image: ImageFile) -> int:
-    """The EXIF orientation, 1 to 8, that a file opened by Pillow asks for: in its EXIF or, where that names none, in its XMP."""
+    """The EXIF orientation, 1 to 8, that is still to be applied: in a file's EXIF or, where that names none, in its XMP."""
+    if isinstance(image, HeifFile | RawFile):
+        return 1
     if isinstance(image, TiffImageFile):
         value = image.tag_v2.get(_BASE.Orientation)
         if isinstance(value, (bytes, tuple)):
@@ -141,18 +234,19 @@ def orientation_of(image: ImageFile) -> int:
 
 
 def parts_of(image: ImageFile, orientation: int, height: int, width: int) -> Parts:
-    """The parts of a file opened by Pillow. height and width are those of the upright photo."""
-    if isinstance(image, TiffImageFile):
-        return _tiff_parts(image, orientation, height, width)
+    """The parts of a file. height and width are those of the upright photo."""
+    if (tags := getattr(image, "tag_v2", None)) is not None:
+        return _tiff_parts(image, tags, orientation, height, width)
     block = _exif(image)
     parts = Parts(upright_exif(block, orientation, height, width))
     if block and not parts.exif:
         parts.notes.append("its EXIF is damaged and is not kept")
     if image.format == "PNG":
         parts.extra = tuple(_png_extra(image, orientation in ACROSS, height, width))
-    elif image.format == "WEBP":
+    elif image.format in ("WEBP", "AVIF", "HEIF", "RAW"):
         parts.extra = (("xmp", upright_xmp(xmp, height, width)),) if (xmp := _xmp(image)) else ()
-        parts.options = {"lossless": True} if _is_lossless(image) else {}
+        parts.options = {"lossless": True} if image.format == "WEBP" and _is_lossless(image) else {}
+        parts.notes += image.left_out() if isinstance(image, HeifFile) else []
     else:
         parts.extra = tuple(_jpeg_extra(image, height, width, parts.notes))
         if "jfif_unit" in image.info and image.info["jfif_unit"] in (0, 1, 2):
@@ -176,7 +270,7 @@ def png_chunks(image: ImageFile) -> Iterator[tuple[bytes, bytes]]:
             yield kind, data
 
 
-def _png_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
+def png_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
     """Keyword and text of a PNG's text chunk; a compressed one is no longer than 64 MB."""
     keyword, _, rest = data.partition(b"\0")
     packed = kind == b"zTXt"
@@ -198,8 +292,8 @@ def _exif(image: ImageFile) -> bytes:
         chunks = list(png_chunks(image))
         block = dict(chunks).get(b"eXIf", b"")
         for kind, data in chunks:
-            if not block and kind in _TEXTS and data.startswith((b"Raw profile type exif\0", b"Raw profile type APP1\0")):
-                found = raw_profile(_png_text(kind, data)[1])
+            if not block and kind in TEXT_CHUNKS and data.startswith((b"Raw profile type exif\0", b"Raw profile type APP1\0")):
+                found = raw_profile(png_text(kind, data)[1])
                 block = found if found.startswith((EXIF_NAME, b"II*\0", b"MM\0*")) else b""
     while block.startswith(EXIF_NAME):
         block = block[len(EXIF_NAME) :]
@@ -208,12 +302,12 @@ def _exif(image: ImageFile) -> bytes:
 
 def _xmp(image: ImageFile) -> bytes:
     if isinstance(image, TiffImageFile):
-        return _bytes(image, _XMP_TAG)
+        return _bytes(image.tag_v2, XMP_TAG)
     if image.format != "PNG":
         return image.info.get("xmp", b"")
     for kind, data in png_chunks(image):
-        if kind in _TEXTS and data.startswith((XMP_KEYWORD + b"\0", b"Raw profile type xmp\0", b"Raw profile type APP1\0")):
-            text = _png_text(kind, data)[1]
+        if kind in TEXT_CHUNKS and data.startswith((XMP_KEYWORD + b"\0", b"Raw profile type xmp\0", b"Raw profile type APP1\0")):
+            text = png_text(kind, data)[1]
             if not data.startswith(XMP_KEYWORD):
                 text = raw_profile(text).removeprefix(XMP_NAME)
             if b"<" in text[:100]:
@@ -224,15 +318,15 @@ def _xmp(image: ImageFile) -> bytes:
 def _png_extra(image: ImageFile, across: bool, height: int, width: int) -> Iterator[tuple[bytes, bytes]]:
     """The chunks that hold for the result: colour, density, texts."""
     for kind, data in png_chunks(image):
-        if kind in _TEXTS:
+        if kind in TEXT_CHUNKS:
             if not data.startswith((XMP_KEYWORD + b"\0", *_RAW_PROFILES)):
                 yield kind, data
         elif kind == b"pHYs" and len(data) == 9 and across:
             yield kind, data[4:8] + data[:4] + data[8:]
-        elif kind in _PNG_KEPT:
+        elif kind in (*COLOUR_CHUNKS, b"pHYs"):
             yield kind, data
     if xmp := _xmp(image):
-        yield b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + upright_xmp(xmp, height, width)
+        yield xmp_chunk(upright_xmp(xmp, height, width))
 
 
 def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterator[tuple[int, bytes]]:
@@ -254,16 +348,14 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
             gain_map = True
         elif name == "COM":
             yield 0xFE, data
-    kept = upright_resources(blocks)
-    for start in range(0, len(kept), SEGMENT - len(PHOTOSHOP_NAME)):
-        yield 0xED, PHOTOSHOP_NAME + kept[start : start + SEGMENT - len(PHOTOSHOP_NAME)]
+    yield from ((0xED, segment) for segment in photoshop_segments(upright_resources(blocks)))
     if gain_map:
         notes.append("its gain map is not in the result, which is the picture for usual screens")
     elif image.format == "MPO":
         notes.append(f"of its {image.n_frames} pictures the first is in the result")
 
 
-def _tiff_parts(image: TiffImageFile, orientation: int, height: int, width: int) -> Parts:
+def _tiff_parts(image: ImageFile, directory: ImageFileDirectory_v2, orientation: int, height: int, width: int) -> Parts:
     """What the tags of a TIFF say about the photo, not about how its pixels are stored."""
     tags = image.getexif()
     for tag in set(tags) - _DESCRIBING_TAGS:
@@ -275,19 +367,15 @@ def _tiff_parts(image: TiffImageFile, orientation: int, height: int, width: int)
             details[tag] = size
     if orientation in ACROSS and {_BASE.XResolution, _BASE.YResolution} <= set(tags):
         tags[_BASE.XResolution], tags[_BASE.YResolution] = tags[_BASE.YResolution], tags[_BASE.XResolution]
-    extra = [(_XMP_TAG, xmp)] if (xmp := upright_xmp(_bytes(image, _XMP_TAG), height, width)) else []
-    extra += [(_IPTC_TAG, iptc)] if (iptc := _bytes(image, _IPTC_TAG)) else []
-    extra += [(_PHOTOSHOP_TAG, kept)] if (kept := upright_resources(_bytes(image, _PHOTOSHOP_TAG))) else []
+    extra = [(XMP_TAG, xmp)] if (xmp := upright_xmp(_bytes(directory, XMP_TAG), height, width)) else []
+    extra += [(IPTC_TAG, iptc)] if (iptc := _bytes(directory, IPTC_TAG)) else []
+    extra += [(PHOTOSHOP_TAG, kept)] if (kept := upright_resources(_bytes(directory, PHOTOSHOP_TAG))) else []
     return Parts(tags.tobytes().removeprefix(EXIF_NAME), tuple(extra))
 
 
-def _bytes(image: TiffImageFile, tag: int) -> bytes:
-    """The bytes of a tag, of whatever type it is."""
-    value = image.tag_v2.get(tag, b"")
-    if isinstance(value, tuple) and all(isinstance(part, int) for part in value):
-        kind = {1: "B", 3: "H"}.get(image.tag_v2.tagtype.get(tag, 4), "I")
-        return struct.pack(("<" if image.tag_v2.prefix == b"II" else ">") + kind * len(value), *value)
-    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value if isinstance(value, bytes) else b""
+def _bytes(directory: ImageFileDirectory_v2, tag: int) -> bytes:
+    """The bytes of a tag as they are in the file, of whatever type: of several whole numbers Pillow gives the first alone."""
+    return directory._tagdata.get(tag, b"")
 
 
 def _is_lossless(image: ImageFile) -> bool:

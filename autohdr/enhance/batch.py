@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autohdr.data.images import SUFFIXES, photo_layout, photos_in
+from autohdr.data.conversion import result_name
+from autohdr.data.images import KINDS, photo_layout, photos_in
 from autohdr.enhance.enhancer import Enhancer, Work, edit_files, failure
 from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest, Record, now
 from autohdr.enhance.overlap import overlap
@@ -90,6 +91,10 @@ def enhance(
     shard: tuple[int, int] = (1, 1),
     jobs: int | None = None,
     quality: int | None = None,
+    format: str = "same",
+    depth: int | None = None,
+    subsampling: str = "",
+    strip: str = "",
     keep_damaged: bool = False,
     progress: bool = True,
     max_memory: int | None = None,
@@ -104,7 +109,8 @@ def enhance(
     it was written, of the same photo (by their hashes), model and options. After anything, a kill too, the same call finishes
     the rest; what killed runs left is cleared.
 
-    model, device, precision, strength, save_edit, quality, keep_damaged, max_memory: as in Enhancer.
+    model, device, precision, strength, save_edit, quality, format, depth, subsampling, strip, keep_damaged, max_memory: as in
+    Enhancer.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
@@ -131,8 +137,9 @@ def enhance(
     check_workers(jobs)
     started, out_dir = time.perf_counter(), Path(out_dir)
     settings = {"precision": precision, "strength": strength, "save_edit": save_edit, "quality": quality}
+    settings |= {"format": format, "depth": depth, "subsampling": subsampling, "strip": strip}
     enhancer = Enhancer(model, device=device, keep_damaged=keep_damaged, max_memory=max_memory, **settings)
-    targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit)
+    targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit, format)
     manifest, part = Manifest(out_dir, shard), slice(shard[0] - 1, None, shard[1])
     result = EnhanceResult(manifest.path)
     records = [Record(os.path.abspath(path), "", SKIPPED, reason) for path, reason in passed_over[part]]
@@ -300,23 +307,21 @@ def _sha256(path: Path) -> str:
         return ""
 
 
-def _find(paths: list[Path], out_dir: Path, save_edit: bool) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:
+def _find(paths: list[Path], out_dir: Path, save_edit: bool, format: str) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:
     """Output of each photo -> the photo; and what is passed over, with the reason. Creates out_dir once all else is right."""
     targets: dict[Path, Path] = {}
     passed_over: list[tuple[Path, str]] = []
     edits: dict[Path, Path] = {}
     for path in paths:
         for source, relative in _photos(path, out_dir, passed_over):
-            target = out_dir / relative
+            target = out_dir / result_name(relative, format)
             other = targets.setdefault(target, source)
             if other.resolve() != source.resolve():
                 raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
             if save_edit and (other := edits.setdefault(target.with_suffix(""), target)) != target:
                 raise UserError(f"{other} and {target} would have their edits in one file: enhance them into different folders")
     if not targets and not passed_over:
-        raise UserError(
-            f"expected photos ({', '.join(sorted(SUFFIXES))}), got none in {', '.join(map(str, paths)) or 'no paths'}"
-        )
+        raise UserError(f"expected photos ({KINDS}), got none in {', '.join(map(str, paths)) or 'no paths'}")
     sources = {source.resolve() for source in targets.values()}
     for target in targets:
         if target.resolve() in sources:

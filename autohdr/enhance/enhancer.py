@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autohdr.autotone import auto_tone
 from autohdr.data.colour import ColourSpace
+from autohdr.data.conversion import check_conversion, converted, stripped
 from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, read_photo
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
@@ -53,7 +54,10 @@ class Enhancer:
     takes samples gets an sRGB photo's own, uint8 or uint16, in place of float32.
     precision: float32, or bfloat16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
-    quality: of JPEG and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    quality: of JPEG, AVIF and lossy WebP, 1 to 100; by default that of the file, 90 at least.
+    format: jpeg, png, tiff, webp or avif; same, of HEIC and raw, is jpeg. depth: 8 or 16 bits a channel, by default the photo's.
+    subsampling: of a JPEG or an AVIF, 444, 422 or 420. strip: gps takes the place out of what a photo says, all everything but
+    its colour and density. What a format does not hold is in the notes.
     keep_damaged: write what there is of a JPEG whose data are damaged, with a note.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos
@@ -62,8 +66,8 @@ class Enhancer:
     reserved: bytes of what is free that are left to others; 0 at first.
 
     An Enhancer can be pickled, its model with it, for processes that each have their own; called, it takes batches of photos.
-    UserError: a strength, quality or precision out of range; save_edit and a model
-    that predicts no edit; max_memory and another one than a network that works in strips.
+    UserError: a strength, quality or precision out of range; a format, a depth in it, a subsampling or what to strip that there
+    is not; save_edit and a model that predicts no edit; max_memory and another one than a network that works in strips.
     """
 
     def __init__(
@@ -75,6 +79,10 @@ class Enhancer:
         strength: float = 1.0,
         save_edit: bool = False,
         quality: int | None = None,
+        format: str = "same",
+        depth: int | None = None,
+        subsampling: str = "",
+        strip: str = "",
         keep_damaged: bool = False,
         max_memory: int | None = None,
     ):
@@ -91,11 +99,14 @@ class Enhancer:
             raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"quality must be from 1 to 100, got {quality}")
+        check_conversion(format, depth, subsampling, strip)
         self.device, self.precision, self.strength, self.save_edit = torch.device(device), precision, strength, save_edit
         self.quality, self.keep_damaged, self.max_memory, self.reserved = quality, keep_damaged, max_memory, 0
+        self.format, self.depth, self.subsampling, self.strip = format, depth, subsampling, strip
         self.model = model.eval().to(self.device) if model is not None else None
         self._plans: dict[tuple[int, int], int] = {}
-        self.as_stored = model is None or bool(getattr(model, "takes_samples", False))
+        # Not for 16 bits: an edit of 8 bits has no more.
+        self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
 
     def read(self, path: str | Path) -> Work:
         """UserError as read_photo."""
@@ -125,7 +136,8 @@ class Enhancer:
             photo.pixels = work.space.edited(photo.pixels, work.seen, work.after) if work.space else work.after
             if has_grey_profile(photo):
                 _check_grey(photo, work.after)
-        return encode_photo(photo, self.quality)
+        work.photo = converted(stripped(photo, self.strip), self.format, self.depth)
+        return encode_photo(work.photo, self.quality, self.subsampling)
 
     def file(self, photo: bytes | str | Path) -> tuple[bytes, list[str], str]:
         """From a photo's file, or its path, to its result's file: (result, notes, ""), or (b"", [], why there is none)."""
@@ -164,6 +176,7 @@ class Enhancer:
             model = {"name": name, "sha256": _digest(self.model)}
         options = {"precision": self.precision, "strength": self.strength, "steps": getattr(self.model, "steps", None)}
         options |= {"save_edit": self.save_edit, "quality": self.quality, "keep_damaged": self.keep_damaged}
+        options |= {"format": self.format, "depth": self.depth, "subsampling": self.subsampling, "strip": self.strip}
         return {"model": model, "options": options}
 
     def _predict(self, model: nn.Module, pixels: np.ndarray) -> tuple[np.ndarray, Prediction | None]:

@@ -282,7 +282,7 @@ def png_bomb(width, height):
     [
         (None, "No such file"),
         (b"", "empty"),
-        (b"not a photo at all", "not a JPEG, PNG, WebP or TIFF"),
+        (b"not a photo at all", "not a JPEG, PNG, WebP, TIFF, AVIF, HEIC or camera raw photo"),
         (b"GIF89a" + bytes(40), "not a JPEG"),
         (b"\xff\xd8\xff\xe0" + bytes(100), ""),
         (png_bomb(30_000, 20_000), "600000000 pixels"),

@@ -22,8 +22,8 @@ from torch.utils.data._utils import signal_handling
 from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
-from autohdr.signals import ENDING, deferred_signals
 from autohdr.models import load_checkpoint
+from autohdr.signals import ENDING, deferred_signals
 from autohdr.train import loop, record
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from autohdr.data.images import SUFFIXES, Photo, from_float, photos_in, read_rgb, to_float, write_photo
+from autohdr.data.images import KINDS, Photo, from_float, photos_in, read_rgb, to_float, write_photo
 from autohdr.data.synthetic.camera import merge, photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.look import tones_of_edit
@@ -96,7 +96,7 @@ def degrade(
         raise UserError(f"degrade: seed must be 0 or more, got {seed}")
     photos, others = photos_in(folder, out)
     if not photos:
-        raise UserError(f"degrade: expected photos ({', '.join(sorted(SUFFIXES))}), got none in {folder}")
+        raise UserError(f"degrade: expected photos ({KINDS}), got none in {folder}")
     processes = _processes(workers, len(photos))
     images = _claim(out, _DEGRADED)
     (out / _DEGRADED).write_text(json.dumps({"photos": len(photos), "size": size, "seed": seed}) + "\n")
