@@ -69,7 +69,7 @@ def photos(tmp_path):
 def test_a_rerun_does_the_rest(photos):
     """What failed is tried again; what was done stays as it is."""
     (photos / "in/b.png").write_text("no photo")
-    (photos / "in/d.heic").write_text("none either")
+    (photos / "in/d.psd").write_text("none either")
     first = run(photos)
     assert counts(first) == (0, 2, 1, 1)
     found = lines(photos / "out")
@@ -79,7 +79,7 @@ def test_a_rerun_does_the_rest(photos):
     assert found["a.png"]["seconds"] > 0 and found["a.png"]["megapixels"] == 20 / 1e6
     before = (photos / "out/a.png").stat().st_mtime_ns
     save(photos / "in/b.png")
-    (photos / "in/d.heic").unlink()
+    (photos / "in/d.psd").unlink()
     again = run(photos)
     assert counts(again) == (2, 1, 0, 0) and again.written == [photos / "out/b.png"]
     assert again.done_before == [photos / "out/a.png", photos / "out/sub/c.png"]
@@ -271,7 +271,7 @@ def test_sixteen_processes_into_one_folder_lose_no_line(tmp_path, how):
 
 
 def test_shards_are_parts_of_the_sorted_photos(photos):
-    (photos / "in/z.heic").write_text("none")
+    (photos / "in/z.psd").write_text("none")
     results = [run(photos, shard=(part, 2)) for part in (1, 2)]
     assert [counts(result) for result in results] == [(0, 2, 1, 0), (0, 1, 0, 0)]
     assert [path.name for path in results[0].written] == ["a.png", "c.png"]

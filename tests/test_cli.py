@@ -289,18 +289,18 @@ def test_enhance_says_what_became_of_the_photos(photos, capsys):
         (photos / name).rename(photos / "in" / name)
     args = ("enhance", photos / "in", "--auto-tone", "--out", photos / "enhanced")
     (photos / "in" / "bad.png").write_bytes(b"no picture")
-    (photos / "in" / "c.heic").write_bytes(b"no picture")
+    (photos / "in" / "c.psd").write_bytes(b"no picture")
     assert run(*args) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{photos / 'enhanced'}: 0 done before, 2 written, 1 skipped, 1 failed, ")
-    assert f"failed {photos / 'in' / 'bad.png'}: " in captured.err and f"skipped {photos / 'in' / 'c.heic'}: " in captured.err
+    assert f"failed {photos / 'in' / 'bad.png'}: " in captured.err and f"skipped {photos / 'in' / 'c.psd'}: " in captured.err
     (photos / "in" / "bad.png").unlink()
     assert run(*args, "--json") == 3
     said = json.loads(capsys.readouterr().out)
     assert said["counts"] == {"done_before": 2, "written": 0, "skipped": 1, "failed": 0} and said["failed"] == []
-    assert [entry["source"] for entry in said["skipped"]] == [str(photos / "in" / "c.heic")]
+    assert [entry["source"] for entry in said["skipped"]] == [str(photos / "in" / "c.psd")]
     assert said["manifest"] == str(photos / "enhanced" / "autohdr.jsonl")
-    (photos / "in" / "c.heic").unlink()
+    (photos / "in" / "c.psd").unlink()
     assert run(*args) == 0
 
 

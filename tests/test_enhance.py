@@ -227,11 +227,12 @@ def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
         Image.new("RGB", (9, 9)).save(tmp_path / f"in/i.{suffix}", "JPEG")
     result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
     assert [path.name for path in result.written] == ["a.png", "i.jfif", "i.jpe"]
-    assert [path.name for path, _ in result.skipped] == ["d.jxl", "e.gif", "f.jpg", "g", "h.bak", "b.HEIC", "c.cr2"]
+    assert [path.name for path, _ in result.skipped] == ["d.jxl", "e.gif", "f.jpg", "g", "h.bak"]
+    assert [path.name for path, _ in result.failed] == ["b.HEIC", "c.cr2"]
     assert "of the kind .jxl" in result.skipped[0][1] and "a link to nothing" in result.skipped[2][1]
     (tmp_path / "in/a.png").unlink()
     (tmp_path / "only").mkdir()
-    (tmp_path / "only/b.heic").write_text("none")
+    (tmp_path / "only/b.psd").write_text("none")
     assert len(run([tmp_path / "only"], tmp_path / "out", nn.Identity()).skipped) == 1
 
 
