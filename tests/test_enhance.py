@@ -260,12 +260,17 @@ def test_what_a_format_does_not_hold_is_noted(tmp_path):
     assert result.notes == [(tmp_path / "a.png", "16 bits a channel become 8: a JPEG holds no more")]
 
 
-def test_two_photos_that_would_become_one_file_are_refused(tmp_path):
-    for name in ("a.png", "a.tif"):
+def test_results_that_would_have_one_name_keep_their_photos_suffixes(tmp_path):
+    """As of a camera that writes raw files and JPEGs."""
+    for name in ("a.png", "a.tif", "a.jpg", "b.tif"):
         save(tmp_path / "in" / name, 8, 9)
+    result = run([tmp_path / "in", tmp_path / "in/a.tif"], tmp_path / "out", Invert(), format="jpeg")
+    assert [path.name for path in result.written] == ["a.jpg", "a.png.jpg", "a.tif.jpg", "b.jpg"]
+    save(tmp_path / "in/a.png.tif", 8, 9)
+    save(tmp_path / "in/a.png.jpg", 8, 9)
     with pytest.raises(UserError, match="would both become"):
-        run([tmp_path / "in"], tmp_path / "out", Invert(), format="jpeg")
-    assert not (tmp_path / "out").exists()
+        run([tmp_path / "in"], tmp_path / "refused", Invert(), format="jpeg")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

@@ -312,14 +312,20 @@ def _find(paths: list[Path], out_dir: Path, save_edit: bool, format: str) -> tup
     targets: dict[Path, Path] = {}
     passed_over: list[tuple[Path, str]] = []
     edits: dict[Path, Path] = {}
-    for path in paths:
-        for source, relative in _photos(path, out_dir, passed_over):
-            target = out_dir / result_name(relative, format)
-            other = targets.setdefault(target, source)
-            if other.resolve() != source.resolve():
-                raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
-            if save_edit and (other := edits.setdefault(target.with_suffix(""), target)) != target:
-                raise UserError(f"{other} and {target} would have their edits in one file: enhance them into different folders")
+    photos = [photo for path in paths for photo in _photos(path, out_dir, passed_over)]
+    of_name: dict[Path, set[Path]] = {}
+    for source, relative in photos:
+        of_name.setdefault(result_name(relative, format), set()).add(source.resolve())
+    for source, relative in photos:
+        name = result_name(relative, format)
+        if name != relative and len(of_name[name]) > 1:  # as IMG_1.cr2 beside IMG_1.jpg: IMG_1.cr2.jpg
+            name = relative.with_name(relative.name + name.suffix)
+        target = out_dir / name
+        other = targets.setdefault(target, source)
+        if other.resolve() != source.resolve():
+            raise UserError(f"{other} and {source} would both become {target}: enhance them into different folders")
+        if save_edit and (other := edits.setdefault(target.with_suffix(""), target)) != target:
+            raise UserError(f"{other} and {target} would have their edits in one file: enhance them into different folders")
     if not targets and not passed_over:
         raise UserError(f"expected photos ({KINDS}), got none in {', '.join(map(str, paths)) or 'no paths'}")
     sources = {source.resolve() for source in targets.values()}
