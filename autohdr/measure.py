@@ -90,24 +90,25 @@ def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
             result.peak_bytes = _high_water_mark() if result.memory_source == "VmHWM" else _lifetime_peak()
 
 
-def seconds_by_pixels(run: Callable[[int], Any], side: int, device: torch.device | str = "cpu") -> tuple[float, float]:
-    """(fixed, each): the seconds of run(side), which works on a square image, as fixed + each · pixels.
+def expected_seconds(
+    run: Callable[[int], Any], side: int, pixels: int, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """The least and the most seconds that the work of run(side), on a square image, would take on so many pixels.
 
-    The times of half the side and of the whole side give both; each side runs twice, and the faster run counts. They are an
-    estimate: some work does not grow with the pixels, and other processes take time too.
+    Images of half the side and of the whole run in turn, three times each. The most: every pixel takes what it took in the
+    slowest of the whole, work that does not grow with the pixels included. The least: what a pixel more took from the fastest
+    half to the fastest whole; where other processes made that nearly nothing, a quarter of what it took in the whole.
     """
-
-    def fastest(side: int) -> float:
-        times = []
-        for _ in range(2):
+    times: dict[int, list[float]] = {side // 2: [], side: []}
+    for _ in range(3):
+        for of_side, taken in times.items():
             with measure(device) as measured:
-                run(side)
-            times.append(measured.seconds)
-        return min(times)
-
-    small, large = fastest(side // 2), fastest(side)
-    each = max(large - small, 0.0) / (side**2 - (side // 2) ** 2)
-    return max(small - each * (side // 2) ** 2, 0.0), each
+                run(of_side)
+            taken.append(measured.seconds)
+    (half, small), (_, large) = times.items()
+    added = (min(large) - min(small)) / (side**2 - half**2)
+    least, most = max(added, min(large) / side**2 / 4) * pixels, max(large) * max(pixels / side**2, 1)
+    return min(least, most), most
 
 
 def _reset_high_water_mark() -> bool:
@@ -172,6 +173,11 @@ def parse_bytes(text: str) -> int:
 
 def format_bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def format_seconds(expected: tuple[float, float]) -> str:
+    """A range, such as 0.81 to 1.2 s."""
+    return " to ".join(f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}" for seconds in expected) + " s"
 
 
 _OUT_OF_MEMORY = re.compile(

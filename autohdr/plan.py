@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autohdr.errors import UserError
-from autohdr.measure import format_bytes, free_bytes, measure, resident_bytes, seconds_by_pixels
+from autohdr.measure import expected_seconds, format_bytes, format_seconds, free_bytes, measure, resident_bytes
 from autohdr.models import create_model, tiling
 from autohdr.models.layers import as_on_a_gpu
 from autohdr.models.network import Network
@@ -39,18 +39,18 @@ class Plan:
     peak_bytes: at its highest point, beyond what the process holds without the model: on a CPU beyond the interpreter and
         PyTorch, on a GPU all tensors.
     parts: what the peak is made of, in bytes; they add up to it.
-    seconds: of one pass, or None where no time was asked for or the measurement it rests on does not fit in memory.
+    seconds: of one pass, at least and at most, or None where no time was asked for or what is measured for it does not fit.
     """
 
     peak_bytes: int
     parts: dict[str, int]
-    seconds: float | None = None
+    seconds: tuple[float, float] | None = None
 
     def made_of(self) -> str:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size >= 5e5)
 
     def __str__(self) -> str:
-        seconds = "" if self.seconds is None else f", about {self.seconds:.3g} s"
+        seconds = "" if self.seconds is None else f", {format_seconds(self.seconds)}"
         return f"{format_bytes(self.peak_bytes)} ({self.made_of()}){seconds}"
 
 
@@ -64,12 +64,12 @@ def table(
 ) -> str:
     """What `autohdr plan` prints: inference and training (with max_memory inference in strips) in float32 and bfloat16."""
     modes = MODES if max_memory is None else MODES[:1]
-    lines = [f"{'mode':<10} {'precision':<9} {'time':>9} {'peak':>9}  made of"]
+    lines = [f"{'mode':<10} {'precision':<9} {'time':>14} {'peak':>9}  made of"]
     for mode in modes:
         for precision in PRECISIONS[:2]:
             p = plan(model, size, batch, precision, mode, device, max_memory=max_memory, recompute=recompute, timed=True)
-            time = "-" if p.seconds is None else f"{p.seconds:.3g} s"
-            lines.append(f"{mode:<10} {precision:<9} {time:>9} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
+            time = "-" if p.seconds is None else format_seconds(p.seconds)
+            lines.append(f"{mode:<10} {precision:<9} {time:>14} {format_bytes(p.peak_bytes):>9}  {p.made_of()}")
     there = f"{format_bytes(free_bytes(device))} are free on {device}. " if _is_here(device) else f"There is no {device} here. "
     return "\n".join(
         (
@@ -79,7 +79,7 @@ def table(
             "",
             f"{there}Memory: counted, without running anything, beyond what Python and PyTorch hold themselves; of tensors below",
             "32 MiB glibc's malloc keeps some after use, so that small images on a CPU take up to a half more.",
-            "Time: of one pass or step, from two small ones on this machine as it is now.",
+            "Time: of one pass or step, at least and at most, from small ones on this machine as it is now.",
         )
     )
 
@@ -114,7 +114,7 @@ def plan(
         accumulate: backward passes in a step; with more than one the gradients are there from the beginning.
         averaged: whether an average of the weights is kept beside them.
         recompute: whether blocks keep their input alone for the backward pass, in a network that has the choice.
-        timed: whether to measure: small passes on this device, on real memory (see seconds_by_pixels).
+        timed: whether to measure: small passes on this device, on real memory (see measure.expected_seconds).
 
     Raises:
         UserError: no such model, mode, precision or size; max_memory or recompute where it has no meaning, or too little memory.
@@ -175,7 +175,7 @@ def _plan_strips(network: Network, shape, precision: str, device, max_memory: in
     if timed:
         real = build(network.config).to(device)
         with torch.inference_mode(), _autocast(device, precision):
-            seconds = tiling.expected_seconds(real, image, strips)
+            seconds = tiling.seconds_of(real, image, strips)
     return Plan(peak, parts, seconds)
 
 
@@ -264,7 +264,7 @@ def _scratch_bytes(network: Network, training: bool, device: torch.device) -> in
     return RUNTIME_BYTES + torch.get_num_threads() * network.scratch_bytes() // (1 if training else 2)
 
 
-def _seconds(planned: Network, shape, precision, training, device) -> float | None:
+def _seconds(planned: Network, shape, precision, training, device) -> tuple[float, float]:
     """From small images of growing size, the last one above a third of a second, on a network of its own."""
     network = build(planned.config)
     network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
@@ -289,5 +289,4 @@ def _seconds(planned: Network, shape, precision, training, device) -> float | No
         with measure(device) as measured:
             run(side)
         seconds = measured.seconds
-    fixed, each = seconds_by_pixels(run, side, device)
-    return fixed + each * batch * height * width
+    return expected_seconds(run, side, batch * height * width, device)

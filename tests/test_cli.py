@@ -481,7 +481,7 @@ def test_plan_prints_a_table(capsys):
     assert output.startswith("restormer_nano, 1 × 70×50 pixels, cpu\n")
     for mode, part in (("inference", "feature maps"), ("training", "(saved for backward|working set) .*, AdamW 4 MB")):
         for precision in ("float32", "bfloat16"):
-            assert re.search(rf"^{mode} +{precision} +[\d.e-]+ s +\d+ MB  parameters 2 MB, {part}", output, re.M)
+            assert re.search(rf"^{mode} +{precision} +[\d.e-]+ to [\d.e-]+ s +\d+ MB  parameters 2 MB, {part}", output, re.M)
     assert run("plan", "restormer_nano", "--size", "64", "--max-memory", "9GB", "--device", "cpu") == 0
     output = capsys.readouterr().out
     assert "training" not in output and "maps and strips" in output

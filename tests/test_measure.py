@@ -5,7 +5,16 @@ import torch
 
 from autohdr import measure as module
 from autohdr.errors import UserError
-from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, measure, parse_bytes, resident_bytes, seconds_by_pixels
+from autohdr.measure import (
+    expected_seconds,
+    format_bytes,
+    format_seconds,
+    free_bytes,
+    is_out_of_memory,
+    measure,
+    parse_bytes,
+    resident_bytes,
+)
 
 MIB = 1 << 20
 
@@ -56,15 +65,32 @@ def test_free_bytes_of_a_gpu_has_what_freed_tensors_left(monkeypatch):
     assert free_bytes("cuda") == 500 + 300 - 100
 
 
-def test_seconds_by_pixels_are_a_line_through_two_sizes(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
 
+
+def test_expected_seconds_are_a_range(clock):
     def run(side):
         clock[0] += 2 + 0.01 * side**2
 
-    fixed, each = seconds_by_pixels(run, 64)
-    assert fixed == pytest.approx(2) and each == pytest.approx(0.01)
+    assert expected_seconds(run, 64, 10**6) == pytest.approx((0.01 * 10**6, (2 / 64**2 + 0.01) * 10**6))
+    assert expected_seconds(run, 64, 32**2) == pytest.approx((0.01 * 32**2, 2 + 0.01 * 64**2))  # a pass at least
+
+
+@pytest.mark.parametrize("slower", [16, 32])  # the half, by so much that the whole seems to take nothing; or the whole
+def test_other_processes_make_no_work_seem_free(clock, slower):
+    def run(side):
+        clock[0] += 0.01 * side**2 + (50 if side == slower else 0)
+
+    least, most = expected_seconds(run, 32, 10**6)
+    assert 0.99 * 0.01 * 10**6 / 4 <= least <= most and most >= 0.99 * 0.01 * 10**6
+
+
+def test_a_range_is_read_easily():
+    assert format_seconds((0.8123, 12.4)) == "0.81 to 12 s" and format_seconds((99.6, 1234)) == "100 to 1234 s"
 
 
 @pytest.mark.parametrize(

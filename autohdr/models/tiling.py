@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
-from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes, seconds_by_pixels
+from autohdr.measure import expected_seconds, format_bytes, format_seconds, is_out_of_memory, resident_bytes
 from autohdr.models.layers import Conv2d, Uncalled, pad_to_multiple, reach
 from autohdr.models.network import Blocks, Down, Embed, Half, Network, Stage, Summing, Up
 
@@ -34,6 +34,7 @@ GOOD_ROWS = 16  # shorter strips cost more than another map in a file
 LEAST_ROWS = 4
 # Strips alive at once, in strips of the widest map: inputs, outputs, the one that waits to be written, and gaps between them.
 STRIPS_COMPILED, STRIPS_REFERENCE = 10, 15
+STRIPS_COST = 2  # a small Restormer in the CPU time of the whole: 1.3 to 2
 FIXED_BYTES = 64 << 20  # the kernels' scratch memory, reordered weights, what malloc does not give back
 
 
@@ -47,19 +48,19 @@ class Plan:
         decoder's.
     peak_bytes: expected resident memory of the process (CUDA: of tensors on the device) at its peak.
     file_bytes: expected to be written to and read from files.
-    seconds: what `expected_seconds` says, or None where nobody asked.
+    seconds: what `seconds_of` says, or None where nobody asked.
     """
 
     rows: int
     places: tuple[str, ...]
     peak_bytes: int
     file_bytes: int
-    seconds: float | None = None
+    seconds: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         apart = [f"level {i + 1} {place}" for i, place in enumerate(self.places) if place != MEMORY]
         files = f", {', '.join(apart)} ({format_bytes(self.file_bytes)} through {tempfile.gettempdir()})" if apart else ""
-        seconds = "" if self.seconds is None else f", expected time {self.seconds:.0f} s"
+        seconds = "" if self.seconds is None else f", expected time {format_seconds(self.seconds)}"
         return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}{seconds}"
 
 
@@ -81,7 +82,7 @@ def in_strips(model: nn.Module, image: Tensor, max_memory: int) -> Tensor:
         raise UserError(f"{model.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
     plan = make_plan(model, image, max_memory, resident_bytes(image.device))
     if log.isEnabledFor(logging.INFO):
-        plan = replace(plan, seconds=expected_seconds(model, image, plan))
+        plan = replace(plan, seconds=seconds_of(model, image, plan))
         log.info("%d×%d: %s", *image.shape[:1:-1], plan)
     return run(model, image, plan)
 
@@ -188,19 +189,23 @@ def _strips_alive(image: Tensor) -> int:
     return STRIPS_COMPILED if compiled else STRIPS_REFERENCE
 
 
-def expected_seconds(model: Network, image: Tensor, plan: Plan) -> float:
-    """How long `run` would take here, from the time of two small images, a hundredth of the work, and of a small file."""
+def seconds_of(model: Network, image: Tensor, plan: Plan) -> tuple[float, float]:
+    """How long `run` would take here, at least and at most, from the time of small images, a hundredth of the work, and of a
+    small file. Strips took up to STRIPS_COST times as long as the whole image."""
     height, width = (side + -side % model.multiple for side in image.shape[-2:])
     side = max(32, min(256, math.isqrt(height * width) // 8 // 16 * 16))
     with torch.no_grad():
-        fixed, each = seconds_by_pixels(lambda side: model(image.new_zeros((1, 3, side, side))), side, image.device)
+        least, most = expected_seconds(
+            lambda side: model(image.new_zeros((1, 3, side, side))), side, len(image) * height * width, image.device
+        )
     begin, block = time.perf_counter(), bytes(1 << 24)
     with tempfile.TemporaryFile() as file:
         file.write(block)
         file.seek(0)
         file.read()
-    moving = plan.file_bytes * (time.perf_counter() - begin) / (2 * len(block))
-    return len(image) * (fixed + each * height * width * (1 + 2 / plan.rows) + moving)
+    moving = len(image) * plan.file_bytes * (time.perf_counter() - begin) / (2 * len(block))
+    again = 1 + 2 / plan.rows  # rows at a strip's edges are made twice
+    return least * again + moving, most * again * (STRIPS_COST if plan.rows < height else 1) + moving
 
 
 def run(model: Network, image: Tensor, plan: Plan) -> Tensor:

@@ -225,24 +225,29 @@ def test_the_plan_is_logged_with_the_time_it_expects(cases, caplog):
     with torch.inference_mode():
         strips = tiling.in_strips(model, image, 100 * GB)
     assert (strips - whole).abs().max() <= 1e-5
-    expected = r"43×61: strips of 64 rows, expected peak \d+(\.\d+)? [MG]B, expected time \d+ s"
+    expected = r"43×61: strips of 64 rows, expected peak \d+(\.\d+)? [MG]B, expected time [\d.]+ to [\d.]+ s"
     assert re.fullmatch(expected, caplog.messages[0])
 
 
 def test_expected_time_follows_pixels_rows_and_files(cases, monkeypatch):
     model, image, _ = cases[0]
     sides = []
-    monkeypatch.setattr(
-        tiling, "seconds_by_pixels", lambda run, side, device: sides.append(side) or run(side) is not None and (2, 1e-6)
-    )
 
-    def expected(plan, size):
-        return tiling.expected_seconds(model, torch.empty(1, 3, *size), plan)
+    def measured(run, side, pixels, device):
+        run(side)
+        sides.append(side)
+        return 1e-6 * pixels, 2 + 1e-6 * pixels
 
-    assert expected(Plan(20, (MEMORY,) * 4, 0, 0), (1000, 1000)) == pytest.approx(2 + 1.1)
-    assert expected(Plan(20, (MEMORY,) * 4, 0, 0), (1999, 1995)) == pytest.approx(2 + 4 * 1.1)
-    assert expected(Plan(20, (FILED,) * 4, 0, 10**9), (1000, 1000)) > 2 + 1.1 + 0.01
-    assert sides == [112, 240, 112]  # a hundredth of the pixels
+    monkeypatch.setattr(tiling, "expected_seconds", measured)
+
+    def expected(places, size, file_bytes=0, rows=20):
+        return tiling.seconds_of(model, torch.empty(1, 3, *size), Plan(rows, (places,) * 4, 0, file_bytes))
+
+    assert expected(MEMORY, (1000, 1000)) == pytest.approx((1.1, 2 * 3 * 1.1))  # 2 rows of 20 again, strips
+    assert expected(MEMORY, (1000, 1000), rows=1000) == pytest.approx((1.002, 3 * 1.002))
+    assert expected(MEMORY, (1999, 1995)) == pytest.approx((4 * 1.1, 2 * 6 * 1.1))
+    assert expected(FILED, (1000, 1000), 10**9)[0] > 1.1 + 0.01
+    assert sides == [112, 112, 240, 112]  # a hundredth of the pixels
 
 
 def test_refused_where_gradients_are_recorded(small):
