@@ -43,14 +43,7 @@ def merge(samples: Sequence[np.ndarray], stops: Sequence[float] | None = None) -
     that are clipped there, or lie in the murk, do not count, nor those that disagree with the middle one around it, as where
     something has moved; where that is all, the middle one counts alone. UserError where exposures can't be gauged.
     """
-    known, response = settle(samples, stops)
-    middle = len(samples) // 2
-    times = [2.0 ** (stop - known[middle]) for stop in known]
-    exposures = [Exposure(each, light_table(each.dtype, response), time) for each, time in zip(samples, times, strict=True)]
-    for exposure in exposures:
-        if exposure is not exposures[middle]:
-            exposure.align(exposures[middle])
-            exposure.compare(exposures[middle])
+    exposures, middle = lay(samples, stops), len(samples) // 2
     height, width = samples[0].shape[:2]
     light = np.empty((height, width, 3), np.float32)
     for first, end in _bands(height):
@@ -101,6 +94,19 @@ def tone(light: np.ndarray) -> np.ndarray:
     return toned
 
 
+def lay(samples: Sequence[np.ndarray], stops: Sequence[float] | None = None) -> "list[Exposure]":
+    """Exposures as `merge` takes them, each on the middle one. UserError as `merge`."""
+    known, response = settle(samples, stops)
+    middle = len(samples) // 2
+    times = [2.0 ** (stop - known[middle]) for stop in known]
+    exposures = [Exposure(each, light_table(each.dtype, response), time) for each, time in zip(samples, times, strict=True)]
+    for exposure in exposures:
+        if exposure is not exposures[middle]:
+            exposure.align(exposures[middle])
+            exposure.compare(exposures[middle])
+    return exposures
+
+
 def settle(samples: Sequence[np.ndarray], stops: Sequence[float] | None = None) -> tuple[Sequence[float], np.ndarray]:
     """The exposures of `merge` as it takes them, and the response (KNOTS,): the change of the logarithm of sRGB's light.
 
@@ -125,7 +131,7 @@ class Exposure:
     """One exposure. samples: (H, W, 3). table: the light of each stored value at the time 1. time: relative to the middle one's.
 
     shift: rows and columns from the middle one's pixels to this one's. agree: of cells of cell × cell pixels of the middle one,
-    1 where this one shows the same, 0 elsewhere.
+    1 where this one shows the same, 0 elsewhere. agreement: in how much of what tells it does, 0 where next to nothing tells.
     """
 
     samples: np.ndarray
@@ -134,6 +140,7 @@ class Exposure:
     shift: tuple[int, int] = (0, 0)
     agree: Tensor = field(default_factory=lambda: torch.ones(1, 1))
     cell: int = 1
+    agreement: float = 1.0
 
     def part(self, first: int, end: int, channels: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows of the middle one: stored values in [0, 1], light (rows, W, channels), and which are inside (rows, W, 1)."""
@@ -173,15 +180,15 @@ class Exposure:
         found = (row - reach[0] + _vertex(near[:, column], row), column - reach[1] + _vertex(near[row], column))
         self.shift = (round(found[0] * cell), round(found[1] * cell))
 
-    def compare(self, middle: "Exposure") -> float:
-        """Finds where it agrees with the middle one. Returns in how much of what tells it does; 0 where next to nothing tells."""
+    def compare(self, middle: "Exposure") -> None:
+        """Finds where it agrees with the middle one."""
         self.cell, limit, floor = self._terms(middle, COMPARED)
         here, there = (each.cells(self.cell, limit) for each in (self, middle))
         apart = (((here + floor) / (there + floor)).log().abs() > DISAGREE).any(0)
         low, high = torch.minimum(here, there).amin(0), torch.maximum(here, there).amax(0)
         telling = (high > 4 * floor) & (low > 0) & (low < 0.9 * limit)
         self.agree = 1 - F.max_pool2d(apart.float()[None], 3, 1, 1)[0]
-        return 1 - (apart & telling).sum().item() / max(telling.sum().item(), 1) if telling.float().mean() > 0.02 else 0.0
+        self.agreement = 1 - apart[telling].float().mean().item() if telling.float().mean() > 0.02 else 0.0
 
     def _terms(self, middle: "Exposure", side: int) -> tuple[int, float, float]:
         """Size of a cell, the white of the brighter of the two, and what light is too little to tell in the darker."""

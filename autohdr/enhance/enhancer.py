@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autohdr.autotone import auto_tone
+from autohdr.data.bracket_sets import read_set
 from autohdr.data.colour import ColourSpace
 from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, read_photo
 from autohdr.errors import UserError
@@ -97,9 +98,10 @@ class Enhancer:
         self._plans: dict[tuple[int, int], int] = {}
         self.as_stored = model is None or bool(getattr(model, "takes_samples", False))
 
-    def read(self, path: str | Path) -> Work:
-        """UserError as read_photo."""
-        photo = read_photo(path, self.as_stored, self.keep_damaged)
+    def read(self, *paths: str | Path) -> Work:
+        """A photo or, of several paths, what these exposures make, as read_set has them. UserError as read_photo and read_set."""
+        one = len(paths) == 1
+        photo = read_photo(paths[0], self.as_stored, self.keep_damaged) if one else read_set(paths, self.keep_damaged)
         space = photo.colour_space()
         return Work(photo, space, space.to_srgb(photo.pixels) if space else photo.pixels)
 
