@@ -200,6 +200,8 @@ def enhance(
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
     brackets: Literal["off", "auto", "3", "5"] = "off",
+    property: Annotated[bool, FlagCreatePairsOff] = False,
+    keep_white_balance: Annotated[bool, FlagCreatePairsOff] = False,
     on_exists: Literal["skip", "overwrite", "rename", "error"] = "skip",
     shard: str = "1/1",
     jobs: int | None = None,
@@ -229,6 +231,8 @@ def enhance(
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
         brackets: Exposures of one picture become one result, with the name of the middle one: as many as there are, 3 or 5.
             Told by EXIF, with a number by what they show too; what can't be told stays single photos, and a line says so.
+        property: The photos of a folder are of one property: their edits share white balance and exposure, up to half of each.
+        keep_white_balance: Leave the photo's own white balance: what is a neutral grey stays one.
         on_exists: What to do where a result exists and was not done before, by the same model and options from the same photo:
             skip the photo (but make anew what OUT/autohdr.jsonl knows and nobody has changed since), overwrite everything, also
             what was done before, rename the result to NAME-1, NAME-2, ..., or end with an error before any work.
@@ -247,7 +251,7 @@ def enhance(
     if checkpoint and auto_tone:
         raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
     through = paths == [Path("-")]
-    if through == (out is not None) or through and (save_edit or brackets != "off"):
+    if through == (out is not None) or through and (save_edit or property or brackets != "off"):
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
     # Until the model's next kernel its threads would spin, on cores that photos are read and encoded on.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -261,7 +265,7 @@ def enhance(
     limit = parse_bytes(max_memory) if max_memory else None
     model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
-    settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
+    settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     if out is None:
         enhanced, notes, reason = Enhancer(model, **settings).file(sys.stdin.buffer.read())
         for note in notes:
@@ -273,7 +277,7 @@ def enhance(
     stopped = 0
     try:
         part = _parse_shard(shard)
-        settings |= {"save_edit": save_edit, "brackets": brackets}
+        settings |= {"save_edit": save_edit, "brackets": brackets, "property": property}
         result = enhance(paths, out, model, on_exists=on_exists, shard=part, jobs=jobs, **settings)
     except Interrupted as error:
         result, stopped = error.result, error.signal

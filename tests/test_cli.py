@@ -340,6 +340,15 @@ def test_enhance_brackets(photos, capsys):
     assert (folder / "0_src.png").exists()
 
 
+def test_enhance_a_property_with_its_white_balance(photos):
+    assert (
+        run("enhance", photos / "0_src.png", photos / "1_src.png", "--out", photos / "a", "--property", "--keep-white-balance")
+        == 0
+    )
+    options = [json.loads(line)["options"] for line in (photos / "a/autohdr.jsonl").read_text().splitlines()]
+    assert all(each["keep_white_balance"] for each in options) and len({each["property"] for each in options}) == 1
+
+
 def test_enhance_a_shard(photos, capsys):
     args = ("enhance", photos / "0_src.png", photos / "1_src.png", "--auto-tone", "--out", photos / "enhanced", "--shard")
     assert run(*args, "2/2") == 0 and "1 written" in capsys.readouterr().out

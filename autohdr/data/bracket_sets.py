@@ -94,10 +94,20 @@ def read_set(paths: Sequence[str | Path], keep_damaged: bool = False) -> Photo:
         if other.pixels.shape != photo.pixels.shape or other.icc_profile != photo.icc_profile:
             raise UserError(f"{path}: expected exposures of one size and colour profile, got others than the middle one's")
     samples = [each.pixels if each.pixels.dtype.kind == "u" else from_float(each.pixels, 16) for each in photos]
-    stops = _stops([Shot.of(Path(path)) for path in paths])
     photo.notes = list(dict.fromkeys(note for each in photos for note in each.notes))
-    photo.pixels = tone(merge(samples, stops))
+    photo.pixels = _merged(samples, paths)
     return photo
+
+
+def glimpse(paths: Sequence[str | Path], at_least: int) -> np.ndarray:
+    """The pixels of a photo, or of what a set makes, in sRGB, (H, W, 3) uint8, uint16 or float32: at a reduced size where so many
+    pixels a side are enough, as read_samples. UserError as read_set."""
+    samples = [read_samples(path, at_least) for path in paths]
+    return samples[0] if len(paths) == 1 else _merged(samples, paths)
+
+
+def _merged(samples: list[np.ndarray], paths: Sequence[str | Path]) -> np.ndarray:
+    return tone(merge(samples, _stops([Shot.of(Path(path)) for path in paths])))
 
 
 def _follows(before: Shot, shot: Shot) -> bool:

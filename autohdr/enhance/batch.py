@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, write_text
 from autohdr.measure import check_workers, cores, free_bytes
+from autohdr.models.lite import Edit, Lite, Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
 
 BRACKETS = ("off", "auto", "3", "5")
@@ -90,6 +92,8 @@ def enhance(
     strength: float = 1.0,
     save_edit: bool = False,
     brackets: str = "off",
+    property: bool = False,
+    keep_white_balance: bool = False,
     on_exists: str = "skip",
     shard: tuple[int, int] = (1, 1),
     jobs: int | None = None,
@@ -108,11 +112,13 @@ def enhance(
     it was written, of the same photo (by their hashes), model and options. After anything, a kill too, the same call finishes
     the rest; what killed runs left is cleared.
 
-    model, device, precision, strength, save_edit, quality, keep_damaged, max_memory: as in Enhancer.
+    model, device, precision, strength, save_edit, keep_white_balance, quality, keep_damaged, max_memory: as in Enhancer.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
     result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
+    property: the photos of a folder of results are of one property: their edits share white balance and exposure, by going up to
+    half of the way to the median of the folder's (lite.of_property, lite.shared). Another photo there makes all of them anew.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
     since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
     everything is made anew, also what was done before. "rename": the result gets the first free name of NAME-1, NAME-2, ...
@@ -139,6 +145,10 @@ def enhance(
     check_workers(jobs)
     started, out_dir = time.perf_counter(), Path(out_dir)
     settings = {"precision": precision, "strength": strength, "save_edit": save_edit, "quality": quality}
+    settings |= {"keep_white_balance": keep_white_balance}
+    if property and not isinstance(model, Lite):
+        got = type(model).__name__ if model else "the auto-tone"
+        raise UserError(f"property is for a model that predicts an edit, as lite does, got {got}")
     enhancer = Enhancer(model, device=device, keep_damaged=keep_damaged, max_memory=max_memory, **settings)
     targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit)
     manifest, part = Manifest(out_dir, shard), slice(shard[0] - 1, None, shard[1])
@@ -149,7 +159,8 @@ def enhance(
         clear_abandoned(folder)
     with ThreadPoolExecutor(jobs) as pool:
         sets, words = ({}, {}) if brackets == "off" else _gather(targets, brackets, pool)
-        fates = _Fates(manifest.read(), targets, sets, words, out_dir, enhancer.identity(), on_exists)
+        edits = _property_edits(targets, sets, enhancer, pool) if property else {}
+        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), on_exists)
         found = list(pool.map(fates, sorted(targets)[part]))
     refused = [job for job in found if job.record.status == SKIPPED]
     if refused and on_exists == "error":
@@ -164,7 +175,7 @@ def enhance(
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
-            stages = _Stages(enhancer, manifest, signalled)
+            stages = _Stages(enhancer, manifest, edits, signalled)
             flights = overlap(
                 todo, stages.read, stages.run, stages.write, threads=jobs, cost=stages.bytes, budget=budget, stopped=signalled
             )
@@ -205,6 +216,7 @@ class _Stages:
 
     enhancer: Enhancer
     manifest: Manifest
+    edits: Mapping[Path, Edit]  # of a folder of results, its property's
     signalled: Deferred
 
     def bytes(self, job: _Job) -> int:
@@ -221,6 +233,7 @@ class _Stages:
         started = time.perf_counter()
         job.record.source_sha256, job.record.exposures = _sha256(job.source), _hashes(job.exposures)
         work = self.enhancer.read(*job.exposures)
+        work.shared = self.edits.get(job.target.parent)
         job.record.seconds += time.perf_counter() - started
         return job, work
 
@@ -263,16 +276,17 @@ class _Fates:
     targets: Mapping[Path, Path]  # of each result, the photo
     sets: Mapping[Path, tuple[Path, ...]]  # of a photo, the exposures of its bracket
     words: Mapping[Path, str]  # on a photo that may be of a bracket
+    edits: Mapping[Path, Edit]  # of a folder of results, its property's
     out_dir: Path
     identity: Mapping[str, Any]
     on_exists: str
 
     def __call__(self, target: Path) -> _Job:
         source, reason = self.targets[target], ""
-        exposures = self.sets.get(source, (source,))
+        exposures, identity = self.sets.get(source, (source,)), self._identity(target)
         for place in self._places(target):
             name = str(place.relative_to(self.out_dir))
-            record = Record(os.path.abspath(source), name, PENDING, **self.identity)
+            record = Record(os.path.abspath(source), name, PENDING, **identity)
             record.warnings += [self.words[source]] if source in self.words else []
             if not os.path.lexists(place):
                 return _Job(source, exposures, place, record)
@@ -282,7 +296,7 @@ class _Fates:
             if self.on_exists == "overwrite":
                 return _Job(source, exposures, place, record, replaces=True)
             if line and there and line.status in (WRITTEN, PENDING) and there == line.result_sha256:
-                changed = self._changed(exposures, line)
+                changed = self._changed(exposures, line, identity)
                 if not changed:
                     return _Job(source, exposures, place, replace(line, status=WRITTEN))
                 reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
@@ -302,8 +316,15 @@ class _Fates:
             if (place := target.with_stem(f"{target.stem}-{number}")) not in self.targets:
                 yield place
 
-    def _changed(self, exposures: tuple[Path, ...], line: Record) -> list[str]:
-        same = {"the model": line.model == self.identity["model"], "the options": line.options == self.identity["options"]}
+    def _identity(self, target: Path) -> dict[str, Any]:
+        """With what is left of a property's edit once other machines' rounding is taken out."""
+        edit = self.edits.get(target.parent)
+        numbers = np.round(torch.cat([edit.curves.flatten(), edit.matrix.flatten()]).tolist(), 3) if edit else None
+        digest = None if numbers is None else hashlib.sha256(numbers.tobytes()).hexdigest()
+        return {**self.identity, "options": {**self.identity["options"], "property": digest}}
+
+    def _changed(self, exposures: tuple[Path, ...], line: Record, identity: Mapping[str, Any]) -> list[str]:
+        same = {"the model": line.model == identity["model"], "the options": line.options == identity["options"]}
         same["the photo"] = line.source_sha256 == _sha256(exposures[len(exposures) // 2])
         same["its bracket"] = line.exposures == _hashes(exposures)
         return [what for what, same in same.items() if not same]
@@ -331,6 +352,18 @@ def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[d
     for target in [target for target, source in targets.items() if source in others]:
         del targets[target]
     return sets, words
+
+
+def _property_edits(
+    targets: Mapping[Path, Path], sets: Mapping[Path, tuple[Path, ...]], enhancer: Enhancer, pool: Executor
+) -> dict[Path, Edit]:
+    """Of each folder of results, where there is one."""
+    places = sorted(targets)
+    predictions = pool.map(enhancer.glimpse, [sets.get(targets[place], (targets[place],)) for place in places])
+    by_folder: dict[Path, list[Prediction]] = {}
+    for place, prediction in zip(places, predictions, strict=True):
+        by_folder.setdefault(place.parent, []).extend([prediction] if prediction else [])
+    return {folder: edit for folder, predicted in by_folder.items() if (edit := of_property(predicted))}
 
 
 def _find(paths: list[Path], out_dir: Path, save_edit: bool) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from autohdr.data.bracket_sets import bracket_sets, read_set
+from autohdr.data.bracket_sets import bracket_sets, glimpse, read_set
 from autohdr.data.images import read_photo
 from autohdr.data.synthetic import render_scene
 from autohdr.data.synthetic.pixels import encode
@@ -115,4 +115,7 @@ def test_a_set_is_read_with_what_the_middle_one_says(tmp_path, rooms):
     paths = [save(tmp_path / f"{stop}.jpg", rooms[1], stop) for stop in (-2, 0, 2)]
     photo, middle = read_set(paths), read_photo(paths[1])
     assert photo.pixels.dtype == np.float32 and photo.pixels.shape == middle.pixels.shape and photo.pixels.max() < 1
+    np.testing.assert_allclose(glimpse(paths, 1000), photo.pixels, atol=1e-6)
+    halved = photo.pixels.reshape(48, 2, 72, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(np.mean(np.abs(glimpse(paths, 48) - halved)), 0, atol=0.02)
     assert (photo.exif, photo.format, photo.depth, photo.options) == (middle.exif, "JPEG", 8, middle.options)
