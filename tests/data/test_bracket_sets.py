@@ -64,6 +64,13 @@ def test_singles_before_between_and_after_sets(tmp_path, rooms):
     assert sorted(sets) == [("01", "02", "03"), ("04", "05", "06"), ("07", "08", "09")] and not words
 
 
+def test_a_single_of_the_same_picture_before_a_set(tmp_path, rooms):
+    """A camera's exposures are evenly apart."""
+    for number, stop in enumerate((1, -2, 0, 2)):
+        save(tmp_path / f"{number}.jpg", rooms[0], stop, number)
+    assert told(tmp_path) == ([("1", "2", "3")], {})
+
+
 def test_photos_of_different_rooms_folders_cameras_or_times_are_no_set(tmp_path, rooms):
     for number, stop in enumerate((-2, 0, 2)):
         save(tmp_path / f"rooms/r{number}.jpg", rooms[number % 2], stop, number)

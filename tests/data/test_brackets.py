@@ -122,3 +122,13 @@ def test_black_and_burnt_out_photos_stay_finite(value):
     assert np.isfinite(tone(merge(samples, (-2, 0, 2)))).all()
     with pytest.raises(UserError, match="too little is seen by two of them"):
         merge(samples)
+
+
+def test_what_a_shifted_exposure_has_not_seen_does_not_count(room):
+    """Else the border, black in the middle one but for a trace, would be darker still."""
+    light = room.copy()
+    light[-MARGIN - 8 :] = 1 / 255 / 12.92
+    views = (0.25, (0, 0)), (1, (0, 0)), (4, (5, 0))
+    shots = [np.rint(encode(framed(light, shift) * np.float32(time)) * 255).astype(np.uint8) for time, shift in views]
+    merged = merge(shots, (-2, 0, 2))
+    np.testing.assert_allclose(merged[-5:], np.broadcast_to(merged[-6], merged[-5:].shape), rtol=0.02)
