@@ -232,6 +232,7 @@ def enhance(
         brackets: Exposures of one picture become one result, with the name of the middle one: as many as there are, 3 or 5.
             Told by EXIF, with a number by what they show too; what can't be told stays single photos, and a line says so.
         property: The photos of a folder are of one property: their edits share white balance and exposure, up to half of each.
+            Best where the camera's white balance was the same for all.
         keep_white_balance: Leave the photo's own white balance: what is a neutral grey stays one.
         on_exists: What to do where a result exists and was not done before, by the same model and options from the same photo:
             skip the photo (but make anew what OUT/autohdr.jsonl knows and nobody has changed since), overwrite everything, also

@@ -20,7 +20,7 @@ from autohdr.data.images import Photo, from_float, photo_layout, read_exif, read
 from autohdr.errors import UserError
 
 COUNTS = (9, 7, 5, 3)
-"""Of the exposures of a set, those tried first that are more."""
+"""How many exposures a set may have, in the order in which they are tried."""
 PAUSE = 4.0  # seconds between two exposures at most, and twice the longer one: a camera may take a dark frame after it
 LEAST_STEP, UNEVEN = 0.6, 0.4  # stops between exposures, and by how much steps may differ
 ALIKE = 0.8  # in so much of what tells two exposures must agree
@@ -51,11 +51,10 @@ class Shot:
         except UserError:  # it will fail
             return cls(path)
         details = exif.get_ifd(ExifTags.IFD.Exif)
-        exposure, aperture = _number(details.get(_BASE.ExposureTime)), _number(details.get(_BASE.FNumber))
-        iso, bias = _number(details.get(_BASE.ISOSpeedRatings)), _number(details.get(_BASE.ExposureBiasValue))
-        light = None
-        if exposure and exposure > 0:
-            light = math.log2(exposure) - 2 * math.log2(aperture or 1) + math.log2(iso or 100)
+        tags = _BASE.ExposureTime, _BASE.FNumber, _BASE.ISOSpeedRatings, _BASE.ExposureBiasValue
+        *positive, bias = (_number(details.get(tag)) for tag in tags)
+        exposure, aperture, iso = (value if value and value > 0 else None for value in positive)
+        light = math.log2(exposure) - 2 * math.log2(aperture or 1) + math.log2(iso or 100) if exposure else None
         made = exif.get(_BASE.Make, ""), exif.get(_BASE.Model, ""), details.get(_BASE.BodySerialNumber, "")
         return cls(path, (*map(str, made), *size), _seconds(details), exposure, light, bias)
 
@@ -85,7 +84,8 @@ def bracket_sets(paths: Iterable[Path], count: int | None, pool: Executor) -> tu
 def read_set(paths: Sequence[str | Path], keep_damaged: bool = False) -> Photo:
     """The photo that a set of bracket_sets makes: brackets.merge, then brackets.tone.
 
-    Its pixels are float32; all else that it says is the middle one's. UserError as read_photo and merge, and where the exposures
+    Its pixels are float32, in the files' colour space, whose curve is taken for a part of the camera's; all else that it says is
+    the middle one's. UserError as read_photo and merge, and where the exposures
     differ in size or profile.
     """
     photos = [read_photo(path, True, keep_damaged) for path in paths]
@@ -120,7 +120,7 @@ def _follows(before: Shot, shot: Shot) -> bool:
 
 
 def _sets_in(run: list[Shot], count: int | None) -> tuple[list[tuple[Path, ...]], dict[Path, str]]:
-    sets, words, at, shown = [], {}, 0, functools.cache(_shown)
+    sets, words, at, shown = [], {}, 0, functools.lru_cache(max(COUNTS))(_shown)
     known = [shot.time is not None and (shot.light is not None or shot.bias is not None) for shot in run]
     while at < len(run):
         for number in COUNTS if count is None else (count,):
