@@ -22,6 +22,7 @@ from autohdr.enhance import progress as progress_module
 from autohdr.enhance.manifest import Manifest, Record
 from autohdr.enhance.overlap import overlap
 from autohdr.errors import UserError
+from autohdr.models import load_checkpoint
 
 
 class Invert(nn.Module):
@@ -510,3 +511,13 @@ def test_a_damaged_exposure_fails_its_bracket_by_name(tmp_path, light, monkeypat
     assert counts(result) == (0, 0, 0, 1) and "c.jpg: not a JPEG" in result.failed[0][1]
     with pytest.raises(UserError, match="brackets must be one of off, auto, 3, 5, got '4'"):
         run(tmp_path, brackets="4")
+
+
+def test_a_bracket_is_of_a_property_too(tmp_path, light):
+    for second, (name, stop) in enumerate((("a", 0), ("b", -2), ("c", 2), ("d", 0.3))):
+        expose(tmp_path / f"in/{name}.jpg", light, stop, second + 30 * (name == "d"))
+    model = load_checkpoint()
+    assert counts(run(tmp_path, model, brackets="auto", property=True)) == (0, 2, 0, 0)
+    shared = {line["options"]["property"] for line in lines(tmp_path / "out").values()}
+    assert len(shared) == 1 and None not in shared
+    assert counts(run(tmp_path, model, brackets="auto", property=True)) == (2, 0, 0, 0)
