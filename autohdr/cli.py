@@ -216,6 +216,9 @@ def enhance(
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
+    brackets: Literal["off", "auto", "3", "5"] = "off",
+    property: Annotated[bool, FlagCreatePairsOff] = False,
+    keep_white_balance: Annotated[bool, FlagCreatePairsOff] = False,
     on_exists: Literal["skip", "overwrite", "rename", "error"] = "skip",
     shard: str = "1/1",
     jobs: int | None = None,
@@ -247,6 +250,11 @@ def enhance(
         auto_tone: Use the fixed auto-tone instead of a model.
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
+        brackets: Exposures of one picture become one result, with the name of the middle one: as many as there are, 3 or 5.
+            Told by EXIF, with a number by what they show too; what can't be told stays single photos, and a line says so.
+        property: The photos of a folder are of one property: their edits share white balance and exposure, up to half of each.
+            Best where the camera's white balance was the same for all.
+        keep_white_balance: Leave the photo's own white balance: what is a neutral grey stays one.
         on_exists: What to do where a result exists and was not done before, by the same model and options from the same photo:
             skip the photo (but make anew what OUT/autohdr.jsonl knows and nobody has changed since), overwrite everything, also
             what was done before, rename the result to NAME-1, NAME-2, ..., or end with an error before any work.
@@ -269,7 +277,7 @@ def enhance(
     if checkpoint and auto_tone:
         raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
     through = paths == [Path("-")]
-    if through == (out is not None) or through and save_edit:
+    if through == (out is not None) or through and (save_edit or property or brackets != "off"):
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
     # Until the model's next kernel its threads would spin, on cores that photos are read and encoded on.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -283,7 +291,7 @@ def enhance(
     limit = parse_bytes(max_memory) if max_memory else None
     model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
-    settings |= {"quality": quality, "keep_damaged": damaged == "keep"}
+    settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:
         enhanced, notes, reason = Enhancer(model, **settings).file(sys.stdin.buffer.read())
@@ -296,7 +304,8 @@ def enhance(
     stopped = 0
     try:
         part = _parse_shard(shard)
-        result = enhance(paths, out, model, on_exists=on_exists, shard=part, jobs=jobs, save_edit=save_edit, **settings)
+        settings |= {"save_edit": save_edit, "brackets": brackets, "property": property}
+        result = enhance(paths, out, model, on_exists=on_exists, shard=part, jobs=jobs, **settings)
     except Interrupted as error:
         result, stopped = error.result, error.signal
     print(result.json() if json else result)

@@ -1,5 +1,6 @@
 """Runs of enhance over many photos: what a rerun does, what a kill leaves, shards, and how stages overlap."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,14 +11,18 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 
+from autohdr.data.synthetic import render_scene
+from autohdr.data.synthetic.pixels import encode
 from autohdr.enhance import Interrupted, enhance
+from autohdr.enhance import batch as batch_module
 from autohdr.enhance import progress as progress_module
 from autohdr.enhance.manifest import Manifest, Record
 from autohdr.enhance.overlap import overlap
 from autohdr.errors import UserError
+from autohdr.models import load_checkpoint
 
 
 class Invert(nn.Module):
@@ -446,3 +451,73 @@ def test_the_newest_line_of_all_manifests_counts(tmp_path):
     manifest.begin([])
     manifest.end()
     assert lines(tmp_path).keys() == {"a.png"} and os.listdir(tmp_path) == ["autohdr.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def light():
+    light = render_scene(100, 96, 144).radiance.astype(np.float32)
+    return light * np.float32(0.2 / np.percentile(light, 75))
+
+
+def expose(path, light, stop, second, marks=0):
+    exif = Image.Exif()
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details[ExifTags.Base.DateTimeOriginal] = f"2025:06:01 12:00:{second:02}"
+    details[ExifTags.Base.ExposureTime], details[ExifTags.Base.ExposureBiasValue] = 2.0**stop / 100, float(stop)
+    pixels = np.rint(encode(light * np.float32(2.0**stop)) * 255).astype(np.uint8)
+    pixels[:marks] = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+
+def test_brackets_become_one_result_and_a_rerun_knows(tmp_path, light):
+    """With the middle one's name and EXIF, a line that names all, and made anew where any of them changes."""
+    for second, (name, stop) in enumerate((("a", 0), ("b", -2), ("c", 2))):
+        expose(tmp_path / f"in/{name}.jpg", light, stop, second)
+    expose(tmp_path / "in/d.jpg", light, 0, 50)
+    save(tmp_path / "in/e.png")
+    result = run(tmp_path, brackets="auto")
+    assert [path.name for path in result.written] == ["a.jpg", "d.jpg", "e.png"]
+    word = "its EXIF does not say when and how it was exposed: it is taken for a single photo"
+    assert result.notes == [(tmp_path / "in/e.png", word)]
+    found = lines(tmp_path / "out")
+    hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / f"in/{x}.jpg" for x in "bac")}
+    assert list(found["a.jpg"]["exposures"].items()) == list(hashes.items()) and found["d.jpg"]["exposures"] == {}
+    with Image.open(tmp_path / "out/a.jpg") as image:
+        assert image.format == "JPEG" and image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureBiasValue] == 0
+    merged = (tmp_path / "out/a.jpg").read_bytes()
+    assert merged != (tmp_path / "out/d.jpg").read_bytes()
+    assert counts(run(tmp_path, brackets="auto")) == counts(run(tmp_path, brackets="3")) == (3, 0, 0, 0)
+    expose(tmp_path / "in/c.jpg", light, 2, 2, marks=4)
+    again = run(tmp_path, brackets="auto")
+    assert again.notes == [(tmp_path / "in/a.jpg", "made anew: since its result was made, changed: its bracket")]
+    assert (tmp_path / "out/a.jpg").read_bytes() != merged
+    single = run(tmp_path)
+    assert counts(single) == (2, 3, 0, 0) and {path.name for path in single.written} == {"a.jpg", "b.jpg", "c.jpg"}
+
+
+def test_a_damaged_exposure_fails_its_bracket_by_name(tmp_path, light, monkeypatch):
+    for second, (name, stop) in enumerate((("a", 0), ("b", -2), ("c", 2))):
+        expose(tmp_path / f"in/{name}.jpg", light, stop, second)
+    whole = batch_module.bracket_sets
+
+    def then_damage(*args):
+        found = whole(*args)
+        (tmp_path / "in/c.jpg").write_text("no photo")
+        return found
+
+    monkeypatch.setattr(batch_module, "bracket_sets", then_damage)
+    result = run(tmp_path, brackets="3")
+    assert counts(result) == (0, 0, 0, 1) and "c.jpg: not a JPEG" in result.failed[0][1]
+    with pytest.raises(UserError, match="brackets must be one of off, auto, 3, 5, got '4'"):
+        run(tmp_path, brackets="4")
+
+
+def test_a_bracket_is_of_a_property_too(tmp_path, light):
+    for second, (name, stop) in enumerate((("a", 0), ("b", -2), ("c", 2), ("d", 0.3))):
+        expose(tmp_path / f"in/{name}.jpg", light, stop, second + 30 * (name == "d"))
+    model = load_checkpoint()
+    assert counts(run(tmp_path, model, brackets="auto", property=True)) == (0, 2, 0, 0)
+    shared = {line["options"]["property"] for line in lines(tmp_path / "out").values()}
+    assert len(shared) == 1 and None not in shared
+    assert counts(run(tmp_path, model, brackets="auto", property=True)) == (2, 0, 0, 0)

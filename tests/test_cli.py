@@ -346,6 +346,23 @@ def test_enhance_where_a_result_exists(photos, capsys):
     assert "--on-exists" in usage_error(capsys, *args, "ask")
 
 
+def test_enhance_brackets(photos, capsys):
+    """Photos without EXIF are single ones, and a line says so."""
+    folder = photos / "enhanced"
+    assert run("enhance", photos / "0_src.png", "--auto-tone", "--out", folder, "--brackets", "auto") == 0
+    assert "0_src.png: its EXIF does not say when and how it was exposed" in capsys.readouterr().err
+    assert (folder / "0_src.png").exists()
+
+
+def test_enhance_a_property_with_its_white_balance(photos):
+    assert (
+        run("enhance", photos / "0_src.png", photos / "1_src.png", "--out", photos / "a", "--property", "--keep-white-balance")
+        == 0
+    )
+    options = [json.loads(line)["options"] for line in (photos / "a/autohdr.jsonl").read_text().splitlines()]
+    assert all(each["keep_white_balance"] for each in options) and len({each["property"] for each in options}) == 1
+
+
 def test_enhance_a_shard(photos, capsys):
     args = ("enhance", photos / "0_src.png", photos / "1_src.png", "--auto-tone", "--out", photos / "enhanced", "--shard")
     assert run(*args, "2/2") == 0 and "1 written" in capsys.readouterr().out
@@ -458,7 +475,7 @@ def test_eval_refuses(photos, checkpoint, capsys):
 
 def test_enhance_refuses(photos, checkpoint, capsys):
     out = ("--out", photos / "enhanced")
-    for arguments in ((photos / "0_src.png",), ("-", *out), ("-", photos / "0_src.png")):
+    for arguments in ((photos / "0_src.png",), ("-", *out), ("-", photos / "0_src.png"), ("-", "--brackets", "auto")):
         assert "photos and --out FOLDER, or - alone" in refusal(capsys, "enhance", *arguments)
     both = ("--auto-tone", "--checkpoint", checkpoint)
     assert "at most one of --checkpoint FILE and --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)

@@ -542,3 +542,48 @@ def test_a_restormer_works_in_strips_only_where_a_photo_does_not_fit(tmp_path, m
     worker.run(work)
     assert calls == ["plan", "plan", "strips", "strips"]
     np.testing.assert_allclose(work.after, whole, atol=1e-5)
+
+
+def test_photos_of_a_property_share_an_edit_that_another_photo_changes(tmp_path):
+    """Each folder has its own; a rerun knows, with shards too."""
+    for index, cast in enumerate(((1.1, 1, 0.8), (1, 1, 1), (0.9, 1, 1.1), (0.9, 0.8, 0.6))):
+        samples = (room() * np.array(cast)).clip(0, 255).astype(np.uint8)
+        (tmp_path / f"in/{index // 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(samples).save(tmp_path / f"in/{index // 3}/{index}.png")
+
+    model = load_checkpoint()
+
+    def results(out, **options):
+        result = run([tmp_path / "in"], tmp_path / out, model, **options)
+        return result, [read_samples(path).astype(int) for path in sorted((tmp_path / out).rglob("*.png"))]
+
+    _, own = results("own")
+    result, together = results("together", property=True)
+    assert len(result.written) == 4
+    changes = [np.abs(a - b).max() for a, b in zip(own, together, strict=True)]
+    assert min(changes[0], changes[2]) > 3 and changes[3] == 0  # the last is alone in its folder
+    results("parts", property=True, shard=(1, 2))
+    np.testing.assert_array_equal(results("parts", property=True, shard=(2, 2))[1], together)
+    assert len(results("together", property=True)[0].done_before) == 4
+    Image.fromarray(room() // 2).save(tmp_path / "in/0/9.png")
+    again = results("together", property=True)[0]
+    assert len(again.written) == 4 and len(again.done_before) == 1
+    assert {note for _, note in again.notes} == {"made anew: since its result was made, changed: the options"}
+    with pytest.raises(UserError, match="property is for a model that predicts an edit, as lite does, got the auto-tone"):
+        run([tmp_path / "in"], tmp_path / "auto", property=True)
+
+
+def test_the_white_balance_can_be_kept(tmp_path):
+    """A grey wall under warm light becomes lighter, and as warm; by itself the edit takes out most of the warmth."""
+    pixels = (np.linspace(30, 130, 60)[None, :, None] * np.array([1.2, 1, 0.7]) * np.ones((40, 1, 1))).astype(np.uint8)
+    pixels[:4, :8] = 90  # a patch that is grey
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name, keep in (("kept", True), ("balanced", False)):
+        run([tmp_path / "a.png"], tmp_path / name, load_checkpoint(), keep_white_balance=keep)
+    kept, balanced = (read_samples(tmp_path / name / "a.png").astype(int) for name in ("kept", "balanced"))
+    assert np.ptp(kept[1, 1]) <= 1 and np.ptp(balanced[1, 1]) > 10
+    assert kept[1, 1].mean() > 100 and np.ptp(kept[20, 40]) > 2 * np.ptp(balanced[20, 40])
+    with pytest.raises(
+        UserError, match="keep_white_balance is for a model that predicts an edit, as lite does, got the auto-tone"
+    ):
+        run([tmp_path / "a.png"], tmp_path / "auto", keep_white_balance=True)

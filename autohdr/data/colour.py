@@ -72,11 +72,11 @@ class ColourSpace:
             stored = torch.from_numpy(np.ascontiguousarray(pixels[..., channel])).flatten()
             step = {torch.uint8: (STEPS - 1) // 255, torch.uint16: 1}.get(stored.dtype)
             planes.append(table.index_select(0, stored.int() * step) if step else _between(table, stored.float()))
-        return _encode(self._matrix @ torch.stack(planes)).T.reshape(pixels.shape).numpy()
+        return encode_srgb(self._matrix @ torch.stack(planes)).T.reshape(pixels.shape).numpy()
 
     def _encoded(self, pixels: np.ndarray, own: np.ndarray, old: np.ndarray) -> np.ndarray:
         """sRGB, also beyond [0, 1], in this space. own, old: the pixels before the edit, for spaces whose way back is rough."""
-        light = self._inverse @ _decode(torch.from_numpy(pixels).view(-1, 3).T.contiguous())
+        light = self._inverse @ decode_srgb(torch.from_numpy(pixels).view(-1, 3).T.contiguous())
         roots = light.clamp_(0, 1).sqrt_()
         stored = torch.stack([_between(table, roots[i]) for i, table in enumerate(self._encode)])
         return stored.T.reshape(pixels.shape).numpy()
@@ -89,14 +89,14 @@ class _TableSpace(ColourSpace):
         self._profile = profile
 
     def _decoded(self, pixels: np.ndarray) -> np.ndarray:
-        return _encode(torch.from_numpy(_transform(_unit(pixels), self._profile, _linear_srgb()))).numpy()
+        return encode_srgb(torch.from_numpy(_transform(_unit(pixels), self._profile, _linear_srgb()))).numpy()
 
     def _encoded(self, pixels: np.ndarray, own: np.ndarray, old: np.ndarray) -> np.ndarray:
         new, was = (self._back(srgb) for srgb in (pixels, old))
         return _unit(own) + new - was  # the tables to and fro are no inverses: the difference is much nearer
 
     def _back(self, pixels: np.ndarray) -> np.ndarray:
-        return _transform(_decode(torch.from_numpy(pixels)).numpy(), _linear_srgb(), self._profile)
+        return _transform(decode_srgb(torch.from_numpy(pixels)).numpy(), _linear_srgb(), self._profile)
 
 
 def colour_space(icc_profile: bytes | None, chunks: Mapping[bytes, bytes] | None = None) -> ColourSpace | None:
@@ -224,7 +224,7 @@ def _curve(transfer: int) -> np.ndarray:
         return _hlg(value)
     if transfer in _BT709:
         return np.where(value < 0.081, value / 4.5, ((value + 0.099) / 1.099) ** (1 / 0.45))
-    return _decode(torch.from_numpy(value)).numpy()
+    return decode_srgb(torch.from_numpy(value)).numpy()
 
 
 def _hlg(value: np.ndarray) -> np.ndarray:
@@ -263,12 +263,12 @@ def _between(table: Tensor, x: Tensor) -> Tensor:
     return torch.lerp(table.index_select(0, below), table.index_select(0, below + 1), at - below)
 
 
-def _decode(encoded: Tensor) -> Tensor:
+def decode_srgb(encoded: Tensor) -> Tensor:
     """sRGB's curve to light; below 0 it is mirrored, above 1 it goes on."""
     size = encoded.abs()
     return torch.where(size <= 0.04045, size / 12.92, ((size + 0.055) / 1.055) ** 2.4).copysign_(encoded)
 
 
-def _encode(light: Tensor) -> Tensor:
+def encode_srgb(light: Tensor) -> Tensor:
     size = light.abs()
     return torch.where(size <= 0.0031308, size * 12.92, 1.055 * size ** (1 / 2.4) - 0.055).copysign_(light)

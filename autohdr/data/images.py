@@ -160,6 +160,14 @@ def photo_layout(path: str | Path) -> tuple[int, int, int]:
         return *_upright(image), 16 if _is_deep(image) else 8
 
 
+def read_exif(path: str | Path) -> Image.Exif:
+    """A photo's EXIF tags, by the header alone. UserError as read_photo, but for the pixels."""
+    with _quiet([]), _opened(path) as image:
+        exif = image.getexif()
+        exif.get_ifd(ExifTags.IFD.Exif)  # while the file is open
+        return exif
+
+
 def check_photo(path: str | Path) -> tuple[int, int]:
     """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
     notes: list[str] = []

@@ -5,16 +5,18 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from autohdr.data.bracket_sets import bracket_sets
 from autohdr.data.conversion import result_name
 from autohdr.data.images import KINDS, photo_layout, photos_in
 from autohdr.enhance.enhancer import Enhancer, Work, edit_files, failure
@@ -24,8 +26,10 @@ from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, write_text
 from autohdr.measure import check_workers, cores, free_bytes
+from autohdr.models.lite import Edit, Lite, Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
 
+BRACKETS = ("off", "auto", "3", "5")
 ON_EXISTS = ("skip", "overwrite", "rename", "error")
 COPIES = 3  # of a photo's pixels at most while it waits: as in the file, in sRGB, and edited
 SHARE = 4  # a quarter of the free memory is for photos that wait
@@ -73,6 +77,7 @@ class _Job:
     """A photo, the place of its result, and the line that becomes its in the manifest."""
 
     source: Path
+    exposures: tuple[Path, ...]  # of a bracket, else the photo alone
     target: Path
     record: Record
     replaces: bool = False  # what is in the result's place
@@ -87,6 +92,9 @@ def enhance(
     precision: str = "float32",
     strength: float = 1.0,
     save_edit: bool = False,
+    brackets: str = "off",
+    property: bool = False,
+    keep_white_balance: bool = False,
     on_exists: str = "skip",
     shard: tuple[int, int] = (1, 1),
     jobs: int | None = None,
@@ -109,10 +117,14 @@ def enhance(
     it was written, of the same photo (by their hashes), model and options. After anything, a kill too, the same call finishes
     the rest; what killed runs left is cleared.
 
-    model, device, precision, strength, save_edit, quality, format, depth, subsampling, strip, keep_damaged, max_memory: as in
-    Enhancer.
+    model, device, precision, strength, save_edit, keep_white_balance, quality, format, depth, subsampling, strip, keep_damaged,
+    max_memory: as in Enhancer.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
+    brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
+    result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
+    property: the photos of a folder of results are of one property: their edits share white balance and exposure, by going up to
+    half of the way to the median of the folder's (lite.of_property, lite.shared). Another photo there makes all of them anew.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
     since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
     everything is made anew, also what was done before. "rename": the result gets the first free name of NAME-1, NAME-2, ...
@@ -129,6 +141,8 @@ def enhance(
     """
     if on_exists not in ON_EXISTS:
         raise UserError(f"on_exists must be one of {', '.join(ON_EXISTS)}, got {on_exists!r}")
+    if brackets not in BRACKETS:
+        raise UserError(f"brackets must be one of {', '.join(BRACKETS)}, got {brackets!r}")
     if not 1 <= shard[0] <= shard[1]:
         raise UserError(f"shard must be from 1/N to N/N, got {shard[0]}/{shard[1]}")
     jobs = cores() if jobs is None else jobs
@@ -138,6 +152,10 @@ def enhance(
     started, out_dir = time.perf_counter(), Path(out_dir)
     settings = {"precision": precision, "strength": strength, "save_edit": save_edit, "quality": quality}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling, "strip": strip}
+    settings |= {"keep_white_balance": keep_white_balance}
+    if property and not isinstance(model, Lite):
+        got = type(model).__name__ if model else "the auto-tone"
+        raise UserError(f"property is for a model that predicts an edit, as lite does, got {got}")
     enhancer = Enhancer(model, device=device, keep_damaged=keep_damaged, max_memory=max_memory, **settings)
     targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit, format)
     manifest, part = Manifest(out_dir, shard), slice(shard[0] - 1, None, shard[1])
@@ -146,8 +164,10 @@ def enhance(
     result.skipped += passed_over[part]
     for folder in {out_dir, *(target.parent for target in targets)}:
         clear_abandoned(folder)
-    fates = _Fates(manifest.read(), targets, out_dir, enhancer.identity(), on_exists)
     with ThreadPoolExecutor(jobs) as pool:
+        sets, words = ({}, {}) if brackets == "off" else _gather(targets, brackets, pool)
+        edits = _property_edits(targets, sets, enhancer, pool) if property else {}
+        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), on_exists)
         found = list(pool.map(fates, sorted(targets)[part]))
     refused = [job for job in found if job.record.status == SKIPPED]
     if refused and on_exists == "error":
@@ -162,7 +182,7 @@ def enhance(
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
-            stages = _Stages(enhancer, manifest, signalled)
+            stages = _Stages(enhancer, manifest, edits, signalled)
             flights = overlap(
                 todo, stages.read, stages.run, stages.write, threads=jobs, cost=stages.bytes, budget=budget, stopped=signalled
             )
@@ -203,6 +223,7 @@ class _Stages:
 
     enhancer: Enhancer
     manifest: Manifest
+    edits: Mapping[Path, Edit]  # of a folder of results, its property's
     signalled: Deferred
 
     def bytes(self, job: _Job) -> int:
@@ -211,12 +232,15 @@ class _Stages:
             height, width, bits = photo_layout(job.source)
         except UserError:  # it will fail
             return 0
-        return height * width * 3 * COPIES * (bits // 8 if self.enhancer.as_stored else 4)
+        several = len(job.exposures) > 1
+        copies = COPIES * (bits // 8 if self.enhancer.as_stored and not several else 4)
+        return height * width * 3 * (copies + several * len(job.exposures) * bits // 8)
 
     def read(self, job: _Job) -> tuple[_Job, Work]:
         started = time.perf_counter()
-        job.record.source_sha256 = _sha256(job.source)
-        work = self.enhancer.read(job.source)
+        job.record.source_sha256, job.record.exposures = _sha256(job.source), _hashes(job.exposures)
+        work = self.enhancer.read(*job.exposures)
+        work.shared = self.edits.get(job.target.parent)
         job.record.seconds += time.perf_counter() - started
         return job, work
 
@@ -257,35 +281,41 @@ class _Fates:
 
     known: Mapping[str, Record]
     targets: Mapping[Path, Path]  # of each result, the photo
+    sets: Mapping[Path, tuple[Path, ...]]  # of a photo, the exposures of its bracket
+    words: Mapping[Path, str]  # on a photo that may be of a bracket
+    edits: Mapping[Path, Edit]  # of a folder of results, its property's
     out_dir: Path
     identity: Mapping[str, Any]
     on_exists: str
 
     def __call__(self, target: Path) -> _Job:
         source, reason = self.targets[target], ""
+        exposures, identity = self.sets.get(source, (source,)), self._identity(target)
         for place in self._places(target):
             name = str(place.relative_to(self.out_dir))
-            record = Record(os.path.abspath(source), name, PENDING, **self.identity)
+            record = Record(os.path.abspath(source), name, PENDING, **identity)
+            record.warnings += [self.words[source]] if source in self.words else []
             if not os.path.lexists(place):
-                return _Job(source, place, record)
+                return _Job(source, exposures, place, record)
             record.replaced_sha256 = there = _sha256(place)
             line = self.known.get(name)
             reason = f"{place} exists already and is not what a manifest says of this photo"
             if self.on_exists == "overwrite":
-                return _Job(source, place, record, replaces=True)
+                return _Job(source, exposures, place, record, replaces=True)
             if line and there and line.status in (WRITTEN, PENDING) and there == line.result_sha256:
-                changed = self._changed(source, line)
+                changed = self._changed(exposures, line, identity)
                 if not changed:
-                    return _Job(source, place, replace(line, status=WRITTEN))
+                    return _Job(source, exposures, place, replace(line, status=WRITTEN))
                 reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
                 if self.on_exists == "skip":
                     record.warnings.append(f"made anew: since its result was made, changed: {', '.join(changed)}")
-                    return _Job(source, place, record, replaces=True)
+                    return _Job(source, exposures, place, record, replaces=True)
             elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256:  # it was to be replaced
-                return _Job(source, place, record, replaces=True)
+                return _Job(source, exposures, place, record, replaces=True)
             if self.on_exists != "rename":
                 break
-        return _Job(source, target, Record(os.path.abspath(source), str(target.relative_to(self.out_dir)), SKIPPED, reason))
+        record = Record(os.path.abspath(source), str(target.relative_to(self.out_dir)), SKIPPED, reason)
+        return _Job(source, exposures, target, record)
 
     def _places(self, target: Path) -> Iterator[Path]:
         yield target
@@ -293,9 +323,18 @@ class _Fates:
             if (place := target.with_stem(f"{target.stem}-{number}")) not in self.targets:
                 yield place
 
-    def _changed(self, source: Path, line: Record) -> list[str]:
-        same = {"the model": line.model == self.identity["model"], "the options": line.options == self.identity["options"]}
-        return [what for what, same in (same | {"the photo": line.source_sha256 == _sha256(source)}).items() if not same]
+    def _identity(self, target: Path) -> dict[str, Any]:
+        """With what is left of a property's edit once other machines' rounding is taken out."""
+        edit = self.edits.get(target.parent)
+        numbers = np.round(torch.cat([edit.curves.flatten(), edit.matrix.flatten()]).tolist(), 3) if edit else None
+        digest = None if numbers is None else hashlib.sha256(numbers.tobytes()).hexdigest()
+        return {**self.identity, "options": {**self.identity["options"], "property": digest}}
+
+    def _changed(self, exposures: tuple[Path, ...], line: Record, identity: Mapping[str, Any]) -> list[str]:
+        same = {"the model": line.model == identity["model"], "the options": line.options == identity["options"]}
+        same["the photo"] = line.source_sha256 == _sha256(exposures[len(exposures) // 2])
+        same["its bracket"] = line.exposures == _hashes(exposures)
+        return [what for what, same in same.items() if not same]
 
 
 def _sha256(path: Path) -> str:
@@ -305,6 +344,33 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
+
+
+def _hashes(exposures: tuple[Path, ...]) -> dict[str, str]:
+    """What a Record has of a bracket."""
+    return {os.path.abspath(path): _sha256(path) for path in exposures} if len(exposures) > 1 else {}
+
+
+def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[dict[Path, tuple[Path, ...]], dict[Path, str]]:
+    """The sets of exposures, by the middle one, the others' targets being dropped, and what is to be said of other photos."""
+    found, words = bracket_sets(set(targets.values()), None if brackets == "auto" else int(brackets), pool)
+    sets = {paths[len(paths) // 2]: paths for paths in found}
+    others = {path for middle, paths in sets.items() for path in paths if path != middle}
+    for target in [target for target, source in targets.items() if source in others]:
+        del targets[target]
+    return sets, words
+
+
+def _property_edits(
+    targets: Mapping[Path, Path], sets: Mapping[Path, tuple[Path, ...]], enhancer: Enhancer, pool: Executor
+) -> dict[Path, Edit]:
+    """Of each folder of results, where there is one."""
+    places = sorted(targets)
+    predictions = pool.map(enhancer.glimpse, [sets.get(targets[place], (targets[place],)) for place in places])
+    by_folder: dict[Path, list[Prediction]] = {}
+    for place, prediction in zip(places, predictions, strict=True):
+        by_folder.setdefault(place.parent, []).extend([prediction] if prediction else [])
+    return {folder: edit for folder, predicted in by_folder.items() if (edit := of_property(predicted))}
 
 
 def _find(paths: list[Path], out_dir: Path, save_edit: bool, format: str) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autohdr.autotone import auto_tone
+from autohdr.data.bracket_sets import glimpse, read_set
 from autohdr.data.colour import ColourSpace
 from autohdr.data.conversion import check_conversion, converted, stripped
 from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, read_photo
@@ -23,13 +24,14 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models import load_checkpoint
-from autohdr.models.lite import Edit, Lite, Prediction
+from autohdr.models.lite import Edit, Lite, Prediction, neutral, shared
 from autohdr.models.network import Network
 from autohdr.models.tiling import in_strips, most_bytes, works_in_strips
 from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
 CUBE_SIDE = 33
+GLIMPSE = 512  # pixels a side that a thumbnail is made of
 PLANNED_TOO_LITTLE = 1.5  # times what is planned, a pass of a small photo takes on a CPU at most
 
 log = logging.getLogger(__name__)
@@ -37,13 +39,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Work:
-    """A photo on its way. seen: its pixels in sRGB, not cut off; after: what the model made of them."""
+    """A photo on its way. seen: its pixels in sRGB, not cut off. after: what the model made. shared: its property's edit."""
 
     photo: Photo
     space: ColourSpace | None
     seen: np.ndarray
     after: np.ndarray | None = None
     edit: Edit | None = None
+    shared: Edit | None = None
 
 
 class Enhancer:
@@ -63,6 +66,7 @@ class Enhancer:
     does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos
     that would not fit whole.
     save_edit: keep what a model predicts, as `lite` does, in Work.edit.
+    keep_white_balance: of what a model predicts, make what leaves a neutral grey neutral: lite.neutral.
     reserved: bytes of what is free that are left to others; 0 at first.
 
     An Enhancer can be pickled, its model with it, for processes that each have their own; called, it takes batches of photos.
@@ -78,6 +82,7 @@ class Enhancer:
         precision: str = "float32",
         strength: float = 1.0,
         save_edit: bool = False,
+        keep_white_balance: bool = False,
         quality: int | None = None,
         format: str = "same",
         depth: int | None = None,
@@ -95,12 +100,14 @@ class Enhancer:
             raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
         if not 0 <= strength <= 2:
             raise UserError(f"strength must be from 0 to 2, got {strength}")
-        if save_edit and not isinstance(model, Lite):
-            raise UserError(f"save_edit is for a model that predicts an edit, as lite does, got {got}")
+        for name, wanted in (("save_edit", save_edit), ("keep_white_balance", keep_white_balance)):
+            if wanted and not isinstance(model, Lite):
+                raise UserError(f"{name} is for a model that predicts an edit, as lite does, got {got}")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"quality must be from 1 to 100, got {quality}")
         check_conversion(format, depth, subsampling, strip)
         self.device, self.precision, self.strength, self.save_edit = torch.device(device), precision, strength, save_edit
+        self.keep_white_balance = keep_white_balance
         self.quality, self.keep_damaged, self.max_memory, self.reserved = quality, keep_damaged, max_memory, 0
         self.format, self.depth, self.subsampling, self.strip = format, depth, subsampling, strip
         self.model = model.eval().to(self.device) if model is not None else None
@@ -108,9 +115,10 @@ class Enhancer:
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
 
-    def read(self, path: str | Path) -> Work:
-        """UserError as read_photo."""
-        photo = read_photo(path, self.as_stored, self.keep_damaged)
+    def read(self, *paths: str | Path) -> Work:
+        """A photo or, of several paths, what these exposures make, as read_set has them. UserError as read_photo and read_set."""
+        one = len(paths) == 1
+        photo = read_photo(paths[0], self.as_stored, self.keep_damaged) if one else read_set(paths, self.keep_damaged)
         space = photo.colour_space()
         return Work(photo, space, space.to_srgb(photo.pixels) if space else photo.pixels)
 
@@ -122,7 +130,7 @@ class Enhancer:
         if self.model is None:
             work.after = auto_tone(shown)
         else:
-            work.after, prediction = self._predict(self.model, shown)
+            work.after, prediction = self._predict(self.model, shown, work.shared)
             if prediction:
                 work.edit = prediction.edit if self.save_edit else None
                 work.photo.notes += _doubts(prediction)
@@ -176,11 +184,24 @@ class Enhancer:
             model = {"name": name, "sha256": _digest(self.model)}
         options = {"precision": self.precision, "strength": self.strength, "steps": getattr(self.model, "steps", None)}
         options |= {"save_edit": self.save_edit, "quality": self.quality, "keep_damaged": self.keep_damaged}
+        options |= {"keep_white_balance": self.keep_white_balance}
         options |= {"format": self.format, "depth": self.depth, "subsampling": self.subsampling, "strip": self.strip}
         return {"model": model, "options": options}
 
-    def _predict(self, model: nn.Module, pixels: np.ndarray) -> tuple[np.ndarray, Prediction | None]:
-        """The model on one photo, and what a Lite predicted of it.
+    def glimpse(self, paths: Sequence[Path]) -> Prediction | None:
+        """What a Lite predicts of a photo, or of a bracket, by a reduced copy; None where it can't be read."""
+        try:
+            pixels = np.require(glimpse(paths, GLIMPSE), requirements="W")
+        except UserError:  # it will fail
+            return None
+        with torch.inference_mode():
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
+            return self.model.predict(image) if isinstance(self.model, Lite) else None
+
+    def _predict(
+        self, model: nn.Module, pixels: np.ndarray, property_edit: Edit | None = None
+    ) -> tuple[np.ndarray, Prediction | None]:
+        """The model on one photo, and what a Lite predicted of it, with the edit that is made.
 
         (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
         """
@@ -188,6 +209,8 @@ class Enhancer:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             prediction = model.predict(image) if isinstance(model, Lite) else None
             if prediction:
+                edit = shared(prediction, property_edit) if property_edit else prediction.edit
+                prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
                 output = apply_edit(image, *prediction.edit)
             elif works_in_strips(model):
                 output = self._within_memory(model, image)

@@ -32,7 +32,8 @@ class Record:
     reason: for skipped and failed ones. warnings: what is not as it was.
     source_sha256, result_sha256, replaced_sha256: of the photo, of its result and of what was in the result's place before, as
     hexadecimal digits; empty where there is none. model: its name, and the SHA-256 of its weights.
-    options: what else a result depends on. megapixels, seconds: of this photo, its three stages added up. time: of the line, UTC.
+    options: what else a result depends on. exposures: of a bracket, whose middle one the photo is, the absolute path of each and
+    its SHA-256. megapixels, seconds: of this photo, its three stages added up. time: of the line, UTC.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Record:
     replaced_sha256: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    exposures: dict[str, str] = field(default_factory=dict)
     megapixels: float = 0.0
     seconds: float = 0.0
     time: str = field(default_factory=now)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.autotone import KNOTS, luma, pinning, thumbnail
+from autohdr.kernels.apply_edit.reference import LUMA
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -28,6 +29,8 @@ FARTHEST = 2.5  # standard deviations from what it was fitted to, beyond which a
 SURE, LOST = 5.0, 10.0
 """Up to the first distance from what it was fitted to, a photo gets all of its edit, from the second on nothing: twice and four
 times as far as the farthest of 300 photographs of 60 rooms held out. See Lite.distances."""
+SHARED, MOST_SHARED = 0.5, 0.1
+"""How far an edit goes to that of a property at most, as a part of the way, and by how much a knot or an entry of the matrix."""
 TRUST = 0.6  # how much of the predicted changes is made: photos are not the rooms that they were learnt from
 
 
@@ -94,6 +97,8 @@ class Prediction(NamedTuple):
     """[B] in [0, 1]: 1 for a photo like those that it was fitted to, and for a finished one, which has no edit; see SURE."""
     distances: Tensor
     """Lite.distances."""
+    needed: Tensor
+    """[B]: autotone.unfinished."""
 
 
 class Lite(Network):
@@ -121,7 +126,7 @@ class Lite(Network):
             inputs = self.inputs(image)
             edit = mean([self.edit(inputs, number, TRUST) for number in range(len(self.members))])
             share = self.share(inputs)
-            return Prediction(hedged(edit, share), share, self.distances(inputs))
+            return Prediction(hedged(edit, share), share, self.distances(inputs), inputs.needed)
 
     def distances(self, inputs: Inputs) -> Tensor:
         """[B, 2]: how far the features of light and of colour are from what it was fitted to: their root mean square, in standard
@@ -192,6 +197,37 @@ def hedged(edit: Edit, share: Tensor) -> Edit:
     unmixed = torch.eye(3, 4, device=share.device)
     grid = None if edit.grid is None else unmixed.lerp(edit.grid, share[..., None, None, None])
     return Edit(knots.lerp(edit.curves, share), unmixed.lerp(edit.matrix, share), grid)
+
+
+def of_property(predictions: Sequence[Prediction]) -> Edit | None:
+    """The edit of a property, of predictions of one photo each: medians of curves and matrix, over the photos that get at least
+    half of an edit; None unless there are two. Its matrix leaves grey grey, too."""
+    edits = [each.edit for each in predictions if each.share * each.needed >= 0.5]
+    if len(edits) < 2:
+        return None
+    curves, matrix = (torch.stack(parts).quantile(0.5, 0) for parts in ([e.curves for e in edits], [e.matrix for e in edits]))
+    return Edit(curves, torch.cat([matrix[..., :3] + torch.diag_embed(1 - matrix[..., :3].sum(2)), matrix[..., 3:]], 2), None)
+
+
+def shared(prediction: Prediction, other: Edit) -> Edit:
+    """The edit on its way to a property's: SHARED of it, less where that would be more than MOST_SHARED or less of an edit is
+    made. Curves rise and grey stays grey, as in both; a grid is the photo's own."""
+    edit, part = prediction.edit, prediction.share * prediction.needed
+
+    def nearer(own: Tensor, its: Tensor) -> Tensor:
+        most = MOST_SHARED / (its - own).abs().amax((1, 2)).clamp(min=1e-6)
+        return own.lerp(its.expand_as(own), (part * most.clamp(max=SHARED))[:, None, None])
+
+    return Edit(nearer(edit.curves, other.curves), nearer(edit.matrix, other.matrix), edit.grid)
+
+
+def neutral(edit: Edit) -> Edit:
+    """The edit that keeps a photo's own white balance: a grey of any lightness stays grey, of the luma that the edit gives it.
+
+    All channels get one curve, the mean of the three by their parts of the luma. Matrix and grid leave grey grey as they are.
+    """
+    parts = edit.curves.new_tensor(LUMA) @ edit.matrix[..., :3]
+    return edit._replace(curves=(parts[:, None] @ edit.curves).expand_as(edit.curves).contiguous())
 
 
 def mean(edits: Sequence[Edit]) -> Edit:

@@ -4,12 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from autohdr.autotone import pinning, thumbnail
+from autohdr.autotone import luma, pinning, thumbnail
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.metrics import delta_e2000
 from autohdr.models import create_model, load_checkpoint, save_weights
-from autohdr.models.lite import LOST, SHARES, SURE, TRUST, Lite
+from autohdr.models.lite import (
+    LOST,
+    MOST_SHARED,
+    SHARED,
+    SHARES,
+    SURE,
+    TRUST,
+    Edit,
+    Lite,
+    Prediction,
+    neutral,
+    of_property,
+    shared,
+)
 from autohdr.models.weights import SHIPPED
 from autohdr.train import lite
 
@@ -164,3 +177,44 @@ def test_the_shipped_one():
     assert SHIPPED.stat().st_size <= 1_000_000 and model.config.name == "lite" and model.metadata["trained_on"] == []
     dim = photo()
     assert model(dim).isfinite().all() and model(dim).mean() > dim.mean() + 0.1
+
+
+def test_the_edits_of_a_property_are_nearer_to_one_another_and_not_all_one():
+    """Of one room under different casts and exposures, by the weights that ship; a finished photo takes no part."""
+    model, room = load_checkpoint(SHIPPED).eval(), photo(height=96, width=144)
+    casts = torch.tensor([[1.15, 1, 0.8], [1, 1, 1], [0.9, 1, 1.1], [0.8, 0.7, 0.6], [1.1, 1.1, 1]])
+    with torch.inference_mode():
+        predictions = [model.predict(room * cast[:, None, None]) for cast in casts]
+        finished = model.predict(torch.full((1, 3, 32, 32), 0.9))
+    other = of_property([*predictions, finished])
+    assert other is not None and (other.curves.diff(dim=2) >= 0).all()
+    torch.testing.assert_close(other.matrix[..., :3].sum(2), torch.ones(1, 3))
+    edits = [shared(each, other) for each in predictions]
+    for name in ("curves", "matrix"):
+        before, after = (torch.cat([getattr(edit, name) for edit in some]) for some in ([p.edit for p in predictions], edits))
+        assert after.std(0).mean() < 0.7 * before.std(0).mean() and after.std(0).max() > 0
+        assert (after - before).abs().max() <= MOST_SHARED + 1e-6
+        assert ((after - before).abs() <= SHARED * (getattr(other, name) - before).abs() + 1e-6).all()
+    assert all((edit.curves.diff(dim=2) >= 0).all() for edit in edits)
+    torch.testing.assert_close(shared(finished, other).curves, finished.edit.curves)
+    assert of_property([predictions[0], finished]) is None
+
+
+def test_a_photo_far_from_its_property_keeps_most_of_its_own():
+    own, other = (Edit(c * torch.linspace(0, 1, 33).expand(1, 3, 33), torch.eye(3, 4)[None], None) for c in (0.2, 1.0))
+    certain = Prediction(own, torch.ones(1), torch.zeros(1, 2), torch.ones(1))
+    assert abs((shared(certain, other).curves - own.curves).max().item() - MOST_SHARED) < 1e-6
+    doubted = certain._replace(share=torch.tensor([0.5]))
+    assert abs((shared(doubted, other).curves - own.curves).max().item() - MOST_SHARED / 2) < 1e-6
+
+
+@pytest.mark.parametrize("bins", [0, 2])
+def test_a_neutral_edit_leaves_grey_grey_and_as_light_as_the_edit_does(bins):
+    model = trained(bins=bins)
+    edit = model.predict(photo()).edit
+    grey = torch.linspace(0, 1, 50).expand(1, 3, 1, 50)
+    kept, made = apply_edit(grey, *neutral(edit)), apply_edit(grey, *edit)
+    torch.testing.assert_close(kept, kept[:, :1].expand_as(kept))
+    assert (made - made[:, :1]).abs().max() > 0.01
+    if not bins:
+        torch.testing.assert_close(luma(kept), luma(made))
