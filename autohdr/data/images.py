@@ -28,7 +28,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from autohdr.data import heif, raw
 from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, compressible, jpeg_options
-from autohdr.data.jpeg import load_jpeg
+from autohdr.data.jpeg import decode_jpeg
 from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
@@ -413,8 +413,14 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     if deep and image.format == "AVIF":
         samples = imagecodecs.avif_decode(Path(os.fsdecode(image.filename)).read_bytes())
         return _rgb(heif.sixteen_bits(samples, image.info["bit_depth"])), orientation
+    icc = image.info.get("icc_profile") or b""
+    pixels: Image.Image = image
     if image.format in ("JPEG", "MPO"):
-        notes += load_jpeg(image, keep_damaged)
+        samples, problems = decode_jpeg(image, keep_damaged)
+        notes += problems
+        if samples.shape[2] == 3:
+            return samples, orientation
+        pixels = Image.frombuffer("CMYK", image.size, samples, "raw", "CMYK", 0, 1)
     elif isinstance(image, TiffImageFile):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)  # Pillow turns it itself
         image.load()
@@ -425,15 +431,14 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
         return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), orientation
     if image.mode not in _MODES:
         raise UserError(f"expected grey, palette, RGB or CMYK of 8 or 16 bits a channel, got Pillow mode {image.mode}")
-    icc = image.info.get("icc_profile") or b""
     if image.mode == "CMYK" and icc[ICC_SPACE] == b"CMYK":
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-            rgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            rgb = ImageCms.profileToProfile(pixels, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (OSError, ImageCms.PyCMSError) as error:
             raise UserError("its CMYK profile is damaged") from error
     else:
-        rgb = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        rgb = pixels.convert("RGBA" if image.has_transparency_data else "RGB")
     return np.asarray(rgb), orientation
 
 

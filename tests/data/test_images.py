@@ -392,10 +392,10 @@ def test_what_others_warn_of_meanwhile_is_passed_on(tmp_path, monkeypatch):
     """Warnings are the whole process's: those that the trainer gives while a photo is read are not the photo's."""
     path = tmp_path / "a.jpg"
     Image.new("RGB", (8, 8)).save(path)
-    load = images.load_jpeg
+    load = images.decode_jpeg
 
     def while_reading(warn):
-        monkeypatch.setattr(images, "load_jpeg", lambda *arguments: warn() or load(*arguments))
+        monkeypatch.setattr(images, "decode_jpeg", lambda *arguments: warn() or load(*arguments))
 
     while_reading(lambda: warnings.warn("another's", stacklevel=1))
     for read in (read_photo, read_rgb):
