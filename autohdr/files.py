@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear, or grow, whole or not at all; and what tells them apart."""
 
 import hashlib
 import os
@@ -85,3 +85,23 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as part:
         part.write_text(text, "utf-8", errors="backslashreplace")
+
+
+def append(path: str | Path, data: bytes, durable: bool = False) -> None:
+    """Adds to a file's end all of the data or, with an OSError, as of a full disk, none. durable: on the disk on return."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+        if durable:
+            os.fsync(file.fileno())
+
+
+def sha256(path: str | Path) -> str:
+    """Of what a file holds, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Pairs of an unedited and an edited photo: the JSONL file that lists them, their check and the dataset."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 from autohdr.data.cache import DecodedCache
 from autohdr.data.images import check_photo, photo_layout, read_samples, to_float
 from autohdr.errors import UserError
-from autohdr.files import write_text
+from autohdr.files import sha256, write_text
 
 _SOURCE_KEYS, _TARGET_KEYS = ("src", "source", "input"), ("tar", "target")
 THREADS = min(8, os.cpu_count() or 1)
@@ -94,7 +93,7 @@ def photo_digests(pairs: Sequence[Pair]) -> dict[Path, str]:
 
     photos = list({photo for pair in pairs for photo in (pair.src, pair.tar)})
     with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the GIL
-        return dict(zip(photos, pool.map(_digest, photos), strict=True))
+        return dict(zip(photos, pool.map(sha256, photos), strict=True))
 
 
 class Replaced:
@@ -108,15 +107,10 @@ class Replaced:
         for photo, before in self._stamps.items():
             if (now := _stamp(photo)) not in (None, before):
                 try:
-                    yield _digest(photo)
+                    yield sha256(photo)
                 except OSError:
                     continue
                 self._stamps[photo] = now
-
-
-def _digest(photo: Path) -> str:
-    with open(photo, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(photo: Path) -> tuple[int, int, int] | None:

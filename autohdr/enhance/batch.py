@@ -24,7 +24,7 @@ from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest
 from autohdr.enhance.overlap import overlap
 from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
-from autohdr.files import clear_abandoned, replacing, write_text
+from autohdr.files import clear_abandoned, replacing, sha256, write_text
 from autohdr.measure import check_workers, cores, free_bytes
 from autohdr.models.lite import Edit, Lite, Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
@@ -340,8 +340,7 @@ class _Fates:
 def _sha256(path: Path) -> str:
     """Of a file, as hexadecimal digits; empty where it can't be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError:
         return ""
 

@@ -1,6 +1,5 @@
 """What became of each photo of a folder of results, a line of JSON each: what a run that goes on goes by."""
 
-import errno
 import fcntl
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autohdr.errors import UserError
-from autohdr.files import replacing
+from autohdr.files import append, replacing
 
 PENDING, WRITTEN, SKIPPED, FAILED = "pending", "written", "skipped", "failed"
 
@@ -97,13 +96,8 @@ class Manifest:
             self._append(record)
 
     def _append(self, record: Record, durable: bool = False) -> None:
-        with _locked(self.folder), open(self.path, "ab", buffering=0) as file:
-            before, line = os.fstat(file.fileno()).st_size, record.line()
-            if file.write(line) != len(line):
-                file.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if durable:
-                os.fsync(file.fileno())
+        with _locked(self.folder):
+            append(self.path, record.line(), durable)
 
     def end(self) -> None:
         """Leaves one line a photo, in the order of their results."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from autohdr.errors import UserError
-from autohdr.files import replacing
+from autohdr.files import append, replacing
 
 Triptych = tuple[Tensor, Tensor, Tensor]
 """Source, output and target of a pair, (3, H, W) in [0, 1]."""
@@ -23,14 +23,7 @@ def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
     A number that is not finite, which JSON lacks, becomes null.
     """
     lines = "".join(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n" for entry in entries).encode()
-    with open(path, "ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            while lines:
-                lines = lines[file.write(lines) :]
-        except OSError:
-            file.truncate(size)
-            raise
+    append(path, lines)
 
 
 def _finite(value: Any) -> Any:
