@@ -5,6 +5,7 @@ other: after it, codes are read at wrong places. Where they still fit, the resul
 """
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,11 @@ def decode_jpeg(image: Any, keep_damaged: bool = False) -> tuple[np.ndarray, lis
     data, lacks_scan = _pixel_data(image.fp.read())
     problems, notes = ["a scan is missing"] if lacks_scan else [], []
     try:
-        samples = _by_libjpeg(image, data, strict=True)
+        samples = _strictly(image, data)
     except ValueError as complaint:
         try:
             samples = _by_libjpeg(image, data, strict=False)
-            if not _is_filled(image, data):
-                problems.insert(0, _in_words(str(complaint)))
+            problems.insert(0, _in_words(str(complaint)))
         except ValueError:  # it gives up, or does not know how colours are sampled
             samples = _by_pillow(image, problems)
             notes.append("its colours are sampled in a rare way, in which damage is not found")
@@ -88,21 +88,23 @@ def _in_words(complaint: str) -> str:
     return next((words for key, words in _IN_WORDS.items() if key in complaint), f"its decoder says: {complaint}")
 
 
+def _strictly(image: Any, data: bytes) -> np.ndarray:
+    """ValueError where libjpeg complains, but for zeros before the end."""
+    try:
+        return _by_libjpeg(image, data, strict=True)
+    except ValueError as complaint:
+        if (trimmed := _FILLER.sub(b"", data)) != data:
+            with suppress(ValueError):
+                return _by_libjpeg(image, trimmed, strict=True)
+        raise complaint
+
+
 def _by_libjpeg(image: Any, data: bytes, strict: bool) -> np.ndarray:
     """ValueError where it cannot be decoded or, if strict, where libjpeg complains."""
     cmyk = image.mode == "CMYK"
     size = {"min_height": image.height, "min_width": image.width}
     samples = simplejpeg.decode_jpeg(data, "CMYK" if cmyk else "RGB", strict=strict, **size)
     return ~samples if cmyk else samples  # Adobe's convention
-
-
-def _is_filled(image: Any, data: bytes) -> bool:
-    """Whether zeros before its end are all that libjpeg complains of."""
-    trimmed = _FILLER.sub(b"", data)
-    try:
-        return trimmed != data and _by_libjpeg(image, trimmed, strict=True) is not None
-    except ValueError:
-        return False
 
 
 def _by_pillow(image: Any, problems: list[str]) -> np.ndarray:
