@@ -235,29 +235,29 @@ def test_lr_factor():
     assert lr_factor(0, total=10, warmup=0) == 1.0
 
 
+def rates(out):
+    """The learning rates that a run has logged."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["lr"] for line in lines if line["kind"] == "step"]
+
+
 def test_schedule_is_by_step(make_config):
     config = make_config(epochs=2, warmup_epochs=0.5, batch_size=1, log_every=1, lr=1e-3)
     train(config)
-    lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines if line["kind"] == "step"]
-    assert rates == [1e-3 * lr_factor(step, total=12, warmup=3) for step in range(12)]
+    assert rates(config.out) == [1e-3 * lr_factor(step, total=12, warmup=3) for step in range(12)]
 
 
 def test_a_warm_up_takes_half_of_a_short_run_at_most(make_config):
     config = make_config(epochs=1, warmup_epochs=5, batch_size=1, log_every=1, lr=1e-3)
     train(config)
-    lines = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines if line["kind"] == "step"]
-    assert rates == [1e-3 * lr_factor(step, total=6, warmup=3) for step in range(6)]
+    assert rates(config.out) == [1e-3 * lr_factor(step, total=6, warmup=3) for step in range(6)]
 
 
 def test_a_finished_run_takes_more_epochs(make_config):
     out = train(make_config(epochs=1, log_every=1)).out
     assert train(make_config(epochs=2, log_every=1), resume=True).epochs == 2
     assert load_config(out / "config.toml").epochs == 2
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines if line["kind"] == "step"]
-    assert rates[3:] == [2e-3 * lr_factor(step, total=6, warmup=0) for step in (3, 4, 5)]
+    assert rates(out)[3:] == [2e-3 * lr_factor(step, total=6, warmup=0) for step in (3, 4, 5)]
     with pytest.raises(UserError, match="--resume: epochs: expected at least 2, which the run has begun, got 1"):
         train(make_config(epochs=1), resume=True)
 
