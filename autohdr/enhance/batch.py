@@ -238,7 +238,7 @@ class _Stages:
 
     def read(self, job: _Job) -> tuple[_Job, Work]:
         started = time.perf_counter()
-        job.record.source_sha256, job.record.exposures = _sha256(job.source), _hashes(job.exposures)
+        job.record.source_sha256, job.record.exposures = _hashes(job.exposures)
         work = self.enhancer.read(*job.exposures)
         work.shared = self.edits.get(job.target.parent)
         job.record.seconds += time.perf_counter() - started
@@ -332,8 +332,8 @@ class _Fates:
 
     def _changed(self, exposures: tuple[Path, ...], line: Record, identity: Mapping[str, Any]) -> list[str]:
         same = {"the model": line.model == identity["model"], "the options": line.options == identity["options"]}
-        same["the photo"] = line.source_sha256 == _sha256(exposures[len(exposures) // 2])
-        same["its bracket"] = line.exposures == _hashes(exposures)
+        photo, bracket = _hashes(exposures)
+        same |= {"the photo": line.source_sha256 == photo, "its bracket": line.exposures == bracket}
         return [what for what, same in same.items() if not same]
 
 
@@ -345,9 +345,10 @@ def _sha256(path: Path) -> str:
         return ""
 
 
-def _hashes(exposures: tuple[Path, ...]) -> dict[str, str]:
-    """What a Record has of a bracket."""
-    return {os.path.abspath(path): _sha256(path) for path in exposures} if len(exposures) > 1 else {}
+def _hashes(exposures: tuple[Path, ...]) -> tuple[str, dict[str, str]]:
+    """What a Record has of a photo, or of a bracket whose middle one it is: source_sha256 and exposures."""
+    hashes = {os.path.abspath(path): _sha256(path) for path in exposures}
+    return hashes[os.path.abspath(exposures[len(exposures) // 2])], hashes if len(exposures) > 1 else {}
 
 
 def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[dict[Path, tuple[Path, ...]], dict[Path, str]]:
