@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autohdr.data.colour import decode_srgb, encode_srgb
+from autohdr.data.colour import LUMA, decode_srgb, encode_srgb
 from autohdr.errors import UserError
 
 FARTHEST = 1 / 32
@@ -30,7 +30,6 @@ NARROWED = (0.25, 0.45)
 where unedited photos have them, at a 95th percentile of luma of 0.61."""
 TOE = 1.4  # the power of the response; with it, of those tried on 24 synthetic rooms, lite came nearest to the rooms' edits
 BRIGHT = 0.465  # the 75th percentile of luma that unedited photos have in the mean
-_LUMA = (0.2126, 0.7152, 0.0722)
 _BAND = 256
 
 
@@ -286,7 +285,7 @@ def _stretch(cells: Tensor, cell: int, first: int, end: int, width: int) -> Tens
 
 
 def _log_luma(light: Tensor) -> Tensor:
-    return (light @ light.new_tensor(_LUMA)).clamp(min=1e-5).log()
+    return (light @ light.new_tensor(LUMA)).clamp(min=1e-5).log()
 
 
 def _bands(height: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

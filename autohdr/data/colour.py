@@ -12,6 +12,7 @@ from torch import Tensor
 from autohdr.errors import UserError
 
 STEPS = 65536
+LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue, Rec. 709
 ICC_SPACE = slice(16, 20)  # where a profile names the colour space it is for
 _D65 = (0.3127, 0.329)
 _SRGB = (*_D65, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from autohdr.data.encoding import ENCODERS, SEGMENT
+from autohdr.data import heif, raw
+from autohdr.data.encoding import ENCODERS, SEGMENT, WRITTEN
 from autohdr.data.images import SUFFIXES, Photo, from_float, has_grey_profile, to_float
 from autohdr.data.metadata import (
     COLOUR_CHUNKS,
@@ -34,15 +35,7 @@ from autohdr.errors import UserError
 
 FORMATS = ("jpeg", "png", "tiff", "webp", "avif", "same")
 _CHOICES = {"format": FORMATS, "depth": (None, 8, 16), "subsampling": ("", "444", "422", "420"), "strip": ("", "gps", "all")}
-_SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "AVIF": (".avif",),
-}
 _DEPTHS = {"JPEG": (8,), "PNG": (8, 16), "TIFF": (8, 16, 32), "WEBP": (8,), "AVIF": (8,)}
-_WRITTEN = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
 _EXIF_TEXTS = {"Comment": 270, "Description": 270, "Software": 305, "Author": 315, "Copyright": 33432}
 _X, _Y, _UNIT = 282, 283, 296  # EXIF's density
 _MARKER_XMP, _MARKER_PHOTOSHOP, _MARKER_COMMENT = 0xE1, 0xED, 0xFE
@@ -66,8 +59,8 @@ def result_name(path: Path, format: str = "same") -> Path:
     """The name of a photo's result in a format. A suffix that is the format's stays; what is not written becomes .jpg."""
     suffix = path.suffix.lower()
     if format == "same":
-        return path.with_suffix(".jpg") if suffix in SUFFIXES - _WRITTEN else path
-    if suffix in (own := _SUFFIXES[format.upper()]):
+        return path.with_suffix(".jpg") if suffix in heif.SUFFIXES | raw.SUFFIXES else path
+    if suffix in (own := WRITTEN[format.upper()]):
         return path
     return path.with_suffix(own[0]) if suffix in SUFFIXES else path.with_name(path.name + own[0])
 

@@ -121,6 +121,14 @@ def encode_tiff(samples: np.ndarray, exif: bytes, icc: bytes | None, extra: Extr
 
 
 ENCODERS = {"JPEG": encode_jpeg, "PNG": encode_png, "TIFF": encode_tiff, "WEBP": encode_webp, "AVIF": encode_avif}
+WRITTEN = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+}
+"""How the names of each format's files end; the first is for results."""
 
 
 def compressible(compression: int) -> bool:

@@ -27,18 +27,17 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from autohdr.data import heif, raw
 from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
-from autohdr.data.encoding import ENCODERS, compressible, jpeg_options
+from autohdr.data.encoding import ENCODERS, WRITTEN, compressible, jpeg_options
 from autohdr.data.jpeg import decode_jpeg
 from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
 KINDS = "JPEG, PNG, WebP, TIFF, AVIF, HEIC or camera raw"
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .avif".split()) | heif.SUFFIXES | raw.SUFFIXES
+SUFFIXES = frozenset().union(*WRITTEN.values(), heif.SUFFIXES, raw.SUFFIXES)
 _OTHER_PHOTOS = frozenset(".bmp .exr .gif .hdr .insp .j2k .jp2 .jpf .jpx .jxl .jxr .pgm .ppm .psb .psd .tga".split())
 _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 _HEAD = 64  # bytes that tell what a file is
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
@@ -350,7 +349,7 @@ def _image(path: str | Path) -> ImageFile:
         return raw.RawFile(path)
     if kind == "HEIF":
         return heif.HeifFile(path)
-    image = Image.open(path, formats=_FORMATS)
+    image = Image.open(path, formats=tuple(ENCODERS))
     if kind == "AVIF":
         image.info |= heif.avif_info(path)
     return image
