@@ -18,10 +18,17 @@ from autohdr import __version__
 from autohdr.errors import UserError
 from autohdr.train.config import Resume, TrainConfig, dump_config, load_config, recipes
 
+
+def _resume(words: list[str]) -> Resume:
+    if words not in ([], ["auto"]):
+        raise ValueError(f"expected --resume or --resume auto, got {' '.join(words)}")
+    return "auto" if words else True
+
+
 _RESUME = PrimitiveConstructorSpec(
     nargs="*",
     metavar="[auto]",
-    instance_from_str=lambda words: _resume(words),
+    instance_from_str=_resume,
     is_instance=lambda value: isinstance(value, bool | str),
     str_from_instance=lambda value: [] if value is False else [str(value)],
 )
@@ -472,12 +479,6 @@ def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.primitive_rule(table)
     return registry
-
-
-def _resume(words: list[str]) -> Resume:
-    if words not in ([], ["auto"]):
-        raise ValueError(f"expected --resume or --resume auto, got {' '.join(words)}")
-    return "auto" if words else True
 
 
 def _parse_table(args: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import autohdr
 from autohdr.autotone import auto_tone, gain_and_gamma
 from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
-from autohdr.files import write_text
+from autohdr.files import finite, write_text
 from autohdr.measure import measure
 from autohdr.metrics import METRICS, mean_interval
 from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
@@ -115,7 +115,7 @@ def evaluate(
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Writes results; a figure that is not finite becomes null."""
-    write_text(path, json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def summarise(
@@ -226,12 +226,3 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither inf nor nan."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """Files that appear, or grow, whole or not at all; and what tells them apart."""
 
 import hashlib
+import math
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LONGEST_NAME = 255  # bytes, of every usual file system
 SILENT = 3600  # seconds without a change after which what another machine's process writes is abandoned
@@ -105,3 +107,12 @@ def sha256(path: str | Path) -> str:
     """Of what a file holds, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has neither infinity nor NaN: they become None, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from autohdr.errors import UserError
-from autohdr.files import append, replacing
+from autohdr.files import append, finite, replacing
 
 Triptych = tuple[Tensor, Tensor, Tensor]
 """Source, output and target of a pair, (3, H, W) in [0, 1]."""
@@ -22,12 +21,8 @@ def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 
     A number that is not finite, which JSON lacks, becomes null.
     """
-    lines = "".join(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n" for entry in entries).encode()
+    lines = "".join(json.dumps(finite(entry)) + "\n" for entry in entries).encode()
     append(path, lines)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
