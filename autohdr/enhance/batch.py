@@ -26,7 +26,7 @@ from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, sha256, write_text
 from autohdr.measure import check_workers, cores, free_bytes
-from autohdr.models.lite import Edit, Lite, Prediction, of_property
+from autohdr.models.lite import Edit, Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
 
 BRACKETS = ("off", "auto", "3", "5")
@@ -86,26 +86,15 @@ class _Job:
 def enhance(
     paths: Iterable[str | Path],
     out_dir: str | Path,
-    model: nn.Module | None = None,
+    model: nn.Module | str | Path | None = None,
     *,
-    device: str | torch.device = "cpu",
-    precision: str = "float32",
-    strength: float = 1.0,
-    save_edit: bool = False,
     brackets: str = "off",
     property: bool = False,
-    keep_white_balance: bool = False,
     on_exists: str = "skip",
     shard: tuple[int, int] = (1, 1),
     jobs: int | None = None,
-    quality: int | None = None,
-    format: str = "same",
-    depth: int | None = None,
-    subsampling: str = "",
-    strip: str = "",
-    keep_damaged: bool = False,
     progress: bool = True,
-    max_memory: int | None = None,
+    **settings: Any,
 ) -> EnhanceResult:
     """Enhances files, and the photos in folders and their subfolders, into out_dir, keeping names and subfolders.
 
@@ -117,8 +106,7 @@ def enhance(
     it was written, of the same photo (by their hashes), model and options. After anything, a kill too, the same call finishes
     the rest; what killed runs left is cleared.
 
-    model, device, precision, strength, save_edit, keep_white_balance, quality, format, depth, subsampling, strip, keep_damaged,
-    max_memory: as in Enhancer.
+    model: as Enhancer takes it. settings: what else it takes, such as device, strength, format or max_memory.
     save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
@@ -150,14 +138,10 @@ def enhance(
         raise UserError(f"jobs must be at least 1, got {jobs}")
     check_workers(jobs)
     started, out_dir = time.perf_counter(), Path(out_dir)
-    settings = {"precision": precision, "strength": strength, "save_edit": save_edit, "quality": quality}
-    settings |= {"format": format, "depth": depth, "subsampling": subsampling, "strip": strip}
-    settings |= {"keep_white_balance": keep_white_balance}
-    if property and not isinstance(model, Lite):
-        got = type(model).__name__ if model else "the auto-tone"
-        raise UserError(f"property is for a model that predicts an edit, as lite does, got {got}")
-    enhancer = Enhancer(model, device=device, keep_damaged=keep_damaged, max_memory=max_memory, **settings)
-    targets, passed_over = _find([Path(path) for path in paths], out_dir, save_edit, format)
+    enhancer = Enhancer(model, **settings)
+    if property:
+        enhancer.must_predict_edits("property")
+    targets, passed_over = _find([Path(path) for path in paths], out_dir, enhancer.save_edit, enhancer.format)
     manifest, part = Manifest(out_dir, shard), slice(shard[0] - 1, None, shard[1])
     result = EnhanceResult(manifest.path)
     records = [Record(os.path.abspath(path), "", SKIPPED, reason) for path, reason in passed_over[part]]
@@ -178,7 +162,7 @@ def enhance(
 
     todo = [job for job in found if job.record.status == PENDING]
     on_cpu = enhancer.device.type == "cpu"
-    budget = 0 if on_cpu and max_memory is not None else free_bytes() // SHARE
+    budget = 0 if on_cpu and enhancer.max_memory is not None else free_bytes() // SHARE
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:

@@ -93,16 +93,12 @@ class Enhancer:
     ):
         if isinstance(model, str | Path):
             model = load_checkpoint(model)
-        got = type(model).__name__ if model else "the auto-tone"
         if precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if max_memory is not None and not works_in_strips(model):
-            raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {got}")
+            raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {_kind(model)}")
         if not 0 <= strength <= 2:
             raise UserError(f"strength must be from 0 to 2, got {strength}")
-        for name, wanted in (("save_edit", save_edit), ("keep_white_balance", keep_white_balance)):
-            if wanted and not isinstance(model, Lite):
-                raise UserError(f"{name} is for a model that predicts an edit, as lite does, got {got}")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"quality must be from 1 to 100, got {quality}")
         check_conversion(format, depth, subsampling, strip)
@@ -111,9 +107,17 @@ class Enhancer:
         self.quality, self.keep_damaged, self.max_memory, self.reserved = quality, keep_damaged, max_memory, 0
         self.format, self.depth, self.subsampling, self.strip = format, depth, subsampling, strip
         self.model = model.eval().to(self.device) if model is not None else None
+        for name, wanted in (("save_edit", save_edit), ("keep_white_balance", keep_white_balance)):
+            if wanted:
+                self.must_predict_edits(name)
         self._plans: dict[tuple[int, int], int] = {}
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
+
+    def must_predict_edits(self, option: str) -> None:
+        """UserError where the model does not, for an option that needs it."""
+        if not isinstance(self.model, Lite):
+            raise UserError(f"{option} is for a model that predicts an edit, as lite does, got {_kind(self.model)}")
 
     def read(self, *paths: str | Path) -> Work:
         """A photo or, of several paths, what these exposures make, as read_set has them. UserError as read_photo and read_set."""
@@ -243,6 +247,10 @@ class Enhancer:
             needed = sum(size for part, size in parts.items() if part not in (PARAMETERS, IMAGES))
             self._plans[height, width] = math.ceil(PLANNED_TOO_LITTLE * needed)
         return self._plans[height, width] <= left
+
+
+def _kind(model: nn.Module | None) -> str:
+    return type(model).__name__ if model else "the auto-tone"
 
 
 def failure(error: Exception, path: Path) -> str:
