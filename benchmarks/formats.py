@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,14 +129,10 @@ def deep_avif(path: Path) -> None:
     path.write_bytes(imagecodecs.avif_encode(stored(10, turned=False), level=100, bitspersample=10, pixelformat="444"))
 
 
-def dng(path: Path) -> None:
-    """A sensor's mosaic of the picture's light."""
-    light = np.rot90(picture(), 1) ** 2.2
-    mosaic = np.empty(light.shape[:2], np.uint16)
-    for row, column, channel in ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 2)):
-        mosaic[row::2, column::2] = 512 + 16000 * light[row::2, column::2, channel]
+def write_dng(file, mosaic: np.ndarray, white: Sequence[int], more: Sequence[tuple] = (), **options) -> None:
+    """A raw file of a sensor with sRGB's primaries. mosaic: uint16, from 512 for black to 16512. white: of the light, as three
+    fractions of whole numbers. more: tags, as tifffile takes them."""
     matrix = [part for value in np.linalg.inv(SRGB_TO_XYZ).ravel() for part in (round(10_000 * value), 10_000)]
-    white = [part for value in np.linalg.inv(SRGB_TO_XYZ) @ [0.9505, 1, 1.089] for part in (round(10_000 * value), 10_000)]
     tags = [
         (50706, "B", 4, (1, 4, 0, 0)),  # DNGVersion
         (50708, "s", 0, "Camera"),
@@ -147,8 +143,19 @@ def dng(path: Path) -> None:
         (50721, "2i", 9, matrix),  # ColorMatrix1
         (50778, "H", 1, 21),  # CalibrationIlluminant1: D65
         (50728, "2I", 3, white),  # AsShotNeutral
+        *more,
     ]
-    tifffile.imwrite(path, mosaic, photometric="cfa", extratags=tags, metadata=None)
+    tifffile.imwrite(file, mosaic, photometric="cfa", extratags=tags, metadata=None, **options)
+
+
+def dng(path: Path) -> None:
+    """A sensor's mosaic of the picture's light."""
+    light = np.rot90(picture(), 1) ** 2.2
+    mosaic = np.empty(light.shape[:2], np.uint16)
+    for row, column, channel in ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 2)):
+        mosaic[row::2, column::2] = 512 + 16000 * light[row::2, column::2, channel]
+    white = [part for value in np.linalg.inv(SRGB_TO_XYZ) @ [0.9505, 1, 1.089] for part in (round(10_000 * value), 10_000)]
+    write_dng(path, mosaic, white)
 
 
 COMMENT, DESCRIPTION, TURNED, IPTC = "Comment=a remark", "ImageDescription=a remark", "Orientation=6", "IPTC:Keywords=room"
