@@ -277,7 +277,8 @@ def enhance(
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer works in
-            strips where it needs to, with the same result. By default nine tenths of what is free.
+            strips where it needs to, with the same result; a photo that needs more even so has failed, once it is read. By
+            default nine tenths of what is free.
         json: Print what became of the photos as JSON, instead of a line.
         verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
