@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
@@ -23,6 +24,11 @@ from autohdr.train.progress import Progress
 
 _KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "val_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 """What a state holds: Progress's plain values, checks.identity's, rng_state() and Learner's."""
+
+
+def measured_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a state: the weights that validation measures, the average where there is one."""
+    return (state["ema"] or state)["model"]
 
 
 def previous(path: Path, age: int = 1) -> Path:

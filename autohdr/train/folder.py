@@ -20,7 +20,7 @@ from autohdr.files import leftovers, replacing
 from autohdr.models import read_metadata, save_weights
 from autohdr.models.network import Network
 from autohdr.train import record
-from autohdr.train.checkpoint import Background, load_newest, previous, save_state
+from autohdr.train.checkpoint import Background, load_newest, measured_weights, previous, save_state
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.distributed import Ranks
 
@@ -152,7 +152,7 @@ class RunFolder:
 
         def write() -> None:
             save_state(self.out / _STATE, state, keep)
-            save_weights(self.out / "checkpoint_last.safetensors", model, metadata, (state["ema"] or state)["model"])
+            save_weights(self.out / "checkpoint_last.safetensors", model, metadata, measured_weights(state))
 
         self._write("last", write)
 

@@ -70,11 +70,6 @@ class Learner:
         moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
         return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights that validation measures, on the CPU; {} on all processes but the first."""
-        with self.average.applied():
-            return self._own_weights()
-
     def state_dict(self) -> dict[str, Any]:
         """A copy, on the CPU, of model, ema, optimizer, scaler and guard. Only the first process has the tensors."""
         state = {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
@@ -82,7 +77,8 @@ class Learner:
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
         state = to_cpu(state) | {"model": self._own_weights(), "ema": {}}
         if self.average.decay:
-            state["ema"] = {"updates": self.average.updates, "model": self.weights()}
+            with self.average.applied():
+                state["ema"] = {"updates": self.average.updates, "model": self._own_weights()}
         return state
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from autohdr.data.pairs import Replaced, photo_digests
 from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
-from autohdr.train.checkpoint import restore_rng, rng_state
+from autohdr.train.checkpoint import measured_weights, restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
 from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.folder import RunFolder
@@ -87,6 +87,7 @@ class Loop:
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
+        self._copied: dict[str, Any] | None = None  # the learner's state, until the next step
         self._due = False  # a save is due after the next good step
         self._save_at = math.inf  # by the clock, on the first process
         self._suspects: Group = []  # the pairs of the last step, if it was a spike
@@ -152,6 +153,7 @@ class Loop:
         self._learner.model.train()
         for group in groups:
             lr = config.lr * lr_factor(progress.step, run.steps, warmup)
+            self._copied = None
             result = run.step(group, batches, epoch=progress.epoch, step=progress.step, lr=lr)
             self._judge(result, group)
             progress.end_step(result.losses, 0 if result.fault else sum(map(len, group)))
@@ -217,6 +219,7 @@ class Loop:
     def _go_back(self, cause: str) -> bool:
         """Put back the state that the guard keeps, at an epoch's end; False where it has none."""
         if returned := self._learner.guard.put_back():
+            self._copied = None
             self._returned(returned, cause, self._progress.step)
         return returned is not None
 
@@ -250,7 +253,7 @@ class Loop:
         is_best = progress.best(metric) is row
         if is_best:
             self._folder.wait()
-            self._folder.save_best(self._learner.model, self._metadata(), self._learner.weights())
+            self._folder.save_best(self._learner.model, self._metadata(), measured_weights(self._learned()))
         self._say(
             f"epoch {progress.epoch:>3}/{self._config.epochs}  train L1 {row['train_l1']:.4f}  val L1 {row['val_l1']:.4f}  "
             f"PSNR {row['val_psnr']:.2f} dB  SSIM {row['val_ssim']:.3f}  {row['seconds']:.1f} s{'  best' * is_best}"
@@ -259,8 +262,13 @@ class Loop:
     def _copy(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metadata and state to write, which no step changes."""
         self._save_at = time.monotonic() + 60 * (self._config.save_minutes or math.inf)
-        state = self._progress.state_dict() | self._identity | {"rng": rng_state()} | self._learner.state_dict()
-        return self._metadata(), state
+        return self._metadata(), self._progress.state_dict() | self._identity | {"rng": rng_state()} | self._learned()
+
+    def _learned(self) -> dict[str, Any]:
+        """The learner's state, copied once between two steps."""
+        if self._copied is None:
+            self._copied = self._learner.state_dict()
+        return self._copied
 
     def _save(self, metadata: dict[str, Any], state: dict[str, Any]) -> None:
         self._folder.wait()
