@@ -28,6 +28,7 @@ from autohdr.train import loop, record
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
 from autohdr.train.guards import TrainingError
+from autohdr.train.learner import Learner
 from autohdr.train.loop import Loop, lr_factor, train
 from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective
@@ -98,6 +99,14 @@ def test_the_curve_is_drawn_beside_training_and_not_in_every_epoch(make_config, 
     monkeypatch.setattr(record, "draw_curve", draw)
     train(make_config(epochs=4, batch_size=6))
     assert drawn == [(1, False), (4, True)]  # and at the end
+
+
+def test_a_state_is_copied_once_between_two_steps(make_config, monkeypatch):
+    """Saved before and after validation and, the weights, as the best: a copy at the start, and one at each epoch's end."""
+    copy, copies = Learner.state_dict, []
+    monkeypatch.setattr(Learner, "state_dict", lambda learner: copies.append(learner) or copy(learner))
+    train(make_config(ema=0.9))
+    assert len(copies) == 1 + 2
 
 
 def test_validation_matches_the_saved_weights(make_config, pair_files):
