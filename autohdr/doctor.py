@@ -20,6 +20,10 @@ def _gpus() -> str:
     return "; ".join(names)
 
 
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _extension_facts() -> list[tuple[str, str]]:
     if _extension.module is None:
         return [("compiled kernels", _extension.reason)]
@@ -45,6 +49,7 @@ def doctor() -> str:
         ("torch", f"{torch.__version__}, built with CUDA {torch.version.cuda or 'none'}"),
         ("GPU", _gpus()),
         ("threads", str(torch.get_num_threads())),
+        ("bfloat16 on CPU", "oneDNN can, on this processor" if _has_bfloat16() else "oneDNN can't, on this processor"),
         *_extension_facts(),
     ]
     lines = [f"{name:<17} {value}" for name, value in facts]
