@@ -110,18 +110,20 @@ def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path)
 
 
 def _measure(config: TrainConfig, held_out: Sequence[Pair], out: Path) -> dict[str, Any]:
-    """evaluate's results for the last weights in a fold's folder, each image with the paths that identify its pair."""
+    """evaluate's results for the last weights in a fold's folder, each image with its pair's paths and their files' digests."""
     model, device = load_checkpoint(out / "checkpoint_last.safetensors"), pick_device(config.device)
     results = evaluate(held_out, out / "report", model=model, size=config.size, resize=config.resize, device=device)
-    named = zip(map(_photos, held_out), results["images"], strict=True)
-    return results | {"images": [image | {"src": src, "tar": tar} for (src, tar), image in named]}
+    images = []
+    for image, (src, tar), digests in zip(results["images"], map(_photos, held_out), _digests(held_out), strict=True):
+        images.append(image | {"src": src, "tar": tar, "sha256": list(digests)})
+    return results | {"images": images}
 
 
 def _together(measured: Sequence[dict[str, Any]], earlier: dict[tuple[str, str], dict[str, float]] | None) -> dict[str, Any]:
     """One result of the folds' results: all images, each with its fold and, if `earlier` has them, the baseline's figures."""
     images = [image | {"fold": fold} for fold, results in enumerate(measured) for image in results["images"]]
     if earlier is not None:
-        images = [image | {"figures": image["figures"] | {"baseline": earlier[image["src"], image["tar"]]}} for image in images]
+        images = [image | {"figures": image["figures"] | {"baseline": earlier[tuple(image["sha256"])]}} for image in images]
     others = ["source", "auto_tone"] + ["baseline"] * (earlier is not None)
     trained = sum(results["model"]["trained_pairs"] for results in measured)
     return {
@@ -150,6 +152,12 @@ def _photos(pair: Pair) -> tuple[str, str]:
     return str(src), str(tar)
 
 
+def _digests(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Of each pair, those of its source and its target: the same wherever the photos lie."""
+    digests = photo_digests(pairs)
+    return [(digests[pair.src], digests[pair.tar]) for pair in pairs]
+
+
 def _names(parts: Path) -> dict[Path, list[tuple[str, str]]]:
     """The names of each list's photos, without folders."""
     lists = parts.glob("fold_*/*.jsonl")
@@ -173,13 +181,13 @@ def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:
 
 
 def _figures(baseline: Path, pairs: Sequence[Pair], config: TrainConfig) -> dict[tuple[str, str], dict[str, float]]:
-    """{(source, target): the model's figures} of another cross-validation."""
+    """{a pair's digests: the model's figures} of another cross-validation."""
     file = baseline / REPORT
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         setting = {key: results["settings"][key] for key in ("size", "resize")}
         figures = {
-            (image["src"], image["tar"]): {
+            tuple(image["sha256"]): {
                 metric: math.inf if value is None else value for metric, value in image["figures"]["model"].items()
             }
             for image in results["images"]
@@ -188,6 +196,6 @@ def _figures(baseline: Path, pairs: Sequence[Pair], config: TrainConfig) -> dict
         raise UserError(f"baseline: expected the folder of a finished cross-validation; {file}: {error!r}") from error
     if setting != {"size": config.size, "resize": config.resize}:
         raise UserError(f"baseline: expected figures at size {config.size}, resize {config.resize}; {file} has {setting}")
-    if missing := [pair for pair in pairs if _photos(pair) not in figures]:
+    if missing := [pair for pair, digests in zip(pairs, _digests(pairs), strict=True) if digests not in figures]:
         raise UserError(f"baseline: {file} lacks {len(missing)} of the {len(pairs)} pairs, the first {missing[0].where}")
     return figures

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
@@ -104,8 +105,11 @@ def test_a_picture_that_comes_again_is_in_one_fold(config, tmp_path):
 
 def test_two_cross_validations_are_compared_pair_by_pair(config, tmp_path, capsys):
     first = cross_validate(config, 2)
-    second = cross_validate(replace(config, out=tmp_path / "second", lr=1e-2), 3, baseline=config.out)
-    differences = [figures(second)[src]["psnr"] - figures(first)[src]["psnr"] for src in figures(second)]
+    elsewhere = shutil.copytree(config.train_pairs.parent, tmp_path / "elsewhere") / config.train_pairs.name
+    changed = replace(config, out=tmp_path / "second", lr=1e-2, train_pairs=elsewhere)
+    second = cross_validate(changed, 3, baseline=config.out)
+    before = {Path(src).name: found for src, found in figures(first).items()}
+    differences = [found["psnr"] - before[Path(src).name]["psnr"] for src, found in figures(second).items()]
     assert any(differences) and second["summary"]["model_minus_baseline"]["psnr"] == mean_interval(differences)
     assert "model − baseline" in capsys.readouterr().out
     third = replace(config, out=tmp_path / "third")
