@@ -271,7 +271,7 @@ class _OfTensor:
         self.image, self.result, self.result_bytes = image, result, _bytes(image)
 
     def read(self, first: int, end: int) -> Tensor:
-        return self.image[0, :, first:end][None]
+        return self.image[:, :, first:end]
 
     def write(self, first: int, rows: Tensor) -> None:
         self.result[:, :, first : first + rows.shape[2]] = rows
@@ -281,6 +281,12 @@ def _feature_dtype(image: Tensor | Rows) -> torch.dtype:
     device = image.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and image.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else image.dtype
+
+
+def _image(rows: Tensor) -> Tensor:
+    """Rows [height, width, channels] as an image. Convolutions look at the batch's stride too: without the one that it has here
+    they would take it for channels-first, and be slower."""
+    return rows[None].permute(0, 3, 1, 2)
 
 
 class _Map:
@@ -303,7 +309,7 @@ class _Map:
             self.file.seek(first * self.row_bytes)
             self.file.readinto(rows.view(torch.uint8).numpy().data)
             rows = rows.to(self.like.device)
-        return rows.permute(2, 0, 1)[None]
+        return _image(rows)
 
     def write(self, first: int, image: Tensor) -> None:
         rows = image[0].permute(1, 2, 0)
@@ -320,7 +326,7 @@ class _Map:
         """From memory to a file."""
         whole, self.file = self.rows, tempfile.TemporaryFile()
         for y in range(0, self.height, rows):
-            self.write(y, whole[y : y + rows].permute(2, 0, 1)[None])
+            self.write(y, _image(whole[y : y + rows]))
         del self.rows
 
 
@@ -339,7 +345,9 @@ class _Padded:
         rows = self.image.read(min(places), max(places) + 1)
         if places[-1] != end - 1:
             rows = rows[:, :, [y - min(places) for y in places]]
-        return F.pad(rows, (0, self.right, 0, 0), mode="reflect" if self.reflects else "replicate") if self.right else rows
+        if self.right:
+            rows = F.pad(rows, (0, self.right, 0, 0), mode="reflect" if self.reflects else "replicate")
+        return _image(rows[0].permute(1, 2, 0).contiguous())
 
 
 class _Run:
