@@ -16,6 +16,7 @@ from torch import nn
 
 from autohdr import measure as measuring
 from autohdr.autotone import auto_tone
+from autohdr.data.colour import decode_srgb
 from autohdr.data.images import Photo, from_float, photo_layout, read_photo, read_rgb, read_samples, to_float, write_photo
 from autohdr.enhance import Enhancer, enhance, enhancer
 from autohdr.errors import UserError
@@ -439,6 +440,44 @@ def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path, monkeypatch):
             run([tmp_path / "in"], tmp_path / "other", other, max_memory=limit)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"strength": 0.5}, {"depth": 16}, {"depth": 8}, {"format": "tiff"}, {"format": "webp"}], ids=str
+)
+def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings):
+    """Of whatever depth and colour space, and to whatever others: up to rounding."""
+    deep = np.random.default_rng(0).integers(0, 65536, (21, 30, 3), np.uint16)
+    white, curve = [0.3127, 0.329, 1.0], decode_srgb(torch.linspace(0, 1, 4096)).numpy()
+    grey = imagecodecs.cms_profile("gray", whitepoint=white, gamma=1.0)
+    srgb = imagecodecs.cms_profile("gray", whitepoint=white, transferfunction=curve)
+    gamma = ((b"gAMA", (100_000).to_bytes(4)),)
+    write_photo(tmp_path / "srgb.png", Photo((deep >> 8).astype(np.uint8), "PNG"))
+    write_photo(tmp_path / "p3.png", Photo(deep, "PNG", 16, icc_profile=p3_profile()))
+    write_photo(tmp_path / "linear.png", Photo((deep >> 8).astype(np.uint8), "PNG", extra=gamma))
+    for name, icc in (("grey", grey), ("grey_srgb", srgb)):
+        Image.fromarray((deep[..., 0] >> 8).astype(np.uint8)).save(tmp_path / f"{name}.png", icc_profile=icc)
+    write_photo(tmp_path / "float.tif", Photo(to_float(deep), "TIFF", 32, options={"float": "f4"}))
+    torch.manual_seed(0)
+    worker = Enhancer(create_model("restormer_nano", dim=8), **settings)
+    photos = sorted(tmp_path.iterdir())
+    whole = [worker.file(photo) for photo in photos]
+    monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
+    for photo, (expected, notes, _) in zip(photos, whole, strict=True):
+        got, *others = worker.file(photo)
+        assert others == [notes, ""]
+        pixels = []
+        for name, file in (("expected", expected), ("got", got)):
+            (tmp_path / name).write_bytes(file)
+            pixels.append(read_photo(tmp_path / name, as_stored=True).pixels)
+        assert pixels[0].dtype == pixels[1].dtype
+        unit = 1 if pixels[0].dtype.kind == "u" else 1e-5
+        assert np.abs(pixels[0].astype(float) - pixels[1]).max() <= (16 if settings.get("format") == "webp" else 1) * unit, photo
+
+
+def p3_profile():
+    corners = [0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0]
+    return imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.329, 1.0], primaries=corners, gamma=2.2)
+
+
 def smooth(path, width, height, **options):
     """A photo of a size, as a JPEG of about a byte a pixel."""
     rng = np.random.default_rng(0)
@@ -474,11 +513,9 @@ def test_a_photo_in_strips_has_no_floating_point_copy(tmp_path):
     """From reading to encoding: 0.6 megapixels in 75 MB, 67 of which are tiling.FIXED_BYTES; a copy would take 7."""
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
-    corners = [0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0]
-    profile = imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.329, 1.0], primaries=corners, gamma=2.2)
-    smooth(tmp_path / "once.jpg", 150, 100, icc_profile=profile)
+    smooth(tmp_path / "once.jpg", 150, 100, icc_profile=p3_profile())
     smooth(tmp_path / "turned.jpg", 600, 1000, exif=turned)
-    smooth(tmp_path / "p3.jpg", 1000, 600, icc_profile=profile)
+    smooth(tmp_path / "p3.jpg", 1000, 600, icc_profile=p3_profile())
     photos = [str(tmp_path / f"{name}.jpg") for name in ("once", "turned", "p3")]
     done = subprocess.run([sys.executable, "-c", HELD, str(75 * 10**6), *photos], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

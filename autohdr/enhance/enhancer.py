@@ -308,7 +308,7 @@ class _Rows:
     def __init__(self, work: Work, enhancer: Enhancer):
         photo, self.space = work.photo, work.space
         _, held, becomes_srgb = outcome(photo, enhancer.format, enhancer.depth)
-        self.late = self.space is not None and (becomes_srgb or has_grey_profile(photo))
+        self.late = becomes_srgb or has_grey_profile(photo)
         self.depth = 32 if self.late else max(photo.depth, held)
         self.strength, self.device, self.pixels = enhancer.strength, enhancer.device, photo.pixels
         self.shape: tuple[int, ...] = (1, 3, *self.pixels.shape[:2])
