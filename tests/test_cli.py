@@ -276,7 +276,7 @@ def test_enhance_verbose_prints_the_plan_of_what_needs_one(photos, checkpoint, c
     monkeypatch.setattr(logging, "basicConfig", lambda level, format: caplog.set_level(level))
     args = ("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "-v", "--max-memory")
     assert run(*args, "64GB", "--out", photos / "whole") == 0 and "strips" not in caplog.text
-    monkeypatch.setattr(enhancer.Enhancer, "_fits", lambda self, model, image, limit: False)
+    monkeypatch.setattr(enhancer.Enhancer, "_fits", lambda *arguments: False)
     assert run(*args, "64GB", "--out", photos / "strips") == 0
     assert re.search(r"40×32: strips of 32 rows, expected peak \d+", caplog.text)
     assert run(*args, "1MB", "--out", photos / "none") == 1

@@ -71,11 +71,11 @@ def converted(photo: Photo, format: str = "same", depth: int | None = None) -> P
     format: one of FORMATS; same makes a JPEG of what is not written. depth: 8 or 16; by default the photo's, where the format has
     it. 8 bits are made of more by an ordered dither.
     """
-    target = format.upper() if format != "same" else photo.format if photo.format in ENCODERS else "JPEG"
+    target, held, becomes_srgb = outcome(photo, format, depth)
     result = replace(photo, notes=[*photo.notes], options={**photo.options})
-    _to_srgb(result, target)
+    if becomes_srgb:
+        _to_srgb(result, target)
     wanted = depth or photo.depth
-    held = max(bits for bits in _DEPTHS[target] if bits <= wanted)
     if held < wanted:
         result.notes.append(f"{wanted} bits a channel become {held}: {_a(target)} holds no more")
     _to_depth(result, held)
@@ -89,6 +89,16 @@ def converted(photo: Photo, format: str = "same", depth: int | None = None) -> P
     _SAY[target](result, said)
     result.notes += [f"{what} not kept: {_a(target)} holds none" for what in said.lost]
     return result
+
+
+def outcome(photo: Photo, format: str = "same", depth: int | None = None) -> tuple[str, int, bool]:
+    """What `converted` makes: a photo of a format, of so many bits a channel, and whether in sRGB, since what names the photo's
+    colours does not go along."""
+    target = format.upper() if format != "same" else photo.format if photo.format in ENCODERS else "JPEG"
+    held = max(bits for bits in _DEPTHS[target] if bits <= (depth or photo.depth))
+    chunks = photo.format == "PNG" != target and (photo.icc_profile is None or b"cICP" in dict(photo.extra))
+    unfit = has_grey_profile(photo) and target in ("WEBP", "AVIF")
+    return target, held, (chunks or unfit) and photo.colour_space() is not None
 
 
 def stripped(photo: Photo, what: str) -> Photo:
@@ -141,11 +151,7 @@ def _a(format: str) -> str:
 
 
 def _to_srgb(photo: Photo, target: str) -> None:
-    """Where a profile or a PNG's chunks do not go along, the colours are converted."""
-    chunks = photo.format == "PNG" != target and (photo.icc_profile is None or b"cICP" in dict(photo.extra))
-    unfit = has_grey_profile(photo) and target in ("WEBP", "AVIF")
-    space = photo.colour_space() if chunks or unfit else None
-    if space:
+    if space := photo.colour_space():
         photo.pixels, photo.icc_profile = space.to_srgb(photo.pixels).clip(0, 1), None
         photo.notes.append(f"its colours are converted to sRGB: {_a(target)} does not hold what names them")
 
@@ -155,7 +161,7 @@ def _to_depth(photo: Photo, depth: int) -> None:
         return
     if depth == 8:
         photo.pixels = dithered(photo.pixels, photo.grey)
-    elif photo.pixels.dtype.kind == "u":
+    elif photo.pixels.dtype == np.uint8:
         photo.pixels = from_float(to_float(photo.pixels), depth)
     if photo.alpha is not None:
         photo.alpha = from_float(to_float(photo.alpha), depth)

@@ -67,8 +67,9 @@ _know_more_tiffs()
 class Photo:
     """A photo, and what it takes beside the pixels to write it again as it was.
 
-    pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth. format: JPEG, PNG,
-    WEBP, TIFF or AVIF; HEIF and RAW are read but not written. depth: 8 or 16 bits a channel, or 32.
+    pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth; uint16 also of depth 8
+    for conversion.converted to 16. format: JPEG, PNG, WEBP, TIFF or AVIF; HEIF and RAW are read but not written. depth: 8 or 16
+    bits a channel, or 32.
     alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
     without a thumbnail, or empty. icc_profile: an RGB or a grey profile or None.
     extra: what else the file says, as its format has it: (marker, data) of JPEG segments, (kind, data) of PNG chunks,
@@ -235,12 +236,17 @@ def to_float(samples: np.ndarray) -> np.ndarray:
     return np.divide(samples, np.float32(np.iinfo(samples.dtype).max), dtype=np.float32, order="C")
 
 
+def sample_dtype(depth: int) -> np.dtype:
+    """Of so many bits, 8, 16 or 32: uint8, uint16 or float32."""
+    return np.dtype({8: "u1", 16: "u2", 32: "f4"}[depth])
+
+
 def from_float(pixels: np.ndarray, depth: int = 8) -> np.ndarray:
     """Float pixels clipped to [0, 1], as uint8 (depth 8) or uint16 (depth 16), rounded, or float32 (depth 32).
 
     UserError if one is not finite.
     """
-    samples = np.empty(pixels.shape, np.dtype({8: "u1", 16: "u2", 32: "f4"}[depth]))
+    samples = np.empty(pixels.shape, sample_dtype(depth))
     for row in range(0, len(pixels), 64):  # in bands, so that a large photo needs no second copy in floating point
         band = pixels[row : row + 64]
         if not np.isfinite(band).all():

@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,15 +19,25 @@ from torch import Tensor, nn
 from autohdr.autotone import auto_tone
 from autohdr.data.bracket_sets import glimpse, read_set
 from autohdr.data.colour import ColourSpace
-from autohdr.data.conversion import check_conversion, converted, stripped
-from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, read_photo
+from autohdr.data.conversion import check_conversion, converted, outcome, stripped
+from autohdr.data.images import (
+    Photo,
+    as_samples,
+    encode_photo,
+    from_float,
+    has_grey_profile,
+    photo_layout,
+    read_photo,
+    sample_dtype,
+    to_float,
+)
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
-from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
+from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models import load_checkpoint
 from autohdr.models.lite import Edit, Lite, Prediction, neutral, shared
 from autohdr.models.network import Network
-from autohdr.models.tiling import in_strips, most_bytes, works_in_strips
+from autohdr.models.tiling import Rows, most_bytes, rows_in_strips, works_in_strips
 from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
@@ -39,14 +50,20 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Work:
-    """A photo on its way. seen: its pixels in sRGB, not cut off. after: what the model made. shared: its property's edit."""
+    """A photo on its way. seen: see(). after: what the model made. shared: its property's edit."""
 
     photo: Photo
     space: ColourSpace | None
-    seen: np.ndarray
+    seen: np.ndarray | None = None
     after: np.ndarray | None = None
     edit: Edit | None = None
     shared: Edit | None = None
+
+    def see(self) -> np.ndarray:
+        """Its pixels in sRGB, not cut off; they stay in memory."""
+        if self.seen is None:
+            self.seen = self.space.to_srgb(self.photo.pixels) if self.space else self.photo.pixels
+        return self.seen
 
 
 class Enhancer:
@@ -64,7 +81,7 @@ class Enhancer:
     keep_damaged: write what there is of a JPEG whose data are damaged, with a note.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos
-    that would not fit whole.
+    that would not fit whole. What an encoder takes by itself is not counted.
     save_edit: keep what a model predicts, as `lite` does, in Work.edit.
     keep_white_balance: of what a model predicts, make what leaves a neutral grey neutral: lite.neutral.
     reserved: bytes of what is free that are left to others; 0 at first.
@@ -113,6 +130,8 @@ class Enhancer:
         self._plans: dict[tuple[int, int], int] = {}
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
+        # On a CPU a photo has no floating-point copy before it is known to fit whole.
+        self.by_rows = self.device.type == "cpu" and works_in_strips(self.model)
 
     def must_predict_edits(self, option: str) -> None:
         """UserError where the model does not, for an option that needs it."""
@@ -120,32 +139,36 @@ class Enhancer:
             raise UserError(f"{option} is for a model that predicts an edit, as lite does, got {_kind(self.model)}")
 
     def read(self, *paths: str | Path) -> Work:
-        """A photo or, of several paths, what these exposures make, as read_set has them. UserError as read_photo and read_set."""
+        """A photo or, of several paths, what these exposures make, as read_set has them.
+
+        UserError as read_photo and read_set, and where the samples alone are more than max_memory has room for.
+        """
         one = len(paths) == 1
-        photo = read_photo(paths[0], self.as_stored, self.keep_damaged) if one else read_set(paths, self.keep_damaged)
-        space = photo.colour_space()
-        return Work(photo, space, space.to_srgb(photo.pixels) if space else photo.pixels)
+        if self.by_rows and self.max_memory is not None:
+            for path in paths:
+                _check_room(path, self.max_memory)
+        as_stored = self.as_stored or self.by_rows
+        photo = read_photo(paths[0], as_stored, self.keep_damaged) if one else read_set(paths, self.keep_damaged)
+        work = Work(photo, photo.colour_space())
+        if not self.by_rows:
+            work.see()
+        return work
 
     def run(self, work: Work) -> None:
         """Sets `after`, and `edit` with save_edit. UserError where there is too little memory for the smallest plan."""
         if not (self.strength or self.save_edit):
             return
-        shown = work.seen.clip(0, 1) if work.space else work.seen
-        if self.model is None:
-            work.after = auto_tone(shown)
+        if works_in_strips(self.model):
+            with self._inference():
+                self._within_memory(self.model, work)
         else:
-            work.after, prediction = self._predict(self.model, shown, work.shared)
-            if prediction:
-                work.edit = prediction.edit if self.save_edit else None
-                work.photo.notes += _doubts(prediction)
-        if self.strength != 1:
-            _blend(shown, work.after, self.strength)
+            self._whole(work)
 
     def encode(self, work: Work) -> bytes:
         """The result's file. UserError as encode_photo."""
         photo = work.photo
         if work.after is not None:
-            photo.pixels = work.space.edited(photo.pixels, work.seen, work.after) if work.space else work.after
+            photo.pixels = work.space.edited(photo.pixels, work.see(), work.after) if work.space else work.after
             if has_grey_profile(photo):
                 _check_grey(photo, work.after)
         work.photo = converted(stripped(photo, self.strip), self.format, self.depth)
@@ -202,6 +225,18 @@ class Enhancer:
             image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
             return self.model.predict(image) if isinstance(self.model, Lite) else None
 
+    def _whole(self, work: Work) -> None:
+        shown = work.see().clip(0, 1) if work.space else work.see()
+        if self.model is None:
+            work.after = auto_tone(shown)
+        else:
+            work.after, prediction = self._predict(self.model, shown, work.shared)
+            if prediction:
+                work.edit = prediction.edit if self.save_edit else None
+                work.photo.notes += _doubts(prediction)
+        if self.strength != 1:
+            _blend(shown, work.after, self.strength)
+
     def _predict(
         self, model: nn.Module, pixels: np.ndarray, property_edit: Edit | None = None
     ) -> tuple[np.ndarray, Prediction | None]:
@@ -210,43 +245,101 @@ class Enhancer:
         (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
         """
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with self._inference():
             prediction = model.predict(image) if isinstance(model, Lite) else None
             if prediction:
                 edit = shared(prediction, property_edit) if property_edit else prediction.edit
                 prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
                 output = apply_edit(image, *prediction.edit)
-            elif works_in_strips(model):
-                output = self._within_memory(model, image)
             else:
                 output = model(image)
         output = output[0].permute(1, 2, 0)
         return (output.float() if output.is_floating_point() else output).cpu().numpy(), prediction
 
-    def _within_memory(self, model: Network, image: Tensor) -> Tensor:
+    def _within_memory(self, model: Network, work: Work) -> None:
         """The whole photo at once where that fits, else in strips."""
         limit = self.max_memory
         if limit is None:
-            limit = resident_bytes(image.device) + max(free_bytes(image.device) - self.reserved, 0) * 9 // 10
-        if self._fits(model, image, limit):
+            limit = resident_bytes(self.device) + max(free_bytes(self.device) - self.reserved, 0) * 9 // 10
+        rows = _Rows(work, self)
+        if self._fits(model, work, rows, limit):
+            samples = work.photo.pixels
             try:
-                return model(image)
+                work.photo.pixels = to_float(samples) if self.by_rows else samples
+                return self._whole(work)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            log.info("%d×%d: out of memory: going on in strips", *image.shape[:1:-1])
-        return in_strips(model, image, limit)
+            work.photo.pixels, work.seen, work.after = samples, None, None
+            log.info("%d×%d: out of memory: going on in strips", *rows.shape[:1:-1])
+        rows_in_strips(model, rows, limit)
+        if rows.late:
+            work.after = rows.result
+        else:
+            work.photo.pixels = rows.result
 
-    def _fits(self, model: Network, image: Tensor, limit: int) -> bool:
-        left = limit - resident_bytes(image.device)
-        if most_bytes(model, image) <= left:
+    def _fits(self, model: Network, work: Work, rows: Rows, limit: int) -> bool:
+        height, width = rows.shape[-2:]
+        images = 3 if work.space and self.by_rows else 1  # in floating point: as in the file, in sRGB, cut off
+        left = limit - resident_bytes(self.device) - images * 12 * height * width
+        if most_bytes(model, rows) <= left:
             return True
-        height, width = image.shape[-2:]
         if (height, width) not in self._plans:
             parts = plan(model, (height, width), 1, self.precision, device=self.device).parts
             needed = sum(size for part, size in parts.items() if part not in (PARAMETERS, IMAGES))
             self._plans[height, width] = math.ceil(PLANNED_TOO_LITTLE * needed)
         return self._plans[height, width] <= left
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            yield
+
+
+class _Rows:
+    """tiling.Rows of a photo: its samples, which the result's take the place of where they are of one kind.
+
+    late: the result is what the model made, as Work.after has it: only all of it tells in what colour space the file is to be, or
+    it is converted once more.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, work: Work, enhancer: Enhancer):
+        photo, self.space = work.photo, work.space
+        _, held, becomes_srgb = outcome(photo, enhancer.format, enhancer.depth)
+        self.late = becomes_srgb or has_grey_profile(photo)
+        self.depth = 32 if self.late else max(photo.depth, held)
+        self.strength, self.device, self.pixels = enhancer.strength, enhancer.device, photo.pixels
+        self.shape: tuple[int, ...] = (1, 3, *self.pixels.shape[:2])
+        kind = sample_dtype(self.depth)
+        self.result = self.pixels if self.pixels.dtype == kind and not self.late else np.empty(self.pixels.shape, kind)
+        copies = 3 if self.late else int(self.result is not self.pixels)  # late: with the photo in sRGB, and in its own space
+        self.result_bytes = copies * self.result.nbytes if self.device.type == "cpu" else 0
+
+    def read(self, first: int, end: int) -> Tensor:
+        own = self.pixels[first:end]
+        shown = self.space.to_srgb(own).clip(0, 1) if self.space else to_float(own)
+        return torch.from_numpy(shown).permute(2, 0, 1)[None].to(self.device)
+
+    def write(self, first: int, rows: Tensor) -> None:
+        after = rows[0].permute(1, 2, 0).float().cpu().numpy()
+        own = self.pixels[first : first + len(after)]
+        seen = self.space.to_srgb(own) if self.space else to_float(own)
+        if self.strength != 1:
+            _blend(seen.clip(0, 1), after, self.strength)
+        if not self.late:
+            after = from_float(self.space.edited(own, seen, after) if self.space else after, self.depth)
+        self.result[first : first + len(after)] = after
+
+
+def _check_room(path: str | Path, max_memory: int) -> None:
+    """UserError where a photo's samples take too much, once as they are and once in a decoder or an encoder."""
+    height, width, bits = photo_layout(path)
+    needed = resident_bytes() + 2 * 3 * bits // 8 * height * width
+    if needed > max_memory:
+        least, allowed = format_bytes(needed), format_bytes(max_memory)
+        raise UserError(f"{path}: a photo of {width}×{height} pixels takes {least} of memory at least, {allowed} are allowed")
 
 
 def _kind(model: nn.Module | None) -> str:

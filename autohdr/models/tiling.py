@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
 from autohdr.measure import expected_seconds, format_bytes, format_seconds, is_out_of_memory, resident_bytes
-from autohdr.models.layers import Conv2d, Uncalled, pad_to_multiple, reach
-from autohdr.models.network import Blocks, Down, Embed, Half, Network, Stage, Summing, Up
+from autohdr.models.layers import Conv2d, Uncalled, reach
+from autohdr.models.network import Blocks, Down, Embed, Half, Network, Output, Stage, Summing, Up
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,27 @@ class Plan:
         return f"strips of {self.rows} rows{files}, expected peak {format_bytes(self.peak_bytes)}{seconds}"
 
 
+class Rows(Protocol):
+    """An image that is read, and its result written, by rows, each in the form that takes the least memory.
+
+    shape: (1, 3, H, W). dtype, device: of what is read; a floating-point dtype. result_bytes: what the result takes on the device
+    beside what is there before its first row is written.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    result_bytes: int
+
+    def read(self, first: int, end: int) -> Tensor:
+        """Rows [first, end) of the image, (1, 3, end - first, W)."""
+        ...
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Takes the result's rows from `first` on, of which the image's are not read again."""
+        ...
+
+
 def works_in_strips(model: nn.Module | None) -> TypeGuard[Network]:
     return isinstance(model, Network) and bool(model.stages())
 
@@ -78,13 +100,22 @@ def in_strips(model: nn.Module, image: Tensor, max_memory: int) -> Tensor:
         name = model.config.name if isinstance(model, Network) else type(model).__name__
         raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {name}")
     model.check(image)
+    return run(model, image, _planned(model, image, max_memory))
+
+
+def rows_in_strips(model: Network, image: Rows, max_memory: int) -> None:
+    """in_strips for Rows, which take the result."""
+    run_rows(model, image, _planned(model, image, max_memory))
+
+
+def _planned(model: Network, image: Tensor | Rows, max_memory: int) -> Plan:
     if torch.is_grad_enabled():
         raise UserError(f"{model.config.name}: max_memory is for inference, under torch.inference_mode or no_grad")
     plan = make_plan(model, image, max_memory, resident_bytes(image.device))
     if log.isEnabledFor(logging.INFO):
         plan = replace(plan, seconds=seconds_of(model, image, plan))
         log.info("%d×%d: %s", *image.shape[:1:-1], plan)
-    return run(model, image, plan)
+    return plan
 
 
 @dataclass
@@ -98,7 +129,7 @@ class _Planned:
 
 
 def _walk(stages: Sequence[Stage], pixels: int, size: int) -> tuple[list[_Planned], list[tuple[list[_Planned], list[_Planned]]]]:
-    """The maps in the order in which they are made; and for each moment with two in use, or the image and one, (those that wait,
+    """The maps in the order in which they are made; and for each moment with two in use, or the result and one, (those that wait,
     those in use). pixels: of the padded image; size: bytes of a number."""
     maps, moments, waiting = [], [], []
 
@@ -138,7 +169,7 @@ def _sums(half: Half) -> bool:
     return hasattr(half.kind, "statistics")
 
 
-def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> Plan:
+def make_plan(model: Network, image: Tensor | Rows, max_memory: int, resident: int) -> Plan:
     """The plan with the least file traffic, then the tallest strips, whose expected peak is within max_memory bytes.
 
     resident: what the process holds of them already, model and image included. UserError: not even the smallest plan fits.
@@ -148,7 +179,7 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
     maps, moments = _walk(model.stages(), height * width, dtype.itemsize)
     row = max(m.bytes for m in maps) // height
     strips = _strips_alive(image)
-    pixels = image.numel() * image.element_size()
+    result = _bytes(image) if isinstance(image, Tensor) else image.result_bytes
     most = min(MOST_ROWS, max(MOST_BYTES // row, GOOD_ROWS))
 
     def plan(places: tuple[str, ...]) -> Plan:
@@ -156,7 +187,7 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
 
         def alive(waiting: list[_Planned], used: list[_Planned]) -> int:
             kept = sum(m.bytes for m in waiting if place[id(m)] == MEMORY)
-            return kept + sum(m.bytes for m in used if place[id(m)] != FILED) + (pixels if len(used) == 1 else 0)
+            return kept + sum(m.bytes for m in used if place[id(m)] != FILED) + (result if len(used) == 1 else 0)
 
         strip = row * (strips + (FILED in places))
         fixed = resident + FIXED_BYTES + max(alive(*moment) for moment in moments)
@@ -177,62 +208,94 @@ def make_plan(model: Network, image: Tensor, max_memory: int, resident: int) -> 
     )
 
 
-def most_bytes(model: Network, image: Tensor) -> int:
+def most_bytes(model: Network, image: Tensor | Rows) -> int:
     """More than model(image) takes beside the two, a few times more: where there is so much, nobody needs to plan."""
     height, width = (side + -side % model.multiple for side in image.shape[-2:])
     maps, _ = _walk(model.stages(), height * width, _feature_dtype(image).itemsize)
     return FIXED_BYTES + sum(m.bytes for m in maps) + _strips_alive(image) * max(m.bytes for m in maps)
 
 
-def _strips_alive(image: Tensor) -> int:
-    compiled = resolve("mdta", "auto", image.new_empty((1, 1, 1, 1), dtype=_feature_dtype(image))) == "cpu"
+def _strips_alive(image: Tensor | Rows) -> int:
+    compiled = resolve("mdta", "auto", torch.empty((1, 1, 1, 1), dtype=_feature_dtype(image), device=image.device)) == "cpu"
     return STRIPS_COMPILED if compiled else STRIPS_REFERENCE
 
 
-def seconds_of(model: Network, image: Tensor, plan: Plan) -> tuple[float, float]:
+def seconds_of(model: Network, image: Tensor | Rows, plan: Plan) -> tuple[float, float]:
     """How long `run` would take here, at least and at most, from the time of small images, a hundredth of the work, and of a
     small file. Strips took up to STRIPS_COST times as long as the whole image."""
     height, width = (side + -side % model.multiple for side in image.shape[-2:])
     side = max(32, min(256, math.isqrt(height * width) // 8 // 16 * 16))
+    like = torch.empty(0, dtype=image.dtype, device=image.device)
     with torch.no_grad():
         least, most = expected_seconds(
-            lambda side: model(image.new_zeros((1, 3, side, side))), side, len(image) * height * width, image.device
+            lambda side: model(like.new_zeros((1, 3, side, side))), side, image.shape[0] * height * width, image.device
         )
     begin, block = time.perf_counter(), bytes(1 << 24)
     with tempfile.TemporaryFile() as file:
         file.write(block)
         file.seek(0)
         file.read()
-    moving = len(image) * plan.file_bytes * (time.perf_counter() - begin) / (2 * len(block))
+    moving = image.shape[0] * plan.file_bytes * (time.perf_counter() - begin) / (2 * len(block))
     again = 1 + 2 / plan.rows  # rows at a strip's edges are made twice
     return least * again + moving, most * again * (STRIPS_COST if plan.rows < height else 1) + moving
 
 
 def run(model: Network, image: Tensor, plan: Plan) -> Tensor:
     """model(image) as planned. Strips that run out of memory are made smaller, down to two rows. Without gradients."""
+    result = torch.empty_like(image)
+    for single, its_result in zip(image.split(1), result.split(1), strict=True):
+        run_rows(model, _OfTensor(single, its_result), plan)
+    return result
+
+
+def run_rows(model: Network, image: Rows, plan: Plan) -> None:
+    """run for Rows."""
     try:
         for module in model.modules():
             reach(module, type(module))
         with torch.no_grad():
-            results = [_Run(model, single, plan).result() for single in image.split(1)]
+            _Run(model, image, plan).run()
     except Uncalled as error:
         raise model.named(error) from None
-    return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _feature_dtype(image: Tensor) -> torch.dtype:
+def _bytes(image: Tensor) -> int:
+    return image.numel() * image.element_size()
+
+
+class _OfTensor:
+    """Rows of a tensor, the result's into another one."""
+
+    def __init__(self, image: Tensor, result: Tensor):
+        self.shape, self.dtype, self.device = tuple(image.shape), image.dtype, image.device
+        self.image, self.result, self.result_bytes = image, result, _bytes(image)
+
+    def read(self, first: int, end: int) -> Tensor:
+        return self.image[:, :, first:end]
+
+    def write(self, first: int, rows: Tensor) -> None:
+        self.result[:, :, first : first + rows.shape[2]] = rows
+
+
+def _feature_dtype(image: Tensor | Rows) -> torch.dtype:
     device = image.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and image.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else image.dtype
 
 
+def _image(rows: Tensor) -> Tensor:
+    """Rows [height, width, channels] as an image. Convolutions look at the batch's stride too: without the one that it has here
+    they would take it for channels-first, and be slower."""
+    return rows[None].permute(0, 3, 1, 2)
+
+
 class _Map:
     """A feature map (1, channels, height, width): its rows as [height, width, channels], in memory or in a file."""
 
-    def __init__(self, channels: int, height: int, width: int, place: str, like: Tensor, dtype: torch.dtype):
+    def __init__(self, channels: int, height: int, width: int, place: str, like: Tensor):
         self.channels, self.height, self.width, self.place = channels, height, width, place
-        self.row_shape, self.like = (width, channels), like.new_empty(0, dtype=dtype)
-        self.row_bytes = width * channels * dtype.itemsize
+        self.row_shape, self.like = (width, channels), like
+        self.row_bytes = width * channels * like.itemsize
         self.file = tempfile.TemporaryFile() if place == FILED else None
         if self.file is None:
             self.rows = self.like.new_empty((height, *self.row_shape))
@@ -246,7 +309,7 @@ class _Map:
             self.file.seek(first * self.row_bytes)
             self.file.readinto(rows.view(torch.uint8).numpy().data)
             rows = rows.to(self.like.device)
-        return rows.permute(2, 0, 1)[None]
+        return _image(rows)
 
     def write(self, first: int, image: Tensor) -> None:
         rows = image[0].permute(1, 2, 0)
@@ -263,34 +326,51 @@ class _Map:
         """From memory to a file."""
         whole, self.file = self.rows, tempfile.TemporaryFile()
         for y in range(0, self.height, rows):
-            self.write(y, whole[y : y + rows].permute(2, 0, 1)[None])
+            self.write(y, _image(whole[y : y + rows]))
         del self.rows
+
+
+class _Padded:
+    """The image as the first stage reads it: layers.pad_to_multiple by rows."""
+
+    def __init__(self, image: Rows, multiple: int):
+        self.image, (height, width) = image, image.shape[-2:]
+        self.height, self.width = (side + -side % multiple for side in (height, width))
+        self.right = self.width - width
+        self.reflects = self.height < 2 * height and self.width < 2 * width
+
+    def read(self, first: int, end: int) -> Tensor:
+        last = self.image.shape[2] - 1
+        places = [y if y <= last else 2 * last - y if self.reflects else last for y in range(first, end)]
+        rows = self.image.read(min(places), max(places) + 1)
+        if places[-1] != end - 1:
+            rows = rows[:, :, [y - min(places) for y in places]]
+        if self.right:
+            rows = F.pad(rows, (0, self.right, 0, 0), mode="reflect" if self.reflects else "replicate")
+        return _image(rows[0].permute(1, 2, 0).contiguous())
 
 
 class _Run:
     """One image's way through the network."""
 
-    def __init__(self, model: Network, image: Tensor, plan: Plan):
+    def __init__(self, model: Network, image: Rows, plan: Plan):
         self.model, self.image, self.plan, self.rows = model, image, plan, plan.rows
         self.dtype = _feature_dtype(image)
 
-    def result(self) -> Tensor:
-        padded = pad_to_multiple(self.image, self.model.multiple)
-        x = _Map(3, padded.shape[2], padded.shape[3], MEMORY, padded, padded.dtype)
-        x.rows = padded[0].permute(1, 2, 0)
-        del padded
+    def run(self) -> None:
         places, waiting = iter(self.plan.places), []
+        like = torch.empty(0, dtype=self.dtype, device=self.image.device)
 
         def new(channels: int, height: int, width: int, place: str = "") -> _Map:
-            return _Map(channels, height, width, place or next(places), self.image, self.dtype)
+            return _Map(channels, height, width, place or next(places), like)
 
-        for stage in self.model.stages():
-            if isinstance(stage, Embed):
-                target = new(stage.channels, x.height, x.width)
-                self.convolve(x, target, stage.layers)
-                x = target
-                del target
-            elif isinstance(stage, Blocks):
+        embed, *stages = self.model.stages()
+        assert isinstance(embed, Embed)
+        padded = _Padded(self.image, self.model.multiple)
+        x = new(embed.channels, padded.height, padded.width)
+        self.convolve(padded, x, embed.layers)
+        for stage in stages:
+            if isinstance(stage, Blocks):
                 for half in stage.halves:
                     self.half(x, half)
             elif isinstance(stage, Down):
@@ -312,9 +392,8 @@ class _Run:
                 self.merge(x, skip, target, stage)
                 x = target
                 del skip, target
-            else:
-                result = self.output(x, stage.layers)
-        return result
+            elif isinstance(stage, Output):
+                self.output(x, stage.layers)
 
     def half(self, x: _Map, half: Half) -> None:
         module, norm, kind = half
@@ -328,7 +407,7 @@ class _Run:
             layer = partial(summing.attend, norm=norm, statistics=_add(self.strips(x, of_strip)))
         self.write(x, self.strips(x, lambda rows, own, y: layer(rows)[:, :, own]), 1)
 
-    def convolve(self, source: _Map, target: _Map, layers: Sequence[nn.Module]) -> None:
+    def convolve(self, source: _Map | _Padded, target: _Map, layers: Sequence[nn.Module]) -> None:
         self.write(target, self.strips(source, partial(_layers, layers)), target.height / source.height)
 
     def merge(self, low: _Map, skip: _Map, target: _Map, stage: Up) -> None:
@@ -340,12 +419,12 @@ class _Run:
 
         self.write(target, self.strips(low, step, scale=4), 2)
 
-    def output(self, x: _Map, layers: Sequence[nn.Module]) -> Tensor:
-        result, (height, width) = torch.empty_like(self.image), self.image.shape[-2:]
+    def output(self, x: _Map, layers: Sequence[nn.Module]) -> None:
+        height, width = self.image.shape[-2:]
         for y, out in self.strips(x, partial(_layers, layers)):
-            rows = slice(y, min(y + out.shape[2], height))  # none in the padding below
-            result[:, :, rows] = out[:, :, : max(rows.stop - y, 0), :width] + self.image[:, :, rows]
-        return result
+            end = min(y + out.shape[2], height)
+            if y < end:  # not in the padding below
+                self.image.write(y, out[:, :, : end - y, :width] + self.image.read(y, end))
 
     def write(self, target: _Map, strips: Iterator[tuple[int, Tensor]], scale: float) -> None:
         """Each strip only when the next one is made, which may read this one's rows as they were."""
@@ -355,7 +434,9 @@ class _Run:
             first, late = y, out
         target.write(int(first * scale), late)
 
-    def strips(self, source: _Map, step: Callable[[Tensor, slice, int], Any], scale: int = 1) -> Iterator[tuple[int, Any]]:
+    def strips(
+        self, source: _Map | _Padded, step: Callable[[Tensor, slice, int], Any], scale: int = 1
+    ) -> Iterator[tuple[int, Any]]:
         """y, step(x, own, y) for strips from row y on: x has a row more above and below, where there are any; own: the strip's.
 
         scale: for steps that hold more than others, by how much their strips are shorter.
@@ -376,7 +457,7 @@ class _Run:
             # Only here is the error gone, whose traceback kept the tensors of the failed step.
             self.rows = self.rows // 4 * 2
             log.info("out of memory: going on with strips of %d rows", self.rows)
-            if self.image.is_cuda:
+            if self.image.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 

@@ -97,6 +97,18 @@ def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch):
         assert (tiling.run(model, image, Plan(16, (MEMORY,) * 4, 0, 0)) - whole).abs().max() > 1e-3
 
 
+def test_convolutions_see_strips_as_channels_last(cases, monkeypatch):
+    model, image, _ = cases[0]
+    layers, strides = tiling._layers, []
+    monkeypatch.setattr(
+        tiling, "_layers", lambda stage, x, *rest: strides.append((x.stride(), x.shape)) or layers(stage, x, *rest)
+    )
+    with torch.inference_mode():
+        tiling.run(model, image, Plan(6, (FILED, PARKED, MEMORY, MEMORY), 0, 0))
+    assert len(strides) > 20
+    assert all(stride == (c * h * w, 1, c * w, c) for stride, (_, c, h, w) in strides)
+
+
 def test_less_memory_takes_more_files():
     model = create_model("restormer_base", num_blocks=(1, 1, 1, 1)).eval()
     image = torch.empty(1, 3, 2201, 3297)
