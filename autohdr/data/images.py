@@ -8,10 +8,8 @@ import contextlib
 import importlib.util
 import io
 import itertools
-import logging
 import os
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +27,8 @@ from autohdr.data import heif, raw
 from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, WRITTEN, compressible, jpeg_options
 from autohdr.data.jpeg import decode_jpeg
-from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
+from autohdr.data.libraries import heard
+from autohdr.data.metadata import ACROSS, Parts, check_sums, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
@@ -41,9 +40,6 @@ _HEAD = 64  # bytes that tell what a file is
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
-_PILLOW = Path(Image.__file__).parent
-STANDARD_ERROR = threading.Lock()
-"""Held while a photo is read by read_photo: what another thread writes to standard error meanwhile could be lost."""
 _MEGAPIXELS = 300
 
 # Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
@@ -103,9 +99,8 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
     AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
     """
     notes: list[str] = []
-    with _quiet(notes), _opened(path) as image:
-        with _silent_stderr() if isinstance(image, TiffImageFile) else contextlib.nullcontext():
-            samples, orientation = _decode(image, notes, keep_damaged)
+    with _opened(path, notes) as image:
+        samples, orientation = _decode(image, notes, keep_damaged)
         samples = _turned(samples, orientation)
         if space := _coded_space(image):
             srgb = from_float(space.to_srgb(samples[..., :3]), 8 * samples.itemsize)
@@ -135,7 +130,7 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
     photo at a half, several times as fast.
     """
     notes: list[str] = []
-    with _opened(path) as image:
+    with _opened(path, notes) as image:
         if at_least:
             image.draft(image.mode, (at_least, at_least))
         samples = _turned(*_decode(image, notes))[..., :3]
@@ -161,7 +156,7 @@ def photo_layout(path: str | Path) -> tuple[int, int, int]:
 
 def read_exif(path: str | Path) -> Image.Exif:
     """A photo's EXIF tags, by the header alone. UserError as read_photo, but for the pixels."""
-    with _quiet([]), _opened(path) as image:
+    with _opened(path) as image:
         exif = image.getexif()
         exif.get_ifd(ExifTags.IFD.Exif)  # while the file is open
         return exif
@@ -170,7 +165,7 @@ def read_exif(path: str | Path) -> Image.Exif:
 def check_photo(path: str | Path) -> tuple[int, int]:
     """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
     notes: list[str] = []
-    with _opened(path) as image:
+    with _opened(path, notes) as image:
         size = _upright(image)
         if image.format in ("JPEG", "MPO", "RAW"):
             image.draft(image.mode, (1, 1))  # reads all, without transforming every coefficient or interpolating: twice as fast
@@ -311,12 +306,15 @@ def _looks_like_a_photo(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[ImageFile]:
-    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
+def _opened(path: str | Path, notes: list[str] | None = None) -> Iterator[ImageFile]:
+    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file.
+
+    notes: to which goes what libraries say.
+    """
     try:
         if os.path.getsize(path) == 0:
             raise UserError("the file is empty")
-        with _image(path) as image:
+        with heard([] if notes is None else notes), _image(path) as image:
             if image.width * image.height > _MEGAPIXELS * 1_000_000:
                 raise UserError(f"{image.width * image.height} pixels are more than {_MEGAPIXELS} megapixels")
             yield image
@@ -355,45 +353,6 @@ def _image(path: str | Path) -> ImageFile:
     return image
 
 
-@contextlib.contextmanager
-def _quiet(notes: list[str]) -> Iterator[None]:
-    """What libraries warn of while they read a photo, and tifffile's log, as notes, once each.
-
-    Python's warnings, its logs and standard error are the whole process's: threads that read photos like this take turns, and
-    what others warn of meanwhile is passed on. Training reads in the background, and does without.
-    """
-    with STANDARD_ERROR, _noted(notes):
-        yield
-
-
-@contextlib.contextmanager
-def _noted(notes: list[str]) -> Iterator[None]:
-    log = logging.getLogger("tifffile")
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: notes.append("its tags are damaged in places")
-    propagate, log.propagate = log.propagate, False
-    log.addHandler(handler)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
-        for warning in caught:
-            if not Path(warning.filename).is_relative_to(_PILLOW):
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            elif issubclass(warning.category, UserWarning):
-                notes.append(_in_words(str(warning.message)))
-        notes[:] = dict.fromkeys(notes)
-
-
-def _in_words(message: str) -> str:
-    if "exif" in message.lower():
-        return "its EXIF is damaged: what could be read is kept"
-    return "its file has oddities: " + message.strip().splitlines()[0].rstrip(".")
-
-
 def _warn(path: str | Path, notes: list[str]) -> None:
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
@@ -407,7 +366,9 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     deep = _is_deep(image)
     if deep and isinstance(image, TiffImageFile):
         return _deep_tiff(os.fsdecode(image.filename), notes), orientation
-    if isinstance(image, raw.RawFile | heif.HeifFile):
+    if isinstance(image, raw.RawFile):
+        return image.samples(notes), orientation
+    if isinstance(image, heif.HeifFile):
         return _rgb(image.samples()), orientation
     if deep and image.format == "AVIF":
         samples = imagecodecs.avif_decode(Path(os.fsdecode(image.filename)).read_bytes())
@@ -425,6 +386,8 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
         image.load()
         orientation = 1 if turned else orientation
     else:
+        if image.format == "PNG":
+            check_sums(image)
         image.load()
     if deep:  # Pillow has read the PNG too, but as 8 bits
         return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), orientation
@@ -439,24 +402,6 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     else:
         rgb = pixels.convert("RGBA" if image.has_transparency_data else "RGB")
     return np.asarray(rgb), orientation
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """libtiff writes to the process's standard error by itself; what it says is in the error that Pillow raises, too."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _profile(image: ImageFile, notes: list[str]) -> bytes | None:

@@ -14,6 +14,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
 from autohdr.data.heif import HeifFile
 from autohdr.data.raw import RawFile
+from autohdr.errors import UserError
 
 ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
@@ -268,6 +269,21 @@ def png_chunks(image: ImageFile) -> Iterator[tuple[bytes, bytes]]:
             if len(data) < length or len(file.read(4)) < 4:
                 return
             yield kind, data
+
+
+def check_sums(image: ImageFile) -> None:
+    """UserError where a chunk of a PNG's pixels is not what its sum says; Pillow does not look."""
+    with open(image.filename, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            left, found = int.from_bytes(head[:4]), zlib.crc32(head[4:])
+            if head[4:] != b"IDAT":
+                file.seek(left + 4, 1)
+                continue
+            while left and (part := file.read(min(left, 1 << 20))):
+                left, found = left - len(part), zlib.crc32(part, found)
+            if len(expected := file.read(4)) == 4 and int.from_bytes(expected) != found:
+                raise UserError("cannot be read: its data are damaged")
 
 
 def png_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
