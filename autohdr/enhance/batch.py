@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from torch import nn
 from autohdr.data.bracket_sets import bracket_sets
 from autohdr.data.conversion import result_name
 from autohdr.data.images import KINDS, photo_layout, photos_in
-from autohdr.enhance.enhancer import Enhancer, Work, edit_files, failure
+from autohdr.enhance.enhancer import EDIT_SUFFIXES, Enhancer, Work, edit_files, failure
 from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest, Record, now
 from autohdr.enhance.overlap import overlap
 from autohdr.enhance.progress import Progress
@@ -80,7 +80,7 @@ class _Job:
     exposures: tuple[Path, ...]  # of a bracket, else the photo alone
     target: Path
     record: Record
-    replaces: bool = False  # what is in the result's place
+    there: Collection[Path] = ()  # what is in the place of the result and its edit, and may be replaced
 
 
 def enhance(
@@ -151,7 +151,7 @@ def enhance(
     with ThreadPoolExecutor(jobs) as pool:
         sets, words = ({}, {}) if brackets == "off" else _gather(targets, brackets, pool)
         edits = _property_edits(targets, sets, enhancer, pool) if property else {}
-        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), on_exists)
+        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), enhancer.save_edit, on_exists)
         found = list(pool.map(fates, sorted(targets)[part]))
     refused = [job for job in found if job.record.status == SKIPPED]
     if refused and on_exists == "error":
@@ -246,15 +246,18 @@ class _Stages:
         record.result_sha256 = hashlib.sha256(encoded).hexdigest()
         record.megapixels = work.photo.pixels.shape[0] * work.photo.pixels.shape[1] / 1e6
         record.warnings += work.photo.notes
-        if not job.replaces and os.path.lexists(job.target):
-            raise UserError(f"{job.target} has appeared meanwhile")
+        texts = edit_files(work.edit, self.enhancer.strength) if work.edit else {}
+        edits = {job.target.with_suffix(suffix): text for suffix, text in texts.items()}
+        record.edits = {path.name: hashlib.sha256(text.encode()).hexdigest() for path, text in edits.items()}
+        for path in (job.target, *edits):
+            if path not in job.there and os.path.lexists(path):
+                raise UserError(f"{path} has appeared meanwhile")
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        if work.edit:
-            for suffix, text in edit_files(work.edit, self.enhancer.strength).items():
-                write_text(job.target.with_suffix(suffix), text)
         with replacing(job.target) as part:
             part.write_bytes(encoded)
             self.manifest.claim(record)
+            for path, text in edits.items():
+                write_text(path, text)
         record.seconds += time.perf_counter() - started
         return record
 
@@ -270,7 +273,11 @@ class _Fates:
     edits: Mapping[Path, Edit]  # of a folder of results, its property's
     out_dir: Path
     identity: Mapping[str, Any]
+    save_edit: bool
     on_exists: str
+
+    def __post_init__(self) -> None:
+        self.stems = {target.with_suffix("") for target in self.targets}
 
     def __call__(self, target: Path) -> _Job:
         source, reason = self.targets[target], ""
@@ -279,23 +286,27 @@ class _Fates:
             name = str(place.relative_to(self.out_dir))
             record = Record(os.path.abspath(source), name, PENDING, **identity)
             record.warnings += [self.words[source]] if source in self.words else []
-            if not os.path.lexists(place):
-                return _Job(source, exposures, place, record)
-            record.replaced_sha256 = there = _sha256(place)
-            line = self.known.get(name)
-            reason = f"{place} exists already and is not what a manifest says of this photo"
-            if self.on_exists == "overwrite":
-                return _Job(source, exposures, place, record, replaces=True)
+            edits = [place.with_suffix(suffix) for suffix in EDIT_SUFFIXES if self.save_edit]
+            hashes = {path: _sha256(path) for path in (place, *edits) if os.path.lexists(path)}
+            record.replaced_sha256 = there = hashes.get(place, "")
+            record.replaced_edits = {path.name: hashes[path] for path in edits if path in hashes}
+            job, line = _Job(source, exposures, place, record, hashes), self.known.get(name)
+            foreign = [path for path in edits if path in hashes and not (line and line.has_edit(path.name, hashes[path]))]
+            reason = f"{(foreign or [place])[0]} exists already and is not what a manifest says of this photo"
+            if self.on_exists == "overwrite" or place not in hashes and not foreign:
+                return job
             if line and there and line.status in (WRITTEN, PENDING) and there == line.result_sha256:
                 changed = self._changed(exposures, line, identity)
+                changed += ["the edit beside it"] if not changed and set(edits) - set(hashes) else []
                 if not changed:
                     return _Job(source, exposures, place, replace(line, status=WRITTEN))
-                reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
-                if self.on_exists == "skip":
+                if not foreign:
+                    reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
+                if self.on_exists == "skip" and not foreign:
                     record.warnings.append(f"made anew: since its result was made, changed: {', '.join(changed)}")
-                    return _Job(source, exposures, place, record, replaces=True)
-            elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256:  # it was to be replaced
-                return _Job(source, exposures, place, record, replaces=True)
+                    return job
+            elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256 and not foreign:
+                return job  # it was to be replaced
             if self.on_exists != "rename":
                 break
         record = Record(os.path.abspath(source), str(target.relative_to(self.out_dir)), SKIPPED, reason)
@@ -304,7 +315,8 @@ class _Fates:
     def _places(self, target: Path) -> Iterator[Path]:
         yield target
         for number in count(1):
-            if (place := target.with_stem(f"{target.stem}-{number}")) not in self.targets:
+            place = target.with_stem(f"{target.stem}-{number}")
+            if place not in self.targets and not (self.save_edit and place.with_suffix("") in self.stems):
                 yield place
 
     def _identity(self, target: Path) -> dict[str, Any]:

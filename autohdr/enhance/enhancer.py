@@ -31,6 +31,7 @@ from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
 CUBE_SIDE = 33
+EDIT_SUFFIXES = (".json", ".cube")
 GLIMPSE = 512  # pixels a side that a thumbnail is made of
 PLANNED_TOO_LITTLE = 1.5  # times what is planned, a pass of a small photo takes on a CPU at most
 
@@ -269,7 +270,7 @@ def failure(error: Exception, path: Path) -> str:
 
 
 def edit_files(edit: Edit, strength: float) -> dict[str, str]:
-    """An edit as the texts of two files, by their suffixes: JSON, and a look-up table that editors take."""
+    """An edit as the texts of two files, by EDIT_SUFFIXES: JSON, and a look-up table that editors take."""
     with torch.inference_mode():
         steps = torch.linspace(0, 1, CUBE_SIDE)
         blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
@@ -278,7 +279,7 @@ def edit_files(edit: Edit, strength: float) -> dict[str, str]:
         table = (colours + strength * (edited - colours)).clamp(0, 1).flatten(2)[0].T.tolist()
     parts = {"curves": edit.curves[0].tolist(), "matrix": edit.matrix[0].tolist(), "strength": strength}
     lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
-    return {".json": json.dumps(parts) + "\n", ".cube": "\n".join(lines) + "\n"}
+    return dict(zip(EDIT_SUFFIXES, (json.dumps(parts) + "\n", "\n".join(lines) + "\n"), strict=True))
 
 
 def _digest(model: nn.Module) -> str:
