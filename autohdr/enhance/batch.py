@@ -12,9 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autohdr.data.bracket_sets import bracket_sets
 from autohdr.data.conversion import result_name
@@ -26,7 +24,7 @@ from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, sha256, write_text
 from autohdr.measure import check_workers, cores, free_bytes
-from autohdr.models.lite import Edit, Prediction, of_property
+from autohdr.models.lite import Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
 
 BRACKETS = ("off", "auto", "3", "5")
@@ -111,8 +109,9 @@ def enhance(
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
     result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
-    property: the photos of a folder of results are of one property: their edits share white balance and exposure, by going up to
-    half of the way to the median of the folder's (lite.of_property, lite.shared). Another photo there makes all of them anew.
+    property: the photos of a folder of results are of one property: each edit is changed so that the photo's walls come nearer,
+    in tint and lightness, to what the folder's become in the median (lite.of_property, lite.shared). Where another photo
+    changes that, all of them are made anew.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
     since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
     everything is made anew, also what was done before. "rename": the result gets the first free name of NAME-1, NAME-2, ...
@@ -150,8 +149,8 @@ def enhance(
         clear_abandoned(folder)
     with ThreadPoolExecutor(jobs) as pool:
         sets, words = ({}, {}) if brackets == "off" else _gather(targets, brackets, pool)
-        edits = _property_edits(targets, sets, enhancer, pool) if property else {}
-        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), enhancer.save_edit, on_exists)
+        looks = _property_looks(targets, sets, enhancer, pool) if property else {}
+        fates = _Fates(manifest.read(), targets, sets, words, looks, out_dir, enhancer.identity(), enhancer.save_edit, on_exists)
         found = list(pool.map(fates, sorted(targets)[part]))
     refused = [job for job in found if job.record.status == SKIPPED]
     if refused and on_exists == "error":
@@ -166,7 +165,7 @@ def enhance(
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
-            stages = _Stages(enhancer, manifest, edits, signalled)
+            stages = _Stages(enhancer, manifest, looks, signalled)
             flights = overlap(
                 todo, stages.read, stages.run, stages.write, threads=jobs, cost=stages.bytes, budget=budget, stopped=signalled
             )
@@ -207,7 +206,7 @@ class _Stages:
 
     enhancer: Enhancer
     manifest: Manifest
-    edits: Mapping[Path, Edit]  # of a folder of results, its property's
+    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
     signalled: Deferred
 
     def bytes(self, job: _Job) -> int:
@@ -224,7 +223,7 @@ class _Stages:
         started = time.perf_counter()
         job.record.source_sha256, job.record.exposures = _hashes(job.exposures)
         work = self.enhancer.read(*job.exposures)
-        work.shared = self.edits.get(job.target.parent)
+        work.look = self.looks.get(job.target.parent)
         job.record.seconds += time.perf_counter() - started
         return job, work
 
@@ -270,7 +269,7 @@ class _Fates:
     targets: Mapping[Path, Path]  # of each result, the photo
     sets: Mapping[Path, tuple[Path, ...]]  # of a photo, the exposures of its bracket
     words: Mapping[Path, str]  # on a photo that may be of a bracket
-    edits: Mapping[Path, Edit]  # of a folder of results, its property's
+    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
     out_dir: Path
     identity: Mapping[str, Any]
     save_edit: bool
@@ -320,11 +319,10 @@ class _Fates:
                 yield place
 
     def _identity(self, target: Path) -> dict[str, Any]:
-        """With what is left of a property's edit once other machines' rounding is taken out."""
-        edit = self.edits.get(target.parent)
-        numbers = np.round(torch.cat([edit.curves.flatten(), edit.matrix.flatten()]).tolist(), 3) if edit else None
-        digest = None if numbers is None else hashlib.sha256(numbers.tobytes()).hexdigest()
-        return {**self.identity, "options": {**self.identity["options"], "property": digest}}
+        """With the look of its property, as a colour."""
+        look = self.looks.get(target.parent)
+        colour = None if look is None else "#" + "".join(f"{round(255 * channel):02x}" for channel in look.tolist())
+        return {**self.identity, "options": {**self.identity["options"], "property": colour}}
 
     def _changed(self, exposures: tuple[Path, ...], line: Record, identity: Mapping[str, Any]) -> list[str]:
         same = {"the model": line.model == identity["model"], "the options": line.options == identity["options"]}
@@ -357,16 +355,16 @@ def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[d
     return sets, words
 
 
-def _property_edits(
+def _property_looks(
     targets: Mapping[Path, Path], sets: Mapping[Path, tuple[Path, ...]], enhancer: Enhancer, pool: Executor
-) -> dict[Path, Edit]:
+) -> dict[Path, Tensor]:
     """Of each folder of results, where there is one."""
     places = sorted(targets)
     predictions = pool.map(enhancer.glimpse, [sets.get(targets[place], (targets[place],)) for place in places])
     by_folder: dict[Path, list[Prediction]] = {}
     for place, prediction in zip(places, predictions, strict=True):
         by_folder.setdefault(place.parent, []).extend([prediction] if prediction else [])
-    return {folder: edit for folder, predicted in by_folder.items() if (edit := of_property(predicted))}
+    return {folder: look for folder, predicted in by_folder.items() if (look := of_property(predicted)) is not None}
 
 
 def _find(paths: list[Path], out_dir: Path, save_edit: bool, format: str) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:

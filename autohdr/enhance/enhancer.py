@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Work:
-    """A photo on its way. seen: its pixels in sRGB, not cut off. after: what the model made. shared: its property's edit."""
+    """A photo on its way. seen: its pixels in sRGB, not cut off. after: what the model made. look: its property's."""
 
     photo: Photo
     space: ColourSpace | None
     seen: np.ndarray
     after: np.ndarray | None = None
     edit: Edit | None = None
-    shared: Edit | None = None
+    look: Tensor | None = None
 
 
 class Enhancer:
@@ -135,7 +135,7 @@ class Enhancer:
         if self.model is None:
             work.after = auto_tone(shown)
         else:
-            work.after, prediction = self._predict(self.model, shown, work.shared)
+            work.after, prediction = self._predict(self.model, shown, work.look)
             if prediction:
                 work.edit = prediction.edit if self.save_edit else None
                 work.photo.notes += _doubts(prediction)
@@ -203,9 +203,7 @@ class Enhancer:
             image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
             return self.model.predict(image) if isinstance(self.model, Lite) else None
 
-    def _predict(
-        self, model: nn.Module, pixels: np.ndarray, property_edit: Edit | None = None
-    ) -> tuple[np.ndarray, Prediction | None]:
+    def _predict(self, model: nn.Module, pixels: np.ndarray, look: Tensor | None = None) -> tuple[np.ndarray, Prediction | None]:
         """The model on one photo, and what a Lite predicted of it, with the edit that is made.
 
         (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
@@ -214,7 +212,7 @@ class Enhancer:
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             prediction = model.predict(image) if isinstance(model, Lite) else None
             if prediction:
-                edit = shared(prediction, property_edit) if property_edit else prediction.edit
+                edit = prediction.edit if look is None else shared(prediction, look)
                 prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
                 output = apply_edit(image, *prediction.edit)
             elif works_in_strips(model):
