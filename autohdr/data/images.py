@@ -367,7 +367,7 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     if deep and isinstance(image, TiffImageFile):
         return _deep_tiff(os.fsdecode(image.filename), notes), orientation
     if isinstance(image, raw.RawFile):
-        return image.samples(notes), orientation
+        return _rgb(image.samples(notes)), orientation
     if isinstance(image, heif.HeifFile):
         return _rgb(image.samples()), orientation
     if deep and image.format == "AVIF":

@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from autohdr.cli import main
+from autohdr.data.images import check_photo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from formats import write_dng  # noqa: E402
@@ -194,5 +195,4 @@ def test_photos_damaged_at_random(tmp_path, capfd, count, seed):
     written, results = check_batch(tmp_path / "in", tmp_path / "out", capfd)
     assert written == readable and len(written) > count / 8
     for name in results:
-        with Image.open(tmp_path / "out" / name) as image:
-            image.load()
+        check_photo(tmp_path / "out" / name)
