@@ -94,9 +94,9 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
 
     as_stored: leave its pixels the uint8 or uint16 samples that they are in the file, a quarter or half of the memory.
     keep_damaged: read what there is of a JPEG whose data are damaged, with a note.
-    A TIFF in floating point (float16, float32) is taken as its profile says, as sRGB without one; 0 is black and 1 white, and
-    what lies beyond is cut off, with a note. A raw photo comes with 16 bits, in sRGB, developed without a look. Colours that an
-    AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
+    A TIFF in floating point (float16, float32) is linear light or encoded as its profile says, and taken as sRGB without one,
+    with a note; 0 is black and 1 white, and what lies beyond is cut off, with another. A raw photo comes with 16 bits, in sRGB,
+    developed without a look. Colours that an AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
     """
     notes: list[str] = []
     with _opened(path, notes) as image:
@@ -492,6 +492,8 @@ def _deep_tiff(path: str, notes: list[str]) -> np.ndarray:
                 raise UserError("expected finite pixels, got NaN or infinity")
             if samples.min() < 0 or samples.max() > 1:
                 notes.append("what lies below 0 or above 1 is cut off")
+            if ExifTags.Base.InterColorProfile not in page.tags:
+                notes.append("no profile says whether its numbers are linear light: they are taken as sRGB's")
             samples = samples.clip(0, 1)
         if page.axes == "SYX":
             samples = np.moveaxis(samples, 0, 2)
