@@ -349,7 +349,7 @@ def _image(path: str | Path) -> ImageFile:
         return heif.HeifFile(path)
     image = Image.open(path, formats=tuple(ENCODERS))
     if kind == "AVIF":
-        image.info |= heif.avif_info(path)
+        image.info |= heif.avif_info(path) | {"gain_map": b"tmap" in heif.brands_of(head)}
     return image
 
 

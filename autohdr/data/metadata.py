@@ -12,7 +12,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
-from autohdr.data.heif import HeifFile
+from autohdr.data.heif import NO_GAIN_MAP, HeifFile
 from autohdr.data.raw import RawFile
 from autohdr.errors import UserError
 
@@ -247,7 +247,7 @@ def parts_of(image: ImageFile, orientation: int, height: int, width: int) -> Par
     elif image.format in ("WEBP", "AVIF", "HEIF", "RAW"):
         parts.extra = (("xmp", upright_xmp(xmp, height, width)),) if (xmp := _xmp(image)) else ()
         parts.options = {"lossless": True} if image.format == "WEBP" and _is_lossless(image) else {}
-        parts.notes += image.left_out() if isinstance(image, HeifFile) else []
+        parts.notes += image.left_out() if isinstance(image, HeifFile) else [NO_GAIN_MAP] * image.info.get("gain_map", False)
     else:
         parts.extra = tuple(_jpeg_extra(image, height, width, parts.notes))
         if "jfif_unit" in image.info and image.info["jfif_unit"] in (0, 1, 2):
@@ -352,6 +352,8 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
     for name, data in image.applist:
         if name == "APP1" and data.startswith(XMP_NAME):
             gain_map |= b"hdrgm:Version" in data
+            if re.search(rb"GCamera:(MotionPhoto|MicroVideo)\b\s*(=\s*['\"]|>)\s*1", data):
+                notes.append("its film is not in the result")
             if len(packet := XMP_NAME + upright_xmp(data[len(XMP_NAME) :], height, width)) > SEGMENT:
                 notes.append("its XMP is too long and is not kept")
             else:
@@ -366,7 +368,7 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
             yield 0xFE, data
     yield from ((0xED, segment) for segment in photoshop_segments(upright_resources(blocks)))
     if gain_map:
-        notes.append("its gain map is not in the result, which is the picture for usual screens")
+        notes.append(NO_GAIN_MAP)
     elif image.format == "MPO":
         notes.append(f"of its {image.n_frames} pictures the first is in the result")
 
