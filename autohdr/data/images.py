@@ -127,7 +127,7 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
     """The pixels alone, in sRGB: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
 
     at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, and a raw
-    photo at a half, several times as fast.
+    photo at a half, several times as fast. Of such a glance no note is warned of: they are for those who read the photo.
     """
     notes: list[str] = []
     with _opened(path, notes) as image:
@@ -139,7 +139,8 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
         if space or samples.dtype.kind == "f":
             pixels = space.to_srgb(samples) if space else samples
             samples = from_float(pixels, 8 if samples.dtype == np.uint8 else 16)
-    _warn(path, notes)
+    if not at_least:
+        _warn(path, notes)
     return samples
 
 

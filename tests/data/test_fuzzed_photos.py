@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import imagecodecs
@@ -16,7 +17,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from autohdr.cli import main
-from autohdr.data.images import check_photo
+from autohdr.data.images import read_photo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from formats import write_dng  # noqa: E402
@@ -170,7 +171,9 @@ def check_reading(folder):
 def check_batch(folder, out, capfd):
     """The same through the command line."""
     capfd.readouterr()
-    assert main(["enhance", str(folder), "--out", str(out), "--json"]) == 1
+    with warnings.catch_warnings(record=True) as warned:
+        assert main(["enhance", str(folder), "--out", str(out), "--json", "--property", "--brackets", "auto"]) == 1
+    assert [str(warning.message) for warning in warned] == []
     printed, said = capfd.readouterr()
     result = json.loads(printed)
     photos = {str(path) for path in folder.iterdir()}
@@ -195,4 +198,4 @@ def test_photos_damaged_at_random(tmp_path, capfd, count, seed):
     written, results = check_batch(tmp_path / "in", tmp_path / "out", capfd)
     assert written == readable and len(written) > count / 8
     for name in results:
-        check_photo(tmp_path / "out" / name)
+        read_photo(tmp_path / "out" / name)
