@@ -259,8 +259,8 @@ def enhance(
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
         brackets: Exposures of one picture become one result, with the name of the middle one: as many as there are, 3 or 5.
             Told by EXIF, with a number by what they show too; what can't be told stays single photos, and a line says so.
-        property: The photos of a folder are of one property: their edits share white balance and exposure, up to half of each.
-            Best where the camera's white balance was the same for all.
+        property: The photos of a folder are of one property: their edits are changed, within bounds, so that the walls come out
+            of nearly one tint and lightness.
         keep_white_balance: Leave the photo's own white balance: what is a neutral grey stays one.
         on_exists: What to do where a result exists and was not done before, by the same model and options from the same photo:
             skip the photo (but make anew what OUT/autohdr.jsonl knows and nobody has changed since), overwrite everything, also

@@ -161,11 +161,12 @@ def test_a_result_that_appears_meanwhile_is_left_alone(photos):
 
 
 KILLED = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 from PIL import Image
 from autohdr.enhance import enhance
 from autohdr.enhance.manifest import Manifest
+from autohdr.models.weights import SHIPPED
 
 def end():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -194,32 +195,82 @@ def die(kind, number):
         os.replace = counted
 
 inputs, root = Path(sys.argv[1]), Path(sys.argv[2])
-for kind, most in (("before", 5), ("after", 5), ("within", 6)):  # begin, three photos, end; and two lines a photo
+photos, files, settings = 3, 1, {}
+if sys.argv[4] == "edits":
+    photos, files, settings = 1, 3, {"model": SHIPPED, "save_edit": True}
+replaced = 1 + photos * files + 1  # begin, what is written, end
+kills = {"before": replaced, "after": replaced, "within": 2 * photos}  # two lines a photo
+if sys.argv[3] == "changed":
+    enhance([inputs], root / "first", strength=0.5, progress=False, **settings)
+for kind, most in list(kills.items())[files > 1 :]:
     for number in range(1, most + 1):
         out = root / f"{kind}{number}"
+        if (root / "first").exists():
+            shutil.copytree(root / "first", out)
         if os.fork() == 0:
-            if sys.argv[3] == "changed":
-                enhance([inputs], out, strength=0.5, progress=False)
             die(kind, number)
-            enhance([inputs], out, progress=False, jobs=1)
+            enhance([inputs], out, progress=False, jobs=1, **settings)
             os._exit(0)
         assert os.wait()[1] == signal.SIGKILL, (kind, number)
 """
 
 
-@pytest.mark.parametrize("before", ["new", "changed"])
-def test_a_kill_anywhere(photos, before):
+@pytest.mark.parametrize("before, what", [("new", "photos"), ("changed", "photos"), ("changed", "edits")])
+def test_a_kill_anywhere(photos, before, what):
     """Into an empty folder, and over results that are out of date: the rerun finishes, and nothing is there but whole results."""
-    command = [sys.executable, "-c", KILLED, str(photos / "in"), str(photos / "killed"), before]
+    inputs, settings = (photos / "in", {}) if what == "photos" else (photos / "in/sub", {"save_edit": True})
+    command = [sys.executable, "-c", KILLED, str(inputs), str(photos / "killed"), before, what]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    whole = run(photos)
+    model = load_checkpoint() if settings else None
+    whole = enhance([inputs], photos / "out", model, progress=False, **settings)
+    names = {str(path.relative_to(photos / "out")) for path in (photos / "out").rglob("*.*")}
+    assert names == (
+        {"autohdr.jsonl", "c.json", "c.cube", "c.png"} if settings else {"autohdr.jsonl", "a.png", "b.png", "sub/c.png"}
+    )
     for out in sorted((photos / "killed").iterdir()):
-        result = enhance([photos / "in"], out, progress=False)
-        assert len(result.done_before) + len(result.written) == 3 and not result.skipped and not result.failed, out
-        assert {line["status"] for line in lines(out).values()} == {"written"} and len(lines(out)) == 3
-        assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {"autohdr.jsonl", "a.png", "b.png", "sub/c.png"}
-        for path in whole.written:
-            assert (out / path.relative_to(photos / "out")).read_bytes() == path.read_bytes()
+        result = enhance([inputs], out, model, progress=False, **settings)
+        count = len(result.done_before) + len(result.written)
+        assert count == len(whole.written) and not result.skipped and not result.failed, out
+        assert {line["status"] for line in lines(out).values()} == {"written"} and len(lines(out)) == count
+        assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == names
+        for name in names - {"autohdr.jsonl"}:
+            assert (out / name).read_bytes() == (photos / "out" / name).read_bytes()
+
+
+def test_an_edits_files_go_by_the_rule_of_the_photos(photos):
+    """Foreign ones, and ones that somebody carried on with, are neither overwritten nor left unsaid."""
+    model, out = load_checkpoint(), photos / "out"
+
+    def again(**options):
+        return enhance([photos / "in/a.png", photos / "in/b.png"], out, model, progress=False, save_edit=True, **options)
+
+    out.mkdir()
+    (out / "a.json").write_text("precious")
+    result = again()
+    assert counts(result) == (0, 1, 1, 0) and f"{out / 'a.json'} exists already" in result.skipped[0][1]
+    assert not (out / "a.png").exists() and not (out / "a.cube").exists()
+    with pytest.raises(UserError, match="1 results exist already\n.*a.json exists already"):
+        again(on_exists="error")
+    (out / "a-1.cube").write_text("precious")
+    assert [path.name for path in again(on_exists="rename").written] == ["a-2.png"]
+    assert counts(again(on_exists="rename")) == (2, 0, 0, 0)
+    (out / "b.cube").write_text("carried on")
+    assert counts(again(on_exists="rename")) == (2, 0, 0, 0)
+    assert [path.name for path, _ in again(strength=0.5).skipped] == ["a.png", "b.png"]
+    assert [(out / name).read_text() for name in ("a.json", "a-1.cube", "b.cube")] == ["precious", "precious", "carried on"]
+    assert counts(again(on_exists="overwrite")) == (0, 2, 0, 0)
+    assert "curves" in (out / "a.json").read_text() and "LUT" in (out / "b.cube").read_text()
+    assert counts(again()) == (2, 0, 0, 0)
+    (out / "b.json").unlink()
+    result = again()
+    assert counts(result) == (1, 1, 0, 0) and result.notes[0][1].endswith("changed: the edit beside it")
+    assert counts(again(strength=0.5)) == (0, 2, 0, 0) and '"strength": 0.5' in (out / "a.json").read_text()
+    model.predict = lambda image: (out / "a.json").write_text("precious") and type(model).predict(model, image)
+    (out / "a.png").unlink()
+    (out / "a.json").unlink()
+    result = again(strength=0.5)
+    assert counts(result) == (1, 0, 0, 1) and result.failed[0][1] == f"{out / 'a.json'} has appeared meanwhile"
+    assert (out / "a.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

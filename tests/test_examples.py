@@ -1,9 +1,12 @@
 """The examples, as a user starts them, at a small size: what they print is what they claim."""
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +78,46 @@ def test_enhance_says_what_is_wrong_without_a_traceback(tmp_path):
     assert "absent.jpg: expected a photo" in printed and "Traceback" not in printed
 
 
+@pytest.mark.drill
+def test_a_ray_cluster_that_loses_a_node_does_every_photo_once(tmp_path):
+    """Two nodes on this machine, of which one is killed once a result is there; then the same call again has nothing to do."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs ray[data]")
+    for number in range(40):
+        level = 40 + 4 * number
+        path = tmp_path / f"in/{number % 2}/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((900, 1200, 3), (level, level - 9, level - 20), np.uint8)).save(path)
+    (tmp_path / "in/damaged.jpg").write_bytes(path.read_bytes()[:5000])
+    nodes = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=nodes)
+    other = cluster.add_node(**nodes)
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "examples/ray_enhance.py", tmp_path / "in", "--out", tmp_path / "out"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        with subprocess.Popen(command, env=environment, **output) as running:
+            while running.poll() is None and not list(tmp_path.glob("out/*/*.jpg")):
+                time.sleep(0.1)
+            cluster.remove_node(other, allow_graceful=False)
+            assert running.poll() is None
+            printed = running.communicate(timeout=400)[0]
+        assert running.returncode == 1 and printed.splitlines()[-1].endswith("out: 40 written, 1 failed"), printed
+        assert f"failed {tmp_path / 'in/damaged.jpg'}: the JPEG is damaged" in printed
+        lines = [json.loads(line) for line in (tmp_path / "out/autohdr.jsonl").read_text().splitlines()]
+        assert len({line["source"] for line in lines}) == len({line["result"] for line in lines}) == len(lines) == 41
+        written = {line["result"]: line["result_sha256"] for line in lines if line["status"] == "written"}
+        files = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*.jpg")}
+        assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == written
+        (tmp_path / "in/damaged.jpg").unlink()
+        times = {path: path.stat().st_mtime_ns for path in files.values()}
+        again = subprocess.run(command, env=environment, timeout=400, **output)
+        assert again.returncode == 0 and again.stdout.splitlines()[-1].endswith("out: 40 written, 0 failed"), again.stdout
+        assert {path: path.stat().st_mtime_ns for path in files.values()} == times
+    finally:
+        cluster.shutdown()
+
+
 def test_every_example_is_tested_and_named_in_the_readme():
     examples, readme = sorted(path.name for path in ROOT.glob("examples/*.py")), (ROOT / "README.md").read_text("utf-8")
-    assert examples == ["enhance_from_python.py", "op_with_autograd.py", "own_training_loop.py"]
+    assert examples == ["enhance_from_python.py", "op_with_autograd.py", "own_training_loop.py", "ray_enhance.py"]
     assert all(f"examples/{name}" in readme for name in examples)

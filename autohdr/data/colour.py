@@ -138,7 +138,8 @@ def _of_profile(icc_profile: bytes) -> ColourSpace | None:
     if (kind := icc_profile[ICC_SPACE]) not in (b"RGB ", b"GRAY"):
         return None
     try:
-        space = _of_tags(icc_profile, kind == b"GRAY")
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            space = _of_tags(icc_profile, kind == b"GRAY")
         colours = np.stack(np.meshgrid(*[np.linspace(0, 1, 18, dtype=np.float32)] * 3), -1).reshape(18, -1, 3)
         colours = colours[:, :18] if space.grey else colours
         near = np.abs(space.to_srgb(colours) - colours).max() < 1 / 255

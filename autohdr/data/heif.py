@@ -11,6 +11,7 @@ from PIL.ImageFile import ImageFile
 from autohdr.errors import UserError
 
 SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+NO_GAIN_MAP = "its gain map is not in the result, which is the picture for usual screens"
 _BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
 
@@ -45,7 +46,7 @@ class HeifFile(ImageFile):
             parts.append(f"of its {self.n_frames} pictures the first is in the result")
         kinds = list(self.info.get("aux", ()))
         if any("gainmap" in kind.lower() for kind in kinds):
-            parts.append("its gain map is not in the result, which is the picture for usual screens")
+            parts.append(NO_GAIN_MAP)
         if self.info.get("depth_images") or any("gainmap" not in kind.lower() for kind in kinds):
             parts.append("its depth map and masks are not in the result")
         if self.info.get("metadata"):
@@ -55,10 +56,15 @@ class HeifFile(ImageFile):
 
 def container(head: bytes) -> str:
     """HEIF or AVIF by a file's first bytes, 32 or more; empty for anything else."""
-    if head[4:8] != b"ftyp":
-        return ""
-    brands = {head[8:12]} | {head[at : at + 4] for at in range(16, min(len(head), int.from_bytes(head[:4])), 4)}
+    brands = brands_of(head)
     return "AVIF" if brands & {b"avif", b"avis"} else "HEIF" if brands & _BRANDS else ""
+
+
+def brands_of(head: bytes) -> set[bytes]:
+    """What kinds of file a HEIC or an AVIF says that it is; `tmap` has a gain map."""
+    if head[4:8] != b"ftyp":
+        return set()
+    return {head[8:12]} | {head[at : at + 4] for at in range(16, min(len(head), int.from_bytes(head[:4])), 4)}
 
 
 def avif_info(path: str | Path) -> dict[str, Any]:

@@ -8,10 +8,8 @@ import contextlib
 import importlib.util
 import io
 import itertools
-import logging
 import os
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +27,8 @@ from autohdr.data import heif, raw
 from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, WRITTEN, compressible, jpeg_options
 from autohdr.data.jpeg import decode_jpeg
-from autohdr.data.metadata import ACROSS, Parts, orientation_of, parts_of, png_chunks
+from autohdr.data.libraries import heard
+from autohdr.data.metadata import ACROSS, Parts, check_sums, orientation_of, parts_of, png_chunks
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
@@ -41,9 +40,6 @@ _HEAD = 64  # bytes that tell what a file is
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
 _PNG_DEPTH = 24  # where the IHDR chunk holds the bit depth
-_PILLOW = Path(Image.__file__).parent
-STANDARD_ERROR = threading.Lock()
-"""Held while a photo is read by read_photo: what another thread writes to standard error meanwhile could be lost."""
 _MEGAPIXELS = 300
 
 # Pillow warns above this and refuses above twice this. 100-megapixel cameras are real; 300 megapixels are an accident.
@@ -99,14 +95,13 @@ def read_photo(path: str | Path, as_stored: bool = False, keep_damaged: bool = F
 
     as_stored: leave its pixels the uint8 or uint16 samples that they are in the file, a quarter or half of the memory.
     keep_damaged: read what there is of a JPEG whose data are damaged, with a note.
-    A TIFF in floating point (float16, float32) is taken as its profile says, as sRGB without one; 0 is black and 1 white, and
-    what lies beyond is cut off, with a note. A raw photo comes with 16 bits, in sRGB, developed without a look. Colours that an
-    AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
+    A TIFF in floating point (float16, float32) is linear light or encoded as its profile says, and taken as sRGB without one,
+    with a note; 0 is black and 1 white, and what lies beyond is cut off, with another. A raw photo comes with 16 bits, in sRGB,
+    developed without a look. Colours that an AVIF or a HEIC names by numbers alone are converted to sRGB, with a note.
     """
     notes: list[str] = []
-    with _quiet(notes), _opened(path) as image:
-        with _silent_stderr() if isinstance(image, TiffImageFile) else contextlib.nullcontext():
-            samples, orientation = _decode(image, notes, keep_damaged)
+    with _opened(path, notes) as image:
+        samples, orientation = _decode(image, notes, keep_damaged)
         samples = _turned(samples, orientation)
         if space := _coded_space(image):
             srgb = from_float(space.to_srgb(samples[..., :3]), 8 * samples.itemsize)
@@ -133,10 +128,10 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
     """The pixels alone, in sRGB: (H, W, 3) uint8 or uint16, upright, without alpha. UserError as read_photo.
 
     at_least: where this many pixels a side are enough, a JPEG comes at a half, a quarter or an eighth of its size, and a raw
-    photo at a half, several times as fast.
+    photo at a half, several times as fast. Of such a glance no note is warned of: they are for those who read the photo.
     """
     notes: list[str] = []
-    with _opened(path) as image:
+    with _opened(path, notes) as image:
         if at_least:
             image.draft(image.mode, (at_least, at_least))
         samples = _turned(*_decode(image, notes))[..., :3]
@@ -145,7 +140,8 @@ def read_samples(path: str | Path, at_least: int = 0) -> np.ndarray:
         if space or samples.dtype.kind == "f":
             pixels = space.to_srgb(samples) if space else samples
             samples = from_float(pixels, 8 if samples.dtype == np.uint8 else 16)
-    _warn(path, notes)
+    if not at_least:
+        _warn(path, notes)
     return samples
 
 
@@ -162,7 +158,7 @@ def photo_layout(path: str | Path) -> tuple[int, int, int]:
 
 def read_exif(path: str | Path) -> Image.Exif:
     """A photo's EXIF tags, by the header alone. UserError as read_photo, but for the pixels."""
-    with _quiet([]), _opened(path) as image:
+    with _opened(path) as image:
         exif = image.getexif()
         exif.get_ifd(ExifTags.IFD.Exif)  # while the file is open
         return exif
@@ -171,7 +167,7 @@ def read_exif(path: str | Path) -> Image.Exif:
 def check_photo(path: str | Path) -> tuple[int, int]:
     """Decodes all of a photo and returns its upright (height, width). UserError as read_photo."""
     notes: list[str] = []
-    with _opened(path) as image:
+    with _opened(path, notes) as image:
         size = _upright(image)
         if image.format in ("JPEG", "MPO", "RAW"):
             image.draft(image.mode, (1, 1))  # reads all, without transforming every coefficient or interpolating: twice as fast
@@ -317,12 +313,15 @@ def _looks_like_a_photo(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[ImageFile]:
-    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file."""
+def _opened(path: str | Path, notes: list[str] | None = None) -> Iterator[ImageFile]:
+    """A file as a Pillow image, not yet decoded. What goes wrong in the block becomes a UserError naming the file.
+
+    notes: to which goes what libraries say.
+    """
     try:
         if os.path.getsize(path) == 0:
             raise UserError("the file is empty")
-        with _image(path) as image:
+        with heard([] if notes is None else notes), _image(path) as image:
             if image.width * image.height > _MEGAPIXELS * 1_000_000:
                 raise UserError(f"{image.width * image.height} pixels are more than {_MEGAPIXELS} megapixels")
             yield image
@@ -357,47 +356,8 @@ def _image(path: str | Path) -> ImageFile:
         return heif.HeifFile(path)
     image = Image.open(path, formats=tuple(ENCODERS))
     if kind == "AVIF":
-        image.info |= heif.avif_info(path)
+        image.info |= heif.avif_info(path) | {"gain_map": b"tmap" in heif.brands_of(head)}
     return image
-
-
-@contextlib.contextmanager
-def _quiet(notes: list[str]) -> Iterator[None]:
-    """What libraries warn of while they read a photo, and tifffile's log, as notes, once each.
-
-    Python's warnings, its logs and standard error are the whole process's: threads that read photos like this take turns, and
-    what others warn of meanwhile is passed on. Training reads in the background, and does without.
-    """
-    with STANDARD_ERROR, _noted(notes):
-        yield
-
-
-@contextlib.contextmanager
-def _noted(notes: list[str]) -> Iterator[None]:
-    log = logging.getLogger("tifffile")
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: notes.append("its tags are damaged in places")
-    propagate, log.propagate = log.propagate, False
-    log.addHandler(handler)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
-        for warning in caught:
-            if not Path(warning.filename).is_relative_to(_PILLOW):
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            elif issubclass(warning.category, UserWarning):
-                notes.append(_in_words(str(warning.message)))
-        notes[:] = dict.fromkeys(notes)
-
-
-def _in_words(message: str) -> str:
-    if "exif" in message.lower():
-        return "its EXIF is damaged: what could be read is kept"
-    return "its file has oddities: " + message.strip().splitlines()[0].rstrip(".")
 
 
 def _warn(path: str | Path, notes: list[str]) -> None:
@@ -413,7 +373,9 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     deep = _is_deep(image)
     if deep and isinstance(image, TiffImageFile):
         return _deep_tiff(os.fsdecode(image.filename), notes), orientation
-    if isinstance(image, raw.RawFile | heif.HeifFile):
+    if isinstance(image, raw.RawFile):
+        return _rgb(image.samples(notes)), orientation
+    if isinstance(image, heif.HeifFile):
         return _rgb(image.samples()), orientation
     if deep and image.format == "AVIF":
         samples = imagecodecs.avif_decode(Path(os.fsdecode(image.filename)).read_bytes())
@@ -431,6 +393,8 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
         image.load()
         orientation = 1 if turned else orientation
     else:
+        if image.format == "PNG":
+            check_sums(image)
         image.load()
     if deep:  # Pillow has read the PNG too, but as 8 bits
         return _rgb(imagecodecs.png_decode(Path(os.fsdecode(image.filename)).read_bytes())), orientation
@@ -445,24 +409,6 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     else:
         rgb = pixels.convert("RGBA" if image.has_transparency_data else "RGB")
     return np.asarray(rgb), orientation
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """libtiff writes to the process's standard error by itself; what it says is in the error that Pillow raises, too."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _profile(image: ImageFile, notes: list[str]) -> bytes | None:
@@ -553,6 +499,8 @@ def _deep_tiff(path: str, notes: list[str]) -> np.ndarray:
                 raise UserError("expected finite pixels, got NaN or infinity")
             if samples.min() < 0 or samples.max() > 1:
                 notes.append("what lies below 0 or above 1 is cut off")
+            if ExifTags.Base.InterColorProfile not in page.tags:
+                notes.append("no profile says whether its numbers are linear light: they are taken as sRGB's")
             samples = samples.clip(0, 1)
         if page.axes == "SYX":
             samples = np.moveaxis(samples, 0, 2)

@@ -12,8 +12,9 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
-from autohdr.data.heif import HeifFile
+from autohdr.data.heif import NO_GAIN_MAP, HeifFile
 from autohdr.data.raw import RawFile
+from autohdr.errors import UserError
 
 ACROSS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
@@ -246,7 +247,7 @@ def parts_of(image: ImageFile, orientation: int, height: int, width: int) -> Par
     elif image.format in ("WEBP", "AVIF", "HEIF", "RAW"):
         parts.extra = (("xmp", upright_xmp(xmp, height, width)),) if (xmp := _xmp(image)) else ()
         parts.options = {"lossless": True} if image.format == "WEBP" and _is_lossless(image) else {}
-        parts.notes += image.left_out() if isinstance(image, HeifFile) else []
+        parts.notes += image.left_out() if isinstance(image, HeifFile) else [NO_GAIN_MAP] * image.info.get("gain_map", False)
     else:
         parts.extra = tuple(_jpeg_extra(image, height, width, parts.notes))
         if "jfif_unit" in image.info and image.info["jfif_unit"] in (0, 1, 2):
@@ -268,6 +269,21 @@ def png_chunks(image: ImageFile) -> Iterator[tuple[bytes, bytes]]:
             if len(data) < length or len(file.read(4)) < 4:
                 return
             yield kind, data
+
+
+def check_sums(image: ImageFile) -> None:
+    """UserError where a chunk of a PNG's pixels is not what its sum says; Pillow does not look."""
+    with open(image.filename, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            left, found = int.from_bytes(head[:4]), zlib.crc32(head[4:])
+            if head[4:] != b"IDAT":
+                file.seek(left + 4, 1)
+                continue
+            while left and (part := file.read(min(left, 1 << 20))):
+                left, found = left - len(part), zlib.crc32(part, found)
+            if len(expected := file.read(4)) == 4 and int.from_bytes(expected) != found:
+                raise UserError("cannot be read: its data are damaged")
 
 
 def png_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
@@ -336,6 +352,8 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
     for name, data in image.applist:
         if name == "APP1" and data.startswith(XMP_NAME):
             gain_map |= b"hdrgm:Version" in data
+            if re.search(rb"GCamera:(MotionPhoto|MicroVideo)\b\s*(=\s*['\"]|>)\s*1", data):
+                notes.append("its film is not in the result")
             if len(packet := XMP_NAME + upright_xmp(data[len(XMP_NAME) :], height, width)) > SEGMENT:
                 notes.append("its XMP is too long and is not kept")
             else:
@@ -350,7 +368,7 @@ def _jpeg_extra(image: Any, height: int, width: int, notes: list[str]) -> Iterat
             yield 0xFE, data
     yield from ((0xED, segment) for segment in photoshop_segments(upright_resources(blocks)))
     if gain_map:
-        notes.append("its gain map is not in the result, which is the picture for usual screens")
+        notes.append(NO_GAIN_MAP)
     elif image.format == "MPO":
         notes.append(f"of its {image.n_frames} pictures the first is in the result")
 

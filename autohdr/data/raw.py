@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from autohdr.data.libraries import written
 from autohdr.errors import UserError
 
 SUFFIXES = frozenset(
@@ -37,7 +38,7 @@ class RawFile(ImageFile):
             raise UserError("its kind of camera raw is not known to LibRaw, or its header is damaged") from error
         sizes = self._raw.sizes
         self._size = (sizes.iheight, sizes.iwidth) if sizes.flip & 4 else (sizes.iwidth, sizes.iheight)
-        self._mode = "RGB"
+        self._mode = "L" if self._raw.num_colors == 1 else "RGB"
         self._half = False
         head = self.fp.read(8)
         if head.startswith(_TIFF):
@@ -64,12 +65,19 @@ class RawFile(ImageFile):
         """Half the size, without interpolation, where that is enough."""
         self._half = size is not None and min(self.size) >= 2 * max(size)
 
-    def samples(self) -> np.ndarray:
-        """(H, W, 3) uint16, upright, in sRGB: the camera's white balance, its own exposure."""
+    def samples(self, notes: list[str]) -> np.ndarray:
+        """(H, W, 3) or, of a monochrome sensor, (H, W, 1) uint16, upright, in sRGB: the camera's white balance, its own exposure.
+
+        notes: get LibRaw's complaints.
+        """
         import rawpy
 
         settings = {"use_camera_wb": True, "no_auto_bright": True, "output_bps": 16, "half_size": self._half}
-        return self._raw.postprocess(gamma=(2.4, 12.92), output_color=rawpy.ColorSpace.sRGB, **settings)
+        said: list[str] = []
+        with written(os.fsdecode(self.filename), said):
+            developed = self._raw.postprocess(gamma=(2.4, 12.92), output_color=rawpy.ColorSpace.sRGB, **settings)
+        notes += [f"parts of it may be wrong: its decoder says: {words}" for words in said[:1]]
+        return developed
 
 
 def is_raw(path: str | Path, head: bytes) -> bool:

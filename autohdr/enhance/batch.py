@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -12,21 +12,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autohdr.data.bracket_sets import bracket_sets
 from autohdr.data.conversion import result_name
 from autohdr.data.images import KINDS, photo_layout, photos_in
-from autohdr.enhance.enhancer import Enhancer, Work, edit_files, failure
+from autohdr.enhance.enhancer import EDIT_SUFFIXES, Enhancer, Work, edit_files, failure
 from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest, Record, now
 from autohdr.enhance.overlap import overlap
 from autohdr.enhance.progress import Progress
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, sha256, write_text
 from autohdr.measure import check_workers, cores, free_bytes
-from autohdr.models.lite import Edit, Prediction, of_property
+from autohdr.models.lite import Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
 
 BRACKETS = ("off", "auto", "3", "5")
@@ -80,7 +78,7 @@ class _Job:
     exposures: tuple[Path, ...]  # of a bracket, else the photo alone
     target: Path
     record: Record
-    replaces: bool = False  # what is in the result's place
+    there: Collection[Path] = ()  # what is in the place of the result and its edit, and may be replaced
 
 
 def enhance(
@@ -111,8 +109,9 @@ def enhance(
     matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
     result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
-    property: the photos of a folder of results are of one property: their edits share white balance and exposure, by going up to
-    half of the way to the median of the folder's (lite.of_property, lite.shared). Another photo there makes all of them anew.
+    property: the photos of a folder of results are of one property: each edit is changed so that the photo's walls come nearer,
+    in tint and lightness, to what the folder's become in the median (lite.of_property, lite.shared). Where another photo
+    changes that, all of them are made anew.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
     since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
     everything is made anew, also what was done before. "rename": the result gets the first free name of NAME-1, NAME-2, ...
@@ -150,8 +149,8 @@ def enhance(
         clear_abandoned(folder)
     with ThreadPoolExecutor(jobs) as pool:
         sets, words = ({}, {}) if brackets == "off" else _gather(targets, brackets, pool)
-        edits = _property_edits(targets, sets, enhancer, pool) if property else {}
-        fates = _Fates(manifest.read(), targets, sets, words, edits, out_dir, enhancer.identity(), on_exists)
+        looks = _property_looks(targets, sets, enhancer, pool) if property else {}
+        fates = _Fates(manifest.read(), targets, sets, words, looks, out_dir, enhancer.identity(), enhancer.save_edit, on_exists)
         found = list(pool.map(fates, sorted(targets)[part]))
     refused = [job for job in found if job.record.status == SKIPPED]
     if refused and on_exists == "error":
@@ -166,7 +165,7 @@ def enhance(
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
         with deferred_signals("stopping ...") as signalled, Progress(len(todo), progress) as shown:
-            stages = _Stages(enhancer, manifest, edits, signalled)
+            stages = _Stages(enhancer, manifest, looks, signalled)
             flights = overlap(
                 todo, stages.read, stages.run, stages.write, threads=jobs, cost=stages.bytes, budget=budget, stopped=signalled
             )
@@ -207,7 +206,7 @@ class _Stages:
 
     enhancer: Enhancer
     manifest: Manifest
-    edits: Mapping[Path, Edit]  # of a folder of results, its property's
+    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
     signalled: Deferred
 
     def bytes(self, job: _Job) -> int:
@@ -224,7 +223,7 @@ class _Stages:
         started = time.perf_counter()
         job.record.source_sha256, job.record.exposures = _hashes(job.exposures)
         work = self.enhancer.read(*job.exposures)
-        work.shared = self.edits.get(job.target.parent)
+        work.look = self.looks.get(job.target.parent)
         job.record.seconds += time.perf_counter() - started
         return job, work
 
@@ -246,15 +245,18 @@ class _Stages:
         record.result_sha256 = hashlib.sha256(encoded).hexdigest()
         record.megapixels = work.photo.pixels.shape[0] * work.photo.pixels.shape[1] / 1e6
         record.warnings += work.photo.notes
-        if not job.replaces and os.path.lexists(job.target):
-            raise UserError(f"{job.target} has appeared meanwhile")
+        texts = edit_files(work.edit, self.enhancer.strength) if work.edit else {}
+        edits = {job.target.with_suffix(suffix): text for suffix, text in texts.items()}
+        record.edits = {path.name: hashlib.sha256(text.encode()).hexdigest() for path, text in edits.items()}
+        for path in (job.target, *edits):
+            if path not in job.there and os.path.lexists(path):
+                raise UserError(f"{path} has appeared meanwhile")
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        if work.edit:
-            for suffix, text in edit_files(work.edit, self.enhancer.strength).items():
-                write_text(job.target.with_suffix(suffix), text)
         with replacing(job.target) as part:
             part.write_bytes(encoded)
             self.manifest.claim(record)
+            for path, text in edits.items():
+                write_text(path, text)
         record.seconds += time.perf_counter() - started
         return record
 
@@ -267,10 +269,14 @@ class _Fates:
     targets: Mapping[Path, Path]  # of each result, the photo
     sets: Mapping[Path, tuple[Path, ...]]  # of a photo, the exposures of its bracket
     words: Mapping[Path, str]  # on a photo that may be of a bracket
-    edits: Mapping[Path, Edit]  # of a folder of results, its property's
+    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
     out_dir: Path
     identity: Mapping[str, Any]
+    save_edit: bool
     on_exists: str
+
+    def __post_init__(self) -> None:
+        self.stems = {target.with_suffix("") for target in self.targets}
 
     def __call__(self, target: Path) -> _Job:
         source, reason = self.targets[target], ""
@@ -279,23 +285,27 @@ class _Fates:
             name = str(place.relative_to(self.out_dir))
             record = Record(os.path.abspath(source), name, PENDING, **identity)
             record.warnings += [self.words[source]] if source in self.words else []
-            if not os.path.lexists(place):
-                return _Job(source, exposures, place, record)
-            record.replaced_sha256 = there = _sha256(place)
-            line = self.known.get(name)
-            reason = f"{place} exists already and is not what a manifest says of this photo"
-            if self.on_exists == "overwrite":
-                return _Job(source, exposures, place, record, replaces=True)
+            edits = [place.with_suffix(suffix) for suffix in EDIT_SUFFIXES if self.save_edit]
+            hashes = {path: _sha256(path) for path in (place, *edits) if os.path.lexists(path)}
+            record.replaced_sha256 = there = hashes.get(place, "")
+            record.replaced_edits = {path.name: hashes[path] for path in edits if path in hashes}
+            job, line = _Job(source, exposures, place, record, hashes), self.known.get(name)
+            foreign = [path for path in edits if path in hashes and not (line and line.has_edit(path.name, hashes[path]))]
+            reason = f"{(foreign or [place])[0]} exists already and is not what a manifest says of this photo"
+            if self.on_exists == "overwrite" or place not in hashes and not foreign:
+                return job
             if line and there and line.status in (WRITTEN, PENDING) and there == line.result_sha256:
                 changed = self._changed(exposures, line, identity)
+                changed += ["the edit beside it"] if not changed and set(edits) - set(hashes) else []
                 if not changed:
                     return _Job(source, exposures, place, replace(line, status=WRITTEN))
-                reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
-                if self.on_exists == "skip":
+                if not foreign:
+                    reason = f"{place} exists already, and since it was made, changed: {', '.join(changed)}"
+                if self.on_exists == "skip" and not foreign:
                     record.warnings.append(f"made anew: since its result was made, changed: {', '.join(changed)}")
-                    return _Job(source, exposures, place, record, replaces=True)
-            elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256:  # it was to be replaced
-                return _Job(source, exposures, place, record, replaces=True)
+                    return job
+            elif line and there and line.status in (PENDING, FAILED) and there == line.replaced_sha256 and not foreign:
+                return job  # it was to be replaced
             if self.on_exists != "rename":
                 break
         record = Record(os.path.abspath(source), str(target.relative_to(self.out_dir)), SKIPPED, reason)
@@ -304,15 +314,15 @@ class _Fates:
     def _places(self, target: Path) -> Iterator[Path]:
         yield target
         for number in count(1):
-            if (place := target.with_stem(f"{target.stem}-{number}")) not in self.targets:
+            place = target.with_stem(f"{target.stem}-{number}")
+            if place not in self.targets and not (self.save_edit and place.with_suffix("") in self.stems):
                 yield place
 
     def _identity(self, target: Path) -> dict[str, Any]:
-        """With what is left of a property's edit once other machines' rounding is taken out."""
-        edit = self.edits.get(target.parent)
-        numbers = np.round(torch.cat([edit.curves.flatten(), edit.matrix.flatten()]).tolist(), 3) if edit else None
-        digest = None if numbers is None else hashlib.sha256(numbers.tobytes()).hexdigest()
-        return {**self.identity, "options": {**self.identity["options"], "property": digest}}
+        """With the look of its property, as a colour."""
+        look = self.looks.get(target.parent)
+        colour = None if look is None else "#" + "".join(f"{round(255 * channel):02x}" for channel in look.tolist())
+        return {**self.identity, "options": {**self.identity["options"], "property": colour}}
 
     def _changed(self, exposures: tuple[Path, ...], line: Record, identity: Mapping[str, Any]) -> list[str]:
         same = {"the model": line.model == identity["model"], "the options": line.options == identity["options"]}
@@ -345,16 +355,16 @@ def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[d
     return sets, words
 
 
-def _property_edits(
+def _property_looks(
     targets: Mapping[Path, Path], sets: Mapping[Path, tuple[Path, ...]], enhancer: Enhancer, pool: Executor
-) -> dict[Path, Edit]:
+) -> dict[Path, Tensor]:
     """Of each folder of results, where there is one."""
     places = sorted(targets)
     predictions = pool.map(enhancer.glimpse, [sets.get(targets[place], (targets[place],)) for place in places])
     by_folder: dict[Path, list[Prediction]] = {}
     for place, prediction in zip(places, predictions, strict=True):
         by_folder.setdefault(place.parent, []).extend([prediction] if prediction else [])
-    return {folder: edit for folder, predicted in by_folder.items() if (edit := of_property(predicted))}
+    return {folder: look for folder, predicted in by_folder.items() if (look := of_property(predicted)) is not None}
 
 
 def _find(paths: list[Path], out_dir: Path, save_edit: bool, format: str) -> tuple[dict[Path, Path], list[tuple[Path, str]]]:

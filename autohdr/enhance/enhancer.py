@@ -42,6 +42,7 @@ from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
 CUBE_SIDE = 33
+EDIT_SUFFIXES = (".json", ".cube")
 GLIMPSE = 512  # pixels a side that a thumbnail is made of
 PLANNED_TOO_LITTLE = 1.5  # times what is planned, a pass of a small photo takes on a CPU at most
 
@@ -50,14 +51,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Work:
-    """A photo on its way. seen: see(). after: what the model made. shared: its property's edit."""
+    """A photo on its way. seen: see(). after: what the model made. look: its property's."""
 
     photo: Photo
     space: ColourSpace | None
     seen: np.ndarray | None = None
     after: np.ndarray | None = None
     edit: Edit | None = None
-    shared: Edit | None = None
+    look: Tensor | None = None
 
     def see(self) -> np.ndarray:
         """Its pixels in sRGB, not cut off; they stay in memory."""
@@ -230,16 +231,14 @@ class Enhancer:
         if self.model is None:
             work.after = auto_tone(shown)
         else:
-            work.after, prediction = self._predict(self.model, shown, work.shared)
+            work.after, prediction = self._predict(self.model, shown, work.look)
             if prediction:
                 work.edit = prediction.edit if self.save_edit else None
                 work.photo.notes += _doubts(prediction)
         if self.strength != 1:
             _blend(shown, work.after, self.strength)
 
-    def _predict(
-        self, model: nn.Module, pixels: np.ndarray, property_edit: Edit | None = None
-    ) -> tuple[np.ndarray, Prediction | None]:
+    def _predict(self, model: nn.Module, pixels: np.ndarray, look: Tensor | None = None) -> tuple[np.ndarray, Prediction | None]:
         """The model on one photo, and what a Lite predicted of it, with the edit that is made.
 
         (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
@@ -248,7 +247,7 @@ class Enhancer:
         with self._inference():
             prediction = model.predict(image) if isinstance(model, Lite) else None
             if prediction:
-                edit = shared(prediction, property_edit) if property_edit else prediction.edit
+                edit = prediction.edit if look is None else shared(prediction, look)
                 prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
                 output = apply_edit(image, *prediction.edit)
             else:
@@ -362,7 +361,7 @@ def failure(error: Exception, path: Path) -> str:
 
 
 def edit_files(edit: Edit, strength: float) -> dict[str, str]:
-    """An edit as the texts of two files, by their suffixes: JSON, and a look-up table that editors take."""
+    """An edit as the texts of two files, by EDIT_SUFFIXES: JSON, and a look-up table that editors take."""
     with torch.inference_mode():
         steps = torch.linspace(0, 1, CUBE_SIDE)
         blue, green, red = torch.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
@@ -371,7 +370,7 @@ def edit_files(edit: Edit, strength: float) -> dict[str, str]:
         table = (colours + strength * (edited - colours)).clamp(0, 1).flatten(2)[0].T.tolist()
     parts = {"curves": edit.curves[0].tolist(), "matrix": edit.matrix[0].tolist(), "strength": strength}
     lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
-    return {".json": json.dumps(parts) + "\n", ".cube": "\n".join(lines) + "\n"}
+    return dict(zip(EDIT_SUFFIXES, (json.dumps(parts) + "\n", "\n".join(lines) + "\n"), strict=True))
 
 
 def _digest(model: nn.Module) -> str:

@@ -30,7 +30,8 @@ class Record:
     status: "written", "skipped" or "failed"; or "pending": about to be put in its place. After a kill it may be there or not.
     reason: for skipped and failed ones. warnings: what is not as it was.
     source_sha256, result_sha256, replaced_sha256: of the photo, of its result and of what was in the result's place before, as
-    hexadecimal digits; empty where there is none. model: its name, and the SHA-256 of its weights.
+    hexadecimal digits; empty where there is none. edits, replaced_edits: the same of the edit beside the result, by its files'
+    names. model: its name, and the SHA-256 of its weights.
     options: what else a result depends on. exposures: of a bracket, whose middle one the photo is, the absolute path of each and
     its SHA-256. megapixels, seconds: of this photo, its three stages added up. time: of the line, UTC.
     """
@@ -43,6 +44,8 @@ class Record:
     source_sha256: str = ""
     result_sha256: str = ""
     replaced_sha256: str = ""
+    edits: dict[str, str] = field(default_factory=dict)
+    replaced_edits: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     exposures: dict[str, str] = field(default_factory=dict)
@@ -54,6 +57,10 @@ class Record:
     def photo(self) -> str:
         """What a manifest has one line of."""
         return self.result or self.source
+
+    def has_edit(self, name: str, sha256: str) -> bool:
+        """Whether a file of the edit is what this line says, or what was to be replaced."""
+        return bool(sha256) and sha256 in (self.edits.get(name), self.replaced_edits.get(name))
 
     def line(self) -> bytes:
         """A name that is not UTF-8 has lone surrogates, which become \\udcXX: JSON reads that as the same name."""

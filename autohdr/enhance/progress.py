@@ -7,8 +7,6 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from autohdr.data.images import STANDARD_ERROR
-
 EVERY = 10.0  # seconds between two lines
 
 
@@ -47,5 +45,4 @@ class Progress:
             left = "-"
             if self._done:
                 left = tqdm.format_interval((time.monotonic() - self._started) / self._done * (self._count - self._done))
-            with STANDARD_ERROR:
-                print(f"enhance: {self._done}/{self._count} photos, {self._rate()}, {left} left", file=sys.stderr, flush=True)
+            print(f"enhance: {self._done}/{self._count} photos, {self._rate()}, {left} left", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autohdr import kernels
 from autohdr.autotone import KNOTS, luma, pinning, thumbnail
-from autohdr.kernels.apply_edit.reference import LUMA
+from autohdr.kernels.apply_edit.reference import LUMA, apply_edit
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -29,8 +29,9 @@ FARTHEST = 2.5  # standard deviations from what it was fitted to, beyond which a
 SURE, LOST = 5.0, 10.0
 """Up to the first distance from what it was fitted to, a photo gets all of its edit, from the second on nothing: twice and four
 times as far as the farthest of 300 photographs of 60 rooms held out. See Lite.distances."""
-SHARED, MOST_SHARED = 0.5, 0.1
-"""How far an edit goes to that of a property at most, as a part of the way, and by how much a knot or an entry of the matrix."""
+SHARED, MOST_SHARED = 0.7, 0.05
+"""How far what a photo's walls become goes towards its property's, as a part of the way, and in luma and in log(channel / luma)
+at most."""
 TRUST = 0.6  # how much of the predicted changes is made: photos are not the rooms that they were learnt from
 
 
@@ -86,6 +87,8 @@ class Inputs(NamedTuple):
     pictures: Tensor
     needed: Tensor
     """How much of an edit: autotone.unfinished."""
+    walls: Tensor
+    """autotone.wall_colour."""
 
 
 class Prediction(NamedTuple):
@@ -99,6 +102,8 @@ class Prediction(NamedTuple):
     """Lite.distances."""
     needed: Tensor
     """[B]: autotone.unfinished."""
+    walls: Tensor
+    """[B, 3]: autotone.wall_colour."""
 
 
 class Lite(Network):
@@ -126,7 +131,7 @@ class Lite(Network):
             inputs = self.inputs(image)
             edit = mean([self.edit(inputs, number, TRUST) for number in range(len(self.members))])
             share = self.share(inputs)
-            return Prediction(hedged(edit, share), share, self.distances(inputs), inputs.needed)
+            return Prediction(hedged(edit, share), share, self.distances(inputs), inputs.needed, inputs.walls)
 
     def distances(self, inputs: Inputs) -> Tensor:
         """[B, 2]: how far the features of light and of colour are from what it was fitted to: their root mean square, in standard
@@ -147,7 +152,7 @@ class Lite(Network):
         curves, matrix, walls, needed = pinning(small)
         base = kernels.apply_edit(small, curves, matrix)
         pictures = F.adaptive_avg_pool2d(torch.cat([small, base], 1), SIDE) - 0.5
-        return Inputs(curves, matrix, statistics(small, base, walls), pictures, needed)
+        return Inputs(curves, matrix, statistics(small, base, walls), pictures, needed, walls)
 
     def edit(self, inputs: Inputs, number: int, trust: float = 1.0) -> Edit:
         """A member's."""
@@ -199,26 +204,41 @@ def hedged(edit: Edit, share: Tensor) -> Edit:
     return Edit(knots.lerp(edit.curves, share), unmixed.lerp(edit.matrix, share), grid)
 
 
-def of_property(predictions: Sequence[Prediction]) -> Edit | None:
-    """The edit of a property, of predictions of one photo each: medians of curves and matrix, over the photos that get at least
-    half of an edit; None unless there are two. Its matrix leaves grey grey, too."""
-    edits = [each.edit for each in predictions if each.share * each.needed >= 0.5]
-    if len(edits) < 2:
+def of_property(predictions: Sequence[Prediction]) -> Tensor | None:
+    """The colour that the walls of a property become, [3] in sRGB, of predictions of one photo each: medians of luma and of
+    channel / luma of what they become by their own edits, over the photos that get at least half of one; None unless there are
+    two. In whole 255ths, in which machines' rounding does not show."""
+    edited = [edited_walls(each)[1] for each in predictions if each.share * each.needed >= 0.5]
+    if len(edited) < 2:
         return None
-    curves, matrix = (torch.stack(parts).quantile(0.5, 0) for parts in ([e.curves for e in edits], [e.matrix for e in edits]))
-    return Edit(curves, torch.cat([matrix[..., :3] + torch.diag_embed(1 - matrix[..., :3].sum(2)), matrix[..., 3:]], 2), None)
+    colours = torch.cat(edited)
+    light = luma(colours)
+    return (light.quantile(0.5) * (colours / light[:, None]).quantile(0.5, 0) * 255).round() / 255
 
 
-def shared(prediction: Prediction, other: Edit) -> Edit:
-    """The edit on its way to a property's: SHARED of it, less where that would be more than MOST_SHARED or less of an edit is
-    made. Curves rise and grey stays grey, as in both; a grid is the photo's own."""
-    edit, part = prediction.edit, prediction.share * prediction.needed
+def shared(prediction: Prediction, look: Tensor) -> Edit:
+    """The edit with which the photo's walls come SHARED of the way nearer to what those of its property become, less where that
+    is beyond MOST_SHARED or less of an edit is made. Each curve is scaled below the walls, and above them so that white stays."""
+    edit, part = prediction.edit, SHARED * prediction.share * prediction.needed
+    with torch.autocast(edit.curves.device.type, enabled=False):
+        toned, own = edited_walls(prediction)
+        light, its = luma(own), luma(look[None])
+        tint = (own / light[:, None]).log()
+        lighter = (part * (its - light)).clamp(-MOST_SHARED, MOST_SHARED)
+        redder = (part[:, None] * ((look / its).log() - tint)).clamp(-MOST_SHARED, MOST_SHARED)
+        wanted = (light + lighter)[:, None] * (tint + redder).exp()
+        mixed = torch.linalg.solve(edit.matrix[..., :3], wanted - edit.matrix[..., 3])
+        before, after = (walls.clamp(0.02, 0.98)[..., None] for walls in (toned, mixed))
+        above = 1 - (1 - edit.curves) * ((1 - after) / (1 - before))
+        return edit._replace(curves=torch.where(edit.curves < before, edit.curves * (after / before), above))
 
-    def nearer(own: Tensor, its: Tensor) -> Tensor:
-        most = MOST_SHARED / (its - own).abs().amax((1, 2)).clamp(min=1e-6)
-        return own.lerp(its.expand_as(own), (part * most.clamp(max=SHARED))[:, None, None])
 
-    return Edit(nearer(edit.curves, other.curves), nearer(edit.matrix, other.matrix), edit.grid)
+def edited_walls(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """The colour of the walls, [B, 3], after the curves, and after the matrix as well."""
+    edit, walls = prediction.edit, prediction.walls[..., None, None]
+    none = torch.eye(3, 4, device=walls.device).expand_as(edit.matrix)
+    toned, edited = (apply_edit(walls, edit.curves, matrix, None) for matrix in (none, edit.matrix))
+    return toned[..., 0, 0], edited[..., 0, 0].clamp(min=0.02)
 
 
 def neutral(edit: Edit) -> Edit:

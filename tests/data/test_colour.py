@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ImageCms
 
-from autohdr.data.colour import ColourSpace, colour_space
+from autohdr.data.colour import ColourSpace, colour_space, is_damaged
 from autohdr.metrics import srgb_to_lab
 
 D65, D50 = (0.3127, 0.329), (0.3457, 0.3585)
@@ -98,6 +98,13 @@ def test_srgb_needs_no_conversion_and_a_damaged_profile_says_nothing():
     assert colour_space(b"\0" * 16 + b"RGB " + bytes(200)) is None
     assert colour_space(None, {b"gAMA": struct.pack(">I", 45455)}) is None
     assert colour_space(None, {b"sRGB": b"\0", b"gAMA": struct.pack(">I", 100_000)}) is None
+
+
+def test_a_curve_beyond_all_numbers_is_damage(recwarn):
+    at = SRGB.index(b"para") + 12
+    damaged = SRGB[:at] + struct.pack(">2i", 2**31 - 1, 2**31 - 1) + SRGB[at + 8 :]
+    assert is_damaged(damaged) and colour_space(damaged) is None and not is_damaged(SRGB)
+    assert not recwarn.list
 
 
 def test_pngs_colour_chunks_mean_what_profiles_mean():

@@ -179,7 +179,7 @@ def test_depth(tmp_path):
     np.testing.assert_array_equal(low.alpha, np.rint(samples[..., 0] / 257))
     high = converted(low, "tiff", 16)
     np.testing.assert_array_equal(high.pixels, low.pixels.astype(np.uint16) * 257)
-    tifffile.imwrite(tmp_path / "a.tif", (samples / 65535).astype(np.float32), photometric="rgb")
+    tifffile.imwrite(tmp_path / "a.tif", (samples / 65535).astype(np.float32), photometric="rgb", iccprofile=profile())
     for *asked, expected, notes in (("same", None, 32, 0), ("same", 16, 16, 0), ("png", None, 16, 1), ("jpeg", None, 8, 1)):
         result = converted(read_photo(tmp_path / "a.tif"), *asked)
         assert result.depth == expected and len(result.notes) == notes

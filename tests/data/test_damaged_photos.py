@@ -7,7 +7,11 @@ import io
 import json
 import os
 import struct
+import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -18,10 +22,14 @@ from PIL import Image, ImageCms
 
 from autohdr.cli import main
 from autohdr.data.images import check_photo, read_photo, read_samples
+from autohdr.data.libraries import written
 from autohdr.data.pairs import PairDataset, check_pairs, read_pairs, write_pairs
 from autohdr.errors import UserError
 from autohdr.train.config import TrainConfig
 from autohdr.train.loop import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from formats import write_dng  # noqa: E402
 
 COUNT, WIDTH, HEIGHT = 200, 64, 48
 FORMATS = {"jpg": {"quality": 90}, "png": {}, "webp": {"quality": 90}, "tif": {"compression": "tiff_lzw"}}
@@ -305,10 +313,51 @@ def test_no_library_speaks_for_itself(tmp_path, capfd):
     data = bytearray(encoded("tif"))
     data[300:600] = bytes(byte ^ 0x55 for byte in data[300:600])
     (tmp_path / "a.tif").write_bytes(data)
-    with pytest.raises(UserError) as caught:
-        read_photo(tmp_path / "a.tif")
-    assert str(caught.value) == f"{tmp_path / 'a.tif'}: cannot be read: its data are damaged"
+    odd = bytearray(tiff(np.zeros((HEIGHT, WIDTH, 3), np.uint8), photometric="rgb"))
+    struct.pack_into("<H", odd, odd.index(struct.pack("<HHI", 277, 3, 1)) + 8, 60_000)  # samples a pixel: Pillow logs it
+    (tmp_path / "b.tif").write_bytes(odd)
+    raw = io.BytesIO()
+    write_dng(raw, np.full((HEIGHT, WIDTH), 600, np.uint16), (1, 1, 1, 1, 1, 1))
+    (tmp_path / "c.dng").write_bytes(raw.getvalue()[:-1000])
+    for name, reason in (("a.tif", "cannot be read: its data are damaged"), ("b.tif", "not a "), ("c.dng", "cannot be read: ")):
+        for read in (read_photo, check_photo, read_samples):
+            with pytest.raises(UserError) as caught:
+                read(tmp_path / name)
+            assert str(caught.value).startswith(f"{tmp_path / name}: {reason}")
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_library_warns_of_is_noted_on_its_photo(tmp_path, recwarn):
+    """Not on one that another thread reads, and each time; what is none of its business is passed on."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + struct.pack(">HHII", 271, 2, 90, 26)
+    for number in range(12):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded("jpg", exif=exif if number % 2 else b""))
+
+    def notes(number):
+        warnings.warn("of others", stacklevel=1)
+        return read_photo(tmp_path / f"{number}.jpg").notes
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(notes, range(12)))
+    assert found[::2] == [[]] * 6 and found[1] and found[1::2] == [found[1]] * 6
+    assert {str(warning.message) for warning in recwarn} == {"of others"}
+
+
+def test_what_is_written_of_a_photo_is_taken_out_of_standard_error(capfd):
+    said = []
+    with written("/a/b.nef", said):
+        os.write(2, b"50 %/a/b.nef: data corrupted at 80\nother words\n")
+    assert said == ["data corrupted at 80"] and capfd.readouterr().err == "50 %other words\n"
+
+
+def test_a_png_whose_sums_are_wrong_is_refused(tmp_path):
+    """Pillow passes over zeros in many places."""
+    whole = encoded("png")
+    for at in range(len(whole) - 420, len(whole) - 40, 8):
+        (tmp_path / "a.png").write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])
+        for read in (read_photo, check_photo, read_samples):
+            with pytest.raises(UserError, match="a.png: cannot be read: its data are damaged"):
+                read(tmp_path / "a.png")
 
 
 def test_a_kind_of_tiff_is_refused_by_its_name(tmp_path):

@@ -1,5 +1,6 @@
 """Photos through real files: every format, depth and orientation, metadata, and each refusal."""
 
+import contextlib
 import io
 import os
 import resource
@@ -8,6 +9,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -333,6 +335,33 @@ def test_tiffs_beyond_us_are_refused(tmp_path, array, options):
     tifffile.imwrite(tmp_path / "a.tif", array, **options)
     with pytest.raises(UserError, match="a.tif: "):
         read_photo(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_tiff_in_floating_point_is_linear_or_encoded_as_its_profile_says(tmp_path, dtype):
+    """And comes back as it was, in its own dtype; without a profile it is taken as encoded, with a word."""
+    primaries = [0.64, 0.33, 1.0, 0.3, 0.6, 1.0, 0.15, 0.06, 1.0]
+    linear = imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.329, 1.0], primaries=primaries, gamma=1.0)
+    encoded = np.linspace(0, 1, 60, dtype=np.float32).reshape(4, 5, 3)
+    light = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    word = ["no profile says whether its numbers are linear light: they are taken as sRGB's"]
+    for name, samples, icc, notes in (
+        ("linear", light, linear, []),
+        ("encoded", encoded, ICC, []),
+        ("unsaid", encoded, None, word),
+    ):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, samples.astype(dtype), photometric="rgb", iccprofile=icc, metadata=None)
+        photo = read_photo(path)
+        space = photo.colour_space()
+        assert (photo.depth, photo.notes, space is None) == (32, notes, name != "linear")
+        np.testing.assert_allclose(space.to_srgb(photo.pixels) if space else photo.pixels, encoded, atol=2e-3)
+        with contextlib.nullcontext() if icc else pytest.warns(UserWarning, match=word[0]):
+            np.testing.assert_allclose(read_rgb(path), encoded, atol=2e-3)
+        write_photo(path, photo)
+        with tifffile.TiffFile(path) as tiff:
+            assert tiff.pages.first.iccprofile == icc
+            np.testing.assert_array_equal(tiff.asarray(), samples.astype(dtype))
 
 
 @given(st.lists(st.floats(-0.5, 1.5, width=32), min_size=3, max_size=30), st.sampled_from([8, 16]))

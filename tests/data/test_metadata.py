@@ -4,12 +4,15 @@ import io
 import struct
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from autohdr.data import heif
+from autohdr.data.conversion import converted
 from autohdr.data.images import photo_layout, read_photo, write_photo
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
@@ -205,6 +208,46 @@ def test_a_gain_map_and_second_pictures_are_left_out_with_a_word(tmp_path):
         assert image.format == "JPEG" and "mp" not in image.info
 
 
+@pytest.mark.parametrize("format", ["same", "png", "tiff", "webp", "avif"])
+def test_a_panorama_stays_one_and_a_gain_map_that_is_gone_is_not_claimed(tmp_path, format):
+    """An Ultra-HDR photo as libultrahdr writes it, as ISO 21496-1 has it, and with Adobe's and Google's XMP of the like."""
+    light = np.ones((32, 64, 4), np.float16)
+    packet = XMP % (
+        b'xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" hdrgm:Version="1.0" GPano:FullPanoWidthPixels="64"'
+        b' xmlns:Container="http://ns.google.com/photos/1.0/container/" xmlns:Item="http://ns.google.com/photos/1.0/container/item/">'
+        b"<hdrgm:GainMapMax><rdf:Seq><rdf:li>2</rdf:li></rdf:Seq></hdrgm:GainMapMax><Container:Directory><rdf:Seq>"
+        b'<rdf:li rdf:parseType="Resource"><Container:Item Item:Semantic="GainMap" Item:Length="99"/></rdf:li></rdf:Seq>'
+        b"</Container:Directory></rdf:Description>"
+    )
+    name = b"http://ns.adobe.com/xap/1.0/\0"
+    whole = imagecodecs.ultrahdr_encode(light)
+    assert b"urn:iso:std:iso:ts:21496:-1" in whole and b"MPF\0" in whole
+    said = b"\xff\xe1" + struct.pack(">H", 2 + len(name + packet)) + name + packet
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + said + whole[2:])
+    photo = converted(read_photo(tmp_path / "a.jpg"), format)
+    assert photo.notes == ["its gain map is not in the result, which is the picture for usual screens"]
+    write_photo(tmp_path / "b", photo)
+    written = (tmp_path / "b").read_bytes()
+    assert b'GPano:ProjectionType="equirectangular"' in written and b'GPano:FullPanoWidthPixels="64"' in written
+    for word in (b"hdrgm:V", b"hdrgm:G", b"GainMap", b"Container:", b"Item:Semantic", b"21496", b"MPF\0"):
+        assert word not in written.replace(b"xmlns:Container:", b""), word
+    with Image.open(tmp_path / "b") as image:
+        assert image.size == (64, 32) and getattr(image, "n_frames", 1) == 1
+
+
+def test_films_and_gain_maps_elsewhere_are_left_out_with_a_word(tmp_path, monkeypatch):
+    for said in (b'GCamera:MotionPhoto="1">', b"><GCamera:MicroVideo>1</GCamera:MicroVideo>", b'GCamera:MotionPhoto="0">'):
+        photo = read_photo(saved(tmp_path / "a.jpg", xmp=XMP % (said + b"</rdf:Description>")))
+        assert photo.notes == ["its film is not in the result"] * (b"0" not in said)
+        assert b"GCamera:M" not in photo.extra[0][1]
+    saved(tmp_path / "a.avif")
+    assert read_photo(tmp_path / "a.avif").notes == []
+    brands = heif.brands_of(b"\0\0\0\x20ftypavif\0\0\0\0avifmif1tmapMA1B" + bytes(32))
+    assert brands == {b"avif", b"mif1", b"tmap", b"MA1B"}
+    monkeypatch.setattr(heif, "brands_of", lambda head: brands)  # no encoder at hand writes one
+    assert ["gain map" in note for note in read_photo(tmp_path / "a.avif").notes] == [True]
+
+
 def test_a_jpeg_is_written_with_its_own_tables_and_sampling(tmp_path):
     for quality, subsampling in ((97, 2), (93, 1), (60, 2)):
         path = saved(tmp_path / "a.jpg", quality=quality, subsampling=subsampling)
@@ -236,7 +279,8 @@ def test_the_compression_of_a_tiff_stays(tmp_path, compression, depth):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_tiff_in_floating_point_stays_so(tmp_path, dtype):
     pixels = np.random.default_rng(0).random((9, 13, 3)).astype(dtype)
-    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", iccprofile=icc)
     photo = read_photo(tmp_path / "a.tif")
     np.testing.assert_array_equal(photo.pixels, pixels.astype(np.float32))
     written = tifffile.imread(again(tmp_path / "a.tif"))

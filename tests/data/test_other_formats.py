@@ -10,9 +10,11 @@ import imagecodecs
 import numpy as np
 import pillow_heif
 import pytest
+import tifffile
 from PIL import ExifTags, Image
 
 from autohdr.data import images
+from autohdr.data.conversion import converted
 from autohdr.data.images import check_photo, photo_layout, photos_in, read_photo, read_rgb, read_samples, to_float, write_photo
 from autohdr.errors import UserError
 
@@ -171,6 +173,24 @@ def test_a_raw_photo_is_developed_upright_without_a_look(tmp_path, name):
     assert photo.extra == ((700, XMP.replace(b"6", b"1")),)
     with pytest.raises(UserError, match="RAW is not written, only JPEG"):
         write_photo(tmp_path / "b.jpg", photo)
+
+
+def test_a_raw_photo_of_a_monochrome_sensor_is_grey(tmp_path):
+    mosaic = np.full((HEIGHT, WIDTH), 512 + 8000, np.uint16)
+    mosaic[:, : WIDTH // 2] = 512 + 2000
+    tags = [(50706, "B", 4, (1, 4, 0, 0)), (50708, "s", 0, "Camera"), (50714, "H", 1, 512), (50717, "H", 1, 16512)]
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, mosaic, photometric="minisblack", extratags=tags, metadata=None)
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)
+    (tmp_path / "a.dng").write_bytes(buffer.getvalue().replace(entry, entry[:-2] + struct.pack("<H", 34892)))  # linear raw
+    photo = read_photo(tmp_path / "a.dng")
+    assert (photo.format, photo.depth, photo.grey, photo.pixels.shape) == ("RAW", 16, True, (HEIGHT, WIDTH, 3))
+    expected = 1.055 * np.array([[0.125] * 3, [0.5] * 3]) ** (1 / 2.4) - 0.055
+    np.testing.assert_allclose(photo.pixels[8, [4, -4]], expected, atol=0.01)
+    assert check_photo(tmp_path / "a.dng") == (HEIGHT, WIDTH)
+    write_photo(tmp_path / "b.jpg", converted(photo))
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert image.mode == "L"
 
 
 def test_damaged_ones_are_refused(tmp_path):

@@ -1,13 +1,16 @@
 """Lite: an untrained one is the auto-tone; what it can predict; batches, samples and sizes."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
-from autohdr.autotone import luma, pinning, thumbnail
+from autohdr.autotone import luma, pinning, thumbnail, wall_colour
+from autohdr.data.synthetic import photograph, render_scene
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
-from autohdr.metrics import delta_e2000
+from autohdr.metrics import delta_e2000, srgb_to_lab
 from autohdr.models import create_model, load_checkpoint, save_weights
 from autohdr.models.lite import (
     LOST,
@@ -19,6 +22,7 @@ from autohdr.models.lite import (
     Edit,
     Lite,
     Prediction,
+    edited_walls,
     neutral,
     of_property,
     shared,
@@ -179,33 +183,66 @@ def test_the_shipped_one():
     assert model(dim).isfinite().all() and model(dim).mean() > dim.mean() + 0.1
 
 
-def test_the_edits_of_a_property_are_nearer_to_one_another_and_not_all_one():
-    """Of one room under different casts and exposures, by the weights that ship; a finished photo takes no part."""
-    model, room = load_checkpoint(SHIPPED).eval(), photo(height=96, width=144)
-    casts = torch.tensor([[1.15, 1, 0.8], [1, 1, 1], [0.9, 1, 1.1], [0.8, 0.7, 0.6], [1.1, 1.1, 1]])
-    with torch.inference_mode():
-        predictions = [model.predict(room * cast[:, None, None]) for cast in casts]
-        finished = model.predict(torch.full((1, 3, 32, 32), 0.9))
-    other = of_property([*predictions, finished])
-    assert other is not None and (other.curves.diff(dim=2) >= 0).all()
-    torch.testing.assert_close(other.matrix[..., :3].sum(2), torch.ones(1, 3))
-    edits = [shared(each, other) for each in predictions]
-    for name in ("curves", "matrix"):
-        before, after = (torch.cat([getattr(edit, name) for edit in some]) for some in ([p.edit for p in predictions], edits))
-        assert after.std(0).mean() < 0.7 * before.std(0).mean() and after.std(0).max() > 0
-        assert (after - before).abs().max() <= MOST_SHARED + 1e-6
-        assert ((after - before).abs() <= SHARED * (getattr(other, name) - before).abs() + 1e-6).all()
-    assert all((edit.curves.diff(dim=2) >= 0).all() for edit in edits)
-    torch.testing.assert_close(shared(finished, other).curves, finished.edit.curves)
-    assert of_property([predictions[0], finished]) is None
+@functools.cache
+def house():
+    """Rooms of three properties, six of each."""
+    return [[render_scene(31_500_000 + 6 * number + room, 48, 72) for room in range(6)] for number in range(3)]
 
 
-def test_a_photo_far_from_its_property_keeps_most_of_its_own():
-    own, other = (Edit(c * torch.linspace(0, 1, 33).expand(1, 3, 33), torch.eye(3, 4)[None], None) for c in (0.2, 1.0))
-    certain = Prediction(own, torch.ones(1), torch.zeros(1, 2), torch.ones(1))
-    assert abs((shared(certain, other).curves - own.curves).max().item() - MOST_SHARED) < 1e-6
-    doubted = certain._replace(share=torch.tensor([0.5]))
-    assert abs((shared(doubted, other).curves - own.curves).max().item() - MOST_SHARED / 2) < 1e-6
+@pytest.mark.parametrize("camera", ["of one setting", "of its own balance and exposure"])
+def test_the_photos_of_a_property_come_nearer_to_one_another(camera):
+    """By the weights that ship: the spread of the walls' a*b* and of lightness, of the walls and of whole photos."""
+    model, spreads = load_checkpoint(), []
+    for number, scenes in enumerate(house()):
+        seeds = [number if "one" in camera else 10 * number + room for room in range(6)]
+        made = [photograph(np.random.default_rng(seed), scene) for seed, scene in zip(seeds, scenes, strict=True)]
+        photos = [torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255 for pixels in made]
+        predictions = [model.predict(each) for each in photos]
+        look = of_property(predictions)
+        assert look is not None
+        for edits in ([each.edit for each in predictions], [shared(each, look) for each in predictions]):
+            assert all((edit.curves.diff(dim=2) >= 0).all() for edit in edits)
+            results = [apply_edit(each, *edit) for each, edit in zip(photos, edits, strict=True)]
+            colours = torch.stack([torch.cat([wall_colour(thumbnail(each)), each.mean((2, 3))]) for each in results])
+            walls, whole = srgb_to_lab(colours.clamp(0, 1).permute(1, 2, 0)[..., None])[..., 0].transpose(1, 2)
+            spreads.append(torch.stack([walls[:, 1:].var(0).sum().sqrt(), walls[:, 0].std(), whole[:, 0].std()]))
+    without, together = torch.stack(spreads).view(-1, 2, 3).mean(0)
+    assert (together < torch.tensor([0.7, 0.8, 0.97]) * without).all(), (without, together)
+
+
+def of(walls, share=1.0, curves=None):
+    """A prediction of an edit that does nothing but by its curves, and of a wall [3]."""
+    curves = torch.linspace(0, 1, 33).expand(1, 3, 33) if curves is None else curves
+    edit = Edit(curves, torch.eye(3, 4)[None], None)
+    return Prediction(edit, torch.tensor([share]), torch.zeros(1, 2), torch.ones(1), torch.tensor([walls]))
+
+
+def test_walls_meet_those_of_their_property_part_of_the_way_and_within_bounds():
+    grey = torch.tensor([0.8, 0.8, 0.8])
+    for walls, part, expected in (
+        ((0.78, 0.78, 0.78), 1.0, [0.78 + SHARED * 0.02] * 3),
+        ((0.78, 0.78, 0.78), 0.5, [0.78 + 0.5 * SHARED * 0.02] * 3),
+        ((0.4, 0.4, 0.4), 1.0, [0.4 + MOST_SHARED] * 3),
+    ):
+        prediction = of(walls, part)
+        edit = shared(prediction, grey)
+        torch.testing.assert_close(edited_walls(prediction._replace(edit=edit))[1][0], torch.tensor(expected), atol=2e-3, rtol=0)
+        torch.testing.assert_close(edit.curves[..., [0, -1]], torch.tensor([0.0, 1]).expand(1, 3, 2))
+    warm = of((0.9, 0.8, 0.5))
+    own, made = (edited_walls(each)[1] for each in (warm, warm._replace(edit=shared(warm, grey))))
+    tints = [(walls / luma(walls)[:, None]).log() for walls in (own, made)]
+    assert MOST_SHARED * 0.9 < (tints[0] - tints[1]).abs().max() < MOST_SHARED * 1.2  # a curve bends between two knots
+
+
+def test_the_look_of_a_property_is_the_median_of_what_its_photos_become():
+    finished = of((0.9, 0.9, 0.9))._replace(needed=torch.zeros(1))
+    walls = [(0.8, 0.7, 0.6), (0.8, 0.8, 0.8), (0.6, 0.6, 0.6)]
+    look = of_property([*map(of, walls), finished, of((0.1, 0.1, 0.9), share=0.2)])
+    assert look is not None and torch.equal((look * 255).round(), look * 255)
+    torch.testing.assert_close(luma(look[None]), luma(torch.tensor([walls[0]])), atol=0.003, rtol=0)
+    assert (look.max() - look.min()) < 0.003
+    torch.testing.assert_close(shared(finished, look).curves, finished.edit.curves)
+    assert of_property([of(walls[0]), finished]) is None
 
 
 @pytest.mark.parametrize("bins", [0, 2])
