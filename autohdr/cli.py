@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 from tyro.extras import SubcommandApp
 
@@ -177,7 +177,10 @@ def adapt(pairs: Positional[Path], out: Path) -> int:
 def evaluate(
     pairs: Path,
     out: Path,
-    checkpoint: Path | None = None,
+    checkpoint: UseAppendAction[tuple[Path, ...]] = (),
+    average: Literal["outputs", "weights"] = "outputs",
+    flips: Literal[1, 2, 4, 8] = 1,
+    sharpen: float = 0.0,
     size: int | None = None,
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
@@ -190,7 +193,11 @@ def evaluate(
     Args:
         pairs: JSONL file of pairs that the model was not trained on.
         out: Folder for results.json and report.html.
-        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships.
+        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships. Given more
+            than once, several models work together.
+        average: Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run.
+        flips: The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass.
+        sharpen: How much of the luma's finest detail is added to the result, up to 2; 0.3 is gentle.
         size: Side of the square that every pair is brought to; by default they keep their own size.
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
@@ -201,17 +208,16 @@ def evaluate(
     from autohdr.data.pairs import check_pairs, read_pairs
     from autohdr.evaluate import evaluate
     from autohdr.measure import pick_device
-    from autohdr.models import load_checkpoint
     from autohdr.models.weights import SHIPPED
     from autohdr.report import format_table
 
     where = pick_device(device)
-    checkpoint = checkpoint or SHIPPED
-    model = _with_steps(load_checkpoint(checkpoint), steps)
+    model = _model(checkpoint, steps, average, flips, sharpen)
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
-    results = evaluate(listed, out, model=model, checkpoint=checkpoint, **settings)
+    named = ", ".join(map(str, checkpoint or (SHIPPED,)))
+    results = evaluate(listed, out, model=model, checkpoint=named, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
 
@@ -219,7 +225,10 @@ def evaluate(
 def enhance(
     paths: Positional[list[Path]],
     out: Path | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: UseAppendAction[tuple[Path, ...]] = (),
+    average: Literal["outputs", "weights"] = "outputs",
+    flips: Literal[1, 2, 4, 8] = 1,
+    sharpen: float = 0.0,
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
@@ -253,7 +262,11 @@ def enhance(
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
         out: Folder for the results; needed but for `-`.
-        checkpoint: Weights of the model that enhances; by default the small one that ships.
+        checkpoint: Weights of the model that enhances; by default the small one that ships. Given more than once, several models
+            work together.
+        average: Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run.
+        flips: The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass.
+        sharpen: How much of the luma's finest detail is added to the result, up to 2; 0.3 is gentle.
         auto_tone: Use the fixed auto-tone instead of a model.
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
@@ -282,8 +295,8 @@ def enhance(
         json: Print what became of the photos as JSON, instead of a line.
         verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
-    if checkpoint and auto_tone:
-        raise UserError("enhance: expected at most one of --checkpoint FILE and --auto-tone, got both")
+    if auto_tone and (checkpoint or flips > 1 or sharpen):
+        raise UserError("enhance: expected --auto-tone, or a model with --checkpoint, --flips and --sharpen, got both")
     through = paths == [Path("-")]
     if through == (out is not None) or through and (save_edit or property or brackets != "off"):
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
@@ -291,13 +304,11 @@ def enhance(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from autohdr.enhance import Enhancer, Interrupted, enhance
     from autohdr.measure import parse_bytes, pick_device
-    from autohdr.models import load_checkpoint
-    from autohdr.models.weights import SHIPPED
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     limit = parse_bytes(max_memory) if max_memory else None
-    model = None if auto_tone else _with_steps(load_checkpoint(checkpoint or SHIPPED), steps)
+    model = None if auto_tone else _model(checkpoint, steps, average, flips, sharpen)
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
@@ -358,6 +369,15 @@ def plan(
     where = pick_device(device) if device == "auto" else device
     limit = parse_bytes(max_memory) if max_memory else None
     print(table(model, (int(sides[-1]), int(sides[0])), batch, where, limit, recompute))
+
+
+def _model(checkpoints: Sequence[Path], steps: int | None, average: str, flips: int, sharpen: float) -> Any:
+    """The model that these options mean; without checkpoints, the one that ships."""
+    from autohdr.models import combine, load_checkpoint
+    from autohdr.models.weights import SHIPPED
+
+    models = [_with_steps(load_checkpoint(checkpoint), steps) for checkpoint in checkpoints or (SHIPPED,)]
+    return combine(models, average=average, flips=flips, sharpen=sharpen)
 
 
 def _with_steps(model: Any, steps: int | None) -> Any:

@@ -463,6 +463,21 @@ def test_data_refuses(photos, capsys):
     assert "count" in refusal(capsys, "data", "synth", "--out", photos / "rooms", "--count", 0)
 
 
+def test_several_checkpoints_and_views_work_together(photos, checkpoint, capsys):
+    second = photos / "second.safetensors"
+    save_weights(second, create_model("restormer_nano", **TINY), {"epoch": 1})
+    together = ("--checkpoint", checkpoint, "--checkpoint", second, "--flips", 2)
+    assert run("eval", *together, "--pairs", photos / "pairs.jsonl", "--out", photos / "report") == 0
+    results = json.loads((photos / "report" / "results.json").read_text())
+    assert results["model"]["name"] == "mean of restormer_nano, restormer_nano, 2 views"
+    assert results["settings"]["checkpoint"] == f"{checkpoint}, {second}"
+    assert run("enhance", photos / "0_src.png", *together, "--out", photos / "enhanced") == 0
+    assert (photos / "enhanced" / "0_src.png").is_file()
+    capsys.readouterr()
+    souped = (*together, "--average", "weights", "--pairs", photos / "pairs.jsonl", "--out", photos / "souped")
+    assert "checkpoints of one run" in refusal(capsys, "eval", *souped)
+
+
 def test_eval_refuses(photos, checkpoint, capsys):
     pairs = ("--pairs", photos / "pairs.jsonl", "--out", photos / "report")
     assert "nowhere" in refusal(capsys, "eval", "--checkpoint", photos / "nowhere.safetensors", *pairs)
@@ -478,7 +493,8 @@ def test_enhance_refuses(photos, checkpoint, capsys):
     for arguments in ((photos / "0_src.png",), ("-", *out), ("-", photos / "0_src.png"), ("-", "--brackets", "auto")):
         assert "photos and --out FOLDER, or - alone" in refusal(capsys, "enhance", *arguments)
     both = ("--auto-tone", "--checkpoint", checkpoint)
-    assert "at most one of --checkpoint FILE and --auto-tone" in refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
+    said = refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
+    assert "expected --auto-tone, or a model with --checkpoint, --flips and --sharpen" in said
     assert "does not exist" in refusal(capsys, "enhance", photos / "nowhere.png", "--auto-tone", *out)
     assert "expected photos" in refusal(capsys, "enhance", "--auto-tone", *out)
     with_limit = ("--checkpoint", checkpoint, "--max-memory", "much")

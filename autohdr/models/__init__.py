@@ -1,5 +1,6 @@
 """Models: built by name, saved to and loaded from checkpoints."""
 
+from autohdr.models.combined import combine
 from autohdr.models.diffusion import Bridge, Sampler
 from autohdr.models.registry import create_model, list_models
 from autohdr.models.tiling import in_strips
@@ -9,6 +10,7 @@ __all__ = [
     "Bridge",
     "LoadReport",
     "Sampler",
+    "combine",
     "create_model",
     "in_strips",
     "list_models",

@@ -1,0 +1,167 @@
+"""More from the same weights: networks made of networks. Each costs as many passes as it has members or flips."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autohdr.data.colour import LUMA
+from autohdr.errors import UserError
+from autohdr.models.network import Network, NetworkConfig
+
+VIEWS = (2, 4, 8)
+"""Of a photo: it and its mirror image, these two upside down, these four transposed."""
+BLUR = 1.0  # standard deviation of the unsharp mask's blur, in pixels: of the finest detail
+GRAIN = 0.01  # a detail of less luma than this is taken for noise, and not made stronger
+
+Run = Callable[[Network, Tensor], Tensor]
+"""How a network goes over an image, as in strips."""
+
+
+class Combined(Network):
+    """A network whose result is made of what `networks` make of the image, or of views of it. `metadata` is what all of them say.
+
+    forward(image): (B, 3, H, W) to the same shape, float32 at least.
+    """
+
+    def __init__(self, name: str, networks: Sequence[Network]):
+        super().__init__(NetworkConfig(name))
+        self.networks: Sequence[Network] = nn.ModuleList(networks)  # pyright: ignore[reportAttributeAccessIssue]
+        said = [network.metadata for network in networks]
+        if all("trained_on" in one for one in said):
+            self.metadata = {"trained_on": sorted({photo for one in said for photo in one["trained_on"]})}
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.over(image, lambda network, view: network(view))
+
+    def over(self, image: Tensor, run: Run) -> Tensor:
+        """forward(image), where each network that is not itself Combined goes over a view of it by `run`."""
+        raise NotImplementedError
+
+    def parts(self) -> list[Network]:
+        """The networks that are not themselves Combined."""
+        found: list[Network] = []
+        for network in self.networks:
+            found += network.parts() if isinstance(network, Combined) else [network]
+        return found
+
+
+class Ensemble(Combined):
+    """The mean of several networks' results."""
+
+    def __init__(self, networks: Sequence[Network]):
+        super().__init__("mean of " + ", ".join(network.config.name for network in networks), networks)
+
+    def over(self, image: Tensor, run: Run) -> Tensor:
+        return _mean(_over(network, image, run) for network in self.networks)
+
+
+class SelfEnsemble(Combined):
+    """The mean of a network's results for 2, 4 or 8 views of the image, each turned back.
+
+    Source: Timofte et al., Seven Ways to Improve Example-Based Single Image Super Resolution (2016), "enhanced prediction".
+    UserError for another number of views.
+    """
+
+    def __init__(self, network: Network, views: int):
+        if views not in VIEWS:
+            raise UserError(f"flips: expected 1, 2, 4 or 8, got {views!r}")
+        super().__init__(f"{network.config.name}, {views} views", [network])
+        self.views = views
+
+    def over(self, image: Tensor, run: Run) -> Tensor:
+        return _mean(self._back(_over(self.networks[0], self._view(image, i), run), i) for i in range(self.views))
+
+    @staticmethod
+    def _view(image: Tensor, i: int) -> Tensor:
+        view = image.flip(_flipped(i))
+        return view.transpose(-1, -2).contiguous(memory_format=torch.channels_last) if i & 4 else view
+
+    @staticmethod
+    def _back(view: Tensor, i: int) -> Tensor:
+        return (view.transpose(-1, -2) if i & 4 else view).flip(_flipped(i))
+
+
+class Sharpened(Combined):
+    """A network's result with more local contrast: an unsharp mask of the luma, which leaves grain and the colours alone.
+
+    amount: how much of the detail is added, above 0, up to 2. UserError for another.
+    """
+
+    def __init__(self, network: Network, amount: float):
+        if not 0 < amount <= 2:
+            raise UserError(f"sharpen: expected a number above 0, up to 2, got {amount!r}")
+        super().__init__(f"{network.config.name}, sharpened by {amount:g}", [network])
+        self.amount = amount
+
+    def over(self, image: Tensor, run: Run) -> Tensor:
+        return sharpen(_over(self.networks[0], image, run), self.amount)
+
+
+def sharpen(image: Tensor, amount: float) -> Tensor:
+    """image (B, 3, H, W) float32 and `amount` of its luma's finest detail, less GRAIN, in all channels alike."""
+    luma = (image * image.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    reach = round(3 * BLUR)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype) / BLUR) ** 2)
+    weights = weights / weights.sum()
+    blurred = F.conv2d(F.pad(luma, (reach, reach, 0, 0), "replicate"), weights.view(1, 1, 1, -1))
+    blurred = F.conv2d(F.pad(blurred, (0, 0, reach, reach), "replicate"), weights.view(1, 1, -1, 1))
+    return image + amount * F.softshrink(luma - blurred, GRAIN)
+
+
+def combine(networks: Sequence[Network], *, average: str = "outputs", flips: int = 1, sharpen: float = 0.0) -> Network:
+    """One network of several, as the command line asks for it: 0 and 1 are none, and one network with none is itself.
+
+    average: of several networks, outputs (Ensemble) or weights (soup). flips: SelfEnsemble's views. sharpen: Sharpened's amount.
+    UserError as these raise it.
+    """
+    if average not in ("outputs", "weights"):
+        raise UserError(f"average: expected outputs or weights, got {average!r}")
+    network = networks[0]
+    if len(networks) > 1:
+        network = soup(networks) if average == "weights" else Ensemble(networks)
+    if flips != 1:
+        network = SelfEnsemble(network, flips)
+    return Sharpened(network, sharpen) if sharpen else network
+
+
+def soup(networks: Sequence[Network]) -> Network:
+    """The network whose weights are the mean of those of several checkpoints of one run, which becomes the first of them.
+
+    Source: Wortsman et al., Model Soups (2022), uniform. UserError for networks of several kinds or runs: the mean of weights
+    that no training has led from one another is no network.
+    """
+    first, runs = networks[0], {network.metadata.get("run") for network in networks}
+    kinds = {network.config.name for network in networks}
+    if len(kinds) > 1 or any(network.config != first.config for network in networks):
+        raise UserError(f"a mean of weights: expected checkpoints of one model, got several: {', '.join(sorted(kinds))}")
+    if len(runs) > 1 or None in runs:
+        raise UserError("a mean of weights: expected checkpoints of one run, got several; a mean of outputs takes any")
+    states = [network.state_dict() for network in networks]
+    with torch.no_grad():
+        for name, value in states[0].items():
+            if value.is_floating_point():
+                value.copy_(reduce(torch.add, (state[name].double() for state in states)) / len(states))
+    trained_on: set[Any] = {photo for network in networks for photo in network.metadata.get("trained_on", [])}
+    first.metadata = first.metadata | {"trained_on": sorted(trained_on)}
+    return first
+
+
+def _over(network: Network, image: Tensor, run: Run) -> Tensor:
+    result = network.over(image, run) if isinstance(network, Combined) else run(network, image)
+    return result if result.dtype == torch.float64 else result.float()
+
+
+def _flipped(i: int) -> list[int]:
+    return [axis for axis, bit in ((-1, 1), (-2, 2)) if i & bit]
+
+
+def _mean(results) -> Tensor:
+    total, count = None, 0
+    for result in results:
+        total, count = result if total is None else total.add_(result), count + 1
+    assert total is not None
+    return total.div_(count)
