@@ -23,8 +23,8 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
 from autohdr.metrics import srgb_to_lab
-from autohdr.models import create_model, load_checkpoint, save_weights
-from autohdr.models.tiling import rows_in_strips
+from autohdr.models import combine, create_model, load_checkpoint, save_weights
+from autohdr.models.tiling import in_strips, rows_in_strips
 from autohdr.models.weights import SHIPPED
 from autohdr.plan import plan
 
@@ -438,6 +438,21 @@ def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path, monkeypatch):
             UserError, match="max_memory is for networks that work in strips, as a Restormer does, got (Identity|the auto-tone)"
         ):
             run([tmp_path / "in"], tmp_path / "other", other, max_memory=limit)
+
+
+def test_each_view_of_a_photo_goes_in_strips_where_it_must(tmp_path, monkeypatch):
+    save(tmp_path / "in/photo.png", 21, 13, depth=16)
+    torch.manual_seed(0)
+    model, limit, made = combine([create_model("restormer_nano", dim=8)], flips=8), resident_bytes() + 10**9, []
+    run([tmp_path / "in"], tmp_path / "whole", model)
+    monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
+    monkeypatch.setattr(enhancer, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
+    run([tmp_path / "in"], tmp_path / "limited", model, max_memory=limit)
+    assert made == [(1, 3, 21, 13)] * 4 + [(1, 3, 13, 21)] * 4
+    whole, limited = (read_samples(tmp_path / folder / "photo.png").astype(int) for folder in ("whole", "limited"))
+    assert np.abs(whole - limited).max() <= 1 < np.ptp(whole)
+    with pytest.raises(UserError, match="max_memory is for networks that work in strips, as a Restormer does, got SelfEnsemble"):
+        Enhancer(combine([create_model("lite")], flips=2), max_memory=limit)
 
 
 @pytest.mark.parametrize(

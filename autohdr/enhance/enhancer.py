@@ -35,9 +35,10 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models import load_checkpoint
+from autohdr.models.combined import Combined
 from autohdr.models.lite import Edit, Lite, Prediction, neutral, shared
 from autohdr.models.network import Network
-from autohdr.models.tiling import Rows, most_bytes, rows_in_strips, works_in_strips
+from autohdr.models.tiling import Rows, in_strips, most_bytes, rows_in_strips, works_in_strips
 from autohdr.plan import IMAGES, PARAMETERS, plan
 
 PRECISIONS = ("float32", "bfloat16")
@@ -113,7 +114,8 @@ class Enhancer:
             model = load_checkpoint(model)
         if precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if max_memory is not None and not works_in_strips(model):
+        parts = model.parts() if isinstance(model, Combined) else [model]
+        if max_memory is not None and not all(map(works_in_strips, parts)):
             raise UserError(f"max_memory is for networks that work in strips, as a Restormer does, got {_kind(model)}")
         if not 0 <= strength <= 2:
             raise UserError(f"strength must be from 0 to 2, got {strength}")
@@ -250,6 +252,8 @@ class Enhancer:
                 edit = prediction.edit if look is None else shared(prediction, look)
                 prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
                 output = apply_edit(image, *prediction.edit)
+            elif isinstance(model, Combined):
+                output = model.over(image, self._part)
             else:
                 output = model(image)
         output = output[0].permute(1, 2, 0)
@@ -257,11 +261,9 @@ class Enhancer:
 
     def _within_memory(self, model: Network, work: Work) -> None:
         """The whole photo at once where that fits, else in strips."""
-        limit = self.max_memory
-        if limit is None:
-            limit = resident_bytes(self.device) + max(free_bytes(self.device) - self.reserved, 0) * 9 // 10
-        rows = _Rows(work, self)
-        if self._fits(model, work, rows, limit):
+        limit, rows = self._limit(), _Rows(work, self)
+        images = 3 if work.space and self.by_rows else 1  # in floating point: as in the file, in sRGB, cut off
+        if self._fits(model, rows, images, limit):
             samples = work.photo.pixels
             try:
                 work.photo.pixels = to_float(samples) if self.by_rows else samples
@@ -277,11 +279,23 @@ class Enhancer:
         else:
             work.photo.pixels = rows.result
 
-    def _fits(self, model: Network, work: Work, rows: Rows, limit: int) -> bool:
-        height, width = rows.shape[-2:]
-        images = 3 if work.space and self.by_rows else 1  # in floating point: as in the file, in sRGB, cut off
+    def _part(self, model: Network, view: Tensor) -> Tensor:
+        """One network of several, or one view of a photo: whole where that fits, else in strips."""
+        limit = self._limit()
+        if not works_in_strips(model) or self._fits(model, view, 2, limit):  # its result, and the sum of all
+            return model(view)
+        return in_strips(model, view, limit)
+
+    def _limit(self) -> int:
+        if self.max_memory is not None:
+            return self.max_memory
+        return resident_bytes(self.device) + max(free_bytes(self.device) - self.reserved, 0) * 9 // 10
+
+    def _fits(self, model: Network, image: Tensor | Rows, images: int, limit: int) -> bool:
+        """images: of its size, in floating point, that are held besides."""
+        height, width = image.shape[-2:]
         left = limit - resident_bytes(self.device) - images * 12 * height * width
-        if most_bytes(model, rows) <= left:
+        if most_bytes(model, image) <= left:
             return True
         if (height, width) not in self._plans:
             parts = plan(model, (height, width), 1, self.precision, device=self.device).parts
