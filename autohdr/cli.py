@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
@@ -464,16 +464,17 @@ def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | No
 
 
 def _registry() -> ConstructorRegistry:
-    """Tables, which tyro would take apart, are one JSON argument: --model-args '{"norm_bias": true}'."""
+    """Tables and lists of them, which tyro would take apart, are one JSON argument: --model-args '{"norm_bias": true}'."""
 
-    def table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-        if info.type_origin is not dict:
+    def table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind = info.type_origin
+        if kind is not dict and not (kind is list and get_origin(get_args(info.type)[0]) is dict):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="JSON",
-            instance_from_str=_parse_table,
-            is_instance=lambda value: isinstance(value, dict),
+            instance_from_str=lambda args: _parse_json(args[0], kind),
+            is_instance=lambda value: isinstance(value, kind),
             str_from_instance=lambda value: [json.dumps(value)],
         )
 
@@ -482,13 +483,14 @@ def _registry() -> ConstructorRegistry:
     return registry
 
 
-def _parse_table(args: list[str]) -> dict[str, Any]:
+def _parse_json(text: str, kind: type) -> Any:
+    wanted = "object" if kind is dict else "list of objects"
     try:
-        value = json.loads(args[0])
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object, got {args[0]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {args[0]!r}")
+        raise ValueError(f"expected a JSON {wanted}, got {text!r}: {error}") from None
+    if not isinstance(value, kind) or kind is list and not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"expected a JSON {wanted}, got {text!r}")
     return value
 
 

@@ -214,6 +214,12 @@ class PairDataset(Dataset[Sample]):
             total += wanted
         return total
 
+    def drop_decoded(self, but: Sequence["PairDataset"] = ()) -> None:
+        """Gives back the disk that keep_decoded has taken, apart from what these others have in the same files."""
+        kept = {file for dataset in but for files in dataset._files for file in files}
+        for file in {file for files in self._files for file in files} - kept:
+            file.unlink(missing_ok=True)
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size to which a photo of height x width is resized, before cropping."""
         if self.size is None or self.resize == "squash":

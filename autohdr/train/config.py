@@ -14,6 +14,9 @@ RECIPES = Path(__file__).parents[1] / "configs"
 Resume = bool | Literal["auto"]
 """Whether to go on with the run in the run folder. auto: if there is one; else it starts."""
 
+STAGE = ("epochs", "size", "resize", "batch_size", "accumulate")
+"""What a stage can have."""
+
 LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
 """The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
@@ -62,13 +65,21 @@ class TrainConfig:
     """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
     epochs: int = 100
-    """Passes over the training pairs. A run that is resumed may take more: the cosine is then that of the new number."""
+    """Passes over the training pairs. A run that is resumed may take more: the learning rate then follows the new number."""
     batch_size: int = 2
     """Pairs in one forward pass of one process."""
     accumulate: int = 1
     """Forward passes in one optimiser step: the effective batch is batch_size x accumulate x processes."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Progressive training: [{epochs = 60, size = 128, batch_size = 8}, {epochs = 40, size = 256}], one by one; []: none.
+    A stage has epochs, and any of size, resize, batch_size and accumulate; what it leaves out is the run's. The run's `epochs` is
+    their sum. Every epoch is validated at the run's own size and resize, so that all can be compared."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
+    """Peak learning rate of AdamW, reached at the end of the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Way of the learning rate from `lr`, after the warm-up, towards `min_lr` at the last step; constant: it stays at `lr`."""
+    min_lr: float = 0.0
+    """Where the learning rate ends."""
     warmup_epochs: float = 0
     """Epochs in which the learning rate climbs linearly; half of the run at most."""
     weight_decay: float = 0.02
@@ -156,7 +167,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
             values[key] = (file.parent / value).resolve()
         elif hints[key] is float:
             values[key] = float(value)
+    if values.get("stages"):
+        check_stages(values["stages"])
+        values.setdefault("epochs", sum(stage["epochs"] for stage in values["stages"]))
     return replace(TrainConfig(out=Path("runs") / file.stem), **(values | (overrides or {})))
+
+
+def check_stages(stages: list[dict[str, Any]]) -> None:
+    """Raise UserError unless each is a table with epochs, and with settings that a stage can have, of their types."""
+    hints = get_type_hints(TrainConfig)
+    for number, stage in enumerate(stages, 1):
+        for key, value in stage.items():
+            if key not in STAGE:
+                raise UserError(f"stages: stage {number}: unknown key {key!r}; expected one of {', '.join(STAGE)}")
+            if not _is_a(value, hints[key]):
+                raise UserError(f"stages: stage {number}: {key}: expected {_describe(hints[key])}, got {value!r}")
+        if "epochs" not in stage:
+            raise UserError(f"stages: stage {number}: expected epochs beside {', '.join(stage) or 'nothing'}")
 
 
 def dump_config(config: TrainConfig, header: str = "", *, inside: bool = False) -> str:
@@ -199,6 +226,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     if Path in _options(hint):
         return isinstance(value, str)
     kind = get_origin(hint) or hint
+    if kind is list and isinstance(value, list):
+        return all(_is_a(item, get_args(hint)[0]) for item in value)
     accepted = (int, float) if kind is float else kind
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
@@ -208,5 +237,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(repr(option) for option in get_args(hint))
     if Path in _options(hint):
         return "a path (a string)"
+    if get_origin(hint) is list:
+        return f"a list, each {_describe(get_args(hint)[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return names.get(hint, "a table")

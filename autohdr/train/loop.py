@@ -66,24 +66,17 @@ def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
         lock.release()
 
 
-def lr_factor(step: int, total: int, warmup: int) -> float:
-    """Share of the peak rate at step 0 .. total - 1: linear up to 1 in `warmup` steps, then a cosine towards 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
 class Loop:
     """Orders the parts of a run: which step is next, when to validate and to save, when to stop."""
 
     def __init__(self, run: Run):
         self._run, self._config, self._ranks, self._learner = run, run.config, run.ranks, run.learner
         self._folder = RunFolder(run.config, run.ranks)
-        self._progress = Progress(run.batches.steps_per_epoch)
+        self._progress = Progress()
         pairs, others = run.batches.dataset.pairs, run.validation.dataset.pairs
         self._replaced = Replaced(pairs)
         digests = self._ranks.first(photo_digests, [*pairs, *others])
-        self._identity = identity(pairs, others, digests, run.batches.step_pairs)
+        self._identity = identity(pairs, others, digests, run.schedule.step_pairs)
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
@@ -115,7 +108,9 @@ class Loop:
         config, progress, folder = self._config, self._progress, self._folder
         self._say(self._run.describe(progress.step))
         hidden = None if self._ranks.rank == 0 else True  # None: hide it where there is no terminal
-        bar = tqdm(total=self._run.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
+        bar = tqdm(
+            total=self._run.schedule.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True
+        )
         with bar, deferred_signals("stopping after this step ...") as signalled:
             try:
                 folder.open_tensorboard(progress.step)
@@ -146,12 +141,14 @@ class Loop:
     def _train_epoch(self, bar: tqdm, signalled: Callable[[], int]) -> bool:
         """Train from where this epoch stands to its end; False where a signal came first. It ends after a good step."""
         config, progress, run, mark = self._config, self._progress, self._run, time.perf_counter()
+        steps = run.schedule.epoch_steps(progress.epoch)
+        if config.stages and progress.epoch == run.schedule.first(stage := run.schedule.stage(progress.epoch)):
+            self._say(f"stage {stage + 1} of {len(config.stages)}: {run.schedule.describe(stage)}")
         groups = run.batches.groups(progress.epoch, progress.left_out)[progress.epoch_steps :]
         batches = run.batches.read(groups, progress.epoch)
-        warmup = min(round(config.warmup_epochs * progress.steps_per_epoch), run.steps // 2)
         self._learner.model.train()
         for group in groups:
-            lr = config.lr * lr_factor(progress.step, run.steps, warmup)
+            lr = run.schedule.lr(progress.epoch, progress.epoch_steps)
             result = run.step(group, batches, epoch=progress.epoch, step=progress.step, lr=lr)
             self._judge(result, group)
             progress.end_step(result.losses, 0 if result.fault else sum(map(len, group)))
@@ -168,9 +165,9 @@ class Loop:
             if self._may_stop():
                 break
             self._due |= config.save_every > 0 and progress.step % config.save_every == 0
-            if self._due and not result.fault and progress.epoch_steps < progress.steps_per_epoch:
+            if self._due and not result.fault and progress.epoch_steps < steps:
                 self._unproved, self._due = self._copy(), False
-        return progress.epoch_steps == progress.steps_per_epoch
+        return progress.epoch_steps == steps
 
     def _judge(self, result: StepResult, group: Group) -> None:
         """Write the state before a step that its loss has found good, and take note of one that was left out."""
@@ -236,9 +233,12 @@ class Loop:
         if any(map(math.isnan, scores.values())):
             raise TrainingError(f"epoch {progress.epoch + 1}: {cause}. {self._where_to_go()}")
         trained, waited = progress.epoch_seconds, progress.epoch_wait
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": self._learner.optimizer.param_groups[0]["lr"]}
+        lr = self._run.schedule.lr(progress.epoch, progress.epoch_steps - 1)
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr}
         row |= progress.train_means() | scores
         row |= {"seconds": round(trained + time.perf_counter() - started, 3), "data_wait": round(waited / trained, 4)}
+        if self._config.stages:
+            row["size"] = self._run.schedule.stages[self._run.schedule.stage(progress.epoch)].size
         self._seconds, self._waited = self._seconds + trained, self._waited + waited
         odd = progress.leave_out(max(1, len(self._run.batches.dataset) // 10))
         progress.end_epoch(row)
