@@ -396,6 +396,7 @@ def _train_verb(argv: list[str]) -> Any:
         settings: TrainConfig = recipe,
         resume: Annotated[Resume, _RESUME] = False,
         dry_run: Annotated[bool, FlagCreatePairsOff] = False,
+        show: Path | None = None,
         print_config: Annotated[bool, FlagCreatePairsOff] = False,
         folds: int | None = None,
         baseline: Path | None = None,
@@ -411,6 +412,7 @@ def _train_verb(argv: list[str]) -> Any:
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder; `--resume auto` starts it where there is none.
             dry_run: Build everything, check the data, make two steps, and tell memory and time; write nothing.
+            show: With --dry-run, a JPEG file for pairs as the network will see them, augmented.
             print_config: Print the settings as TOML, and do nothing else.
             folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
                 (OUT/fold_0, ...), and measure every pair by the model that has not seen it: OUT/cross_validation.json.
@@ -421,13 +423,17 @@ def _train_verb(argv: list[str]) -> Any:
         if print_config:
             print(dump_config(settings), end="")
             return 0
-        return _train(settings, resume, dry_run, folds, baseline)
+        if show and not dry_run:
+            raise UserError("--show: shows pairs without training: give --dry-run as well")
+        return _train(settings, resume, dry_run, show, folds, baseline)
 
     train.__doc__ = (train.__doc__ or "").replace("RECIPES", ", ".join(recipes()))
     return train
 
 
-def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | None, baseline: Path | None) -> int:
+def _train(
+    settings: TrainConfig, resume: Resume, dry_run: bool, show: Path | None, folds: int | None, baseline: Path | None
+) -> int:
     """Rehearse a run, cross-validate, or train: the exit status."""
     if baseline and folds is None:
         raise UserError("--baseline: compares cross-validations: give --folds as well")
@@ -442,7 +448,7 @@ def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | No
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     try:
         if dry_run:
-            say(rehearse(settings))
+            say(rehearse(settings, show))
             return 0
         if folds is not None:
             found = cross_validate(settings, folds, resume=resume, baseline=baseline)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from autohdr.data.augment import Augmentation
 from autohdr.data.pairs import Pair, PairDataset, Sample
 from autohdr.errors import UserError
 from autohdr.train.config import TrainConfig
@@ -92,7 +93,7 @@ class Batches:
 
     def __init__(self, config: TrainConfig, pairs: list[Pair], ranks: Ranks, schedule: Schedule):
         settings = schedule.stages
-        self.datasets = [PairDataset(pairs, stage.size, stage.resize, stage.augment, stage.seed) for stage in settings]
+        self.datasets = [PairDataset(pairs, s.size, s.resize, s.augment, s.seed, Augmentation.of(s)) for s in settings]
         self.dataset = self.datasets[0]
         self._config, self._ranks, self._schedule = config, ranks, schedule
         self._loader = self._load()
@@ -112,7 +113,7 @@ class Batches:
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batches[i : i + count] for i in range(0, len(batches), count)]
 
-    def read(self, groups: list[Group], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, groups: list[Group], epoch: int, left_out: Sequence[int] = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (source, target) of this process's part of each batch of `groups`, augmented as in that epoch."""
         stage = self._schedule.stage(epoch)
         if self.dataset is not self.datasets[stage]:
@@ -121,15 +122,17 @@ class Batches:
             if self._ranks.rank == 0:
                 for dataset in self.datasets[:stage]:
                     dataset.drop_decoded(but=self.datasets[stage:])
-        self.dataset.set_epoch(epoch)
+        self.dataset.set_epoch(epoch, left_out)
         return self._loader([self._ranks.part(batch)[0] for group in groups for batch in group])
 
     def _load(self) -> Loader:
         return Loader(self.dataset, self._config, self._ranks.device, training=True)
 
     def sources(self, group: Group) -> list[str]:
-        """The files of the step's source photos."""
-        return [str(self.dataset.pairs[index].src) for batch in group for index in batch]
+        """The files of the step's source photos, and of those that were mixed into them."""
+        indices = [index for batch in group for index in batch]
+        mixed = [found[0] for index in indices if (found := self.dataset.mixed(index))]
+        return [str(self.dataset.pairs[index].src) for index in (*indices, *mixed)]
 
     @contextmanager
     def workers(self) -> Iterator[None]:

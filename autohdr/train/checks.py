@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autohdr import metrics
+from autohdr.data.augment import Augmentation
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.files import leftovers
@@ -51,6 +52,9 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     _check_losses(config)
     if not config.min_lr <= config.lr:
         raise UserError(f"min_lr: expected at most lr, {config.lr}, got {config.min_lr}")
+    Augmentation.of(config).check()
+    if config.resize == "fit" and (config.zoom > 1 or config.mixup):
+        raise UserError("zoom, mixup: expected resize squash or crop, as resize = fit makes sizes differ")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:

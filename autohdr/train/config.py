@@ -64,6 +64,21 @@ class TrainConfig:
     augment: bool = True
     """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
+    zoom: float = 1.0
+    """Cut each training pair at a scale drawn between 1 and this, log-uniformly, and reduce it to `size`. squash: out of the
+    whole photo at size x zoom, so that a sample shows between all of it and 1/zoom of each side. crop: out of the photo at full
+    resolution."""
+    rotate: bool = False
+    """Turn the training pairs by 0, 90, 180 or 270 degrees, drawn."""
+    flip: bool = False
+    """Turn half of the training pairs upside down."""
+    exposure_jitter: float = 0.0
+    """Stops: the light of a source to train on is multiplied by 2**e, e drawn between minus and plus this. Its target stays."""
+    white_balance_jitter: float = 0.0
+    """Stops: the same of its red and of its blue, each drawn by itself."""
+    mixup: float = 0.0
+    """Mix another pair into each training pair, the share drawn from Beta(mixup, mixup), such as 1.2; 0: none."""
+
     epochs: int = 100
     """Passes over the training pairs. A run that is resumed may take more: the learning rate then follows the new number."""
     batch_size: int = 2

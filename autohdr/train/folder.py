@@ -127,7 +127,7 @@ class RunFolder:
     def _draw(self, triptychs: list[record.Triptych], epoch: int) -> None:
         with self._noting_failures():
             if triptychs:
-                record.write_triptychs(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
+                record.write_sheet(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
             if self._undrawn and time.monotonic() >= self._draw_at:
                 history, self._undrawn = self._undrawn, []
                 record.draw_curve(self.out / "curve.png", history)

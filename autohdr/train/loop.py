@@ -145,7 +145,7 @@ class Loop:
         if config.stages and progress.epoch == run.schedule.first(stage := run.schedule.stage(progress.epoch)):
             self._say(f"stage {stage + 1} of {len(config.stages)}: {run.schedule.describe(stage)}")
         groups = run.batches.groups(progress.epoch, progress.left_out)[progress.epoch_steps :]
-        batches = run.batches.read(groups, progress.epoch)
+        batches = run.batches.read(groups, progress.epoch, progress.left_out)
         self._learner.model.train()
         for group in groups:
             lr = run.schedule.lr(progress.epoch, progress.epoch_steps)
@@ -243,7 +243,7 @@ class Loop:
         odd = progress.leave_out(max(1, len(self._run.batches.dataset) // 10))
         progress.end_epoch(row)
         self._folder.log({"kind": "epoch"} | row)
-        for source in self._run.batches.sources([odd]):
+        for source in (str(self._run.batches.dataset.pairs[index].src) for index in odd):
             self._folder.log({"kind": "left out", "step": progress.step, "epoch": progress.epoch, "source": source})
             self._say(f"{source}: left out from here on: its loss was a spike in {SPIKES} epochs, and the next step's good")
         self._folder.show(progress.history, triptychs)

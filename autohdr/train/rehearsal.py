@@ -1,20 +1,31 @@
-"""A rehearsal (--dry-run): what time and memory a run would take, measured on two steps of each stage. Nothing is written."""
+"""A rehearsal (--dry-run): what time and memory a run would take, measured on two steps of each stage. No run is begun."""
 
 from dataclasses import replace
+from pathlib import Path
 
+from torch import Tensor
+
+from autohdr.errors import UserError
 from autohdr.measure import Measurement, format_bytes, free_bytes, measure
 from autohdr.plan import Plan, plan
+from autohdr.train import record
 from autohdr.train.config import TrainConfig
 from autohdr.train.guards import TrainingError
 from autohdr.train.run import Run, prepare
 
+SHOWN = 4
+"""Pairs of each stage that a sheet shows, each in two epochs."""
 
-def rehearse(config: TrainConfig) -> str:
+
+def rehearse(config: TrainConfig, show: Path | None = None) -> str:
     """Check and build a run, make two steps a stage, validate one pair a process, and return as text what the run would take.
 
-    Memory is the most that any stage takes. Raises UserError as train does, and TrainingError where a step's loss or gradient is
-    not finite.
+    show: JPEG file for a sheet of pairs as the network will see them: a row each, with source and target in the first epoch of
+    the stage and in the next. Memory is the most that any stage takes. Raises UserError as train does, and TrainingError where a
+    step's loss or gradient is not finite.
     """
+    if show and show.suffix.lower() not in (".jpg", ".jpeg"):
+        raise UserError(f"--show: expected a file .jpg or .jpeg, got {str(show)!r}")
     run = prepare(replace(config, cache_gb=0))
     schedule, lines, measured, total = run.schedule, [], [], 0.0
     with run.batches.workers():
@@ -33,6 +44,8 @@ def rehearse(config: TrainConfig) -> str:
             f"a step     {steps[1].seconds:.3g} s, {waits[1]:.2g} s of it for data; the first {steps[0].seconds:.3g} s",
             f"an epoch   {_duration(epoch)}: {each} steps, {turns} validations of {validation.seconds:.2g} s",
         ]
+    if show and run.ranks.rank == 0:
+        record.write_sheet(show, [row for number in range(len(stages)) for row in _rows(run, number)])
     rows = run.ranks.gather_floats(*(measurement.peak_bytes for measurement in (*measured, validation)))
     memory = f"{format_bytes(int(max(map(max, rows))))} at most in a process ({measured[1].memory_source})"
     return "\n".join(
@@ -42,9 +55,22 @@ def rehearse(config: TrainConfig) -> str:
             f"planned    {_planned(run)}; Python, PyTorch, other losses than L1 and the state to go back to come on top",
             *lines,
             f"the run    {_duration(total)}: {config.epochs} epochs",
-            "nothing was written",
+            f"written    {show}, and nothing else" if show else "nothing was written",
         )
     )
+
+
+def _rows(run: Run, stage: int) -> list[list[Tensor]]:
+    """The sheet's rows of a stage: its first step's pairs, and so on."""
+    dataset, first = run.batches.datasets[stage], run.schedule.first(stage)
+    indices = [index for group in run.batches.groups(first) for batch in group for index in batch][:SHOWN]
+    rows: list[list[Tensor]] = [[] for _ in indices]
+    for epoch in range(first, first + min(2, run.schedule.stages[stage].epochs)):
+        dataset.set_epoch(epoch)
+        for row, index in zip(rows, indices, strict=True):
+            sample = dataset[index]
+            row += sample["src"], sample["tar"]
+    return rows
 
 
 def _two_steps(run: Run, epoch: int) -> tuple[list[Measurement], list[float]]:
