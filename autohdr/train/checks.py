@@ -20,7 +20,7 @@ from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump
 from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
-_FREE_TO_CHANGE |= {"save_minutes", "epochs"}
+_FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
 _OF_PROCESSES = {"batch_size", "accumulate"}
 _FREE_TO_CHANGE |= {"tensorboard", "parallel", "rank_timeout", *_OF_PROCESSES}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
@@ -31,12 +31,12 @@ step takes, batch_size x accumulate x processes, may not change, nor may the pai
 def check_config(config: TrainConfig, resume: Resume = False) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist.
 
-    resume: init_weights need not exist: a run that goes on from a state does not read them.
+    resume: init_weights need not exist: a run that goes on from a state does not read them. A branch does not either.
     """
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
     at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "clip", "ema", "spike_factor"), 0)
-    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples", "patience"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -50,6 +50,9 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
     _check_losses(config)
+    for pattern, factor in config.lr_groups.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise UserError(f"lr_groups: {pattern}: expected a number above 0, got {factor!r}; freeze takes out what is to stay")
     if not config.min_lr <= config.lr:
         raise UserError(f"min_lr: expected at most lr, {config.lr}, got {config.min_lr}")
     Augmentation.of(config).check()
@@ -62,11 +65,11 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
-    for name in ("out", "train_pairs", "val_pairs", "init_weights"):
+    for name in ("out", "train_pairs", "val_pairs", "init_weights", "branch"):
         file = getattr(config, name)
         if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes
             raise UserError(f"{name}: expected a path in UTF-8, as config.toml is; got {str(file)!r}")
-        needed = name != "out" and not (resume and name == "init_weights")
+        needed = name in ("train_pairs", "val_pairs") or name == "init_weights" and not (resume or config.branch)
         if needed and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
     check_stages(config.stages)
@@ -172,7 +175,9 @@ def identity(
     }
 
 
-def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int) -> None:
+def check_state(
+    state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int, option: str = "--resume"
+) -> None:
     """Raise UserError unless the state is of a run over the same pairs, wherever they lie now. now: the pairs' identity().
 
     A pair is the same if its photos are. One to train on may also have been replaced under its name, of which a warning tells;
@@ -180,15 +185,15 @@ def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig,
     """
     if state["step_pairs"] != now["step_pairs"]:
         raise UserError(
-            f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
+            f"{option}: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
             f"got {', '.join(f'{stage.batch_size} x {stage.accumulate} x {processes}' for stage in stages(config))}"
         )
     begun = state["epoch"] + (state["epoch_steps"] > 0)
     if config.epochs < begun:
-        raise UserError(f"--resume: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
+        raise UserError(f"{option}: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
     for key in ("train_pairs", "val_pairs"):
         file, before, after = getattr(config, key), state[key], now[key]
-        expected = f"--resume: {key}: expected the pairs that the run began with, in their order"
+        expected = f"{option}: {key}: expected the pairs that the run began with, in their order"
         if len(before) != len(after):
             raise UserError(f"{expected}: {len(before)}; {file} lists {len(after)}")
         replaced = [(was, there) for was, there in zip(before, after, strict=True) if was[2:] != there[2:]]

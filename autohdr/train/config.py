@@ -35,6 +35,10 @@ class TrainConfig:
     init_weights: Path | None = None
     """Weights to start from (any layout that load_weights reads); none: start from random weights."""
 
+    branch: Path | None = None
+    """The folder of a run that this one goes on from: with its weights, average and moments, in the epoch where it stands, over
+    the same pairs, to more `epochs`, another `lr`, or any other setting but the model's. That run stays as it is."""
+
     objective: Literal["direct", "bridge"] = "direct"
     """direct: one pass makes the photo. bridge: a diffusion bridge from the source photo, for models with a time embedding."""
     prediction: Literal["x0", "v", "noise"] = "x0"
@@ -97,6 +101,11 @@ class TrainConfig:
     """Where the learning rate ends."""
     warmup_epochs: float = 0
     """Epochs in which the learning rate climbs linearly; half of the run at most."""
+    lr_groups: dict[str, float] = field(default_factory=dict)
+    """{pattern: factor}, such as {"encoder*" = 0.1}: a parameter whose name matches learns at `lr` times the factor. Patterns are
+    fnmatch's; of several that match the first counts."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns, such as ["encoder*"]: parameters whose name matches one stay as they are."""
     weight_decay: float = 0.02
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
@@ -146,6 +155,8 @@ class TrainConfig:
     """Training states kept on disk: the newest, and older ones in case it is damaged."""
     best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"
     """checkpoint_best is of the epoch with the highest PSNR or SSIM, or the lowest L1."""
+    patience: int = 0
+    """The run ends once so many epochs, one after the other, have not been better than the best; 0: it does not."""
     samples: int = 4
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
     tensorboard: bool = False

@@ -20,6 +20,7 @@ from autohdr.train.distributed import Ranks, local
 from autohdr.train.ema import Average
 from autohdr.train.guards import Guard
 from autohdr.train.objective import Objective, parameter_groups
+from autohdr.train.selection import freeze
 
 _WHOLE = StateDictOptions(full_state_dict=True)
 """States hold whole tensors by the model's own names, however the processes share them out."""
@@ -47,10 +48,11 @@ class Learner:
         self.objective = Objective(config, self.model)
         self.precision = _precision(config.precision, device)
         self.model.recompute = config.recompute
+        freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()
         self.network: nn.Module = ranks.wrap(self.model, config.parallel, self.precision)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay, config.lr_groups), lr=config.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
         self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self.tensors)
@@ -69,6 +71,11 @@ class Learner:
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
         return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups as states have them: with names in the place of weights."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [group | {"params": [names[weight] for weight in group["params"]]} for group in self.optimizer.param_groups]
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights that validation measures, on the CPU; {} on all processes but the first."""

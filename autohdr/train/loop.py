@@ -12,6 +12,7 @@ from tqdm import tqdm
 from autohdr.data.pairs import Replaced, photo_digests
 from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
+from autohdr.train.branch import first_state, read_parent
 from autohdr.train.checkpoint import restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
 from autohdr.train.config import Resume, TrainConfig
@@ -42,6 +43,8 @@ class RunSummary:
     """{cause: steps of the whole run that changed nothing in the end}."""
     data_wait: float = field(default=0.0, compare=False)
     """Share of the steps' time that they waited for data, in the epochs that this call finished."""
+    early: bool = False
+    """Whether `patience` has ended it before its last epoch."""
 
 
 def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
@@ -87,21 +90,41 @@ class Loop:
         self._seconds = self._waited = 0.0  # that the steps of the epochs finished here took, and that they waited for data
 
     def start(self) -> None:
-        """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew."""
+        """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew.
+
+        Raises UserError, and makes nothing, where the run is a branch and cannot go on from its parent.
+        """
+        parent = self._branch() if self._config.branch else None
         self._folder.begin()
         self._save(*self._copy())
         self._folder.finish()
+        if parent:  # after the state: a log without one would be of a run that has lost its states
+            self._folder.log(parent)
 
     def resume(self) -> None:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
         state, trained_on = self._folder.read()
         self._ranks.first(check_state, state, self._identity, self._config, self._ranks.count)
         self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
+        self._take(state)
+        self._folder.go_on(self._progress.step)
+        self._resumed = True
+
+    def _branch(self) -> dict[str, Any]:
+        """Begin where the parent stands. Returns what the log is to say about it."""
+        loaded: list[tuple[dict[str, Any], list[str]]] = []
+        self._ranks.first(lambda: loaded.append(read_parent(self._config, self._identity, self._ranks.count)))
+        parent, trained_on = loaded[0] if loaded else read_parent(self._config, self._identity, self._ranks.count)
+        state = first_state(parent, self._config, self._learner)
+        self._trained_on |= set(trained_on)
+        self._take(state)
+        entry = {"kind": "branch", "step": state["step"], "epoch": state["epoch"], "parent": parent["run_id"]}
+        return entry | {"folder": str(self._config.branch)}
+
+    def _take(self, state: dict[str, Any]) -> None:
         self._progress.load_state_dict(state)
         self._learner.load_state_dict(state, self._progress.step)
         restore_rng(state["rng"])
-        self._folder.go_on(self._progress.step)
-        self._resumed = True
 
     def train(self) -> RunSummary:
         """Train to the end of the last epoch, or until a signal comes."""
@@ -115,7 +138,7 @@ class Loop:
             try:
                 folder.open_tensorboard(progress.step)
                 with self._run.batches.workers():
-                    while progress.epoch < config.epochs and not self._may_stop():
+                    while not self._ended() and not self._may_stop():
                         if self._train_epoch(bar, signalled):
                             if progress.epoch + 1 == config.epochs and self._learner.guard.in_a_row == 1:
                                 self._go_back("the last step is bad")  # no step comes that tells whether the weights are
@@ -126,17 +149,28 @@ class Loop:
                 folder.finish()  # all together: torchrun ends the first process, which writes, once another has ended
             finally:
                 folder.close()
-        ended = progress.epoch == config.epochs
+        best, ended = progress.best(config.best_metric), self._ended()
+        early = ended and progress.epoch < config.epochs
         if ended:
             folder.remove_cache()
+        if early:
+            self._say(
+                f"stopped early: {config.patience} epochs without a better {config.best_metric} than epoch {best['epoch']}'s"
+            )
         wait = self._waited / self._seconds if self._seconds else 0.0
         if self._seconds:
             self._say(f"{wait:.1%} of the time of training was spent waiting for data")
         if lost := progress.lost:
             causes = ", ".join(f"{count} by {cause}" for cause, count in lost.most_common())
             self._say(f"{lost.total()} of {progress.step} steps lost: {causes}")
-        best = progress.best(config.best_metric)
-        return RunSummary(folder.out, progress.epoch, best, 0 if ended else self._stopped, dict(progress.lost), wait)
+        stopped = 0 if ended else self._stopped
+        return RunSummary(folder.out, progress.epoch, best, stopped, dict(progress.lost), wait, early)
+
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or patience is. It waits for a good step, as only that shows the weights to be sound."""
+        progress, patience = self._progress, self._config.patience
+        over = 0 < patience <= progress.waited(self._config.best_metric) and not self._learner.guard.in_a_row
+        return progress.epoch >= self._config.epochs or over and not progress.epoch_steps
 
     def _train_epoch(self, bar: tqdm, signalled: Callable[[], int]) -> bool:
         """Train from where this epoch stands to its end; False where a signal came first. It ends after a good step."""

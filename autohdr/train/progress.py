@@ -69,6 +69,10 @@ class Progress:
         sign = -1 if metric == "val_l1" else 1
         return max(self.history, key=lambda row: sign * row[metric], default={})
 
+    def waited(self, metric: str) -> int:
+        """Epochs since the best one; 0 before the first epoch's end."""
+        return len(self.history) - 1 - self.history.index(self.best(metric)) if self.history else 0
+
     @classmethod
     def keys(cls) -> list[str]:
         """The keys of state_dict()."""

@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, *, resume: Resume = False) -> Run:
     ranks = join(pick_device(config.device), config.rank_timeout)
     resumes = ranks.first(check_folder, config, resume)
     train_pairs, val_pairs = ranks.first(checked_pairs, config)
-    learner = Learner(config, ranks, fresh=not resumes)
+    learner = Learner(config, ranks, fresh=not resumes and not config.branch)
     schedule, validation = Schedule(config, len(train_pairs), ranks.count), Validation(config, learner, ranks, val_pairs)
     batches = Batches(config, train_pairs, ranks, schedule)
     assert config.out  # check_config refuses None
