@@ -14,6 +14,8 @@ from autohdr.errors import UserError
 SCALE, TURN, LIGHT, MIX = 2, 3, 4, 5
 """Which draws of a pair a generator is for: each has its own, so that one kind changes nothing about another."""
 
+_PIECE = 1 << 15  # at::internal::GRAIN_SIZE
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -59,12 +61,16 @@ class Augmentation:
 
     def relight(self, source: Tensor, rng: np.random.Generator) -> Tensor:
         """(3, H, W) in [0, 1] in other light; what gets brighter than white is white."""
-        exposure, red, blue = rng.uniform(-1, 1, 3)
-        colour = np.array((red, 0, blue)) * self.white_balance_jitter
         if not (self.exposure_jitter or self.white_balance_jitter):
             return source
-        gains = torch.from_numpy(2 ** (exposure * self.exposure_jitter + colour)).float()
-        return encode_srgb(decode_srgb(source) * gains[:, None, None]).clamp_(0, 1)
+        exposure, red, blue = rng.uniform(-1, 1, 3)
+        gains = 2 ** (exposure * self.exposure_jitter + np.array((red, 0, blue)) * self.white_balance_jitter)
+        planes = []
+        for plane, gain in zip(source.flatten(1), gains.tolist(), strict=True):
+            # PyTorch gives such a piece to one thread. The threads of a larger one decide which pixels lie at an end that is
+            # not vectorised, and so a last bit of those: a worker has one thread, the training process several.
+            planes += [encode_srgb(decode_srgb(piece) * gain).clamp_(0, 1) for piece in plane.split(_PIECE)]
+        return torch.cat(planes).view_as(source)
 
     def share(self, rng: np.random.Generator) -> float:
         """How much of a mix is the sample itself."""

@@ -103,7 +103,7 @@ class TrainConfig:
     """Epochs in which the learning rate climbs linearly; half of the run at most."""
     lr_groups: dict[str, float] = field(default_factory=dict)
     """{pattern: factor}, such as {"encoder*" = 0.1}: a parameter whose name matches learns at `lr` times the factor. Patterns are
-    fnmatch's; of several that match the first counts."""
+    fnmatch's; of several that match the first counts. The logs have `lr`."""
     freeze: list[str] = field(default_factory=list)
     """Patterns, such as ["encoder*"]: parameters whose name matches one stay as they are."""
     weight_decay: float = 0.02

@@ -29,11 +29,13 @@ class Run:
 
     def describe(self, step: int = 0) -> str:
         """One line for the terminal: model, device, pairs, and `step`, the steps behind the run."""
-        ranks, count = self.ranks, sum(weight.numel() for weight in self.learner.model.parameters())
+        ranks, weights = self.ranks, list(self.learner.model.parameters())
+        count, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+        frozen = f", {trained:,} of them trained" if trained < count else ""
         processes = f" in {ranks.count} processes ({self.config.parallel})" if ranks.count > 1 else ""
         return (
-            f"{self.config.model}, {count:,} parameters, {ranks.device}{processes}; {len(self.batches.dataset)} pairs to train "
-            f"on, {len(self.validation.dataset)} to validate; step {step} of {self.schedule.steps}; {self.config.out}"
+            f"{self.config.model}, {count:,} parameters{frozen}, {ranks.device}{processes}; {len(self.batches.dataset)} pairs to "
+            f"train on, {len(self.validation.dataset)} to validate; step {step} of {self.schedule.steps}; {self.config.out}"
         )
 
 

@@ -115,6 +115,18 @@ def test_light_is_multiplied(pairs):
     assert all(0 <= sample["src"].min() and sample["src"].max() <= 1 for sample in (*exposed, *tinted))
 
 
+def test_light_is_the_same_in_any_number_of_threads():
+    """A worker has one, the training process several."""
+    source, variety, before, seen = torch.rand(3, 211, 333), Augmentation(exposure_jitter=1.0), torch.get_num_threads(), set()
+    try:
+        for threads in (1, 3, 5, 7):
+            torch.set_num_threads(threads)
+            seen.add(variety.relight(source, np.random.default_rng(1)).numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 1
+
+
 def test_mixup_blends_both_photos_of_two_pairs(tmp_path):
     for name, value in (("black", 0), ("white", 255), ("odd", 128)):
         write_photo(tmp_path / f"{name}.png", Photo(np.full((20, 20, 3), value / 255, np.float32), "PNG", 8))

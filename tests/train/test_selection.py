@@ -42,7 +42,10 @@ def test_a_frozen_networks_other_gradients_are_the_same(model):
 
 def test_a_run_leaves_alone_what_is_frozen_and_goes_on_bitwise(make_config, monkeypatch):
     settings = {"freeze": FROZEN, "lr_groups": {"output*": 0.5}, "ema": 0.9, "batch_size": 3}
-    start = {name: weight.detach().clone() for name, weight in prepare(make_config(**settings)).learner.model.named_parameters()}
+    run = prepare(make_config(**settings))
+    start = {name: weight.detach().clone() for name, weight in run.learner.model.named_parameters()}
+    trained = sum(weight.numel() for name, weight in start.items() if not frozen(name))
+    assert f" parameters, {trained:,} of them trained, cpu" in run.describe()
     whole = train(make_config("whole", **settings))
     with monkeypatch.context() as patch:
         interrupt_at_step(patch, 2)
