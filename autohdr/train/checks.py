@@ -17,6 +17,7 @@ from autohdr.files import leftovers
 from autohdr.measure import check_workers
 from autohdr.train import lock
 from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config
+from autohdr.train.folder import STATE
 from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
@@ -72,6 +73,8 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
         needed = name in ("train_pairs", "val_pairs") or name == "init_weights" and not (resume or config.branch)
         if needed and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+    if config.branch and not resume and not (config.branch / STATE).is_file():
+        raise UserError(f"branch: expected the folder of a run, got {config.branch}: it has no {STATE}")
     check_stages(config.stages)
     for number, stage in enumerate(stages(config) if config.stages else (), 1):
         try:

@@ -79,7 +79,7 @@ def test_refuses_what_cannot_be_branched(make_config, monkeypatch, pair_files):
         interrupt_at_step(patch, 2)
         parent = train(make_config("parent")).out
     others = {
-        "branch: expected the folder of a run, got ": {"branch": pair_files[0].parent},
+        "branch: expected the folder of a run, got .*: it has no checkpoint_last.state.pt": {"branch": pair_files[0].parent},
         "branch: model: the run in .* has 'restormer_nano', got 'restormer_tiny'": {"model": "restormer_tiny", "model_args": {}},
         "branch: model_args: ": {"model_args": {"dim": 8}},
         "branch: seed: the run in .* has 0, got 1": {"seed": 1},
