@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction
@@ -417,6 +417,7 @@ def _train_verb(argv: list[str]) -> Any:
         settings: TrainConfig = recipe,
         resume: Annotated[Resume, _RESUME] = False,
         dry_run: Annotated[bool, FlagCreatePairsOff] = False,
+        show: Path | None = None,
         print_config: Annotated[bool, FlagCreatePairsOff] = False,
         folds: int | None = None,
         baseline: Path | None = None,
@@ -432,6 +433,7 @@ def _train_verb(argv: list[str]) -> Any:
             settings: The defaults are those of CONFIG, where it is named before -h.
             resume: Go on with the run that is in the run folder; `--resume auto` starts it where there is none.
             dry_run: Build everything, check the data, make two steps, and tell memory and time; write nothing.
+            show: With --dry-run, a JPEG file for pairs as the network will see them, augmented.
             print_config: Print the settings as TOML, and do nothing else.
             folds: Cross-validation: divide the training pairs into this many folds, train without each of them in turn
                 (OUT/fold_0, ...), and measure every pair by the model that has not seen it: OUT/cross_validation.json.
@@ -442,13 +444,17 @@ def _train_verb(argv: list[str]) -> Any:
         if print_config:
             print(dump_config(settings), end="")
             return 0
-        return _train(settings, resume, dry_run, folds, baseline)
+        if show and not dry_run:
+            raise UserError("--show: shows pairs without training: give --dry-run as well")
+        return _train(settings, resume, dry_run, show, folds, baseline)
 
     train.__doc__ = (train.__doc__ or "").replace("RECIPES", ", ".join(recipes()))
     return train
 
 
-def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | None, baseline: Path | None) -> int:
+def _train(
+    settings: TrainConfig, resume: Resume, dry_run: bool, show: Path | None, folds: int | None, baseline: Path | None
+) -> int:
     """Rehearse a run, cross-validate, or train: the exit status."""
     if baseline and folds is None:
         raise UserError("--baseline: compares cross-validations: give --folds as well")
@@ -463,7 +469,7 @@ def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | No
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     try:
         if dry_run:
-            say(rehearse(settings))
+            say(rehearse(settings, show))
             return 0
         if folds is not None:
             found = cross_validate(settings, folds, resume=resume, baseline=baseline)
@@ -485,16 +491,17 @@ def _train(settings: TrainConfig, resume: Resume, dry_run: bool, folds: int | No
 
 
 def _registry() -> ConstructorRegistry:
-    """Tables, which tyro would take apart, are one JSON argument: --model-args '{"norm_bias": true}'."""
+    """Tables and lists of them, which tyro would take apart, are one JSON argument: --model-args '{"norm_bias": true}'."""
 
-    def table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-        if info.type_origin is not dict:
+    def table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind = info.type_origin
+        if kind is not dict and not (kind is list and get_origin(get_args(info.type)[0]) is dict):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="JSON",
-            instance_from_str=_parse_table,
-            is_instance=lambda value: isinstance(value, dict),
+            instance_from_str=lambda args: _parse_json(args[0], kind),
+            is_instance=lambda value: isinstance(value, kind),
             str_from_instance=lambda value: [json.dumps(value)],
         )
 
@@ -503,13 +510,14 @@ def _registry() -> ConstructorRegistry:
     return registry
 
 
-def _parse_table(args: list[str]) -> dict[str, Any]:
+def _parse_json(text: str, kind: type) -> Any:
+    wanted = "object" if kind is dict else "list of objects"
     try:
-        value = json.loads(args[0])
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object, got {args[0]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {args[0]!r}")
+        raise ValueError(f"expected a JSON {wanted}, got {text!r}: {error}") from None
+    if not isinstance(value, kind) or kind is list and not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"expected a JSON {wanted}, got {text!r}")
     return value
 
 

@@ -106,7 +106,8 @@ def plan(
     CPU's ops, which declare the same tensors, and so is the meta device, of tensors alone; their time is then None.
 
     Args:
-        model: a name that create_model takes, or a network, whose weights are left alone, on any device.
+        model: a name that create_model takes, or a network, whose weights are left alone, on any device; what of it requires no
+            gradient takes none of the training's memory.
         size: of the images, a side of a square or (height, width).
         precision: float32, or bfloat16 or float16 under autocast.
         mode: "inference" or "training".
@@ -132,6 +133,9 @@ def plan(
             "plan: max_memory is for the inference of networks that work in strips, as a Restormer does, "
             f"got {network.config.name}, {mode}"
         )
+    if not isinstance(model, str):
+        for own, given in zip(network.parameters(), model.parameters(), strict=True):
+            own.requires_grad_(given.requires_grad)
     network.recompute = recompute
     if str(device).split(":")[0] not in ("cpu", "cuda", "meta"):
         raise UserError(f"device: expected cpu, cuda or meta, got {str(device)!r}")
@@ -148,7 +152,7 @@ def plan(
         parts = _trace(network, shape, precision, mode == "training", here, accumulate > 1, device.type == "cpu")
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     if mode == "training":
-        parts[OPTIMIZER] = 2 * weights
+        parts[OPTIMIZER] = 2 * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         parts[AVERAGE] = weights if averaged else 0
     parts[SCRATCH] = _scratch_bytes(network, mode == "training", device)
     # The measurement needs the weights four times, gradients and AdamW's two moments included, and next to nothing else.
@@ -239,7 +243,7 @@ def _trace(network, shape, precision, training, here, accumulates, on_cpu) -> Co
                 network(source)
             return ledger.peak
         target = torch.empty_like(source)
-        for parameter in network.parameters():
+        for parameter in filter(lambda p: p.requires_grad, network.parameters()):
             if accumulates:
                 ledger.stage, parameter.grad = GRADIENTS, torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))

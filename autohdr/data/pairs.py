@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from autohdr.data.augment import LIGHT, MIX, NONE, SCALE, TURN, Augmentation
 from autohdr.data.cache import DecodedCache
 from autohdr.data.images import check_photo, photo_layout, read_samples, to_float
 from autohdr.errors import UserError
@@ -156,8 +157,9 @@ class PairDataset(Dataset[Sample]):
       squash: to h x w, whatever the aspect ratio;
       fit:    to the largest size within h x w that keeps the aspect ratio, sides rounded to the nearest integer;
       crop:   cut h x w out of the photo at full resolution, from one that is smaller after enlarging it.
-    augment: mirror half of the samples, and cut anywhere instead of in the centre. That depends on (seed, epoch, index)
-    alone, neither on the worker nor on the order. UserError for a photo that can't be read and for bad arguments.
+    augment: mirror half of the samples, and cut anywhere instead of in the centre. variety: what else is drawn for a sample. All
+    of it depends on (seed, epoch, index) alone, neither on the worker nor on the order. UserError for a photo that can't be read
+    and for bad arguments.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class PairDataset(Dataset[Sample]):
         resize: str = "squash",
         augment: bool = False,
         seed: int = 0,
+        variety: Augmentation = NONE,
     ):
         if resize not in RESIZE_MODES:
             raise UserError(f"resize must be one of {', '.join(RESIZE_MODES)}, got {resize!r}")
@@ -174,29 +177,64 @@ class PairDataset(Dataset[Sample]):
         self.size = (size, size) if isinstance(size, int) else size
         if self.size and min(self.size) < 1:
             raise UserError(f"size must be at least 1, got {size}")
-        self.resize, self.augment, self.seed = resize, augment, seed
+        variety.check()
+        if (variety.zoom > 1 or variety.mixup) and (resize == "fit" or self.size is None):
+            raise UserError(f"zoom, mixup: expected a size, and resize squash or crop; got {size} and {resize}")
+        if variety.rotate and self.size and self.size[0] != self.size[1]:
+            raise UserError(f"rotate: expected a square, got {self.size[0]} x {self.size[1]}")
+        self.resize, self.augment, self.seed, self.variety = resize, augment, seed, variety
+        zoom = variety.zoom if resize == "squash" else 1
+        self._whole = self.size and (round(self.size[0] * zoom), round(self.size[1] * zoom))  # of a photo, before cutting
         self._cache: DecodedCache | None = None
         self._files: list[list[Path]] = []  # in the cache, or to be, of the first pairs
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a new epoch too
+        self._apart = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose augmentation the next samples get, in running workers as well."""
+    def set_epoch(self, epoch: int, apart: Sequence[int] = ()) -> None:
+        """Chooses the epoch whose augmentation the next samples get, in running workers as well.
+
+        apart: pairs that are mixed into no other.
+        """
         self._epoch.fill_(epoch)
+        self._apart.zero_()[list(apart)] = True
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        src, tar = self._resized(index)
-        height, width = src.shape[:2]
-        h, w = self.size if self.size and self.resize == "crop" else (height, width)
+        src, tar = self._sample(index)
+        if mixed := self.mixed(index):
+            other, share = mixed
+            src, tar = (share * own + (1 - share) * another for own, another in zip((src, tar), self._sample(other), strict=True))
+        return {"src": src, "tar": tar, "index": index}
+
+    def mixed(self, index: int) -> tuple[int, float] | None:
+        """(the pair that is mixed into a sample, the share of the sample itself); None: no pair is."""
+        if not self.variety.mixup:
+            return None
+        rng = self._draws(index, MIX)
+        others = [other for other, apart in enumerate(self._apart.tolist()) if not apart and other != index]
+        return (others[rng.integers(len(others))], self.variety.share(rng)) if others else None
+
+    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pair's source and target, before they are mixed with another's."""
+        photos = self._resized(index)
+        height, width = photos[0].shape[:2]
+        h, w = to = self.size if self.size and self.resize != "fit" else (height, width)
+        if self.variety.zoom > 1:
+            scale = self.variety.scale(self._draws(index, SCALE), min(height / h, width / w))
+            h, w = round(h * scale), round(w * scale)
         step, top, left = 1, (height - h) // 2, (width - w) // 2
         if self.augment:
-            rng = np.random.default_rng((self.seed, int(self._epoch), index))
+            rng = self._draws(index)
             step, top, left = rng.choice((-1, 1)), rng.integers(height - h + 1), rng.integers(width - w + 1)
-        window = (slice(top, top + h), slice(left, left + w))
-        src, tar = (photo[window][:, ::step].transpose(2, 0, 1) for photo in (src, tar))
-        return {"src": torch.from_numpy(to_float(src)), "tar": torch.from_numpy(to_float(tar)), "index": index}
+        windows = (_resize(photo[top : top + h, left : left + w], *to)[:, ::step] for photo in photos)
+        turned = (self.variety.turn(window, self._draws(index, TURN)).transpose(2, 0, 1) for window in windows)
+        src, tar = (torch.from_numpy(to_float(samples)) for samples in turned)
+        return self.variety.relight(src, self._draws(index, LIGHT)), tar
+
+    def _draws(self, index: int, *kind: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, int(self._epoch), index, *kind))
 
     def keep_decoded(self, folder: Path, limit: float) -> int:
         """Keeps the first pairs, decoded and resized, in `folder`: as many as fit in `limit` bytes. Returns the bytes they take.
@@ -210,15 +248,21 @@ class PairDataset(Dataset[Sample]):
             wanted = height * width * 3 * sum(depths) // 8
             if total + wanted > limit:
                 break
-            self._files.append(self._cache.files((pair.src, pair.tar), self.size, self.resize))
+            self._files.append(self._cache.files((pair.src, pair.tar), self._whole, self.resize))
             total += wanted
         return total
 
+    def drop_decoded(self, but: Sequence["PairDataset"] = ()) -> None:
+        """Gives back the disk that keep_decoded has taken, apart from what these others have in the same files."""
+        kept = {file for dataset in but for files in dataset._files for file in files}
+        for file in {file for files in self._files for file in files} - kept:
+            file.unlink(missing_ok=True)
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size to which a photo of height x width is resized, before cropping."""
-        if self.size is None or self.resize == "squash":
-            return self.size or (height, width)
-        scales = self.size[0] / height, self.size[1] / width
+        if self._whole is None or self.resize == "squash":
+            return self._whole or (height, width)
+        scales = self._whole[0] / height, self._whole[1] / width
         scale = min(scales) if self.resize == "fit" else max(1, *scales)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -226,7 +270,7 @@ class PairDataset(Dataset[Sample]):
         """The source and the target of a pair before cropping: (h, w, 3) uint8 or uint16."""
         pair = self.pairs[index]
         cache = self._cache if index < len(self._files) else None
-        files = cache.files((pair.src, pair.tar), self.size, self.resize) if cache else []
+        files = cache.files((pair.src, pair.tar), self._whole, self.resize) if cache else []
         if cache and (kept := cache.load(files or self._files[index])):  # of photos that are gone, what they were at first
             return kept
         photos = [read_samples(pair.src), read_samples(pair.tar)]

@@ -1,6 +1,5 @@
 """Which pairs each step takes, and their way from the disk to the device."""
 
-import math
 import time
 import traceback
 import warnings
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from autohdr.data.augment import Augmentation
 from autohdr.data.pairs import Pair, PairDataset, Sample
 from autohdr.errors import UserError
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks
 from autohdr.train.guards import held_signals, survive_signals
+from autohdr.train.schedule import Schedule
 
 Group = list[list[int]]
 """The pairs of one step, as indices into the list of pairs: one batch for each forward pass, for all processes together."""
@@ -85,14 +86,17 @@ class Loader:
 
 
 class Batches:
-    """Divides the pairs to train on into steps, anew for each epoch. Each pair comes once an epoch."""
+    """Divides the pairs to train on into steps, anew for each epoch. Each pair comes once an epoch.
 
-    def __init__(self, config: TrainConfig, pairs: list[Pair], ranks: Ranks):
-        self.dataset = PairDataset(pairs, config.size, config.resize, config.augment, config.seed)
-        self.step_pairs = config.batch_size * config.accumulate * ranks.count
-        self.steps_per_epoch = math.ceil(len(pairs) / self.step_pairs)
-        self._config, self._ranks = config, ranks
-        self._loader = Loader(self.dataset, config, ranks.device, training=True)
+    datasets: the pairs, as each stage sees them. dataset: those of the stage that was last read from.
+    """
+
+    def __init__(self, config: TrainConfig, pairs: list[Pair], ranks: Ranks, schedule: Schedule):
+        settings = schedule.stages
+        self.datasets = [PairDataset(pairs, s.size, s.resize, s.augment, s.seed, Augmentation.of(s)) for s in settings]
+        self.dataset = self.datasets[0]
+        self._config, self._ranks, self._schedule = config, ranks, schedule
+        self._loader = self._load()
 
     def groups(self, epoch: int, left_out: Sequence[int] = ()) -> list[Group]:
         """The steps of an epoch, which is counted from 0. The order depends on (seed, epoch) alone.
@@ -104,18 +108,31 @@ class Batches:
         if left_out:
             others = sorted(set(order) - set(left_out))
             order = [int(rng.choice(others)) if index in left_out else index for index in order]
-        size, count = self._config.batch_size * self._ranks.count, self._config.accumulate
+        stage = self._schedule.stages[self._schedule.stage(epoch)]
+        size, count = stage.batch_size * self._ranks.count, stage.accumulate
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batches[i : i + count] for i in range(0, len(batches), count)]
 
-    def read(self, groups: list[Group], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, groups: list[Group], epoch: int, left_out: Sequence[int] = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (source, target) of this process's part of each batch of `groups`, augmented as in that epoch."""
-        self.dataset.set_epoch(epoch)
+        stage = self._schedule.stage(epoch)
+        if self.dataset is not self.datasets[stage]:
+            self.dataset = self.datasets[stage]
+            self._loader = self._load()  # the workers of the stage before end
+            if self._ranks.rank == 0:
+                for dataset in self.datasets[:stage]:
+                    dataset.drop_decoded(but=self.datasets[stage:])
+        self.dataset.set_epoch(epoch, left_out)
         return self._loader([self._ranks.part(batch)[0] for group in groups for batch in group])
 
+    def _load(self) -> Loader:
+        return Loader(self.dataset, self._config, self._ranks.device, training=True)
+
     def sources(self, group: Group) -> list[str]:
-        """The files of the step's source photos."""
-        return [str(self.dataset.pairs[index].src) for batch in group for index in batch]
+        """The files of the step's source photos, and of those that were mixed into them."""
+        indices = [index for batch in group for index in batch]
+        mixed = [found[0] for index in indices if (found := self.dataset.mixed(index))]
+        return [str(self.dataset.pairs[index].src) for index in (*indices, *mixed)]
 
     @contextmanager
     def workers(self) -> Iterator[None]:

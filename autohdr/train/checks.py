@@ -5,20 +5,25 @@ import re
 import tomllib
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from autohdr import metrics
+from autohdr.data.augment import Augmentation
 from autohdr.data.pairs import Pair, PairDataset, check_pairs, read_pairs, shared_photos
 from autohdr.errors import UserError
 from autohdr.files import leftovers
 from autohdr.measure import check_workers
 from autohdr.train import lock
-from autohdr.train.config import LOSSES, Resume, TrainConfig, dump_config
+from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config
+from autohdr.train.folder import STATE
+from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
-_FREE_TO_CHANGE |= {"save_minutes", "epochs"}
-_FREE_TO_CHANGE |= {"tensorboard", "batch_size", "accumulate", "parallel", "rank_timeout"}
+_FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
+_OF_PROCESSES = {"batch_size", "accumulate"}
+_FREE_TO_CHANGE |= {"tensorboard", "parallel", "rank_timeout", *_OF_PROCESSES}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
 """Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
 step takes, batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
@@ -27,12 +32,12 @@ step takes, batch_size x accumulate x processes, may not change, nor may the pai
 def check_config(config: TrainConfig, resume: Resume = False) -> None:
     """Raise UserError naming the first field that is out of range, missing, or names a file that does not exist.
 
-    resume: init_weights need not exist: a run that goes on from a state does not read them.
+    resume: init_weights need not exist: a run that goes on from a state does not read them. A branch does not either.
     """
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
     at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
-    at_least |= dict.fromkeys(("warmup_epochs", "weight_decay", "clip", "ema", "spike_factor"), 0)
-    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples"), 0)
+    at_least |= dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "clip", "ema", "spike_factor"), 0)
+    at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples", "patience"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -46,6 +51,14 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     if config.ema >= 1:
         raise UserError(f"ema: expected less than 1, got {config.ema}")
     _check_losses(config)
+    for pattern, factor in config.lr_groups.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise UserError(f"lr_groups: {pattern}: expected a number above 0, got {factor!r}; freeze takes out what is to stay")
+    if not config.min_lr <= config.lr:
+        raise UserError(f"min_lr: expected at most lr, {config.lr}, got {config.min_lr}")
+    Augmentation.of(config).check()
+    if config.resize == "fit" and (config.zoom > 1 or config.mixup):
+        raise UserError("zoom, mixup: expected resize squash or crop, as resize = fit makes sizes differ")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -53,13 +66,23 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
-    for name in ("out", "train_pairs", "val_pairs", "init_weights"):
+    for name in ("out", "train_pairs", "val_pairs", "init_weights", "branch"):
         file = getattr(config, name)
         if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes
             raise UserError(f"{name}: expected a path in UTF-8, as config.toml is; got {str(file)!r}")
-        needed = name != "out" and not (resume and name == "init_weights")
+        needed = name in ("train_pairs", "val_pairs") or name == "init_weights" and not (resume or config.branch)
         if needed and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
+    if config.branch and not resume and not (config.branch / STATE).is_file():
+        raise UserError(f"branch: expected the folder of a run, got {config.branch}: it has no {STATE}")
+    check_stages(config.stages)
+    for number, stage in enumerate(stages(config) if config.stages else (), 1):
+        try:
+            check_config(stage, resume)
+        except UserError as error:
+            raise UserError(f"stages: stage {number}: {error}") from None
+    if config.stages and config.epochs != (total := sum(stage["epochs"] for stage in config.stages)):
+        raise UserError(f"epochs: expected {total}, the sum of the stages' epochs, got {config.epochs}")
 
 
 def _check_losses(config: TrainConfig) -> None:
@@ -102,6 +125,8 @@ def check_folder(config: TrainConfig, resume: Resume) -> bool:
         before = defaults | tomllib.loads(saved.read_text(encoding="utf-8"))  # an older version had fewer settings
     except ValueError as error:
         raise UserError(f"--resume: {saved}: not valid TOML: {error}") from None
+    for settings in (before, now):
+        settings["stages"] = [{key: stage[key] for key in stage.keys() - _OF_PROCESSES} for stage in settings["stages"]]
     for key in (before.keys() | now.keys()) - _FREE_TO_CHANGE:
         if before.get(key) != now.get(key):
             raise UserError(
@@ -124,16 +149,16 @@ def checked_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
             "`autohdr data split` keeps them apart"
         )
     needy = max(config.losses, key=lambda name: LOSSES[name])
-    _check_sides(config, train_pairs, "training", LOSSES[needy], f"the loss {needy}")
-    _check_sides(config, val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
+    _check_sides(stages(config), train_pairs, "training", LOSSES[needy], f"the loss {needy}")
+    _check_sides([config], val_pairs, "validation", metrics.SSIM_WINDOW, "SSIM")
     return train_pairs, val_pairs
 
 
-def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, reason: str) -> None:
-    """Raise UserError unless all photos can be read, and no side is shorter than `least` pixels after resizing."""
-    dataset = PairDataset(pairs, config.size, config.resize)
-    for pair, size in zip(pairs, check_pairs(pairs), strict=True):
-        height, width = dataset.resized(*size)
+def _check_sides(settings: list[TrainConfig], pairs: list[Pair], use: str, least: int, reason: str) -> None:
+    """Raise UserError unless all photos can be read, and no side is shorter than `least` pixels as these settings resize it."""
+    resized = [(config, PairDataset([], config.size, config.resize).resized) for config in settings]
+    for (pair, size), (config, to) in product(zip(pairs, check_pairs(pairs), strict=True), resized):
+        height, width = to(*size)
         if min(height, width) < least:
             raise UserError(
                 f"{pair.where}: expected {use} pairs with sides of at least {least} pixels, as {reason} needs; "
@@ -141,16 +166,21 @@ def _check_sides(config: TrainConfig, pairs: list[Pair], use: str, least: int, r
             )
 
 
-def identity(train_pairs: list[Pair], val_pairs: list[Pair], digests: Mapping[Path, str], step_pairs: int) -> dict[str, Any]:
-    """What a state says of the pairs: how many a step takes, and each one's photos by name, without folders, and SHA-256."""
+def identity(
+    train_pairs: list[Pair], val_pairs: list[Pair], digests: Mapping[Path, str], step_pairs: list[int]
+) -> dict[str, Any]:
+    """What a state says of the pairs: how many a step takes (of each stage, where there are several), and each one's photos by
+    name, without folders, and SHA-256."""
     lists = {"train_pairs": train_pairs, "val_pairs": val_pairs}
-    return {"step_pairs": step_pairs} | {
+    return {"step_pairs": step_pairs if len(step_pairs) > 1 else step_pairs[0]} | {
         key: [[pair.src.name, pair.tar.name, digests[pair.src], digests[pair.tar]] for pair in pairs]
         for key, pairs in lists.items()
     }
 
 
-def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int) -> None:
+def check_state(
+    state: dict[str, Any], now: dict[str, Any], config: TrainConfig, processes: int, option: str = "--resume"
+) -> None:
     """Raise UserError unless the state is of a run over the same pairs, wherever they lie now. now: the pairs' identity().
 
     A pair is the same if its photos are. One to train on may also have been replaced under its name, of which a warning tells;
@@ -158,15 +188,15 @@ def check_state(state: dict[str, Any], now: dict[str, Any], config: TrainConfig,
     """
     if state["step_pairs"] != now["step_pairs"]:
         raise UserError(
-            f"--resume: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
-            f"got {config.batch_size} x {config.accumulate} x {processes}"
+            f"{option}: batch_size x accumulate x processes: the run takes {state['step_pairs']} pairs in a step, "
+            f"got {', '.join(f'{stage.batch_size} x {stage.accumulate} x {processes}' for stage in stages(config))}"
         )
     begun = state["epoch"] + (state["epoch_steps"] > 0)
     if config.epochs < begun:
-        raise UserError(f"--resume: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
+        raise UserError(f"{option}: epochs: expected at least {begun}, which the run has begun, got {config.epochs}")
     for key in ("train_pairs", "val_pairs"):
         file, before, after = getattr(config, key), state[key], now[key]
-        expected = f"--resume: {key}: expected the pairs that the run began with, in their order"
+        expected = f"{option}: {key}: expected the pairs that the run began with, in their order"
         if len(before) != len(after):
             raise UserError(f"{expected}: {len(before)}; {file} lists {len(after)}")
         replaced = [(was, there) for was, there in zip(before, after, strict=True) if was[2:] != there[2:]]

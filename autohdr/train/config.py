@@ -14,6 +14,9 @@ RECIPES = Path(__file__).parents[1] / "configs"
 Resume = bool | Literal["auto"]
 """Whether to go on with the run in the run folder. auto: if there is one; else it starts."""
 
+STAGE = ("epochs", "size", "resize", "batch_size", "accumulate")
+"""What a stage can have."""
+
 LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
 """The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
@@ -31,6 +34,10 @@ class TrainConfig:
     """Overrides of the model's own settings, such as {"norm_bias": true}."""
     init_weights: Path | None = None
     """Weights to start from (any layout that load_weights reads); none: start from random weights."""
+
+    branch: Path | None = None
+    """The folder of a run that this one goes on from: with its weights, average and moments, in the epoch where it stands, over
+    the same pairs, to more `epochs`, another `lr`, or any other setting but the model's. That run stays as it is."""
 
     objective: Literal["direct", "bridge"] = "direct"
     """direct: one pass makes the photo. bridge: a diffusion bridge from the source photo, for models with a time embedding."""
@@ -61,16 +68,44 @@ class TrainConfig:
     augment: bool = True
     """Mirror half of the training pairs, and cut their squares at random places; validation cuts them in the centre."""
 
+    zoom: float = 1.0
+    """Cut each training pair at a scale drawn between 1 and this, log-uniformly, and reduce it to `size`. squash: out of the
+    whole photo at size x zoom, so that a sample shows between all of it and 1/zoom of each side. crop: out of the photo at full
+    resolution."""
+    rotate: bool = False
+    """Turn the training pairs by 0, 90, 180 or 270 degrees, drawn."""
+    flip: bool = False
+    """Turn half of the training pairs upside down."""
+    exposure_jitter: float = 0.0
+    """Stops: the light of a source to train on is multiplied by 2**e, e drawn between minus and plus this. Its target stays."""
+    white_balance_jitter: float = 0.0
+    """Stops: the same of its red and of its blue, each drawn by itself."""
+    mixup: float = 0.0
+    """Mix another pair into each training pair, the share drawn from Beta(mixup, mixup), such as 1.2; 0: none."""
+
     epochs: int = 100
-    """Passes over the training pairs. A run that is resumed may take more: the cosine is then that of the new number."""
+    """Passes over the training pairs. A run that is resumed may take more: the learning rate then follows the new number."""
     batch_size: int = 2
     """Pairs in one forward pass of one process."""
     accumulate: int = 1
     """Forward passes in one optimiser step: the effective batch is batch_size x accumulate x processes."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Progressive training: [{epochs = 60, size = 128, batch_size = 8}, {epochs = 40, size = 256}], one by one; []: none.
+    A stage has epochs, and any of size, resize, batch_size and accumulate; what it leaves out is the run's. The run's `epochs` is
+    their sum. Every epoch is validated at the run's own size and resize, so that all can be compared."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up; a cosine takes it towards 0 at the last step."""
+    """Peak learning rate of AdamW, reached at the end of the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Way of the learning rate from `lr`, after the warm-up, towards `min_lr` at the last step; constant: it stays at `lr`."""
+    min_lr: float = 0.0
+    """Where the learning rate ends."""
     warmup_epochs: float = 0
     """Epochs in which the learning rate climbs linearly; half of the run at most."""
+    lr_groups: dict[str, float] = field(default_factory=dict)
+    """{pattern: factor}, such as {"encoder*" = 0.1}: a parameter whose name matches learns at `lr` times the factor. Patterns are
+    fnmatch's; of several that match the first counts. The logs have `lr`."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns, such as ["encoder*"]: parameters whose name matches one stay as they are."""
     weight_decay: float = 0.02
     """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
@@ -120,6 +155,8 @@ class TrainConfig:
     """Training states kept on disk: the newest, and older ones in case it is damaged."""
     best_metric: Literal["val_psnr", "val_ssim", "val_l1"] = "val_psnr"
     """checkpoint_best is of the epoch with the highest PSNR or SSIM, or the lowest L1."""
+    patience: int = 0
+    """The run ends once so many epochs, one after the other, have not been better than the best; 0: it does not."""
     samples: int = 4
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
     tensorboard: bool = False
@@ -156,7 +193,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Tr
             values[key] = (file.parent / value).resolve()
         elif hints[key] is float:
             values[key] = float(value)
+    if values.get("stages"):
+        check_stages(values["stages"])
+        values.setdefault("epochs", sum(stage["epochs"] for stage in values["stages"]))
     return replace(TrainConfig(out=Path("runs") / file.stem), **(values | (overrides or {})))
+
+
+def check_stages(stages: list[dict[str, Any]]) -> None:
+    """Raise UserError unless each is a table with epochs, and with settings that a stage can have, of their types."""
+    hints = get_type_hints(TrainConfig)
+    for number, stage in enumerate(stages, 1):
+        for key, value in stage.items():
+            if key not in STAGE:
+                raise UserError(f"stages: stage {number}: unknown key {key!r}; expected one of {', '.join(STAGE)}")
+            if not _is_a(value, hints[key]):
+                raise UserError(f"stages: stage {number}: {key}: expected {_describe(hints[key])}, got {value!r}")
+        if "epochs" not in stage:
+            raise UserError(f"stages: stage {number}: expected epochs beside {', '.join(stage) or 'nothing'}")
 
 
 def dump_config(config: TrainConfig, header: str = "", *, inside: bool = False) -> str:
@@ -199,6 +252,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     if Path in _options(hint):
         return isinstance(value, str)
     kind = get_origin(hint) or hint
+    if kind is list and isinstance(value, list):
+        return all(_is_a(item, get_args(hint)[0]) for item in value)
     accepted = (int, float) if kind is float else kind
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
@@ -208,5 +263,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(repr(option) for option in get_args(hint))
     if Path in _options(hint):
         return "a path (a string)"
+    if get_origin(hint) is list:
+        return f"a list, each {_describe(get_args(hint)[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return names.get(hint, "a table")

@@ -27,7 +27,7 @@ from autohdr.train.distributed import Ranks
 CURVE_EVERY = 30
 """Seconds between two drawings of the curve, which take longer than some epochs."""
 
-_STATE = "checkpoint_last.state.pt"
+STATE, LAST = "checkpoint_last.state.pt", "checkpoint_last.safetensors"
 
 
 class RunFolder:
@@ -65,15 +65,15 @@ class RunFolder:
 
         Raises UserError as load_newest does, and for weights of another run.
         """
-        path, loaded = self.out / _STATE, []
+        path, loaded = self.out / STATE, []
         self._ranks.first(lambda: loaded.append(load_newest(path)))  # sets damaged states aside before the others read
         state = loaded[0] if loaded else load_newest(path)
-        weights, trained_on = self.out / "checkpoint_last.safetensors", []
+        weights, trained_on = self.out / LAST, []
         # The weights are older than the state after a kill between the two, and newer where the newest state is damaged.
         if weights.exists():
             metadata = read_metadata(weights)
             if metadata.get("run") != state["run_id"]:
-                raise UserError(f"--resume: {weights} and {_STATE} are not of one run")
+                raise UserError(f"--resume: {weights} and {STATE} are not of one run")
             trained_on = metadata.get("trained_on", [])
         return state, trained_on
 
@@ -127,7 +127,7 @@ class RunFolder:
     def _draw(self, triptychs: list[record.Triptych], epoch: int) -> None:
         with self._noting_failures():
             if triptychs:
-                record.write_triptychs(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
+                record.write_sheet(self.out / "samples" / f"epoch_{epoch:03d}.jpg", triptychs)
             if self._undrawn and time.monotonic() >= self._draw_at:
                 history, self._undrawn = self._undrawn, []
                 record.draw_curve(self.out / "curve.png", history)
@@ -139,9 +139,9 @@ class RunFolder:
 
     def set_aside(self) -> bool:
         """Take the newest state out of the way of the one before it; False where there is none before it."""
-        found = previous(self.out / _STATE).is_file()
+        found = previous(self.out / STATE).is_file()
         if self._writes and found:
-            os.replace(self.out / _STATE, self.out / f"{_STATE}.damaged")
+            os.replace(self.out / STATE, self.out / f"{STATE}.damaged")
         return found
 
     def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any]) -> None:
@@ -151,8 +151,8 @@ class RunFolder:
         self._saved_step = state["step"]
 
         def write() -> None:
-            save_state(self.out / _STATE, state, keep)
-            save_weights(self.out / "checkpoint_last.safetensors", model, metadata, measured_weights(state))
+            save_state(self.out / STATE, state, keep)
+            save_weights(self.out / LAST, model, metadata, measured_weights(state))
 
         self._write("last", write)
 

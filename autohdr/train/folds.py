@@ -43,10 +43,15 @@ def cross_validate(
 
     Writes cross_validation.json, which is evaluate's results of all pairs with each image's fold, and their table as
     cross_validation.txt. Prints the table and returns the results, or the number of the signal (Ctrl-C, SIGTERM) that stopped a
-    fold. Raises what train raises; UserError for val_pairs, under torchrun, and for a baseline of other pairs or another size.
+    fold. Raises what train raises; UserError for val_pairs, patience and a branch, under torchrun, and for a baseline of other
+    pairs or another size.
     """
     if config.val_pairs is not None:
         raise UserError(f"val_pairs: --folds validates on each fold: leave it out (--val-pairs None), got {config.val_pairs}")
+    if config.patience:
+        raise UserError(f"patience: --folds would end each fold by the pairs that measure it: expected 0, got {config.patience}")
+    if config.branch:
+        raise UserError(f"branch: --folds trains on other pairs than a run has: leave it out, got {config.branch}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--folds: trains one fold after the other in one process; start it without torchrun")
     check_config(replace(config, val_pairs=config.train_pairs))

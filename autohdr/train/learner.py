@@ -20,6 +20,7 @@ from autohdr.train.distributed import Ranks, local
 from autohdr.train.ema import Average
 from autohdr.train.guards import Guard
 from autohdr.train.objective import Objective, parameter_groups
+from autohdr.train.selection import freeze
 
 _WHOLE = StateDictOptions(full_state_dict=True)
 """States hold whole tensors by the model's own names, however the processes share them out."""
@@ -47,12 +48,13 @@ class Learner:
         self.objective = Objective(config, self.model)
         self.precision = _precision(config.precision, device)
         self.model.recompute = config.recompute
+        freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()
         self.network: nn.Module = ranks.wrap(self.model, config.parallel, self.precision)
         # Fused, a step of a small network takes a fifth of the time. Of FSDP2's shards it is not known how they lie in memory.
         self._fused = not sharded
-        groups = parameter_groups(self.model, config.weight_decay)
+        groups = parameter_groups(self.model, config.weight_decay, config.lr_groups)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self._fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
@@ -72,6 +74,11 @@ class Learner:
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
         return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups as states have them: with names in the place of weights."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [group | {"params": [names[weight] for weight in group["params"]]} for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """A copy, on the CPU, of model, ema, optimizer, scaler and guard. Only the first process has the tensors."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from autohdr.data.pairs import Replaced, photo_digests
 from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
+from autohdr.train.branch import first_state, read_parent
 from autohdr.train.checkpoint import measured_weights, restore_rng, rng_state
 from autohdr.train.checks import check_state, identity
 from autohdr.train.config import Resume, TrainConfig
@@ -42,6 +43,8 @@ class RunSummary:
     """{cause: steps of the whole run that changed nothing in the end}."""
     data_wait: float = field(default=0.0, compare=False)
     """Share of the steps' time that they waited for data, in the epochs that this call finished."""
+    early: bool = False
+    """Whether `patience` has ended it before its last epoch."""
 
 
 def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
@@ -66,24 +69,17 @@ def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
         lock.release()
 
 
-def lr_factor(step: int, total: int, warmup: int) -> float:
-    """Share of the peak rate at step 0 .. total - 1: linear up to 1 in `warmup` steps, then a cosine towards 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
 class Loop:
     """Orders the parts of a run: which step is next, when to validate and to save, when to stop."""
 
     def __init__(self, run: Run):
         self._run, self._config, self._ranks, self._learner = run, run.config, run.ranks, run.learner
         self._folder = RunFolder(run.config, run.ranks)
-        self._progress = Progress(run.batches.steps_per_epoch)
+        self._progress = Progress()
         pairs, others = run.batches.dataset.pairs, run.validation.dataset.pairs
         self._replaced = Replaced(pairs)
         digests = self._ranks.first(photo_digests, [*pairs, *others])
-        self._identity = identity(pairs, others, digests, run.batches.step_pairs)
+        self._identity = identity(pairs, others, digests, run.schedule.step_pairs)
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
@@ -95,33 +91,55 @@ class Loop:
         self._seconds = self._waited = 0.0  # that the steps of the epochs finished here took, and that they waited for data
 
     def start(self) -> None:
-        """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew."""
+        """Make the run folder with a first state. Training waits for it: without a state, --resume begins the run anew.
+
+        Raises UserError, and makes nothing, where the run is a branch and cannot go on from its parent.
+        """
+        parent = self._branch() if self._config.branch else None
         self._folder.begin()
         self._save(*self._copy())
         self._folder.finish()
+        if parent:  # after the state: a log without one would be of a run that has lost its states
+            self._folder.log(parent)
 
     def resume(self) -> None:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
         state, trained_on = self._folder.read()
         self._ranks.first(check_state, state, self._identity, self._config, self._ranks.count)
         self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
+        self._take(state)
+        self._folder.go_on(self._progress.step)
+        self._resumed = True
+
+    def _branch(self) -> dict[str, Any]:
+        """Begin where the parent stands. Returns what the log is to say about it."""
+        loaded: list[tuple[dict[str, Any], list[str]]] = []
+        self._ranks.first(lambda: loaded.append(read_parent(self._config, self._identity, self._ranks.count)))
+        parent, trained_on = loaded[0] if loaded else read_parent(self._config, self._identity, self._ranks.count)
+        state = first_state(parent, self._config, self._learner)
+        self._trained_on |= set(trained_on)
+        self._take(state)
+        entry = {"kind": "branch", "step": state["step"], "epoch": state["epoch"], "parent": parent["run_id"]}
+        return entry | {"folder": str(self._config.branch)}
+
+    def _take(self, state: dict[str, Any]) -> None:
         self._progress.load_state_dict(state)
         self._learner.load_state_dict(state, self._progress.step)
         restore_rng(state["rng"])
-        self._folder.go_on(self._progress.step)
-        self._resumed = True
 
     def train(self) -> RunSummary:
         """Train to the end of the last epoch, or until a signal comes."""
         config, progress, folder = self._config, self._progress, self._folder
         self._say(self._run.describe(progress.step))
         hidden = None if self._ranks.rank == 0 else True  # None: hide it where there is no terminal
-        bar = tqdm(total=self._run.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
+        bar = tqdm(
+            total=self._run.schedule.steps, initial=progress.step, unit="step", desc="train", disable=hidden, dynamic_ncols=True
+        )
         with bar, deferred_signals("stopping after this step ...") as signalled:
             try:
                 folder.open_tensorboard(progress.step)
                 with self._run.batches.workers():
-                    while progress.epoch < config.epochs and not self._may_stop():
+                    while not self._ended() and not self._may_stop():
                         if self._train_epoch(bar, signalled):
                             if progress.epoch + 1 == config.epochs and self._learner.guard.in_a_row == 1:
                                 self._go_back("the last step is bad")  # no step comes that tells whether the weights are
@@ -132,27 +150,40 @@ class Loop:
                 folder.finish()  # all together: torchrun ends the first process, which writes, once another has ended
             finally:
                 folder.close()
-        ended = progress.epoch == config.epochs
+        best, ended = progress.best(config.best_metric), self._ended()
+        early = ended and progress.epoch < config.epochs
         if ended:
             folder.remove_cache()
+        if early:
+            self._say(
+                f"stopped early: {config.patience} epochs without a better {config.best_metric} than epoch {best['epoch']}'s"
+            )
         wait = self._waited / self._seconds if self._seconds else 0.0
         if self._seconds:
             self._say(f"{wait:.1%} of the time of training was spent waiting for data")
         if lost := progress.lost:
             causes = ", ".join(f"{count} by {cause}" for cause, count in lost.most_common())
             self._say(f"{lost.total()} of {progress.step} steps lost: {causes}")
-        best = progress.best(config.best_metric)
-        return RunSummary(folder.out, progress.epoch, best, 0 if ended else self._stopped, dict(progress.lost), wait)
+        stopped = 0 if ended else self._stopped
+        return RunSummary(folder.out, progress.epoch, best, stopped, dict(progress.lost), wait, early)
+
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or patience is. It waits for a good step, as only that shows the weights to be sound."""
+        progress, patience = self._progress, self._config.patience
+        over = 0 < patience <= progress.waited(self._config.best_metric) and not self._learner.guard.in_a_row
+        return progress.epoch >= self._config.epochs or over and not progress.epoch_steps
 
     def _train_epoch(self, bar: tqdm, signalled: Callable[[], int]) -> bool:
         """Train from where this epoch stands to its end; False where a signal came first. It ends after a good step."""
         config, progress, run, mark = self._config, self._progress, self._run, time.perf_counter()
+        steps = run.schedule.epoch_steps(progress.epoch)
+        if config.stages and progress.epoch == run.schedule.first(stage := run.schedule.stage(progress.epoch)):
+            self._say(f"stage {stage + 1} of {len(config.stages)}: {run.schedule.describe(stage)}")
         groups = run.batches.groups(progress.epoch, progress.left_out)[progress.epoch_steps :]
-        batches = run.batches.read(groups, progress.epoch)
-        warmup = min(round(config.warmup_epochs * progress.steps_per_epoch), run.steps // 2)
+        batches = run.batches.read(groups, progress.epoch, progress.left_out)
         self._learner.model.train()
         for group in groups:
-            lr = config.lr * lr_factor(progress.step, run.steps, warmup)
+            lr = run.schedule.lr(progress.epoch, progress.epoch_steps)
             self._copied = None
             result = run.step(group, batches, epoch=progress.epoch, step=progress.step, lr=lr)
             self._judge(result, group)
@@ -170,9 +201,9 @@ class Loop:
             if self._may_stop():
                 break
             self._due |= config.save_every > 0 and progress.step % config.save_every == 0
-            if self._due and not result.fault and progress.epoch_steps < progress.steps_per_epoch:
+            if self._due and not result.fault and progress.epoch_steps < steps:
                 self._unproved, self._due = self._copy(), False
-        return progress.epoch_steps == progress.steps_per_epoch
+        return progress.epoch_steps == steps
 
     def _judge(self, result: StepResult, group: Group) -> None:
         """Write the state before a step that its loss has found good, and take note of one that was left out."""
@@ -239,14 +270,17 @@ class Loop:
         if any(map(math.isnan, scores.values())):
             raise TrainingError(f"epoch {progress.epoch + 1}: {cause}. {self._where_to_go()}")
         trained, waited = progress.epoch_seconds, progress.epoch_wait
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": self._learner.optimizer.param_groups[0]["lr"]}
+        lr = self._run.schedule.lr(progress.epoch, progress.epoch_steps - 1)
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr}
         row |= progress.train_means() | scores
         row |= {"seconds": round(trained + time.perf_counter() - started, 3), "data_wait": round(waited / trained, 4)}
+        if self._config.stages:
+            row["size"] = self._run.schedule.stages[self._run.schedule.stage(progress.epoch)].size
         self._seconds, self._waited = self._seconds + trained, self._waited + waited
         odd = progress.leave_out(max(1, len(self._run.batches.dataset) // 10))
         progress.end_epoch(row)
         self._folder.log({"kind": "epoch"} | row)
-        for source in self._run.batches.sources([odd]):
+        for source in (str(self._run.batches.dataset.pairs[index].src) for index in odd):
             self._folder.log({"kind": "left out", "step": progress.step, "epoch": progress.epoch, "source": source})
             self._say(f"{source}: left out from here on: its loss was a spike in {SPIKES} epochs, and the next step's good")
         self._folder.show(progress.history, triptychs)

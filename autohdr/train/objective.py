@@ -1,5 +1,6 @@
 """What a network learns: the photo in one pass, or a diffusion bridge's prediction. Also, which weights decay."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from autohdr.models import Bridge, Sampler
 from autohdr.models.diffusion import STEPS
 from autohdr.models.network import Network
 from autohdr.train.config import TrainConfig
+from autohdr.train.selection import lr_factors
 
 
 class Objective:
@@ -67,8 +69,19 @@ def decayed(name: str, parameter: Tensor) -> bool:
     return sum(side > 1 for side in parameter.shape) > 1 and "relative_position_bias" not in name
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups: one that decays, one that does not, without an empty one."""
-    named = [(decayed(name, parameter), parameter) for name, parameter in model.named_parameters()]
-    groups = [{"params": [p for d, p in named if d is wanted], "weight_decay": weight_decay * wanted} for wanted in (True, False)]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, weight_decay: float, lr_groups: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups, of what is trained: those that decay, those that do not, without an empty one.
+
+    Each has "lr_factor", its share of the learning rate: lr_groups' value of the first pattern that a name matches. Raises
+    UserError as lr_factors does.
+    """
+    factors = lr_factors(model, lr_groups or {})
+    named = [
+        (decayed(name, parameter), factors[name], parameter) for name, parameter in model.named_parameters() if name in factors
+    ]
+    return [
+        {"params": params, "weight_decay": weight_decay * wanted, "lr_factor": factor}
+        for wanted in (True, False)
+        for factor in dict.fromkeys(factors.values())
+        if (params := [p for decays, f, p in named if (decays, f) == (wanted, factor)])
+    ]

@@ -13,16 +13,16 @@ SPIKES = 3
 
 @dataclass
 class Progress:
-    """What lies behind a run. Every field but the first is a key of the state on disk."""
+    """What lies behind a run. Every field is a key of the state on disk."""
 
-    steps_per_epoch: int
-    """Optimiser steps of one epoch: the settings and the pairs say it, not the state."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """The run's name, which its weights' metadata has too."""
+    step: int = 0
+    """Optimiser steps, bad ones included."""
     epoch: int = 0
     """Whole epochs, validation included."""
     epoch_steps: int = 0
-    """Optimiser steps of the present epoch, bad ones included."""
+    """Those of the present epoch."""
     epoch_losses: dict[str, float] = field(default_factory=dict)
     """{name: sum over the present epoch's pairs} of the whole loss and of each component, bad steps left out."""
     epoch_samples: int = 0
@@ -40,17 +40,12 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row for each whole epoch, as log.csv has it."""
 
-    @property
-    def step(self) -> int:
-        """Optimiser steps. The state holds it too, for its readers."""
-        return self.epoch * self.steps_per_epoch + self.epoch_steps
-
     def end_step(self, losses: dict[str, float], samples: int) -> None:
         """Count a step with the mean losses of its `samples` pairs. 0 samples: the step was bad, and counts in no mean."""
         for name, value in losses.items():
             self.epoch_losses[name] = self.epoch_losses.get(name, 0.0) + (value * samples if samples else 0.0)
         self.epoch_samples += samples
-        self.epoch_steps += 1
+        self.step, self.epoch_steps = self.step + 1, self.epoch_steps + 1
 
     def train_means(self) -> dict[str, float]:
         """{train_NAME: mean over the present epoch's pairs}, nan where every step was bad."""
@@ -74,10 +69,14 @@ class Progress:
         sign = -1 if metric == "val_l1" else 1
         return max(self.history, key=lambda row: sign * row[metric], default={})
 
+    def waited(self, metric: str) -> int:
+        """Epochs since the best one; 0 before the first epoch's end."""
+        return len(self.history) - 1 - self.history.index(self.best(metric)) if self.history else 0
+
     @classmethod
     def keys(cls) -> list[str]:
         """The keys of state_dict()."""
-        return [item.name for item in fields(cls) if item.name != "steps_per_epoch"] + ["step"]
+        return [item.name for item in fields(cls)]
 
     def state_dict(self) -> dict[str, Any]:
         """{key: plain value}: a copy, which may be written while the run goes on."""
@@ -86,5 +85,4 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state_dict(); other keys of `state` are ignored."""
         for key in self.keys():
-            if key != "step":  # follows from the others
-                setattr(self, key, state[key])
+            setattr(self, key, state[key])

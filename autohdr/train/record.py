@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,17 @@ def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_triptychs(path: Path, rows: list[Triptych], gap: int = 8) -> None:
-    """JPEG with a row of source | output | target for each triptych, `gap` pixels between."""
+def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], gap: int = 8) -> None:
+    """JPEG with the pictures of each row, (3, H, W) in [0, 1], side by side, `gap` pixels between."""
     pictures = [[(image.permute(1, 2, 0) * 255).round().byte().cpu().numpy() for image in row] for row in rows]
-    width = max(sum(image.shape[1] for image in row) + 2 * gap for row in pictures)
-    sheet = np.full((sum(row[0].shape[0] + gap for row in pictures) - gap, width, 3), 255, np.uint8)
+    width = max(sum(image.shape[1] + gap for image in row) - gap for row in pictures)
+    heights = [max(image.shape[0] for image in row) for row in pictures]
+    sheet = np.full((sum(heights) + gap * (len(rows) - 1), width, 3), 255, np.uint8)
     top = 0
-    for row in pictures:
+    for row, height in zip(pictures, heights, strict=True):
         left = 0
         for image in row:
             sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
             left += image.shape[1] + gap
-        top += row[0].shape[0] + gap
+        top += height + gap
     Image.fromarray(sheet).save(path, quality=92)

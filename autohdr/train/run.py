@@ -8,6 +8,7 @@ from autohdr.train.checks import check_config, check_folder, checked_pairs
 from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.distributed import Ranks, join
 from autohdr.train.learner import Learner
+from autohdr.train.schedule import Schedule
 from autohdr.train.step import Step
 from autohdr.train.validation import Validation
 
@@ -21,22 +22,20 @@ class Run:
     """Whether it goes on from a state in its folder, which is not loaded yet."""
     ranks: Ranks
     learner: Learner
+    schedule: Schedule
     batches: Batches
     step: Step
     validation: Validation
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of all epochs."""
-        return self.config.epochs * self.batches.steps_per_epoch
-
     def describe(self, step: int = 0) -> str:
         """One line for the terminal: model, device, pairs, and `step`, the steps behind the run."""
-        ranks, count = self.ranks, sum(weight.numel() for weight in self.learner.model.parameters())
+        ranks, weights = self.ranks, list(self.learner.model.parameters())
+        count, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+        frozen = f", {trained:,} of them trained" if trained < count else ""
         processes = f" in {ranks.count} processes ({self.config.parallel})" if ranks.count > 1 else ""
         return (
-            f"{self.config.model}, {count:,} parameters, {ranks.device}{processes}; {len(self.batches.dataset)} pairs to train "
-            f"on, {len(self.validation.dataset)} to validate; step {step} of {self.steps}; {self.config.out}"
+            f"{self.config.model}, {count:,} parameters{frozen}, {ranks.device}{processes}; {len(self.batches.dataset)} pairs to "
+            f"train on, {len(self.validation.dataset)} to validate; step {step} of {self.schedule.steps}; {self.config.out}"
         )
 
 
@@ -46,10 +45,11 @@ def prepare(config: TrainConfig, *, resume: Resume = False) -> Run:
     ranks = join(pick_device(config.device), config.rank_timeout)
     resumes = ranks.first(check_folder, config, resume)
     train_pairs, val_pairs = ranks.first(checked_pairs, config)
-    learner = Learner(config, ranks, fresh=not resumes)
-    batches, validation = Batches(config, train_pairs, ranks), Validation(config, learner, ranks, val_pairs)
+    learner = Learner(config, ranks, fresh=not resumes and not config.branch)
+    schedule, validation = Schedule(config, len(train_pairs), ranks.count), Validation(config, learner, ranks, val_pairs)
+    batches = Batches(config, train_pairs, ranks, schedule)
     assert config.out  # check_config refuses None
-    room = config.cache_gb * 1e9
-    for dataset in (batches.dataset, validation.dataset):
-        room -= dataset.keep_decoded(config.out / "cache", room)
-    return Run(config, resumes, ranks, learner, batches, Step(config, learner, ranks), validation)
+    cache, room = config.out / "cache", config.cache_gb * 1e9
+    taken = max(dataset.keep_decoded(cache, room) for dataset in batches.datasets)  # a stage gives its room to the next
+    validation.dataset.keep_decoded(cache, room - taken)
+    return Run(config, resumes, ranks, learner, schedule, batches, Step(config, learner, ranks), validation)

@@ -48,7 +48,7 @@ class Step:
         """batches: yields this process's part of each batch of the group. epoch, step: counted from 0."""
         learner, optimizer, scaler = self.learner, self.learner.optimizer, self.learner.scaler
         for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+            parameters["lr"] = lr * parameters.get("lr_factor", 1.0)
         optimizer.zero_grad()
         means, waited = self._accumulate(group, batches, epoch)
         scaler.unscale_(optimizer)

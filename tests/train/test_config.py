@@ -16,7 +16,9 @@ DECAY_AND_CLIP = {"restormer_384": (0.02, 1.0), "restormer_896": (0.02, 1.0), "r
 
 
 def test_every_recipe_is_known_here():
-    assert recipes() == sorted(["demo", "mamba_demo", "mamba_diffusion_384", "restormer_384_enhanced", *SETTINGS])
+    assert recipes() == sorted(
+        ["demo", "mamba_demo", "mamba_diffusion_384", "restormer_384_enhanced", "restormer_progressive", *SETTINGS]
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -98,6 +98,17 @@ def test_two_processes_train_as_one(folder, one, two, parallel, how):
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_branch_with_frozen_parts_trains_as_one(folder, two, parallel):
+    """From the end of the two processes' run, in a stage of other sizes; against one process from there."""
+    stages = [{"epochs": 2}, {"epochs": 2, "size": 24, "batch_size": 2}]
+    settings = {"out": folder / f"{parallel} tuned by one", "branch": folder / parallel, "stages": stages, "epochs": 4}
+    alone = train(load_config(folder / "one.toml", settings | {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}}))
+    check_same_run(folder / f"{parallel} tuned", alone)
+    begun, weights = (load_state(folder / out / STATE)["model"] for out in (parallel, f"{parallel} tuned"))
+    assert all(torch.equal(begun[name], weights[name]) == name.startswith("encoder") for name in begun)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
 def test_validation_counts_each_pair_once(folder, two, parallel):
     """The figures of three pairs in two processes are those of the saved weights, measured apart from the trainer."""
     out = folder / parallel

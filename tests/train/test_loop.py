@@ -29,10 +29,11 @@ from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.config import dump_config, load_config
 from autohdr.train.guards import TrainingError
 from autohdr.train.learner import Learner
-from autohdr.train.loop import Loop, lr_factor, train
+from autohdr.train.loop import Loop, train
 from autohdr.train.losses import Criterion
 from autohdr.train.objective import Objective
 from autohdr.train.run import prepare
+from autohdr.train.schedule import lr_factor
 from autohdr.train.step import Step
 from autohdr.train.validation import Validation
 

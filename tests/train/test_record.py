@@ -76,7 +76,7 @@ def test_triptychs_of_different_sizes(tmp_path):
     """A row for each pair: its three pictures from the left, a gap of white between."""
     colours = [torch.tensor(rgb).view(3, 1, 1) for rgb in ((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))]
     rows = [tuple(colour.expand(3, 32, width) for colour in colours) for width in (48, 32)]
-    record.write_triptychs(tmp_path / "sheet.jpg", rows, gap=8)
+    record.write_sheet(tmp_path / "sheet.jpg", rows, gap=8)
     sheet = Image.open(tmp_path / "sheet.jpg")
     assert sheet.size == (3 * 48 + 2 * 8, 32 + 8 + 32)
     for x, y, expected in ((24, 16, (255, 0, 0)), (80, 16, (0, 255, 0)), (136, 16, (0, 0, 255)), (96, 56, (0, 0, 255))):

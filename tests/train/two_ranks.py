@@ -22,6 +22,7 @@ from autohdr.train.distributed import Ranks, local
 from autohdr.train.objective import Objective
 from autohdr.train.step import Step
 
+STAGES = [{"epochs": 2}, {"epochs": 2, "size": 24, "batch_size": 1}]
 RANK = int(os.environ["RANK"])
 make_step, predict = Step.__call__, Objective.predict
 
@@ -82,6 +83,8 @@ def main(config, out):
     for parallel in ("ddp", "fsdp"):
         run(parallel, parallel=parallel)
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
+        tuned = {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}, "stages": STAGES, "epochs": 4}
+        run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **tuned)
         with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
