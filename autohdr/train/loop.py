@@ -290,6 +290,8 @@ class Loop:
         """Let all processes know whether one of them has received a signal, and whether the first one wants a save."""
         if failure := self._folder.failure():
             self._say(f"not saved: {failure}; training goes on, and tries again in {RETRY} s")
+            progress = self._progress
+            self._folder.note({"kind": "not saved", "cause": str(failure), "step": progress.step, "epoch": progress.epoch + 1})
             self._save_at = min(self._save_at, time.monotonic() + RETRY)
         signals, wanted = zip(*self._ranks.gather_floats(signalled(), time.monotonic() >= self._save_at), strict=True)
         self._stopped, self._due = int(max(signals)), self._due or bool(wanted[0])
