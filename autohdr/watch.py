@@ -25,7 +25,7 @@ SILENT = 600
 """A run from which nothing has come for so many seconds, or for as long as two epochs take, is stale."""
 SHOWN_EVENTS = 200
 _POINTS = 300  # of a curve; more would be less than a pixel apart
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 360, 190, 46, 8, 8, 22  # of a chart and its margins, in units of its viewBox
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 360, 190, 46, 8, 14, 22  # of a chart and its margins, in units of its viewBox
 
 Points = list[tuple[float, float]]
 Event = tuple[int, str, str]
@@ -253,7 +253,7 @@ def _charts(run: Observed) -> list[str]:
     }
     if len(parts) < 2:
         del drawn["Parts of the loss, unweighted"]
-    return [_chart(title, curves) for title, curves in drawn.items() if curves]
+    return [_chart(title, curves, title != "Learning rate") for title, curves in drawn.items() if curves]
 
 
 def _curves(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Points]:
@@ -273,10 +273,11 @@ def _thinned(points: Points) -> Points:
     return [(statistics.fmean(x for x, _ in group), statistics.fmean(y for _, y in group)) for group in groups]
 
 
-def _chart(title: str, curves: dict[str, Points]) -> str:
-    """A figure: lines over the steps. Its values stand in data-curves too, for the reader who points at them."""
+def _chart(title: str, curves: dict[str, Points], may_be_logarithmic: bool) -> str:
+    """A figure: lines over the steps, on a logarithmic axis where they are far apart. Its values stand in data-curves too, for
+    the reader who points at them."""
     xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
-    by_powers = min(ys) > 0 and max(ys) > 20 * min(ys)  # of ten
+    by_powers = may_be_logarithmic and min(ys) > 0 and max(ys) > 20 * min(ys)  # of ten
 
     def height(value: float) -> float:
         return math.log10(value) if by_powers else value

@@ -180,6 +180,10 @@ class Loop:
             self._report(result.fault, result.returned, group)
             return
         self._resumed = False
+        if result.adversary_fault:
+            entry = {"kind": "discriminator skipped", "cause": result.adversary_fault, "step": self._progress.step + 1}
+            self._folder.log(entry | {"epoch": self._progress.epoch + 1, "sources": self._run.batches.sources(group)})
+            self._say(f"step {self._progress.step + 1}: {result.adversary_fault}: its step skipped")
         if unproved:
             self._save(*unproved)
         if not math.isfinite(result.norm):

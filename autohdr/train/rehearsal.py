@@ -14,7 +14,7 @@ def rehearse(config: TrainConfig) -> str:
 
     Raises UserError as train does, and TrainingError where a step's loss or gradient is not finite.
     """
-    run = prepare(replace(config, cache_gb=0))
+    run = prepare(replace(config, cache_gb=0, adversarial_start=1))
     with run.batches.workers():
         steps, waits = _two_steps(run)
         with measure(run.ranks.device) as validation:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -187,11 +188,19 @@ def test_writes_a_file(run, tmp_path):
     assert Page((tmp_path / "page.html").read_text("utf-8")).texts["h1"] == ["run"]
 
 
+def serve(out, pipe):
+    sys.stdout = os.fdopen(pipe, "w")
+    watch(out)
+
+
 def test_serves_the_run_as_it_stands(run):
     out = run([epoch(1)])
-    command = [sys.executable, "-m", "autohdr", "watch", out]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", server.stdout.readline())[1])
+    ours, theirs = os.pipe()
+    server = multiprocessing.get_context("fork").Process(target=serve, args=(out, theirs))
+    server.start()
+    try:
+        with open(ours) as said:
+            port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", said.readline())[1])
 
         def get(path="/", host="localhost"):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -208,5 +217,9 @@ def test_serves_the_run_as_it_stands(run):
             watch(out, port=port)
         (out / "config.toml").rename(out / "config.old")
         assert get() == (503, f"watch: expected the folder of a run, with its config.toml; got {out}\n")
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0 and server.stderr.read() == ""
+        os.kill(server.pid, signal.SIGINT)
+        server.join(30)
+        assert server.exitcode == 0
+    finally:
+        server.kill()
+        server.join()
