@@ -391,6 +391,21 @@ def _with_steps(model: Any, steps: int | None) -> Any:
     return model
 
 
+def watch(run: Positional[Path], html: Path | None = None, port: int = 0) -> None:
+    """Show a run as it stands, while it goes on or later: curves, samples, events, the time that is left.
+
+    The page is served to this machine alone, and renews itself; nothing is written into the run folder.
+
+    Args:
+        run: The run folder of `autohdr train`.
+        html: Write the page into this file instead; it needs no other.
+        port: Of 127.0.0.1; by default a free one, which is printed.
+    """
+    from autohdr.watch import watch
+
+    watch(run, html, port)
+
+
 def demo(out: Path = Path("demo_run"), train: Annotated[bool, FlagCreatePairsOff] = False) -> int:
     """Enhance the sample photos that come along with the model that does, and write a report with before/after sliders.
 
@@ -524,7 +539,15 @@ def _parse_json(text: str, kind: type) -> Any:
 def _verbs(argv: list[str]) -> dict[str, Any]:
     """{what comes after `autohdr`: the function of its options}, in the order of the help."""
     verbs = {"doctor": doctor, "data split": split, "data audit": audit, "data synth": synth, "data degrade": degrade}
-    verbs |= {"train": _train_verb(argv), "adapt": adapt, "eval": evaluate, "enhance": enhance, "plan": plan, "demo": demo}
+    verbs |= {
+        "train": _train_verb(argv),
+        "watch": watch,
+        "adapt": adapt,
+        "eval": evaluate,
+        "enhance": enhance,
+        "plan": plan,
+        "demo": demo,
+    }
     return verbs
 
 

@@ -25,7 +25,7 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
     model = results["model"]["name"] if results["model"] else None
     costs = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.model_costs(results).items())
     shown, count = len(pictures), len(results["images"])
-    page = _filled(
+    page = filled(
         "page.html",
         text={
             "title": f"{model} against auto-tone" if model else "Auto-tone against the unedited source",
@@ -36,8 +36,8 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
         markup={
-            "style": _read("page.css"),
-            "script": _read("page.js"),
+            "style": read_part("page.css"),
+            "script": read_part("page.js"),
             "table": _table(tables.summary_rows(results)),
             "costs": f"<dl>{costs}</dl>" if costs else "",
             "shown": "" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
@@ -49,12 +49,15 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
 
 def encode_pictures(images: Mapping[str, Tensor]) -> dict[str, str]:
     """{method: (1, 3, H, W) image in [0, 1]} -> {method: the image as the data URI of a JPEG of at most 1280 pixels a side}."""
-    return {method: _data_uri(image) for method, image in images.items()}
+    return {method: data_uri(_picture(image)) for method, image in images.items()}
 
 
-def _data_uri(image: Tensor) -> str:
-    pixels = image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The data URI of a picture as a JPEG of at most 1280 pixels a side; the picture itself is reduced to them."""
     picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
@@ -70,7 +73,7 @@ def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str,
         f'alt="{escape(labels[method])} of {escape(image["name"])}" draggable=false src="{uri}">'
         for method, uri in pictures.items()
     ]
-    return _filled(
+    return filled(
         "pair.html",
         text={
             "name": image["name"],
@@ -108,10 +111,11 @@ def _cell(figure: str) -> str:
     return f"<td>{figure.replace('± ', '±&nbsp;')}</td>"
 
 
-def _filled(template: str, text: Mapping[str, str], markup: Mapping[str, str]) -> str:
-    """A template with its placeholders filled: `text` is escaped, as it may hold names of files; `markup` is put in as it is."""
-    return Template(_read(template)).substitute(markup, **{name: escape(value) for name, value in text.items()})
+def filled(template: str, text: Mapping[str, str], markup: Mapping[str, str]) -> str:
+    """A template of this folder, filled: `text` is escaped, as it may hold names of files; `markup` is put in as it is."""
+    return Template(read_part(template)).substitute(markup, **{name: escape(value) for name, value in text.items()})
 
 
-def _read(name: str) -> str:
+def read_part(name: str) -> str:
+    """What a page is made of: a template, style or script of this folder."""
     return Path(__file__).with_name(name).read_text("utf-8")

@@ -35,7 +35,7 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     resume: init_weights need not exist: a run that goes on from a state does not read them. A branch does not either.
     """
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
-    at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every"), 1)
+    at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every", "adversarial_start"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "clip", "ema", "spike_factor"), 0)
     at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples", "patience"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
@@ -93,6 +93,11 @@ def _check_losses(config: TrainConfig) -> None:
             raise UserError(f"losses: {name}: expected a number, at least 0, got {weight!r}")
     if not any(config.losses.values()):
         raise UserError(f"losses: expected at least one weight above 0, got {config.losses}")
+    if "adversarial" in config.losses and config.adversarial_start > config.epochs:
+        raise UserError(
+            f"adversarial_start: expected at most {config.epochs}, the last epoch, as the loss adversarial would else never "
+            f"begin; got {config.adversarial_start}"
+        )
     of_photos = [name for name in config.losses if LOSSES[name] > 1]
     if of_photos and config.objective == "bridge" and config.prediction != "x0":
         raise UserError(

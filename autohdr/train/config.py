@@ -17,7 +17,7 @@ Resume = bool | Literal["auto"]
 STAGE = ("epochs", "size", "resize", "batch_size", "accumulate")
 """What a stage can have."""
 
-LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16}
+LOSSES = {"l1": 1, "charbonnier": 1, "edge": 3, "ssim": 11, "vgg": 16, "adversarial": 24}
 """The components that a training loss can have, and the smallest side, in pixels, of an image that each can take."""
 
 
@@ -48,9 +48,12 @@ class TrainConfig:
     sample_steps: int = 4
     """Calls of a bridge's network for one photo, in validation, and in eval and enhance unless --steps says otherwise."""
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
-    """{component: weight}: the loss is the weighted sum. Components: l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM) and
-    vgg (perceptual). The logs hold each of them unweighted; one of weight 0 is in the logs only. A bridge that predicts v or
-    noise takes l1 and charbonnier only: the others compare photos, and it makes none in training."""
+    """{component: weight}: the loss is the weighted sum. Components: l1, charbonnier, edge (Sobel gradients), ssim (1 - SSIM),
+    vgg (perceptual) and adversarial (a discriminator's, 0.01). The logs hold each of them unweighted; one of weight 0 is in the
+    logs only. A bridge that predicts v or noise takes l1 and charbonnier only: the others compare photos, and it makes none in
+    training."""
+    adversarial_start: int = 1
+    """The first epoch, counted from 1, in which the discriminator of the loss adversarial acts and learns."""
     vgg_weights: Path | None = None
     """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 

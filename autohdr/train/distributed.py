@@ -76,6 +76,15 @@ class Ranks:
         dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
         return rows.tolist()
 
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over the processes, in place, in one exchange. Every process has the same shapes."""
+        if self.count == 1:
+            return
+        whole = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(whole, group=self.group)
+        for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def wrap(self, network: Network, parallel: str, precision: torch.dtype) -> nn.Module:
         """The network as a training step calls it. FSDP2 shards `network` itself, in place: each of its units, and the rest."""
         if self.count == 1:

@@ -115,6 +115,11 @@ class RunFolder:
             if self._tensorboard:
                 record.write_scalars(self._tensorboard, entry)
 
+    def note(self, entry: dict[str, Any]) -> None:
+        """Add a line to log.jsonl with the next one: it tells of a failure, and to write it now might be another."""
+        if self._writes:
+            self._lines.append(entry)
+
     def show(self, history: list[dict[str, Any]], triptychs: list[record.Triptych]) -> None:
         """Write log.csv of all epochs; in the background the last one's samples, and every CURVE_EVERY seconds curve.png."""
         if not self._writes:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from autohdr.models import create_model, load_weights
+from autohdr.train.adversarial import Adversary
 from autohdr.train.checkpoint import to_cpu
 from autohdr.train.config import TrainConfig
 from autohdr.train.distributed import Ranks, local
@@ -27,11 +28,12 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 
 class Learner:
-    """The network, its objective, and what a step changes beside the weights: optimiser, loss scale, average and guard.
+    """The network, its objective, and what a step changes beside the weights: optimiser, loss scale, average, guard, adversary.
 
     model: the network. network: the same weights, as a step calls them: wrapped for several processes.
     precision: the dtype of autocast; float32: no autocast.
     trained_on: digests of the photos that the weights were trained on before this run.
+    adversary: of the loss adversarial; None without that.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
@@ -58,6 +60,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self._fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
+        weight = config.losses.get("adversarial")  # at 0 it learns, and is in the logs
+        self.adversary = None if weight is None else Adversary(weight, config.adversarial_start, device)
         self.guard = Guard(config.spike_factor, config.spike_window, config.snapshot_every, self.tensors)
         self._device = device
         # Several processes gather whole tensors in the CPU's memory. One leaves them to to_cpu, whose page-locked copy is faster.
@@ -68,12 +72,13 @@ class Learner:
         return torch.autocast(self._device.type, self.precision, enabled=self.precision is not torch.float32)
 
     def tensors(self) -> list[Tensor]:
-        """This process's part of all that a step changes: weights, moments, average. [] before the first step."""
+        """This process's part of all that a step changes: weights, moments, average, adversary. [] before the first step."""
         if not self.optimizer.state:
             return []
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         moments = [value for weight in weights for value in self.optimizer.state[weight].values()]
-        return [local(tensor) for tensor in (*weights, *moments)] + self.average.tensors
+        others = self.average.tensors + (self.adversary.tensors() if self.adversary else [])
+        return [local(tensor) for tensor in (*weights, *moments)] + others
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups as states have them: with names in the place of weights."""
@@ -81,8 +86,10 @@ class Learner:
         return [group | {"params": [names[weight] for weight in group["params"]]} for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy, on the CPU, of model, ema, optimizer, scaler and guard. Only the first process has the tensors."""
-        state = {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
+        """A copy, on the CPU, of model, ema, optimizer, scaler, guard and, where there is one, adversary. Only the first process
+        has all of the tensors."""
+        state = {"adversary": self.adversary.state_dict()} if self.adversary else {}
+        state |= {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
         if self.optimizer.state:  # before the first step there is no state, and torch would make a step to have one
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
         state = to_cpu(state) | {"model": self._own_weights(), "ema": {}}
@@ -100,6 +107,8 @@ class Learner:
         if state["optimizer"]:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
             self._lay_out_moments()
+        if self.adversary and "adversary" in state:
+            self.adversary.load_state_dict(state["adversary"])
         self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
         self.guard.keep(step)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import struct
 import threading
 import time
 import uuid
@@ -14,6 +15,22 @@ from autohdr.errors import UserError
 NAME = ".lock"
 BEAT, STALE = 5.0, 30.0
 """Seconds between two signs of life, and seconds without one after which the other process is taken for dead."""
+
+
+def held(folder: Path) -> bool | None:
+    """Whether a process holds the folder's lock, found without touching it; None: there is no lock."""
+    try:
+        with open(folder / NAME, "rb") as file:
+            sign = os.fstat(file.fileno()).st_mtime
+            try:
+                asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock: all of the file
+                if struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK:
+                    return True
+            except OSError:  # a file system without locks
+                pass
+            return time.time() - sign < STALE
+    except FileNotFoundError:
+        return None
 
 
 class Lock:

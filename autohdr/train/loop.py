@@ -213,6 +213,10 @@ class Loop:
             self._report(result.fault, result.returned, group)
             return
         self._resumed = False
+        if result.adversary_fault:
+            entry = {"kind": "discriminator skipped", "cause": result.adversary_fault, "step": self._progress.step + 1}
+            self._folder.log(entry | {"epoch": self._progress.epoch + 1, "sources": self._run.batches.sources(group)})
+            self._say(f"step {self._progress.step + 1}: {result.adversary_fault}: its step skipped")
         if unproved:
             self._save(*unproved)
         if not math.isfinite(result.norm):
@@ -332,6 +336,8 @@ class Loop:
         """Let all processes know whether one of them has received a signal, and whether the first one wants a save."""
         if failure := self._folder.failure():
             self._say(f"not saved: {failure}; training goes on, and tries again in {RETRY} s")
+            progress = self._progress
+            self._folder.note({"kind": "not saved", "cause": str(failure), "step": progress.step, "epoch": progress.epoch + 1})
             self._save_at = min(self._save_at, time.monotonic() + RETRY)
         signals, wanted = zip(*self._ranks.gather_floats(signalled(), time.monotonic() >= self._save_at), strict=True)
         self._stopped, self._due = int(max(signals)), self._due or bool(wanted[0])

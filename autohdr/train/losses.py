@@ -103,11 +103,11 @@ class VGG(nn.Module):
 
 
 class Criterion:
-    """The loss that a run minimises: the weighted sum of config.losses."""
+    """The loss that a run minimises: the weighted sum of config.losses, but for the adversarial one, which is the Adversary's."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
         """Raises UserError where vgg is among the losses, and the file of its weights is absent or another network's."""
-        self.weights = {"l1": 0.0} | config.losses
+        self.weights = {"l1": 0.0} | {name: weight for name, weight in config.losses.items() if name != "adversarial"}
         self.losses = {"l1": l1, "charbonnier": charbonnier, "ssim": ssim, "edge": edge}
         if "vgg" in self.weights:
             vgg = VGG(_vgg_file(config))

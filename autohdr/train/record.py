@@ -81,7 +81,8 @@ def draw_curve(path: Path, history: list[dict[str, Any]]) -> None:
         for label, key in lines.items():
             values = [row[key] for row in history]
             axes.plot(epochs, values, label=label, color=colours.get(label), marker="." * (len(epochs) < 40))
-        axes.set(title=title, xlabel="epoch", yscale="log" if lines is components else "linear")
+        by_powers = lines is components and not any(row[key] <= 0 for row in history for key in lines.values())
+        axes.set(title=title, xlabel="epoch", yscale="log" if by_powers else "linear")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in figure.axes[::3]:

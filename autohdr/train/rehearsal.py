@@ -26,7 +26,7 @@ def rehearse(config: TrainConfig, show: Path | None = None) -> str:
     """
     if show and show.suffix.lower() not in (".jpg", ".jpeg"):
         raise UserError(f"--show: expected a file .jpg or .jpeg, got {str(show)!r}")
-    run = prepare(replace(config, cache_gb=0))
+    run = prepare(replace(config, cache_gb=0, adversarial_start=1))
     schedule, lines, measured, total = run.schedule, [], [], 0.0
     with run.batches.workers():
         stages = [_two_steps(run, schedule.first(number)) for number in range(len(schedule.stages))]

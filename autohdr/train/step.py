@@ -29,6 +29,8 @@ class StepResult:
     """Why the step was left out; None: it was not."""
     returned: Return | None
     """Set where the step before was left out too: then the guard has gone back to a good state."""
+    adversary_fault: str | None
+    """Why the discriminator's step was left out, though the network's was made; None: it was not, or there is none."""
     waited: float
     """Seconds that this process waited for its pairs."""
 
@@ -36,7 +38,8 @@ class StepResult:
 class Step:
     """Makes one AdamW step over the batches of a group. It changes the learner, and nothing else.
 
-    A step whose loss or gradient is bad is left out: it changes no weight. The second in a row puts back what the guard kept.
+    A step whose loss or gradient is bad is left out: it changes no weight, the discriminator's neither. The second in a row puts
+    back what the guard kept.
     """
 
     def __init__(self, config: TrainConfig, learner: Learner, ranks: Ranks):
@@ -50,6 +53,8 @@ class Step:
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr * parameters.get("lr_factor", 1.0)
         optimizer.zero_grad()
+        if learner.adversary:
+            learner.adversary.forget()
         means, waited = self._accumulate(group, batches, epoch)
         scaler.unscale_(optimizer)
         parameters = list(learner.model.parameters())
@@ -63,14 +68,17 @@ class Step:
         if not overflow:
             if fault := self._fault(losses["loss"], norm):
                 scaler.update(scaler.get_scale())  # the scaler wants every step ended; its scale stays
-                return StepResult(losses, norm, fault, learner.guard.failed(), waited)
+                return StepResult(losses, norm, fault, learner.guard.failed(), None, waited)
             learner.guard.passed(step, losses["loss"])
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip or math.inf, length)
         scaler.step(optimizer)  # float16: changes nothing where the gradient is not finite
         scaler.update()
         if not overflow:
             learner.average.update()
-        return StepResult(losses, norm, None, None, waited)
+        adversary_fault = None
+        if learner.adversary and not overflow:
+            adversary_fault = learner.adversary.step(losses["discriminator"], self._ranks)
+        return StepResult(losses, norm, None, None, adversary_fault, waited)
 
     def _accumulate(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], epoch: int) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of the group's mean loss. Returns this process's share of the mean losses, and seconds waited."""
@@ -85,6 +93,9 @@ class Step:
                 with learner.autocast():
                     said, wanted = learner.objective.predict(learner.network, source, target, epoch, indices)
                 loss, components = self._criterion(said, wanted)
+                if learner.adversary:
+                    term, more = learner.adversary.judge(said, wanted, epoch, share)
+                    loss, components = loss + term, components | more
                 # times the number of processes, as the exchange averages their gradients
                 learner.scaler.scale(loss * (share * self._ranks.count)).backward()
             for name, value in ({"loss": loss.detach()} | components).items():

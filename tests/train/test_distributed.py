@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, write_pairs
 from runs import STATE, blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
+from two_ranks import ADVERSARIAL
 
 from autohdr import metrics
 from autohdr.data.pairs import PairDataset, read_pairs
@@ -77,8 +78,12 @@ def log(out, *kinds):
 def check_same_run(out, one):
     """The run in `out` is that of one process, to the rounding of sums taken in another order."""
     state, expected = load_state(out / STATE), load_state(one.out / STATE)
-    start = load_state(one.out / STATE.replace(".pt", ".previous.pt"))["model"]  # the epoch before
-    for weights, wanted in ((state["model"], expected["model"]), (state["ema"]["model"], expected["ema"]["model"])):
+    before = load_state(one.out / STATE.replace(".pt", ".previous.pt"))  # of the epoch before
+    found = [(state["model"], expected["model"], before["model"])]
+    found.append((state["ema"]["model"], expected["ema"]["model"], before["model"]))
+    if "adversary" in expected:
+        found.append(tuple(of["adversary"]["model"] for of in (state, expected, before)))
+    for weights, wanted, start in found:
         moved = sum((wanted[name] - start[name]).double().square().sum() for name in wanted).sqrt()
         apart = sum((wanted[name] - weights[name]).double().square().sum() for name in wanted).sqrt()
         assert apart < 2e-3 * moved
@@ -106,6 +111,18 @@ def test_a_branch_with_frozen_parts_trains_as_one(folder, two, parallel):
     check_same_run(folder / f"{parallel} tuned", alone)
     begun, weights = (load_state(folder / out / STATE)["model"] for out in (parallel, f"{parallel} tuned"))
     assert all(torch.equal(begun[name], weights[name]) == name.startswith("encoder") for name in begun)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_train_one_discriminator(folder, two, parallel):
+    """It is the same in both, and that of one process; so is what the network makes of it."""
+    alone = folder / "one adversarial"
+    alone = train(load_config(folder / "one.toml", {"out": alone, "losses": ADVERSARIAL}), resume="auto")
+    check_same_run(folder / f"{parallel} adversarial", alone)
+    rows = [load_state(out / STATE)["history"][-1] for out in (folder / f"{parallel} adversarial", alone.out)]
+    for name in ("train_adversarial", "train_discriminator"):  # the hinge's margin is 1
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4)
+    assert two[0][f"{parallel} adversarial"] == two[1][f"{parallel} adversarial"]
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)

@@ -658,8 +658,11 @@ def test_a_full_disk_costs_no_training(make_config, monkeypatch, capsys):
     assert re.search(r"not saved: \[Errno 27\] File too large: '.*'; training goes on, and tries again in 0 s", said)
     assert same(outcome(make_config("whole").out), outcome(parts))
     assert load_state(previous(parts / STATE))["step"] > 3
-    for file in ("log.csv", "log.jsonl"):
-        assert len((parts / file).read_text().splitlines()) == len((make_config("whole").out / file).read_text().splitlines())
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (make_config("whole").out, parts)]
+    noted = [line for line in map(json.loads, logs[1]) if line["kind"] == "not saved"]
+    assert noted and all("File too large" in line["cause"] and 2 <= line["step"] <= 5 for line in noted)
+    assert len(logs[1]) - len(noted) == len(logs[0])
+    assert len((parts / "log.csv").read_text().splitlines()) == 3
     assert load_checkpoint(parts / "checkpoint_best.safetensors").metadata["step"] == 6
 
 

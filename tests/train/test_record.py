@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from autohdr.errors import UserError
@@ -25,6 +26,15 @@ def test_curve_shows_components_where_l1_is_not_all(tmp_path):
         with Image.open(tmp_path / "curve.png") as curve:
             sizes.append(curve.size)
     assert sizes == [(1320, 396), (1760, 396)]
+
+
+def test_the_curve_of_a_loss_below_zero_is_linear(tmp_path, monkeypatch):
+    """As the adversarial one; before its start there is none."""
+    scales = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **others: scales.append(figure.axes[-1].get_yscale()))
+    for value in (0.1, math.nan, -0.1):
+        record.draw_curve(tmp_path / "curve.png", [row | {"train_loss": 0.3, "train_adversarial": value} for row in HISTORY])
+    assert scales == ["log", "log", "linear"]
 
 
 def test_csv(tmp_path):

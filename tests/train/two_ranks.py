@@ -23,7 +23,8 @@ from autohdr.train.objective import Objective
 from autohdr.train.step import Step
 
 STAGES = [{"epochs": 2}, {"epochs": 2, "size": 24, "batch_size": 1}]
-RANK = int(os.environ["RANK"])
+ADVERSARIAL = {"l1": 1.0, "adversarial": 0.01}
+RANK = int(os.environ.get("RANK", 0))
 make_step, predict = Step.__call__, Objective.predict
 
 
@@ -75,9 +76,10 @@ def main(config, out):
     def run(name, resume=False, **changes):
         with mock.patch.object(loop, "prepare", lambda *args, **others: runs.append(prepare(*args, **others)) or runs[-1]):
             summary = loop.train(replace(base, out=Path(out) / name, **changes), resume=resume)
-        model = runs[-1].learner.model
+        model, adversary = runs[-1].learner.model, runs[-1].learner.adversary
         weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
         seen[name] = {"interrupted": summary.interrupted, "val_psnr": summary.best.get("val_psnr")}
+        weights += adversary.tensors() if adversary else []
         seen[name]["weights"] = sum(weight.double().sum().item() for weight in weights)
 
     for parallel in ("ddp", "fsdp"):
@@ -85,6 +87,7 @@ def main(config, out):
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
         tuned = {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}, "stages": STAGES, "epochs": 4}
         run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **tuned)
+        run(f"{parallel} adversarial", parallel=parallel, losses=ADVERSARIAL)
         with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
