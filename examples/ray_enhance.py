@@ -5,7 +5,7 @@
 Source and results are places that fsspec knows and that all nodes see: folders, s3:// (with s3fs), gs:// (with gcsfs), ... Needs
 `pip install "ray[data]"`; without RAY_ADDRESS it starts a cluster on this machine. Each process has one model. What a node that
 dies was at, others do again. OUT is for results alone: the same call again leaves those that OUT/autohdr.jsonl has as written by
-the same model and options, and makes all others.
+the same model and options, and makes all others. What does not end as a photo's name does is passed over.
 """
 
 import argparse
@@ -27,10 +27,13 @@ from autohdr.models.weights import SHIPPED
 MOST_TASKS = 2000
 
 
-def photos_in(source: str) -> dict[str, str]:
-    """Each photo's path -> its result's, relative to the places that hold them."""
-    files, root = fsspec.url_to_fs(source)
-    names = [path.removeprefix(root).lstrip("/") for path in files.find(root) if Path(path).suffix.lower() in SUFFIXES]
+def photos_in(source: str, out: str) -> dict[str, str]:
+    """Each photo's path -> its result's, relative to the places that hold them. Results are no sources."""
+    (files, root), (_, folder) = fsspec.url_to_fs(source), fsspec.url_to_fs(out)
+    if root == folder:
+        raise UserError(f"expected another place for the results than {source}, where the photos are")
+    photos = [path for path in files.find(root) if Path(path).suffix.lower() in SUFFIXES and not path.startswith(f"{folder}/")]
+    names = [path.removeprefix(root).lstrip("/") for path in photos]
     results = {name: str(result_name(Path(name))) for name in names}
     taken = Counter(results.values())
     for name, result in results.items():
@@ -39,23 +42,28 @@ def photos_in(source: str) -> dict[str, str]:
     return results
 
 
-def work(batch: dict, enhancer: Enhancer, source: str, out: str) -> dict:
-    """A task of the cluster: reads photos, enhances them, writes the results whole, and says what became of each in JSON."""
+def done(name: str, result: str, enhancer: Enhancer, source: str, out: str) -> Record:
+    """Reads a photo, enhances it, writes its result whole, and says what became of it."""
     (files, root), (results, folder) = fsspec.url_to_fs(source), fsspec.url_to_fs(out)
-    done = enhancer({**batch, "bytes": [files.cat_file(f"{root}/{name}") for name in batch["name"]]})
-    columns = ("name", "result", "bytes", "enhanced", "notes", "reason")
-    records = []
-    for name, result, photo, enhanced, notes, reason in zip(*(done[column] for column in columns), strict=True):
-        status = FAILED if reason else WRITTEN
-        record = Record(f"{source.rstrip('/')}/{name}", str(result), status, str(reason), **enhancer.identity())
-        record.source_sha256, record.warnings = hashlib.sha256(photo).hexdigest(), notes.split("; ") if notes else []
-        if not reason:
-            record.result_sha256 = hashlib.sha256(enhanced).hexdigest()
+    record = Record(f"{source.rstrip('/')}/{name}", result, FAILED, **enhancer.identity())
+    try:
+        photo = files.cat_file(f"{root}/{name}")
+        enhanced, record.warnings, record.reason = enhancer.file(photo)
+        if not record.reason:
             results.makedirs(f"{folder}/{result}".rpartition("/")[0], exist_ok=True)
             with results.transaction, results.open(f"{folder}/{result}", "wb") as file:
                 file.write(enhanced)
-        records.append(record.line())
-    return {"record": records}
+            record.status = WRITTEN
+            record.source_sha256, record.result_sha256 = (hashlib.sha256(data).hexdigest() for data in (photo, enhanced))
+    except OSError as error:
+        record.reason = str(error)
+    return record
+
+
+def work(batch: dict, **given) -> dict:
+    """A task of the cluster."""
+    pairs = zip(batch["name"], batch["result"], strict=True)
+    return {"record": [done(str(name), str(result), **given).line() for name, result in pairs]}
 
 
 def enhance(source: str, out: str, enhancer: Enhancer) -> list[Record]:
@@ -67,7 +75,7 @@ def enhance(source: str, out: str, enhancer: Enhancer) -> list[Record]:
         known = {line.result: line for line in lines if results.exists(f"{folder}/{line.result}")}
     identity = {"status": WRITTEN, **enhancer.identity()}
     known = {name: line for name, line in known.items() if identity.items() <= vars(line).items()}
-    photos = photos_in(source)
+    photos = photos_in(source, out)
     if not photos:
         raise UserError(f"expected photos in {source}, got none")
     left = [{"name": name, "result": result} for name, result in photos.items() if result not in known]

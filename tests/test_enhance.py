@@ -699,6 +699,15 @@ def test_photos_of_a_property_share_an_edit_that_another_photo_changes(tmp_path)
         run([tmp_path / "in"], tmp_path / "auto", property=True)
 
 
+def test_photos_of_a_property_may_lie_on_their_side(tmp_path):
+    (tmp_path / "in").mkdir()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(room().astype(np.uint8)).save(tmp_path / f"in/{orientation}.jpg", exif=exif)
+    assert len(run([tmp_path / "in"], tmp_path / "out", load_checkpoint(), property=True).written) == 8
+
+
 def test_the_white_balance_can_be_kept(tmp_path):
     """A grey wall under warm light becomes lighter, and as warm; by itself the edit takes out most of the warmth."""
     pixels = (np.linspace(30, 130, 60)[None, :, None] * np.array([1.2, 1, 0.7]) * np.ones((40, 1, 1))).astype(np.uint8)

@@ -109,6 +109,8 @@ def test_a_ray_cluster_that_loses_a_node_does_every_photo_once(tmp_path):
         files = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*.jpg")}
         assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == written
         (tmp_path / "in/damaged.jpg").unlink()
+        refused = subprocess.run([*command[:-1], tmp_path / "in/"], env=environment, timeout=400, **output)
+        assert refused.returncode == 1 and "ray_enhance: expected another place for the results" in refused.stdout
         times = {path: path.stat().st_mtime_ns for path in files.values()}
         again = subprocess.run(command, env=environment, timeout=400, **output)
         assert again.returncode == 0 and again.stdout.splitlines()[-1].endswith("out: 40 written, 0 failed"), again.stdout

@@ -221,7 +221,7 @@ class Enhancer:
     def glimpse(self, paths: Sequence[Path]) -> Prediction | None:
         """What a Lite predicts of a photo, or of a bracket, by a reduced copy; None where it can't be read."""
         try:
-            pixels = np.require(glimpse(paths, GLIMPSE), requirements="W")
+            pixels = np.require(glimpse(paths, GLIMPSE), requirements=["C", "W"])
         except UserError:  # it will fail
             return None
         with torch.inference_mode():

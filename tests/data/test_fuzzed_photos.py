@@ -191,7 +191,7 @@ def check_batch(folder, out, capfd):
     return {Path(record["source"]).name for record in records if record["status"] == "written"}, results
 
 
-@pytest.mark.parametrize("count, seed", [(80, 0), pytest.param(1000, 1, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("count, seed", [(48, 0), pytest.param(1000, 1, marks=pytest.mark.drill)])
 def test_photos_damaged_at_random(tmp_path, capfd, count, seed):
     fill(tmp_path / "in", count, seed)
     readable = check_reading(tmp_path / "in")
