@@ -113,6 +113,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return _convolve(x, self.weight, self.bias, dtype, self.stride[0], self.padding[0], self.groups, True)
 
 
+class Mean(nn.Module):
+    """Of each channel over all pixels, (B, C, H, W) to (B, C, 1, 1). AdaptiveAvgPool2d(1) can't be exported for all sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of x (B, C, H, W) by weight (D, C, 1, 1), in half precision as Conv2d."""
     if (dtype := _half_on_cpu(x)) is None:

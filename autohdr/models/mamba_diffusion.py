@@ -22,7 +22,7 @@ from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.kernels.common import autocast
 from autohdr.models.diffusion import STEPS, cosine_schedule
-from autohdr.models.layers import Conv2d, ConvTranspose2d, crop, pad_to_multiple, pointwise, reach
+from autohdr.models.layers import Conv2d, ConvTranspose2d, Mean, crop, pad_to_multiple, pointwise, reach
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 HEADS = 8
@@ -83,13 +83,6 @@ def _scaled(conv: Conv2d) -> Conv2d:
         for parameter in conv.parameters():
             parameter.mul_(GAMMA)
     return conv
-
-
-class Mean(nn.Module):
-    """Of each channel over all pixels, (B, C, H, W) to (B, C, 1, 1). AdaptiveAvgPool2d(1) can't be exported for all sizes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3), keepdim=True)
 
 
 class SSM(nn.Module):

@@ -178,7 +178,7 @@ def test_rejects_weights_of_which_none_fits(small, tmp_path):
     with pytest.raises(UserError, match="m.pt: no tensor fits restormer_nano"):
         load_weights(small(), tmp_path / "m.pt")
     with pytest.raises(
-        UserError, match="m.pt: holds no Restormer or MambaDiffusion or Lite: .*patch_embed.weight.*got classifier.weight"
+        UserError, match="m.pt: holds no Restormer or NAFNet or MambaDiffusion or Lite: .*patch_embed.weight.*got classifier.weight"
     ):
         load_checkpoint(tmp_path / "m.pt")
 
