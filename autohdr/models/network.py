@@ -108,6 +108,8 @@ class Network(nn.Module):
     can_recompute: ClassVar[bool] = False
     takes_samples: ClassVar[bool] = False
     """Whether it also takes a photo's own samples, uint8 or uint16, and gives the same."""
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """Last parts of the names of tensors that the family's files may hold and a network computes itself."""
     multiple: int = 1
     """What the sides of the image are padded to a multiple of."""
 

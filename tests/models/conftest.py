@@ -12,6 +12,8 @@ def _small(name="restormer_nano", **overrides):
         for parameter in (p for n, p in model.named_parameters() if n.endswith(("beta", "gamma"))):
             torch.nn.init.normal_(parameter)
         return model
+    if name.startswith("swinir"):
+        return create_model(name, **overrides)
     return create_model(name, dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, **overrides)
 
 

@@ -26,6 +26,7 @@ SIZES = [
     (40, 3),
 ]
 ONE_LEVEL = {"encoder_blocks": (1,), "middle_blocks": 1, "decoder_blocks": (1,)}
+ONE_GROUP = {"depths": (2,), "heads": (2,)}
 ANY = torch.export.Dim.DYNAMIC
 pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch's compiler takes as long again
 
@@ -68,11 +69,15 @@ def test_a_network_of_stages_exports_for_every_size(network, example, strict):
 
 @pytest.mark.parametrize(
     ("network", "example"),
-    [(("mamba_diffusion_nano", {}), (33, 47)), (("mamba_diffusion_nano", {"num_groups": 1, "dual_attention": False}), (40, 48))],
+    [
+        (("mamba_diffusion_nano", {}), (33, 47)),
+        (("mamba_diffusion_nano", {"num_groups": 1, "dual_attention": False}), (40, 48)),
+        (("swinir_nano", ONE_GROUP), (33, 47)),
+    ],
     indirect=["network"],
     ids=str,
 )
-def test_a_mamba_diffusion_exports_for_every_size(network, example):
+def test_another_network_exports_for_every_size(network, example):
     shapes = ({0: ANY, 2: ANY, 3: ANY},)
     program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes).module()
     assert largest_difference(program, network, SIZES) <= 1e-5
@@ -96,7 +101,12 @@ def test_exports_in_bfloat16_on_a_cpu(network):
 
 @pytest.mark.parametrize(
     ("network", "least"),
-    [(("restormer_nano", {}), 9), (("mamba_diffusion_nano", {"num_groups": 1}), 9), (("nafnet_nano", ONE_LEVEL), 9)],
+    [
+        (("restormer_nano", {}), 9),
+        (("mamba_diffusion_nano", {"num_groups": 1}), 9),
+        (("nafnet_nano", ONE_LEVEL), 9),
+        (("swinir_nano", ONE_GROUP), 9),
+    ],
     indirect=["network"],
     ids=str,
 )
@@ -110,7 +120,7 @@ def test_compiles_once_for_every_size_but_the_smallest(network, least):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["restormer_base", "restormer_official", "nafnet_64", "mamba_diffusion_large"])
+@pytest.mark.parametrize("name", ["restormer_base", "restormer_official", "nafnet_64", "swinir", "mamba_diffusion_large"])
 def test_counting_parameters_takes_no_data(name):
     with torch.device("meta"):
         model = create_model(name)
@@ -119,7 +129,13 @@ def test_counting_parameters_takes_no_data(name):
 
 @pytest.mark.parametrize(
     "network",
-    [("restormer_nano", {}), ("restormer_official", {}), ("nafnet_nano", {}), ("mamba_diffusion_nano", {})],
+    [
+        ("restormer_nano", {}),
+        ("restormer_official", {}),
+        ("nafnet_nano", {}),
+        ("swinir_nano", ONE_GROUP),
+        ("mamba_diffusion_nano", {}),
+    ],
     indirect=True,
     ids=str,
 )
