@@ -234,7 +234,8 @@ class WindowAttention(nn.Module):
         windows = to_windows(qkv, WINDOW)  # (B, rows, columns, 64, 3C)
         batch, rows, columns = windows.shape[:3]
         q, k, v = windows.flatten(0, 2).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # each (windows, heads, 64, C/heads)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)
+        # Of four axes: PyTorch's fused attention on a CPU takes no bias of three.
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)[None]
         if torch.compiler.is_compiling() or bottom or right:  # compiled: one program for all sizes
             row, column = (torch.arange(n * WINDOW, device=x.device) for n in (rows, columns))
             inside = ((row < height)[:, None] & (column < width))[None, :, :, None].expand(batch, -1, -1, -1)
