@@ -289,9 +289,9 @@ def enhance(
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
-        max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer works in
-            strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths of
-            what is free.
+        max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer or a NAFNet works
+            in strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths
+            of what is free.
         json: Print what became of the photos as JSON, instead of a line.
         verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
@@ -356,8 +356,8 @@ def plan(
         size: Of the images in pixels: the side of a square, or WIDTHxHEIGHT.
         batch: Images in one pass.
         device: auto (CUDA where there is one), cpu, or cuda, which is planned for without one, too; meta counts tensors alone.
-        max_memory: Inference of a Restormer in strips, within so much memory for the whole process, such as 3GB. Images are
-            counted in float32; `autohdr enhance` holds a photo in less, as the samples of its file.
+        max_memory: Inference of a Restormer or a NAFNet in strips, within so much memory for the whole process, such as 3GB.
+            Images are counted in float32; `autohdr enhance` holds a photo in less, as the samples of its file.
         recompute: Training of a MambaDiffusion whose blocks keep their input alone, as `autohdr train --recompute` does.
     """
     from autohdr.measure import parse_bytes, pick_device

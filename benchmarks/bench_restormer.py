@@ -40,13 +40,13 @@ def cases() -> list:
 def per_block(model: torch.nn.Module) -> list:
     """The model's stages, in which each block keeps its input alone."""
 
-    def block(attention, feed_forward, x, norm):
-        return feed_forward.module(attention.module(x, attention.norm), feed_forward.norm)
+    def block(attention, feed_forward, x):
+        return feed_forward.module(attention.module(x, **attention.beside), **feed_forward.beside)
 
     def checkpointed(halves: list[Half]) -> list[Half]:
         pairs = zip(halves[::2], halves[1::2], strict=True)
         blocks = [functools.partial(checkpoint, functools.partial(block, *pair), use_reentrant=False) for pair in pairs]
-        return [Half(b, None, None) for b in blocks]
+        return [Half(b, {}, None) for b in blocks]
 
     stages = type(model).stages(model)
     return [Blocks(checkpointed(stage.halves)) if isinstance(stage, Blocks) else stage for stage in stages]

@@ -154,7 +154,7 @@ def work(row: dict) -> list[Work]:
 
 @cache
 def _ops(model: str, height: int, width: int) -> list[tuple]:
-    """(op, channels, pixels, 1) of each half of a block, in the order of a forward pass; empty for a network without stages."""
+    """(op, channels, pixels, 1) of each half of a block, in the order of a forward pass; empty for a network of other ops."""
     found, channels, level = [], 0, 0
     if model not in list_models():
         return found
@@ -163,8 +163,8 @@ def _ops(model: str, height: int, width: int) -> list[tuple]:
     pixels = math.prod(side + -side % network.multiple for side in (height, width))
     for stage in network.stages():
         if isinstance(stage, Blocks):
-            ops = ({Attention: mdta, FeedForward: gdfn}[half.kind] for half in stage.halves)
-            found += [(op, channels, pixels >> 2 * level, 1) for op in ops]
+            ops = ({Attention: mdta, FeedForward: gdfn}.get(half.kind) for half in stage.halves)
+            found += [(op, channels, pixels >> 2 * level, 1) for op in ops if op]
         channels = getattr(stage, "channels", channels)
         level += isinstance(stage, Down) - isinstance(stage, Up)
     return found

@@ -61,6 +61,10 @@ CASES = [
     ("mamba_diffusion_nano", 384, "float32", "inference", "auto"),
     ("mamba_diffusion_nano", 160, "float32", "training", "auto"),
     ("mamba_diffusion_nano", 160, "bfloat16", "training", "auto"),
+    ("nafnet_nano", 512, "float32", "inference", "auto"),
+    ("nafnet_nano", 192, "bfloat16", "training", "auto"),
+    ("swinir_nano", 384, "float32", "inference", "auto"),
+    ("swinir_nano", 128, "bfloat16", "training", "auto"),
 ]
 
 

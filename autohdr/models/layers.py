@@ -82,6 +82,24 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
     return image[..., :height, :width]
 
 
+def to_windows(x: Tensor, size: int) -> Tensor:
+    """x (B, rows · size, columns · size, C) as (B, rows, columns, size², C)."""
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4)
+
+
+def from_windows(windows: Tensor, size: int) -> Tensor:
+    """The inverse of to_windows."""
+    return windows.unflatten(3, (size, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def relative_positions(size: int) -> Tensor:
+    """For each pair of pixels of a window the row of a table with (2 · size - 1)² rows, one for each relative position:
+    (size², size²) of int64 (Liu et al., Swin, 2021)."""
+    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
+    down, right = (axis[:, None] - axis + size - 1 for axis in (row, column))
+    return down * (2 * size - 1) + right
+
+
 STRIP_BYTES = 2 << 20
 """Of a strip of a half-precision convolution on a CPU in float32, input or output, unless the weights are larger, which oneDNN
 reorders in each call."""
@@ -111,6 +129,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         if (dtype := _half_on_cpu(x)) is None:
             return super().forward(x)
         return _convolve(x, self.weight, self.bias, dtype, self.stride[0], self.padding[0], self.groups, True)
+
+
+class Mean(nn.Module):
+    """Of each channel over all pixels, (B, C, H, W) to (B, C, 1, 1). AdaptiveAvgPool2d(1) can't be exported for all sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,7 +22,18 @@ from autohdr import kernels
 from autohdr.errors import UserError
 from autohdr.kernels.common import autocast
 from autohdr.models.diffusion import STEPS, cosine_schedule
-from autohdr.models.layers import Conv2d, ConvTranspose2d, crop, pad_to_multiple, pointwise, reach
+from autohdr.models.layers import (
+    Conv2d,
+    ConvTranspose2d,
+    Mean,
+    crop,
+    from_windows,
+    pad_to_multiple,
+    pointwise,
+    reach,
+    relative_positions,
+    to_windows,
+)
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 HEADS = 8
@@ -83,13 +94,6 @@ def _scaled(conv: Conv2d) -> Conv2d:
         for parameter in conv.parameters():
             parameter.mul_(GAMMA)
     return conv
-
-
-class Mean(nn.Module):
-    """Of each channel over all pixels, (B, C, H, W) to (B, C, 1, 1). AdaptiveAvgPool2d(1) can't be exported for all sizes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3), keepdim=True)
 
 
 class SSM(nn.Module):
@@ -218,9 +222,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 2, HEADS))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(WINDOW), torch.arange(WINDOW), indexing="ij"))
-        down, right = (axis[:, None] - axis + WINDOW - 1 for axis in (row, column))
-        self.register_buffer("relative_position_index", down * (2 * WINDOW - 1) + right)
+        self.register_buffer("relative_position_index", relative_positions(WINDOW))
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.proj = nn.Linear(channels, channels)
@@ -229,24 +231,19 @@ class WindowAttention(nn.Module):
         height, width = x.shape[-2:]
         bottom, right = -height % WINDOW, -width % WINDOW
         qkv = F.pad(self.qkv(self.norm(x.permute(0, 2, 3, 1))), (0, 0, 0, right, 0, bottom))
-        windows = _windows(qkv)  # (B, rows, columns, 64, 3C)
+        windows = to_windows(qkv, WINDOW)  # (B, rows, columns, 64, 3C)
         batch, rows, columns = windows.shape[:3]
         q, k, v = windows.flatten(0, 2).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # each (windows, heads, 64, C/heads)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)
+        # Of four axes: PyTorch's fused attention on a CPU takes no bias of three.
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).to(q.dtype)[None]
         if torch.compiler.is_compiling() or bottom or right:  # compiled: one program for all sizes
             row, column = (torch.arange(n * WINDOW, device=x.device) for n in (rows, columns))
             inside = ((row < height)[:, None] & (column < width))[None, :, :, None].expand(batch, -1, -1, -1)
-            inside = _windows(inside).flatten(0, 2)
+            inside = to_windows(inside, WINDOW).flatten(0, 2)
             bias = bias.masked_fill(~inside.mT[:, :, None], -math.inf)  # (windows, heads, 64, 64)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        y = y.unflatten(1, (WINDOW, WINDOW)).unflatten(0, (batch, rows, columns))
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        y = from_windows(y.unflatten(0, (batch, rows, columns)), WINDOW)
         return self.proj(crop(y.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def _windows(x: Tensor) -> Tensor:
-    """(B, rows · 8, columns · 8, C) as (B, rows, columns, 64, C)."""
-    return x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3).flatten(3, 4)
 
 
 class ChannelAttention(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
-from autohdr.models.layers import Uncalled
+from autohdr.models.layers import Uncalled, crop, pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,24 @@ class Embed(NamedTuple):
 
 
 class Half(NamedTuple):
-    """Of a block: x = module(x, norm), with its residual. It reads one pixel around each.
+    """Of a block, or all of it: x = module(x, **beside), with its residual. It reads one pixel around each.
 
+    beside: modules that it takes and does not hold: its norm.
     kind: the class of the module, for who doesn't call it for a whole image. One that also sums over all pixels is
-        Summing too, as restormer.Attention.
+        Summing too, as restormer.Attention and nafnet.Block are.
     """
 
     module: nn.Module
-    norm: nn.Module
+    beside: dict[str, nn.Module]
     kind: type[nn.Module]
 
 
 class Summing(Protocol):
     """The module of a half that sums over all pixels: `statistics` of each strip, added up, are what `attend` needs."""
 
-    def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]: ...
+    def statistics(self, x: Tensor, *, first: int, end: int, **beside: nn.Module) -> tuple[Tensor, ...]: ...
 
-    def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor: ...
+    def attend(self, x: Tensor, *, statistics: tuple[Tensor, ...], **beside: nn.Module) -> Tensor: ...
 
 
 class Blocks(NamedTuple):
@@ -87,7 +88,7 @@ class Output(NamedTuple):
 
 
 Stage = Embed | Blocks | Down | Up | Output
-"""Of a stage's layers the first reads one pixel around each, the others none."""
+"""Of a stage's layers the first reads one pixel around each, unless it is a convolution of separate patches; the others none."""
 
 
 class Network(nn.Module):
@@ -107,6 +108,8 @@ class Network(nn.Module):
     can_recompute: ClassVar[bool] = False
     takes_samples: ClassVar[bool] = False
     """Whether it also takes a photo's own samples, uint8 or uint16, and gives the same."""
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """Last parts of the names of tensors that the family's files may hold and a network computes itself."""
     multiple: int = 1
     """What the sides of the image are padded to a multiple of."""
 
@@ -160,6 +163,32 @@ class Network(nn.Module):
         """The configuration's fields that a state dict tells. names: of its tensors; shape: of the one so called, which raises
         UserError where there is none."""
         raise NotImplementedError
+
+
+class StagedNetwork(Network):
+    """A network that is its stages: it predicts the difference to the image by them.
+
+    forward(x): x is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. Returns the same shape and, for
+    parameters of x's dtype or under autocast, the same dtype, not clamped. Raises UserError for another shape, and where a layer
+    that is never called, since a kernel takes its weight, would do something else if it were.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.check(image)
+        x, skips = pad_to_multiple(image, self.multiple).contiguous(memory_format=torch.channels_last), []
+        # No module's forward is a run of blocks: its caller would keep the input alive, at full resolution an image too many.
+        for stage in self.stages():
+            if isinstance(stage, Blocks):
+                for half, beside, _ in stage.halves:
+                    x = half(x, **beside)
+                continue
+            if isinstance(stage, Down):
+                skips.append(x)
+            for layer in stage.layers:
+                x = layer(x)
+            if isinstance(stage, Up):
+                x = stage.join(x, skips.pop())
+        return crop(x, *image.shape[-2:]) + image
 
 
 def count(names: Collection[str], prefix: str) -> int:

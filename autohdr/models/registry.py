@@ -6,11 +6,15 @@ from typing import Any
 from autohdr.errors import UserError
 from autohdr.models.lite import Lite, LiteConfig
 from autohdr.models.mamba_diffusion import MambaDiffusion, MambaDiffusionConfig
+from autohdr.models.nafnet import NAFNet, NAFNetConfig
 from autohdr.models.network import Network, NetworkConfig
 from autohdr.models.restormer import Restormer, RestormerConfig
+from autohdr.models.swinir import SwinIR, SwinIRConfig
 
 FAMILIES: dict[str, type[Network]] = {
     "restormer_nano": Restormer,
+    "nafnet_nano": NAFNet,
+    "swinir_nano": SwinIR,
     "mamba_diffusion_nano": MambaDiffusion,
     "lite": Lite,
 }
@@ -26,6 +30,12 @@ CONFIGS: dict[str, NetworkConfig] = {
         RestormerConfig("restormer_base", 48, (4, 6, 6, 8), 4),
         RestormerConfig("restormer_large", 64, (6, 8, 8, 12), 6),
         RestormerConfig("restormer_official", 48, (4, 6, 6, 8), 4, norm_bias=False, eps=1e-5, reduce_level1=False),
+        NAFNetConfig("nafnet_nano", 16, (1, 1, 1), 2, (1, 1, 1)),
+        NAFNetConfig("nafnet_32", 32, (2, 2, 4, 8), 12, (2, 2, 2, 2)),
+        NAFNetConfig("nafnet_64", 64, (2, 2, 4, 8), 12, (2, 2, 2, 2)),
+        SwinIRConfig("swinir_nano", 12, (2, 2), (2, 2)),
+        SwinIRConfig("swinir_light", 60, (6,) * 4, (6,) * 4),
+        SwinIRConfig("swinir", 180, (6,) * 6, (6,) * 6),
         MambaDiffusionConfig("mamba_small", 48, 3, 4, dstate=8, conv_size=3, dual_attention=False),
         MambaDiffusionConfig("mamba_base", 64, 4, 6),
         MambaDiffusionConfig("mamba_large", 96, 4, 8),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autohdr import kernels
-from autohdr.models.layers import Conv2d, crop, pad_to_multiple, pointwise, reach
-from autohdr.models.network import Blocks, Down, Embed, Half, Network, NetworkConfig, Output, Stage, Up, count, is_whole
+from autohdr.models.layers import Conv2d, pointwise, reach
+from autohdr.models.network import Blocks, Down, Embed, Half, NetworkConfig, Output, Stage, StagedNetwork, Up, count, is_whole
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """A run of blocks at one resolution.
-
-    It has no forward: a module's caller keeps the input alive until the call returns, which at full resolution is
-    one or two images too many. Restormer.forward takes the halves of blocks one by one and rebinds x.
-    """
+    """A run of blocks at one resolution. It has no forward: the network takes the halves of its blocks one by one."""
 
     def __init__(self, channels: int, num_blocks: int, num_heads: int, config: RestormerConfig):
         super().__init__()
@@ -149,7 +145,7 @@ class Level(nn.Module):
 
     def stage(self) -> Blocks:
         blocks = [reach(block, Block) for block in reach(reach(self, Level).blocks, nn.ModuleList)]
-        halves = [(Half(b.attn, b.norm1, Attention), Half(b.ffn, b.norm2, FeedForward)) for b in blocks]
+        halves = [(Half(b.attn, {"norm": b.norm1}, Attention), Half(b.ffn, {"norm": b.norm2}, FeedForward)) for b in blocks]
         return Blocks([half for block in halves for half in block])
 
 
@@ -164,13 +160,8 @@ class Resample(nn.Module):
         return list(reach(reach(self, Resample).body, nn.Sequential))
 
 
-class Restormer(Network):
-    """Maps an image to an image of the same size by predicting the difference.
-
-    forward(x): x is (B, 3, H, W), floating point, RGB, nominally in [0, 1]; any H, W >= 1. Returns the same shape and,
-    for parameters of x's dtype or under autocast, the same dtype, not clamped. Raises UserError for another shape, and where a
-    layer that is never called, since a kernel takes its weight, would do something else if it were.
-    """
+class Restormer(StagedNetwork):
+    """Maps an image to an image of the same size by predicting the difference."""
 
     Config = RestormerConfig
     config: RestormerConfig
@@ -227,22 +218,6 @@ class Restormer(Network):
                 layers, join = [*layers, partial(pointwise, weight=for_x)], partial(_add_pointwise, weight=for_skip)
             found += Up(layers, join, channels), Level.stage(level)
         return [*found, Level.stage(self.refinement), Output([self.output])]
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.check(image)
-        x, skips = pad_to_multiple(image, self.multiple).contiguous(memory_format=torch.channels_last), []
-        for stage in self.stages():
-            if isinstance(stage, Blocks):
-                for half, norm, _ in stage.halves:
-                    x = half(x, norm)
-                continue
-            if isinstance(stage, Down):
-                skips.append(x)
-            for layer in stage.layers:
-                x = layer(x)
-            if isinstance(stage, Up):
-                x = stage.join(x, skips.pop())
-        return crop(x, *image.shape[-2:]) + image
 
     def scratch_bytes(self) -> int:
         """Rows of hidden channels and sums of weight gradients (csrc/common/cpu_expansion.h), at the widest level."""

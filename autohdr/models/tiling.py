@@ -396,15 +396,15 @@ class _Run:
                 self.output(x, stage.layers)
 
     def half(self, x: _Map, half: Half) -> None:
-        module, norm, kind = half
-        layer = partial(reach(module, kind), norm=norm)
+        module, beside, kind = half
+        layer = partial(reach(module, kind), **beside)
         if _sums(half):
             summing = cast(Summing, module)
 
             def of_strip(rows: Tensor, own: slice, y: int) -> tuple[Tensor, ...]:
-                return summing.statistics(rows, norm, own.start, own.stop)
+                return summing.statistics(rows, first=own.start, end=own.stop, **beside)
 
-            layer = partial(summing.attend, norm=norm, statistics=_add(self.strips(x, of_strip)))
+            layer = partial(summing.attend, statistics=_add(self.strips(x, of_strip)), **beside)
         self.write(x, self.strips(x, lambda rows, own, y: layer(rows)[:, :, own]), 1)
 
     def convolve(self, source: _Map | _Padded, target: _Map, layers: Sequence[nn.Module]) -> None:
@@ -464,8 +464,11 @@ class _Run:
 def _layers(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor, own: slice, y: int = 0) -> Tensor:
     """The layers' result for the rows `own` of x, which has a row more above and below for the first of them."""
     first, *others = layers
-    x = reach(first, Conv2d, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), padding_mode="zeros")(x)
-    x = x[:, :, own]
+    if isinstance(first, Conv2d) and (first.kernel_size, first.padding) == (first.stride, (0, 0)):  # of separate patches
+        x = reach(first, Conv2d, dilation=(1, 1))(x[:, :, own])
+    else:
+        x = reach(first, Conv2d, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), padding_mode="zeros")(x)
+        x = x[:, :, own]
     for layer in others:
         x = layer(x)
     return x

@@ -180,7 +180,7 @@ def read_tensors(path: str | Path, names: Collection[str]) -> dict[str, Tensor]:
 
 def _find(file: WeightFile, names: Collection[str]) -> _Weights:
     """The weights that names belong to, by load_weights' rule. Raises UserError where two places have the same right to be it."""
-    found = [weights for place, mapping in file.mappings for weights in _unwrap(file.path, place, mapping, names)]
+    found = _candidates(file, names)
     most = max((weights.votes for weights in found), default=0)
     if most == 0:
         place, mapping = max(file.mappings, key=lambda item: len(item[1]))
@@ -194,6 +194,11 @@ def _find(file: WeightFile, names: Collection[str]) -> _Weights:
     beside = [name for name in best.beside if not any(name.startswith(f"{w.place}.") for w in others)]
     best.beside = [w.place or "the top" for w in others] + beside
     return best
+
+
+def _candidates(file: WeightFile, names: Collection[str]) -> list[_Weights]:
+    """Every place in a file that holds any of the names."""
+    return [weights for place, mapping in file.mappings for weights in _unwrap(file.path, place, mapping, names)]
 
 
 def _unwrap(path: Path, place: str, mapping: Mapping[str, Any], names: Collection[str]) -> Iterator[_Weights]:
@@ -246,7 +251,9 @@ def _match(model: Network, file: WeightFile) -> tuple[LoadReport, dict[str, Tens
     report.missing = [name for name in own if name not in weights.values]
     fitting: dict[str, Tensor] = {}
     for name, value in weights.values.items():
-        if name not in own:
+        if name.rpartition(".")[2] in model.derived:
+            report.left_out.append(name)
+        elif name not in own:
             report.unexpected.append(name)
         elif fault := _fault(value, own[name]):
             report.mismatched.append(name)
@@ -313,9 +320,9 @@ def _sampler(network: Network, path: str | Path, bridge: Any) -> Sampler:
 
 def _infer(file: WeightFile) -> tuple[str, dict[str, Any]]:
     """The registered model that is nearest to a file's tensors, and the overrides that make it fit."""
-    found = {name: _find(file, _names(name)) for name in FAMILIES}
-    name, weights = max(found.items(), key=lambda item: item[1].votes)
-    family = FAMILIES[name]
+    votes = {name: max((weights.votes for weights in _candidates(file, _names(name))), default=0) for name in FAMILIES}
+    name = max(votes, key=votes.__getitem__)
+    family, weights = FAMILIES[name], _find(file, _names(name))  # of the others a few names may be in several places
     if not weights.votes:
         kinds = " or ".join(family.__name__ for family in FAMILIES.values())
         expected = " or ".join(repr(next(n for n in _names(name) if n.endswith(".weight"))) for name in FAMILIES)

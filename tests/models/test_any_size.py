@@ -25,6 +25,8 @@ SIZES = [
     (3, 40),
     (40, 3),
 ]
+ONE_LEVEL = {"encoder_blocks": (1,), "middle_blocks": 1, "decoder_blocks": (1,)}
+ONE_GROUP = {"depths": (2,), "heads": (2,)}
 ANY = torch.export.Dim.DYNAMIC
 pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch's compiler takes as long again
 
@@ -34,10 +36,10 @@ def network(small, request):
     """In eval mode and without gradients, as one exports it."""
     name, settings = request.param
     torch.manual_seed(0)
-    if name.startswith("restormer"):
-        model = small(name, **settings)
-    else:
+    if name.startswith("mamba"):
         model = create_model(name, **{"dim": 8, "num_groups": 2, "dstate": 3} | settings)
+    else:
+        model = small(name, **settings)
     return model.eval().requires_grad_(False)
 
 
@@ -54,11 +56,12 @@ def largest_difference(program, network, sizes, batches=(1, 2, 3)):
         (("restormer_nano", {}), (33, 47), True),
         (("restormer_nano", {}), (5, 3), False),
         (("restormer_nano", {"reduce_level1": False, "norm_bias": False}), (33, 47), False),
+        (("nafnet_nano", ONE_LEVEL), (33, 47), False),
     ],
     indirect=["network"],
     ids=str,
 )
-def test_a_restormer_exports_for_every_size(network, example, strict):
+def test_a_network_of_stages_exports_for_every_size(network, example, strict):
     shapes = ({0: ANY, 2: ANY, 3: ANY},)
     program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes, strict=strict).module()
     assert largest_difference(program, network, SIZES) <= 1e-5
@@ -66,11 +69,15 @@ def test_a_restormer_exports_for_every_size(network, example, strict):
 
 @pytest.mark.parametrize(
     ("network", "example"),
-    [(("mamba_diffusion_nano", {}), (33, 47)), (("mamba_diffusion_nano", {"num_groups": 1, "dual_attention": False}), (40, 48))],
+    [
+        (("mamba_diffusion_nano", {}), (33, 47)),
+        (("mamba_diffusion_nano", {"num_groups": 1, "dual_attention": False}), (40, 48)),
+        (("swinir_nano", ONE_GROUP), (33, 47)),
+    ],
     indirect=["network"],
     ids=str,
 )
-def test_a_mamba_diffusion_exports_for_every_size(network, example):
+def test_another_network_exports_for_every_size(network, example):
     shapes = ({0: ANY, 2: ANY, 3: ANY},)
     program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes).module()
     assert largest_difference(program, network, SIZES) <= 1e-5
@@ -94,7 +101,12 @@ def test_exports_in_bfloat16_on_a_cpu(network):
 
 @pytest.mark.parametrize(
     ("network", "least"),
-    [(("restormer_nano", {}), 9), (("mamba_diffusion_nano", {"num_groups": 1}), 9)],
+    [
+        (("restormer_nano", {}), 9),
+        (("mamba_diffusion_nano", {"num_groups": 1}), 9),
+        (("nafnet_nano", ONE_LEVEL), 9),
+        (("swinir_nano", ONE_GROUP), 9),
+    ],
     indirect=["network"],
     ids=str,
 )
@@ -108,7 +120,7 @@ def test_compiles_once_for_every_size_but_the_smallest(network, least):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["restormer_base", "restormer_official", "mamba_diffusion_large"])
+@pytest.mark.parametrize("name", ["restormer_base", "restormer_official", "nafnet_64", "swinir", "mamba_diffusion_large"])
 def test_counting_parameters_takes_no_data(name):
     with torch.device("meta"):
         model = create_model(name)
@@ -116,7 +128,16 @@ def test_counting_parameters_takes_no_data(name):
 
 
 @pytest.mark.parametrize(
-    "network", [("restormer_nano", {}), ("restormer_official", {}), ("mamba_diffusion_nano", {})], indirect=True, ids=str
+    "network",
+    [
+        ("restormer_nano", {}),
+        ("restormer_official", {}),
+        ("nafnet_nano", {}),
+        ("swinir_nano", ONE_GROUP),
+        ("mamba_diffusion_nano", {}),
+    ],
+    indirect=True,
+    ids=str,
 )
 def test_a_forward_pass_on_meta_gives_the_shape(network):
     network = network.to("meta")

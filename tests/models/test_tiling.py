@@ -1,4 +1,4 @@
-"""Restormer in strips: the whole image's result from every plan, within the memory that was planned."""
+"""Networks in strips: the whole image's result from every plan, within the memory that was planned."""
 
 import copy
 import logging
@@ -18,7 +18,12 @@ from autohdr.models.tiling import FILED, MEMORY, PARKED, Plan, make_plan
 
 GB = 10**9
 RESIDENT = GB // 2  # what a process holds before it starts on a photo
-MODELS = [("restormer_nano", {}), ("restormer_official", {}), ("restormer_nano", {"norm_bias": False, "num_heads": (2, 2, 1, 4)})]
+MODELS = [
+    ("restormer_nano", {}),
+    ("restormer_official", {}),
+    ("restormer_nano", {"norm_bias": False, "num_heads": (2, 2, 1, 4)}),
+    ("nafnet_nano", {"encoder_blocks": (1, 0, 2)}),
+]
 
 
 def plan(rows, *places):
@@ -34,6 +39,10 @@ PLANS = [
     plan(10, FILED, PARKED, FILED, FILED, FILED),
     plan(4, MEMORY, FILED, MEMORY, MEMORY, FILED),
 ]
+
+
+def maps(model):
+    return 5 if model.config.name == "restormer_official" else 4
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +62,8 @@ def cases(small):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_equals_the_whole(cases, plan):
     for model, image, whole in cases:
-        places = plan.places[: 4 if model.config.reduce_level1 else 5]
         with torch.inference_mode():
-            strips = tiling.run(model, image, Plan(plan.rows, places, 0, 0))
+            strips = tiling.run(model, image, Plan(plan.rows, plan.places[: maps(model)], 0, 0))
         assert (whole - image).abs().max() > 0.1
         assert (strips - whole).abs().max() <= 1e-5
 
@@ -78,8 +86,9 @@ def test_on_the_reference_backend(cases):
     assert (strips - whole).abs().max() <= 1e-5
 
 
-def test_autocast_and_bfloat16(cases):
-    model, image, whole = cases[0]
+@pytest.mark.parametrize("case", [0, 3])
+def test_autocast_and_bfloat16(cases, case):
+    model, image, whole = cases[case]
     with torch.inference_mode():
         with torch.autocast("cpu", torch.bfloat16):
             strips, expected = tiling.run(model, image, Plan(6, (FILED, PARKED, MEMORY, MEMORY), 0, 0)), model(image)
@@ -90,8 +99,9 @@ def test_autocast_and_bfloat16(cases):
         assert tiling.in_strips(half, image.bfloat16(), 100 * GB).dtype == torch.bfloat16
 
 
-def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch):
-    model, image, whole = cases[0]
+@pytest.mark.parametrize("case", [0, 3])
+def test_statistics_of_a_strip_alone_would_show(cases, monkeypatch, case):
+    model, image, whole = cases[case]
     monkeypatch.setattr(tiling, "_add", lambda strips: list(strips)[-1][1])  # of the last strip instead of all
     with torch.inference_mode():
         assert (tiling.run(model, image, Plan(16, (MEMORY,) * 4, 0, 0)) - whole).abs().max() > 1e-3
@@ -212,9 +222,8 @@ def test_a_full_disk_is_named(cases, monkeypatch):
 def test_equals_the_whole_on_a_gpu(cases, plan, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for model, image, whole in cases:
-        places = plan.places[: 4 if model.config.reduce_level1 else 5]
         with torch.inference_mode():
-            strips = tiling.run(copy.deepcopy(model).cuda(), image.cuda(), Plan(plan.rows, places, 0, 0))
+            strips = tiling.run(copy.deepcopy(model).cuda(), image.cuda(), Plan(plan.rows, plan.places[: maps(model)], 0, 0))
         assert (strips.cpu() - whole).abs().max() <= 1e-5
 
 

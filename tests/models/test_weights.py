@@ -177,9 +177,8 @@ def test_rejects_weights_of_which_none_fits(small, tmp_path):
     torch.save({"classifier.weight": torch.zeros(2, 2)}, tmp_path / "m.pt")
     with pytest.raises(UserError, match="m.pt: no tensor fits restormer_nano"):
         load_weights(small(), tmp_path / "m.pt")
-    with pytest.raises(
-        UserError, match="m.pt: holds no Restormer or MambaDiffusion or Lite: .*patch_embed.weight.*got classifier.weight"
-    ):
+    families = "Restormer or NAFNet or SwinIR or MambaDiffusion or Lite"
+    with pytest.raises(UserError, match=f"m.pt: holds no {families}: .*patch_embed.weight.*got classifier.weight"):
         load_checkpoint(tmp_path / "m.pt")
 
 

@@ -16,9 +16,9 @@ DECAY_AND_CLIP = {"restormer_384": (0.02, 1.0), "restormer_896": (0.02, 1.0), "r
 
 
 def test_every_recipe_is_known_here():
-    assert recipes() == sorted(
-        ["demo", "mamba_demo", "mamba_diffusion_384", "restormer_384_enhanced", "restormer_progressive", *SETTINGS]
-    )
+    others = ["demo", "mamba_demo", "mamba_diffusion_384", "nafnet_384", "restormer_384_enhanced"]
+    others += ["restormer_progressive", "swinir_384"]
+    assert recipes() == sorted([*others, *SETTINGS])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -34,6 +34,12 @@ def test_enhanced_recipe_differs_in_its_losses_alone():
     plain, enhanced = load_config("restormer_384"), load_config("restormer_384_enhanced")
     assert plain.losses == {"l1": 1.0} and enhanced.losses == {"l1": 1.0, "vgg": 0.1, "edge": 0.05, "ssim": 0.1}
     assert replace(enhanced, losses=plain.losses, out=plain.out) == plain
+
+
+@pytest.mark.parametrize(("name", "model"), [("nafnet_384", "nafnet_32"), ("swinir_384", "swinir_light")])
+def test_recipes_of_other_families_differ_in_their_model_alone(name, model):
+    restormer, other = load_config("restormer_384"), load_config(name)
+    assert replace(restormer, model=model, out=other.out) == other
 
 
 def test_demo_recipe_is_for_a_cpu():

@@ -64,7 +64,7 @@ def test_refuses_a_bridge_of_a_network_without_time(make_config):
         train(make_config(**(BRIDGE | {"sample_steps": 1001})))
 
 
-@pytest.mark.parametrize("model", ["restormer_nano", "mamba_diffusion_nano", "restormer_official"])
+@pytest.mark.parametrize("model", ["restormer_nano", "mamba_diffusion_nano", "restormer_official", "nafnet_nano", "swinir_nano"])
 def test_only_matrices_and_convolutions_decay(model):
     with torch.device("meta"):
         network = create_model(model, **({"dual_attention": True} if "mamba" in model else {}))
@@ -77,6 +77,8 @@ def test_only_matrices_and_convolutions_decay(model):
         "temperature",
         "A_log",
         ".D",
+        ".beta",
+        ".gamma",
         "gamma1",
         "gamma2",
         "gamma3",
