@@ -10,6 +10,7 @@ from torch import Tensor
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.kernels.apply_edit.reference import LUMA, WHITE
+from autohdr.kernels.common import any_count
 
 KNOTS = 33
 """Of the curves: enough for the bends at the pins to lie where they belong."""
@@ -76,8 +77,20 @@ def thumbnail(x: Tensor, side: int = 128) -> Tensor:
     """
     white = WHITE.get(x.dtype, 1)
     height, width = x.shape[2:]
+    if torch.compiler.is_compiling():  # one program for all sizes
+        (rows, down), (columns, across) = _cells(height, side, x), _cells(width, side, x)
+        return (down @ (x.index_select(2, rows).index_select(3, columns).float() / white) @ across.mT).clamp(0, 1)
     x = x[:, :, :: max(1, height // (4 * side)), :: max(1, width // (4 * side))]
     return F.adaptive_avg_pool2d(x.float() / white, side).clamp(0, 1)
+
+
+def _cells(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of an image (or columns) count in its thumbnail, and how much of each is in each cell: [side, rows]."""
+    step: int = torch.sym_max(1, size // (4 * side))  # pyright: ignore[reportAssignmentType]  no float
+    count = any_count((size + step - 1) // step)
+    row, cell = torch.arange(count, device=like.device), torch.arange(side, device=like.device)[:, None]
+    inside = (row >= cell * count // side) & (row * side < (cell + 1) * count)
+    return row * step, inside / inside.sum(1, keepdim=True)
 
 
 def luma(x: Tensor) -> Tensor:

@@ -341,6 +341,20 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def export(checkpoint: Positional[Path | None] = None, *, to: Literal["onnx", "torch-export"] = "onnx", out: Path) -> None:
+    """Write a model as a program for another runtime: for photos of any size, checked there against the model, with metadata.
+
+    Args:
+        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships.
+        to: onnx: for ONNX Runtime and others (pip install "autohdr[onnx]"). torch-export: for torch.export.load, with autohdr's
+            own ops.
+        out: File, .onnx or .pt2. One that holds another program than the model is not kept.
+    """
+    from autohdr.export import export
+
+    print(export(out, to, checkpoint))
+
+
 def plan(
     model: Positional[str],
     size: str = "384",
@@ -545,6 +559,7 @@ def _verbs(argv: list[str]) -> dict[str, Any]:
         "adapt": adapt,
         "eval": evaluate,
         "enhance": enhance,
+        "export": export,
         "plan": plan,
         "demo": demo,
     }

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -89,6 +91,17 @@ def set_backend(name: str) -> None:
     global _default
     _check(name)
     _default = name
+
+
+@contextmanager
+def default_backend(name: str) -> Iterator[None]:
+    """``set_backend(name)`` for a while."""
+    before = _default
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def _check(name: str) -> None:

@@ -68,6 +68,18 @@ def _has_autocast(device: str) -> bool:
     return True
 
 
+def any_count(count: int) -> int:
+    """A number above 0 that follows from an image's sides, of which an exported program assumes no more.
+
+    PyTorch takes a number out of a tensor for any number. Of one that it can follow back to the sides it would ask whether it is
+    1, as the height of a network's deepest level, and the program would be for images like the example alone.
+    """
+    if torch.compiler.is_exporting():
+        count = torch.tensor(count).item()  # pyright: ignore[reportAssignmentType]
+        torch._check(count >= 1)
+    return count
+
+
 def parameter(t: Tensor | None) -> Tensor | None:
     """As the compiled kernels take parameters: contiguous float32."""
     return None if t is None else t.float().contiguous()
@@ -89,9 +101,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     left in x although var is the variance about it.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    values, weight = x.movedim(1, -1).to(wide), weight.to(wide)
+    values, weight = x.permute(0, 2, 3, 1).to(wide), weight.to(wide)
     if bias is not None:
         out = F.layer_norm(values, weight.shape, weight, bias.to(wide), eps)
     else:
         out = values * torch.rsqrt(values.var(-1, unbiased=False, keepdim=True) + eps) * weight
-    return out.movedim(-1, 1).to(x.dtype)
+    return out.permute(0, 3, 1, 2).to(x.dtype)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv2d_weight
 
 from autohdr.errors import UserError
+from autohdr.kernels.common import any_count
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,12 +64,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 def _places(image: Tensor, size: int, multiple: int, reflects: int) -> Tensor:
     """Where each row (or column) of the padded image is in the image: 0 ... size - 1, then back, or size - 1 again and again."""
-    count = (size + multiple - 1) // multiple
-    if torch.compiler.is_exporting():
-        # PyTorch takes a number out of a tensor for any number. Of one that it can follow back to the image's sides it would ask
-        # whether the deepest level is one row high, and the program would be for images like the example alone.
-        count = torch.tensor(count).item()
-        torch._check(count >= 1)
+    count = any_count((size + multiple - 1) // multiple)
     places = torch.arange(multiple * count, device=image.device)
     beyond = (places - (size - 1)).clamp(min=0)
     return places - beyond - reflects * beyond

@@ -42,6 +42,8 @@ def selective_scan(
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=channels_per_group) for t in (B, C))
 
     batch, seqlen, dim = u.shape
+    if torch.compiler.is_exporting() and isinstance(seqlen, torch.SymInt):
+        raise RuntimeError("selective_scan: backend 'reference' is a loop, which can't be exported for any seqlen")
     state = u.new_zeros(batch, dim, A.shape[1]) if initial_state is None else initial_state
     steps = list(zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True))
     outputs = []

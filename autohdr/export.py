@@ -1,0 +1,132 @@
+"""Models as files for other runtimes. Each file is run there, and compared with the model, before it is kept."""
+
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from autohdr import __version__
+from autohdr.data.images import read_rgb
+from autohdr.errors import UserError
+from autohdr.files import replacing, sha256
+from autohdr.kernels.backends import default_backend
+from autohdr.models import load_checkpoint
+from autohdr.models.network import Network
+from autohdr.models.weights import SHIPPED
+
+Format = Literal["onnx", "torch-export"]
+Run = Callable[[Tensor], Tensor]
+
+SIZES = ((61, 97), (5, 1031), (1031, 1))
+"""Height and width of what is compared: odd, smaller and larger than a thumbnail; thin ones are large in no time."""
+FARTHEST = 1 / 255
+"""The largest difference of a file that is kept."""
+EMBEDDED = 1 << 30
+"""Bytes of weights up to which an ONNX file holds them; it can hold less than 2 GB. Above, they are in a second one beside it."""
+METADATA = "autohdr.json"
+"""The name of the metadata within a file of torch.export; in ONNX its entries stand by themselves."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote: the files, and the largest difference from the model, of values between 0 and 1."""
+
+    files: list[Path]
+    difference: float
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{height}×{width}" for height, width in SIZES)
+        return f"{', '.join(map(str, self.files))}: at {sizes} pixels at most {255 * self.difference:.4f} / 255 from the model"
+
+
+def export(out: Path, to: Format, checkpoint: Path | None = None) -> Exported:
+    """Writes a checkpoint's model, by default the one that ships, as a program for photos of any size.
+
+    It takes float32 [1, 3, height, width], as the model does, and gives the same. Raises UserError where the format can't hold
+    the model, where what it needs is not installed, and where the file, run on the CPU, is farther than FARTHEST from the model.
+    """
+    suffix, backend, needed, write = _FORMATS[to]
+    if out.suffix != suffix:
+        raise UserError(f"--out: expected a file that ends in {suffix}, as {to} has it, got {out}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: expected a file in a folder that exists, got {out}")
+    if lacking := [name for name in needed if not importlib.util.find_spec(name)]:
+        raise UserError(f'export: {to} needs {" and ".join(lacking)}: pip install "autohdr[{to}]"')
+    checkpoint = checkpoint or SHIPPED
+    model = load_checkpoint(checkpoint).requires_grad_(False)
+    if model.steps is not None:
+        raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
+    with TemporaryDirectory() as folder, torch.no_grad():
+        try:
+            with default_backend(backend):
+                image, free = torch.zeros(1, 3, 40, 48), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+                program = torch.export.export(model, (image,), dynamic_shapes=(free,))
+        except RuntimeError as error:  # an op's, whose reference can't be a program
+            raise UserError(f"export: {model.config.name} can't become {to}: {error}; torch-export has the op itself") from error
+        run = write(program, Path(folder) / out.name, _metadata(model, checkpoint))
+        try:
+            difference = max(float((run(image) - model(image)).abs().max()) for image in _images())
+        except Exception as error:  # each runtime has its own
+            raise UserError(f"export: {out}: not written: it does not run: {error}") from error
+        if not difference <= FARTHEST:
+            raise UserError(f"export: {out}: not written: {255 * difference:.2f} / 255 from the model, expected 1 at most")
+        files = [out.with_name(file.name) for file in sorted(Path(folder).iterdir(), reverse=True)]
+        for file in files:  # the weights beside a program before the program
+            with replacing(file) as part:
+                shutil.copyfile(Path(folder) / file.name, part)
+    return Exported(files[::-1], difference)
+
+
+def _metadata(model: Network, checkpoint: Path) -> dict[str, str]:
+    settings = {key: value for key, value in asdict(model.config).items() if key not in ("name", "overrides")}
+    return {
+        "autohdr": __version__,
+        "model": model.config.name,
+        "settings": json.dumps(settings),
+        "weights_sha256": sha256(checkpoint),
+        "input": "float32 [1, 3, height, width]: RGB, sRGB-encoded, from 0 to 1",
+        "output": "as the input, not clamped",
+        "sides": "any, from 1 on",
+    }
+
+
+def _images() -> list[Tensor]:
+    """A photo, since of noise a model may change nothing, in each of the SIZES."""
+    photo = torch.from_numpy(read_rgb(Path(__file__).with_name("samples") / "dining_room_src.jpg")).permute(2, 0, 1)[None]
+    return [F.interpolate(photo, size, mode="bilinear", antialias=True) for size in SIZES]
+
+
+def _onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Run:
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # at first it names each op of torchvision, which it lacks
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["edited"]}
+    shapes = ({2: "height", 3: "width"},)
+    written = torch.onnx.export(program, (), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert written is not None
+    written.model.metadata_props.update(metadata)
+    written.save(path, external_data=sum(t.nbytes for t in program.state_dict.values()) > EMBEDDED)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(["edited"], {"image": image.numpy()})[0])
+
+
+def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Run:
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
+    return torch.export.load(path).module()
+
+
+_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[[ExportedProgram, Path, dict[str, str]], Run]]] = {
+    "onnx": (".onnx", "reference", ("onnxscript", "onnxruntime"), _onnx),
+    "torch-export": (".pt2", "auto", (), _torch_export),
+}
+"""How a file's name ends, the backend of the ops in it (reference: PyTorch's own alone), packages it needs, what writes it."""

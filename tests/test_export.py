@@ -1,0 +1,191 @@
+"""Exported files give what the model gives at any size; what can't be exported is refused, and leaves no file."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import autohdr
+from autohdr import export, kernels
+from autohdr.autotone import thumbnail
+from autohdr.cli import main
+from autohdr.files import sha256
+from autohdr.kernels.backends import default_backend
+from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.models.lite import LiteConfig
+from autohdr.models.network import Network
+
+FREE = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+SIZES = [(1, 1), (33, 47), (130, 131), (700, 1100), (1, 1031)]
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.no_cover, pytest.mark.filterwarnings("ignore")]  # tracing PyTorch's exporters; what they say
+
+
+def run(*words):
+    return main(["export", *map(str, words)])
+
+
+def refusal(capsys, out, *words):
+    """What a refused call says. It leaves no file."""
+    assert run(*words, "--out", out) == 2 and not out.exists() and not (out.parent.exists() and list(out.parent.glob(".*")))
+    return capsys.readouterr().err
+
+
+def largest_difference(program, model, sizes=SIZES):
+    images = [torch.rand(1, 3, *size) for size in sizes]
+    with torch.no_grad():
+        return max(float((program(image) - model(image)).abs().max()) for image in images)
+
+
+def in_onnx_runtime(file):
+    session = onnxruntime.InferenceSession(file)
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+class Convolution(Network):
+    def __init__(self):
+        super().__init__(LiteConfig("lite"))
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, image):
+        return self.layer(image)
+
+
+@pytest.fixture
+def convolution(monkeypatch):
+    """Every checkpoint's model, for what is the same for all."""
+    model = Convolution().eval()
+    monkeypatch.setattr(export, "load_checkpoint", lambda path: model)
+    return model
+
+
+def saved(path, name, metadata=(), **settings):
+    """A checkpoint whose model, unlike a new one, changes a photo."""
+    torch.manual_seed(0)
+    model = create_model(name, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    save_weights(path, model, dict(metadata))
+    return path
+
+
+class Block(nn.Module):
+    """mdta and gdfn of 8 channels, made of an image's."""
+
+    def __init__(self):
+        super().__init__()
+        model = create_model("restormer_nano", dim=8)
+        self.embed, (self.block,) = model.patch_embed, model.encoder_level1.blocks
+
+    def forward(self, image):
+        x = self.embed(image)
+        return self.block.ffn(self.block.attn(x, self.block.norm1), self.block.norm2)
+
+
+class Thumbnail(nn.Module):
+    def forward(self, image):
+        return thumbnail(image)
+
+
+@pytest.mark.parametrize("part", [Block, Thumbnail])
+def test_the_parts_of_models_are_right_in_onnx(part, tmp_path):
+    module = part().eval().requires_grad_(False)
+    with torch.no_grad(), default_backend("reference"):
+        program = torch.export.export(module, (torch.zeros(1, 3, 40, 48),), dynamic_shapes=(FREE,))
+        run = export._onnx(program, tmp_path / "part.onnx", {})
+        assert largest_difference(run, module) <= 1e-5
+
+
+def test_the_older_exporter_is_right_at_its_size(tmp_path):
+    """It wrote a broken graph where the reference moved a negative axis."""
+    module, file = Block().eval().requires_grad_(False), tmp_path / "block.onnx"
+    with torch.no_grad(), default_backend("reference"):
+        torch.onnx.export(module, (torch.zeros(1, 3, 33, 47),), file, dynamo=False, input_names=["image"], opset_version=17)
+    assert largest_difference(in_onnx_runtime(file), module, [(33, 47)]) <= 1e-5
+
+
+def test_a_file_says_what_it_is_and_runs_as_the_docs_have_it(convolution, tmp_path):
+    out = tmp_path / "model.onnx"
+    assert run("--to", "onnx", "--out", out) == 0 and list(tmp_path.iterdir()) == [out]
+    session = onnxruntime.InferenceSession(out)
+    (given,), (got,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape, got.name) == ("image", [1, 3, "height", "width"], "edited")
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["model"] == "lite" and said["autohdr"] == autohdr.__version__ and "sRGB" in said["input"]
+    assert said["weights_sha256"] == sha256(export.SHIPPED) and said["sides"] == "any, from 1 on"
+    assert json.loads(said["settings"]) == {"members": 5, "width": 8, "bins": 0}
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text("utf-8"), re.DOTALL)
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    subprocess.run([sys.executable, "-c", snippet.replace("photo.jpg", "photo.png")], cwd=tmp_path, check=True)
+    edited = convolution((torch.from_numpy(pixels) / 255).permute(2, 0, 1)[None]).clamp(0, 1)[0].permute(1, 2, 0)
+    assert np.abs(np.asarray(Image.open(tmp_path / "edited.png")) - 255 * edited.detach().numpy()).max() <= 0.51
+
+
+def test_large_weights_are_beside_the_program(convolution, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "EMBEDDED", 0)
+    assert run("--to", "onnx", "--out", tmp_path / "lite.onnx") == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lite.onnx", "lite.onnx.data"]
+    assert re.search(r"lite.onnx, \S+lite.onnx.data: at .* at most 0\.\d+ / 255 from the model", capsys.readouterr().out)
+    moved = shutil.move(tmp_path, tmp_path.with_name("moved"))
+    assert largest_difference(in_onnx_runtime(Path(moved) / "lite.onnx"), convolution) <= 1e-5
+
+
+def test_what_differs_is_not_kept(convolution, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "FARTHEST", -1.0)
+    assert "not written: 0.00 / 255 from the model" in refusal(capsys, tmp_path / "lite.pt2", "--to", "torch-export")
+
+
+def test_what_does_not_run_is_not_kept(convolution, tmp_path, monkeypatch, capsys):
+    """Here a program for photos of less than 512 rows alone."""
+    monkeypatch.setattr(convolution, "forward", lambda image: image * (2 if image.shape[2] < 512 else 3))
+    assert "does not run" in refusal(capsys, tmp_path / "lite.pt2", "--to", "torch-export")
+
+
+def test_lite_for_torch_export(tmp_path):
+    checkpoint, out = saved(tmp_path / "lite.safetensors", "lite", members=1), tmp_path / "lite.pt2"
+    assert run(checkpoint, "--to", "torch-export", "--out", out) == 0
+    said = {"autohdr.json": ""}
+    program = torch.export.load(out, extra_files=said).module()
+    said = json.loads(said["autohdr.json"])
+    assert (
+        said["model"] == "lite" and json.loads(said["settings"])["members"] == 1 and said["weights_sha256"] == sha256(checkpoint)
+    )
+    assert largest_difference(program, load_checkpoint(checkpoint)) <= 1e-5
+
+
+def test_refusals(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "m.onnx"
+    mamba = saved(tmp_path / "mamba.safetensors", "mamba_small", dim=8, num_groups=1, num_blocks=1)
+    said = refusal(capsys, out, mamba, "--to", "onnx")
+    assert "mamba_small can't become onnx: selective_scan" in said and "torch-export has the op itself" in said
+    bridge = {"bridge": {"steps": 2, "prediction": "x0", "noise_scale": 0.05}}
+    sampler = saved(tmp_path / "sampler.safetensors", "mamba_diffusion_nano", bridge, dim=8, num_groups=1)
+    assert "bridge" in refusal(capsys, out, sampler, "--to", "onnx")
+    assert "ends in .pt2" in refusal(capsys, out, "--to", "torch-export")
+    assert "a folder that exists" in refusal(capsys, tmp_path / "none" / "m.onnx", "--to", "onnx")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert 'onnx needs onnxscript and onnxruntime: pip install "autohdr[onnx]"' in refusal(capsys, out, "--to", "onnx")
+    assert kernels.backends("mdta") and sorted(file.suffix for file in tmp_path.iterdir()) == [".safetensors"] * 2
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("name", "settings"), [("lite", {}), ("lite", {"bins": 2}), ("restormer_nano", {})], ids=str)
+def test_whole_models_in_onnx_runtime_and_openvino(name, settings, tmp_path):
+    checkpoint, out = saved(tmp_path / "weights.safetensors", name, **settings), tmp_path / "model.onnx"
+    assert run(checkpoint, "--to", "onnx", "--out", out) == 0
+    model = load_checkpoint(checkpoint)
+    assert largest_difference(in_onnx_runtime(out), model) <= 1e-4
+    compiled = pytest.importorskip("openvino").Core().compile_model(str(out), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert largest_difference(lambda image: torch.from_numpy(compiled(image.numpy())[0]), model) <= 1e-4
