@@ -8,10 +8,10 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo demo-train model test test-gpu-code check drills lint docs bench gpu-check install
+.PHONY: demo demo-train compare model test test-gpu-code check drills lint docs bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
-demo demo-train model test test-gpu-code check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
+demo demo-train compare model test test-gpu-code check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: install
 	$(BIN)/autohdr demo
@@ -19,6 +19,14 @@ demo: install
 # The whole road in minutes: rooms, training, evaluation, enhancement.
 demo-train: install
 	$(BIN)/autohdr demo --train --out demo_train_run
+
+# The model that ships against that of demo-train, on the rooms that it held out: which is worth what.
+compare: install demo_train_run/run/checkpoint_best.safetensors
+	$(BIN)/autohdr compare lite demo_train_run/run/checkpoint_best.safetensors \
+	  --pairs demo_train_run/parts/test.jsonl --out demo_train_run/compare
+
+demo_train_run/run/checkpoint_best.safetensors:
+	$(MAKE) demo-train
 
 # The weights that ship, from nothing: autohdr/models/lite.safetensors.
 model: install

@@ -16,6 +16,7 @@ from tyro.extras import SubcommandApp
 
 from autohdr import __version__
 from autohdr.errors import UserError
+from autohdr.score import Points
 from autohdr.train.config import Resume, TrainConfig, dump_config, load_config, recipes
 
 
@@ -220,6 +221,46 @@ def evaluate(
     results = evaluate(listed, out, model=model, checkpoint=named, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
+
+
+def compare(
+    checkpoints: Positional[list[Path]],
+    pairs: Path,
+    out: Path,
+    points: Points,
+    size: int | None = None,
+    resize: Literal["squash", "fit", "crop"] = "squash",
+    device: str = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
+) -> None:
+    """Measure several models on held-out pairs: quality, cost on this machine, a score of both. Ends in a table and compare.html.
+
+    The unedited source and the two fixed recipes stand beside them.
+
+    Args:
+        checkpoints: Weights of the models; `lite` is the model that ships. Differences are taken from the first.
+        pairs: JSONL file of pairs that none of the models was trained on.
+        out: Folder for compare.json and compare.html.
+        points: What the score is made of.
+        size: Side of the square that every pair is brought to; by default they keep their own size.
+        resize: How pairs are brought to SIZE.
+        device: auto (CUDA where there is one), cpu, cuda, ...
+        precision: bfloat16 runs the models under autocast.
+        allow_trained: Measure pairs with photos that a model was trained on too; the table and the page then say so.
+    """
+    from autohdr.compare import compare
+    from autohdr.data.pairs import check_pairs, read_pairs
+    from autohdr.measure import pick_device
+    from autohdr.models.weights import SHIPPED
+    from autohdr.report import format_comparison
+
+    files = [SHIPPED if path == Path("lite") and not path.exists() else path for path in checkpoints]
+    listed = read_pairs(pairs)
+    check_pairs(listed)
+    settings = {"size": size, "resize": resize, "device": pick_device(device), "precision": precision, "points": points}
+    print(format_comparison(compare(files, listed, out, allow_trained=allow_trained, **settings)))
+    print(f"page: {out / 'compare.html'}")
 
 
 def enhance(
@@ -558,6 +599,7 @@ def _verbs(argv: list[str]) -> dict[str, Any]:
         "watch": watch,
         "adapt": adapt,
         "eval": evaluate,
+        "compare": compare,
         "enhance": enhance,
         "export": export,
         "plan": plan,

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from autohdr.autotone import auto_tone, gain_and_gamma
 from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
 from autohdr.files import finite, write_text
-from autohdr.measure import measure
+from autohdr.measure import Measurement, give_back, measure
 from autohdr.metrics import METRICS, mean_interval
 from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
@@ -59,51 +59,27 @@ def evaluate(
     Raises UserError where there are no pairs, for pairs that were trained on, and for a prediction that is not finite: it
     names the photo.
     """
-    if not pairs:
-        raise UserError("evaluate: expected at least one pair, got none")
-    if precision not in PRECISIONS:
-        raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    trained = _trained(pairs, model)
-    if trained and not allow_trained:
-        _refuse_trained(pairs, trained)
+    check_settings(pairs, precision)
+    trained = trained_photos(pairs, model, "the model", allow_trained)
     out_dir, device = Path(out_dir), torch.device(device)
     out_dir.mkdir(parents=True, exist_ok=True)
-    dataset = PairDataset(pairs, size, resize)
-    facts = None
+    facts, models = None, {}
     if model is not None:
-        model = model.to(device).eval()
-        facts = _facts(model, device) | {"trained_pairs": trained and sum(map(bool, trained))}
+        models["model"] = model.to(device).eval()
+        facts = model_facts(model, device) | {"trained_pairs": count_trained(trained)}
 
-    folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
     images, pictures = [], []
-    for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False, disable=None)):
-        sample = dataset[index]
-        source, target = sample["src"][None].to(device), sample["tar"][None].to(device)
-        height, width = target.shape[-2:]
-        image: dict[str, Any] = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
-        image |= {"height": height, "width": width}
-        outputs = {"source": source} | {name: _toned(recipe, source) for name, recipe in BASELINES.items()}
+    for image, outputs in measured(pairs, models, METRICS, size=size, resize=resize, device=device, precision=precision):
+        costs = image.pop("costs")
         if model is not None:
-            if index == 0:  # what happens once, such as memory that the kernels keep, is not counted
-                _predict(model, source[..., :WARM_UP, :WARM_UP], precision, pair.src)
-            outputs["model"], cost = _predict(model, source, precision, pair.src)
-            image |= cost | {"trained_on": trained and bool(trained[index])}
-        image["figures"] = _figures(outputs, target)
+            image |= costs["model"] | {"trained_on": trained and bool(trained[len(images)])}
         images.append(image)
-        if index < SHOWN_PAIRS:
-            pictures.append(encode_pictures(outputs | {"target": target}))
+        if len(pictures) < SHOWN_PAIRS:
+            pictures.append(encode_pictures(outputs))
 
-    results = {
-        "environment": _environment(device),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "settings": {
-            "size": size,
-            "resize": resize if size else None,
-            "device": str(device),
-            "precision": precision,
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "pairs": sorted({str(pair.file) for pair in pairs if pair.file}),
-        },
+    results = record(pairs, size=size, resize=resize, device=device, precision=precision)
+    results["settings"]["checkpoint"] = None if checkpoint is None else str(checkpoint)
+    results |= {
         "model": facts and facts | summarise_costs(images),
         "summary": summarise([image["figures"] for image in images]),
         "images": images,
@@ -111,6 +87,68 @@ def evaluate(
     write_json(out_dir / "results.json", results)
     write_page(out_dir / "report.html", results, pictures)
     return results
+
+
+def check_settings(pairs: Sequence[Pair], precision: str) -> None:
+    """UserError where there are no pairs, or no such precision."""
+    if not pairs:
+        raise UserError("evaluate: expected at least one pair, got none")
+    if precision not in PRECISIONS:
+        raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def measured(
+    pairs: Sequence[Pair],
+    models: Mapping[str, nn.Module],
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    *,
+    size: int | tuple[int, int] | None,
+    resize: str,
+    device: torch.device,
+    precision: str,
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Of each pair what was found, and the pictures: {method: (1, 3, H, W) in [0, 1]} of source, baselines, models and target.
+
+    models: by their names as methods, on `device` in eval mode. The others as in `evaluate`, also what is raised.
+    What was found: the pair's name, src, tar, height and width; figures: {method: {metric: value}}; costs: {baseline or model:
+    seconds, growth_bytes, peak_bytes and memory_source}, as measure.Measurement has them.
+    """
+    dataset = PairDataset(pairs, size, resize)
+    folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
+    for index, pair in enumerate(tqdm(pairs, desc="evaluate", unit="pair", leave=False, disable=None)):
+        sample = dataset[index]
+        source, target = sample["src"][None].to(device), sample["tar"][None].to(device)
+        outputs, costs = {"source": source}, {}
+        for name, recipe in BASELINES.items():
+            outputs[name], costs[name] = _toned(recipe, source)
+        for name, model in models.items():
+            if index == 0:  # what happens once, such as memory that the kernels keep, is not counted
+                _predict(model, source[..., :WARM_UP, :WARM_UP], precision, pair.src)
+            outputs[name], costs[name] = _predict(model, source, precision, pair.src)
+        image: dict[str, Any] = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
+        image |= {"height": target.shape[2], "width": target.shape[3], "costs": costs}
+        image["figures"] = {
+            method: {name: metric(output, target).item() for name, metric in metrics.items()}
+            for method, output in outputs.items()
+        }
+        yield image, outputs | {"target": target}
+
+
+def record(
+    pairs: Sequence[Pair], *, size: int | tuple[int, int] | None, resize: str, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Where, when, how and of which lists of pairs figures were measured."""
+    return {
+        "environment": _environment(device),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "settings": {
+            "size": size,
+            "resize": resize if size else None,
+            "device": str(device),
+            "precision": precision,
+            "pairs": sorted({str(pair.file) for pair in pairs if pair.file}),
+        },
+    }
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -126,15 +164,20 @@ def summarise(
     Where there is a model, "model_minus_X" for each X of `against` holds the mean of the differences image by image and its
     interval. Images differ more than methods do, so that the differences can tell two methods apart whose own intervals overlap.
     """
-    summary = {
-        method: {metric: mean_interval([image[method][metric] for image in figures]) for metric in METRICS}
-        for method in figures[0]
-    }
+    summary = {method: means(figures, METRICS, method) for method in figures[0]}
     for other in against if "model" in summary else ():
-        summary["model_minus_" + other] = {
-            metric: mean_interval([image["model"][metric] - image[other][metric] for image in figures]) for metric in METRICS
-        }
+        summary["model_minus_" + other] = means(figures, METRICS, "model", other)
     return summary
+
+
+def means(
+    figures: Sequence[dict[str, dict[str, float]]], metrics: Iterable[str], method: str, minus: str | None = None
+) -> dict[str, tuple[float, float]]:
+    """{metric: (mean, half width of its 95% interval)} of a method or, with `minus`, of its differences from another one."""
+    return {
+        metric: mean_interval([image[method][metric] - (image[minus][metric] if minus else 0) for image in figures])
+        for metric in metrics
+    }
 
 
 def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,21 +195,27 @@ def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _trained(pairs: Sequence[Pair], model: nn.Module | None) -> list[list[Path]] | None:
-    """The photos of each pair that the model was trained on; None where its metadata lacks the digests."""
+def trained_photos(pairs: Sequence[Pair], model: nn.Module | None, named: str, allowed: bool) -> list[list[Path]] | None:
+    """The photos of each pair that the model was trained on; None where its metadata lacks the digests.
+
+    Raises UserError where there are any and they are not allowed: it calls the model `named`.
+    """
     digests = getattr(model, "metadata", {}).get("trained_on")
     if digests is None:
         return None
     digests = set(digests)
     known = {photo for photo, digest in photo_digests(pairs).items() if digest in digests}
-    return [[photo for photo in (pair.src, pair.tar) if photo in known] for pair in pairs]
+    trained = [[photo for photo in (pair.src, pair.tar) if photo in known] for pair in pairs]
+    found = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
+    if found and not allowed:
+        said = f"{named} was trained on {len(found)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
+        raise UserError("\n  ".join([said, *found]))
+    return trained
 
 
-def _refuse_trained(pairs: Sequence[Pair], trained: Sequence[Sequence[Path]]) -> None:
-    named = [f"{pair.where}: {', '.join(map(str, seen))}" for pair, seen in zip(pairs, trained, strict=True) if seen]
-    if named:
-        said = f"the model was trained on {len(named)} of the {len(pairs)} pairs (--allow-trained measures them nevertheless)"
-        raise UserError("\n  ".join([said, *named]))
+def count_trained(trained: list[list[Path]] | None) -> int | None:
+    """Of what trained_photos returns, how many pairs have any; None where it cannot be told."""
+    return None if trained is None else sum(map(bool, trained))
 
 
 def count_macs(model: nn.Module, device: torch.device | str = "cpu", side: int = 64) -> float:
@@ -176,7 +225,8 @@ def count_macs(model: nn.Module, device: torch.device | str = "cpu", side: int =
     return counter.get_total_flops() / 2 / side**2
 
 
-def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
+def model_facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Name, parameters and MACs per megapixel."""
     return {
         "name": getattr(getattr(model, "config", None), "name", type(model).__name__),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -184,32 +234,33 @@ def _facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _toned(recipe: Callable[[np.ndarray], np.ndarray], source: Tensor) -> Tensor:
+def _toned(recipe: Callable[[np.ndarray], np.ndarray], source: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What the recipe makes of the source, and what it took."""
     pixels = source[0].permute(1, 2, 0).contiguous().cpu().numpy()
-    return torch.from_numpy(recipe(pixels)).permute(2, 0, 1)[None].to(source.device)
+    give_back()
+    with measure() as cost:
+        toned = recipe(pixels)
+    return torch.from_numpy(toned).permute(2, 0, 1)[None].to(source.device), _cost(cost)
 
 
 def _predict(model: nn.Module, source: Tensor, precision: str, photo: Path) -> tuple[Tensor, dict[str, Any]]:
     """The prediction clamped to [0, 1], and what it took."""
+    give_back()
     with (
         torch.inference_mode(),
         torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
-        measure(source.device) as measured,
+        measure(source.device) as cost,
     ):
         prediction = model(source)
     if prediction.shape != source.shape:
         raise UserError(f"{photo}: expected a prediction {list(source.shape)}, got {list(prediction.shape)}")
     if broken := prediction.numel() - int(prediction.isfinite().sum()):
         raise UserError(f"{photo}: {broken} of the prediction's {prediction.numel()} values are not finite")
-    cost = {name: getattr(measured, name) for name in ("seconds", "growth_bytes", "peak_bytes", "memory_source")}
-    return prediction.float().clamp(0, 1), cost
+    return prediction.float().clamp(0, 1), _cost(cost)
 
 
-def _figures(outputs: Mapping[str, Tensor], target: Tensor) -> dict[str, dict[str, float]]:
-    """{method: {metric: value}} of one image."""
-    return {
-        method: {name: metric(output, target).item() for name, metric in METRICS.items()} for method, output in outputs.items()
-    }
+def _cost(measured: Measurement) -> dict[str, Any]:
+    return {name: getattr(measured, name) for name in ("seconds", "growth_bytes", "peak_bytes", "memory_source")}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

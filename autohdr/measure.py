@@ -1,5 +1,6 @@
 """The device to work on, seconds and peak memory of a block of code, and the memory that there is."""
 
+import ctypes
 import os
 import re
 import resource
@@ -109,6 +110,12 @@ def expected_seconds(
     added = (min(large) - min(small)) / (side**2 - half**2)
     least, most = max(added, min(large) / side**2 / 4) * pixels, max(large) * max(pixels / side**2, 1)
     return min(least, most), most
+
+
+def give_back() -> None:
+    """To the system, what glibc's malloc keeps of memory that was freed: else what a block takes of it is not seen to grow."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _reset_high_water_mark() -> bool:

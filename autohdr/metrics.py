@@ -1,5 +1,6 @@
-"""L1, PSNR, SSIM and ΔE2000 of an image against its target, and the confidence interval of their means."""
+"""L1, PSNR, SSIM and ΔE2000 of an image against its target, L1 by tone, drift of colour, and the confidence interval of means."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autohdr.data.colour import LUMA
 from autohdr.errors import UserError
 
 SSIM_WINDOW = 11
@@ -18,6 +20,7 @@ _BAND_PIXELS = 1 << 18
 # Linear sRGB to XYZ under D65 (IEC 61966-2-1), and that white point for the 2-degree observer.
 _RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _D65_WHITE = (0.95047, 1.0, 1.08883)
+_GREY = 1  # an image of less mean chroma than is just visible has neither saturation nor hue
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -85,6 +88,59 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ssim": ssim,
     "delta_e2000": delta_e2000,
 }
+
+
+def tone_l1(prediction: Tensor, target: Tensor, third: int) -> Tensor:
+    """Mean absolute error over the pixels whose luma, in the target, lies in a third of [0, 1]: 0 darkest, 2 brightest.
+
+    Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images; nan where there is no such
+    pixel. Luma is Rec. 709's.
+    """
+    prediction, target = _checked("tone_l1", prediction, target)
+    luma = torch.einsum("bchw,c->bhw", target, target.new_tensor(LUMA))
+    inside = (luma * 3).floor().clamp(0, 2) == third
+    return ((prediction - target).abs().mean(1) * inside).sum((1, 2)) / inside.sum((1, 2))
+
+
+def saturation(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean CIELAB chroma as a share of the target's: 1 is as colourful, below is paler.
+
+    Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images; nan for a grey target.
+    """
+    chroma, wanted, _, _ = _chroma_means("saturation", prediction, target)
+    return torch.where(wanted < _GREY, math.nan, chroma / wanted)
+
+
+def hue(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean angle between the CIELAB hues of prediction and target in degrees, weighted by the geometric mean of their chromas.
+
+    Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images; nan where either is grey.
+    """
+    _, _, weight, turned = _chroma_means("hue", prediction, target)
+    return torch.where(weight < _GREY, math.nan, torch.rad2deg(turned / weight))
+
+
+DETAILS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "shadows": functools.partial(tone_l1, third=0),
+    "midtones": functools.partial(tone_l1, third=1),
+    "highlights": functools.partial(tone_l1, third=2),
+    "saturation": saturation,
+    "hue": hue,
+}
+"""What METRICS do not tell apart. nan of an image that cannot tell."""
+
+
+def _chroma_means(name: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Over the pixels, (4, B): chroma, the target's chroma, their geometric mean, and that times the angle between the hues."""
+    prediction, target = _checked(name, prediction, target)
+    sums = target.new_zeros(4, target.shape[0], dtype=torch.float64)
+    for rows in _bands(*target.shape[-2:]):
+        (_, a1, b1), (_, a2, b2) = srgb_to_lab(prediction[:, :, rows]).unbind(1), srgb_to_lab(target[:, :, rows]).unbind(1)
+        c1, c2 = torch.hypot(a1, b1), torch.hypot(a2, b2)
+        weight = (c1 * c2).sqrt()
+        angle = torch.atan2(a1 * b2 - b1 * a2, a1 * a2 + b1 * b2).abs()
+        sums += torch.stack([c1, c2, weight, weight * angle]).sum((2, 3))
+    return (sums / target[0, 0].numel()).to(target.dtype)
 
 
 def srgb_to_lab(image: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ AUTOHDR_BENCH_ROWS     file that a line of JSON is added to for every case as so
 AUTOHDR_BENCH_END      time (Unix seconds) from which no further case is begun
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from autohdr import kernels
-from autohdr.measure import is_out_of_memory, measure
+from autohdr.measure import give_back, is_out_of_memory, measure
 
 DEVICE = os.environ.get("AUTOHDR_BENCH_DEVICE", "cpu")
 ROUNDS = int(os.environ.get("AUTOHDR_BENCH_ROUNDS", "5"))
@@ -59,7 +58,7 @@ def measured(benchmark, function: Callable, error: Callable, limit: float) -> di
     if DEVICE == "cuda":
         function()  # compiles, tunes, loads its libraries' workspaces
     else:
-        _give_back()
+        give_back()
     # On a CPU the first call, which takes its scratch memory. Meaningful under the default malloc alone: the tuned one keeps
     # what earlier calls gave back.
     with measure(DEVICE) as used:
@@ -83,12 +82,6 @@ def measured(benchmark, function: Callable, error: Callable, limit: float) -> di
         "seconds": stats.median,
         "fastest": stats.min,
     }
-
-
-def _give_back() -> None:
-    """To the system, what glibc's malloc keeps of the memory that checks and earlier cases have freed."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def _head_start() -> Callable[[], None]:

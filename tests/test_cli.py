@@ -21,7 +21,7 @@ from autohdr.models import create_model, save_weights
 
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
 VERBS = ["doctor", "data", "data split", "data audit", "data synth", "data degrade"]
-VERBS += ["train", "watch", "adapt", "eval", "enhance", "export", "plan", "demo"]
+VERBS += ["train", "watch", "adapt", "eval", "compare", "enhance", "export", "plan", "demo"]
 
 
 @pytest.fixture

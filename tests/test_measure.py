@@ -10,6 +10,7 @@ from autohdr.measure import (
     format_bytes,
     format_seconds,
     free_bytes,
+    give_back,
     is_out_of_memory,
     measure,
     parse_bytes,
@@ -144,3 +145,14 @@ def test_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+
+
+def test_memory_that_was_freed_before_is_seen_to_grow():
+    """malloc keeps it: what takes it again would seem to need none."""
+    kept = [b"x" * 100_000 for _ in range(300)]
+    above = b"x" * 50_000  # keeps the heap from shrinking by itself
+    del kept
+    give_back()
+    with measure() as measured:
+        again = [b"x" * 100_000 for _ in range(300)]
+    assert len(again) and len(above) and measured.growth_bytes > 20e6

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from autohdr import metrics
+from autohdr.data.colour import encode_srgb
 from autohdr.errors import UserError
+
+ALL = metrics.METRICS | metrics.DETAILS
 
 # Sharma, Wu and Dalal 2005, table 1: L1 a1 b1, L2 a2 b2, ΔE00.
 SHARMA = """
@@ -64,20 +67,20 @@ def test_agrees_with_scikit_image():
 
 def test_large_image_equals_its_bands(monkeypatch):
     first, second = waves(41, 57)
-    whole = {name: metric(first, second) for name, metric in metrics.METRICS.items()}
+    whole = {name: metric(first, second) for name, metric in ALL.items()}
     monkeypatch.setattr(metrics, "_BAND_PIXELS", 57 * 4)
-    for name, metric in metrics.METRICS.items():
+    for name, metric in ALL.items():
         torch.testing.assert_close(metric(first, second), whole[name], rtol=1e-5, atol=1e-6)
 
 
 def test_batch_is_one_figure_per_image():
     first, second = waves(24, 31)
     prediction, target = torch.cat([first, second]), torch.cat([second, second])
-    for name, metric in metrics.METRICS.items():
+    for name, metric in ALL.items():
         value = metric(prediction, target)
         assert value.shape == (2,) and value.dtype == torch.float32
         assert value[0].item() == pytest.approx(metric(first, second).item(), rel=1e-5), name
-    assert [metric(second, second).item() for metric in metrics.METRICS.values()] == [0, math.inf, 1, 0]
+    assert [metric(second, second).item() for metric in ALL.values()] == [0, math.inf, 1, 0, 0, 0, 0, 1, 0]
 
 
 def test_known_values():
@@ -93,6 +96,33 @@ def test_delta_e2000_published_pairs():
     lab1, lab2, expected = rows[:, 0:3, None, None], rows[:, 3:6, None, None], rows[:, 6]
     for one, other in ((lab1, lab2), (lab2, lab1)):
         assert (metrics.ciede2000(one, other).flatten() - expected).abs().max() < 1e-4
+
+
+def test_error_by_tone_is_that_of_its_pixels():
+    target = torch.zeros(1, 3, 16, 16)
+    target[..., 8:] = 0.5
+    target[..., 12:] = 0.9
+    prediction = target.clone()
+    prediction[..., :8] += 0.1
+    prediction[..., 12:] -= 0.3
+    errors = [metrics.tone_l1(prediction, target, third).item() for third in range(3)]
+    assert errors == pytest.approx([0.1, 0, 0.3], abs=1e-6)
+    assert metrics.tone_l1(prediction[..., :12], target[..., :12], 2).isnan().all()
+
+
+def test_drift_of_colour():
+    """Colours of one lightness, built in CIELAB: half the chroma, a quarter of a turn, and none at all."""
+    lab = torch.tensor([[60.0, 20.0, 0.0], [60.0, 10.0, 0.0], [60.0, 0.0, 20.0], [60.0, 0.0, 0.0]], dtype=torch.float64)
+    y = (lab[:, 0] + 16) / 116
+    xyz = torch.stack([y + lab[:, 1] / 500, y, y - lab[:, 2] / 200], 1) ** 3 * lab.new_tensor(metrics._D65_WHITE)
+    rgb = encode_srgb(torch.linalg.solve(lab.new_tensor(metrics._RGB_TO_XYZ), xyz.T).T)
+    red, pale, yellow, grey = (colour.view(1, 3, 1, 1).expand(-1, -1, 4, 4) for colour in rgb)
+    assert metrics.saturation(pale, red).item() == pytest.approx(0.5, abs=1e-4)
+    assert metrics.hue(pale, red).item() == pytest.approx(0, abs=1e-2)
+    assert metrics.saturation(yellow, red).item() == pytest.approx(1, abs=1e-4)
+    assert metrics.hue(yellow, red).item() == pytest.approx(90, abs=1e-2)
+    assert metrics.saturation(grey, red).item() == pytest.approx(0, abs=1e-3) and metrics.hue(grey, red).isnan()
+    assert metrics.saturation(red, grey).isnan() and metrics.hue(red, grey).isnan()
 
 
 @pytest.mark.parametrize("name", metrics.METRICS)

@@ -18,6 +18,7 @@ from autohdr.report import tables
 
 SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
 _PICTURE_SIDE = 1280
+_TITLES = [title for title, _ in tables.COLUMNS.values()]
 
 
 def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[str, str]]) -> None:
@@ -38,7 +39,7 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
         markup={
             "style": read_part("page.css"),
             "script": read_part("page.js"),
-            "table": _table(tables.summary_rows(results)),
+            "table": table(_TITLES, tables.summary_rows(results)),
             "costs": f"<dl>{costs}</dl>" if costs else "",
             "shown": "" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
             "pairs": "".join(_pair(results, *item) for item in zip(results["images"], pictures, strict=False)),
@@ -65,11 +66,20 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str, str]) -> str:
-    """One pair: its pictures on top of one another, the buttons that choose two of them, and its figures."""
-    labels = {method: "target" if method == "target" else tables.label(results, method) for method in pictures}
-    shown = {"left": "source", "right": "model" if "model" in pictures else "auto_tone"}
+    labels = {method: tables.label(results, method) for method in pictures}
+    right = "model" if "model" in pictures else "auto_tone"
+    return pair(image, pictures, labels, right, table(_TITLES, tables.image_rows(labels, image["figures"])))
+
+
+def pair(image: dict[str, Any], pictures: Mapping[str, str], labels: Mapping[str, str], right: str, figures: str) -> str:
+    """One pair: its pictures on top of one another, the buttons that choose two of them, and its figures' table.
+
+    image: what was found of it; pictures: as encode_pictures gives them; labels: what the reader calls each; right: what is shown
+    beside the source at first.
+    """
+    shown = {"left": "source", "right": right}
     layers = [
-        f'<img class="{" ".join(side for side in shown if shown[side] == method)}" data-show={method} '
+        f'<img class="{" ".join(side for side in shown if shown[side] == method)}" data-show="{escape(method)}" '
         f'alt="{escape(labels[method])} of {escape(image["name"])}" draggable=false src="{uri}">'
         for method, uri in pictures.items()
     ]
@@ -85,7 +95,7 @@ def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str,
         markup={
             "layers": "\n".join(layers),
             "choices": "".join(_choice(side, chosen, labels) for side, chosen in shown.items()),
-            "table": _table(tables.image_rows(results, image["figures"])),
+            "table": figures,
         },
     )
 
@@ -93,22 +103,23 @@ def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str,
 def _choice(side: str, chosen: str, labels: Mapping[str, str]) -> str:
     """The buttons that choose the picture of one side."""
     buttons = "".join(
-        f"<button data-side={side} data-show={method} aria-pressed={'true' if method == chosen else 'false'}>"
+        f'<button data-side={side} data-show="{escape(method)}" aria-pressed={"true" if method == chosen else "false"}>'
         f"{escape(label)}</button>"
         for method, label in labels.items()
     )
     return f'<div role=group aria-label="{side} picture"><span>{side}</span>{buttons}</div>'
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope=col>{title}</th>" for title, _ in tables.COLUMNS.values())
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, each with its label first, below titles of the other columns."""
+    head = "".join(f"<th scope=col>{escape(title)}</th>" for title in titles)
     body = "".join(f"<tr><th scope=row>{escape(label)}</th>{''.join(map(_cell, cells))}</tr>" for label, *cells in rows)
     return f"<div class=scroll><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(figure: str) -> str:
     """A narrow screen breaks the line before ±, never behind it."""
-    return f"<td>{figure.replace('± ', '±&nbsp;')}</td>"
+    return f"<td>{escape(figure).replace('± ', '±&nbsp;')}</td>"
 
 
 def filled(template: str, text: Mapping[str, str], markup: Mapping[str, str]) -> str:

@@ -4,24 +4,30 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
 """Each metric's title and the digits that it is given after the point."""
+LABELS = {"source": "unedited", "gain_and_gamma": "gain and gamma", "auto_tone": "auto-tone", "target": "target"}
+"""What the reader calls what every evaluation has."""
 MINUS = "model_minus_"
 """A summary's key that begins so holds the differences between the model and another method, image by image."""
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The summary, the costs of the model and what to know about them, as aligned text for a terminal."""
-    rows = [["", *(title for title, _ in COLUMNS.values())], *summary_rows(results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned([["", *(title for title, _ in COLUMNS.values())], *summary_rows(results)])
     costs = [f"{name + ':':<23} {value}" for name, value in model_costs(results).items()]
     said = filter(None, [verdict(results), caution(results)])
     return "\n".join([setting(results), origin(results), "", *lines, "", *said, *costs]).rstrip()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells as lines whose columns stand below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def summary_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -29,18 +35,21 @@ def summary_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for method, figures in results["summary"].items():
         sign = "+" if method.startswith(MINUS) else ""
-        cells = []
-        for metric, (_, digits) in COLUMNS.items():
-            mean, half = figures[metric]
-            cells.append(f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else ""))
+        cells = (with_interval(figures[metric], digits, sign) for metric, (_, digits) in COLUMNS.items())
         rows.append([label(results, method), *cells])
     return rows
 
 
-def image_rows(results: dict[str, Any], figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+def with_interval(figure: tuple[float, float], digits: int, sign: str = "") -> str:
+    """A mean and, where it is known, half the width of its interval. sign: "+" for a difference."""
+    mean, half = figure
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def image_rows(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """A row for each method: its label, then the metrics of one image. figures: {method: {metric: value}}."""
     return [
-        [label(results, method), *(f"{values[metric]:.{digits}f}" for metric, (_, digits) in COLUMNS.items())]
+        [labels[method], *(f"{values[metric]:.{digits}f}" for metric, (_, digits) in COLUMNS.items())]
         for method, values in figures.items()
     ]
 
@@ -49,10 +58,9 @@ def label(results: dict[str, Any], method: str) -> str:
     """What the reader calls a method."""
     if method.startswith(MINUS):
         return f"model − {label(results, method.removeprefix(MINUS))}"
-    model = results["model"]["name"] if results["model"] else ""
-    return {"source": "unedited", "gain_and_gamma": "gain and gamma", "auto_tone": "auto-tone", "model": model}.get(
-        method, method
-    )
+    if method == "model":
+        return results["model"]["name"]
+    return LABELS.get(method, method)
 
 
 def setting(results: dict[str, Any]) -> str:
@@ -104,12 +112,16 @@ def model_costs(results: dict[str, Any]) -> dict[str, str]:
     """The model's size, time and memory by their names; nothing where there is no model."""
     if not (model := results["model"]):
         return {}
-    growth = model["bytes_per_megapixel"]
     whose = {"cuda": "GPU", "VmHWM": "process", "ru_maxrss": "process, at most"}[model["memory_source"]]
     return {
         "Parameters": f"{model['parameters']:,}",
         "MACs per megapixel": f"{model['macs_per_megapixel'] / 1e9:.1f} G",
         "Seconds per megapixel": f"{model['seconds_per_megapixel']:.3g}",
-        "Memory per megapixel": f"{growth / 1e9:.2f} GB" if math.isfinite(growth) else "not measurable here",
+        "Memory per megapixel": memory(model["bytes_per_megapixel"]),
         f"Peak memory ({whose})": f"{model['peak_bytes'] / 1e9:.2f} GB",
     }
+
+
+def memory(growth: float) -> str:
+    """Bytes per megapixel; nan where they cannot be told."""
+    return f"{growth / 1e9:.2f} GB" if math.isfinite(growth) else "not measurable here"

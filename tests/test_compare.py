@@ -1,0 +1,166 @@
+"""A comparison: its figures against those of `eval`, what it refuses, and its page."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autohdr import compare as comparison
+from autohdr.cli import main
+from autohdr.compare import compare
+from autohdr.data.pairs import Pair, write_pairs
+from autohdr.errors import UserError
+from autohdr.evaluate import evaluate
+from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.report import format_comparison
+from autohdr.score import Points
+from tests.report.test_page import Page
+
+NANO = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
+FIXED = ["source", "gain_and_gamma", "auto_tone"]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Four pairs of 24 x 32 pixels; the first target is grey, and has no highlights."""
+    rng, made = np.random.default_rng(0), []
+    for number in range(4):
+        pair = Pair(tmp_path / f"{number}_src.png", tmp_path / f"{number}_tar.png", number + 1)
+        pixels = np.array(Image.fromarray(rng.integers(0, 120, (4, 4, 3), dtype=np.uint8)).resize((32, 24)))
+        Image.fromarray(pixels).save(pair.src)
+        target = np.repeat(pixels.mean(2, keepdims=True).astype(np.uint8), 3, 2) if number == 0 else pixels * 2 + 10
+        Image.fromarray(target).save(pair.tar)
+        made.append(pair)
+    return made
+
+
+def weights(path, seed, **metadata):
+    torch.manual_seed(seed)
+    path.parent.mkdir(exist_ok=True)
+    save_weights(path, create_model("restormer_nano", **NANO), metadata)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [weights(tmp_path / run / "checkpoint_best.safetensors", seed) for seed, run in enumerate(("one", "two"))]
+
+
+def test_figures_are_those_of_eval_and_the_score_is_made_of_them(pairs, files, tmp_path):
+    points = Points(psnr=(5, 40), ssim=(0, 1), delta_e2000=(50, 0), quality_weight=0.6)
+    results = compare(files, pairs, tmp_path / "out", points=points)
+    assert (
+        list(results["methods"]) == [*FIXED, "one/checkpoint_best", "two/checkpoint_best"]
+        and results["first"] == "one/checkpoint_best"
+    )
+    alone = evaluate(pairs, tmp_path / "alone", model=load_checkpoint(files[1]))
+    for mine, its in (*zip(FIXED, FIXED, strict=True), ("two/checkpoint_best", "model")):
+        figures = results["methods"][mine]["figures"]
+        assert {metric: figures[metric] for metric in alone["summary"][its]} == alone["summary"][its]
+    for name, method in results["methods"].items():
+        parts = [points.quality(image["figures"][name]) for image in results["images"]]
+        assert method["figures"]["quality"][0] == pytest.approx(np.mean(parts)) and 0 < np.mean(parts) < 1
+        assert method["score"][0] == pytest.approx(0.6 * np.mean(parts) + 0.4 * method["cost"])
+        assert method["score"][1] == pytest.approx(0.6 * method["figures"]["quality"][1])
+    model = results["methods"]["two/checkpoint_best"]
+    assert (
+        model["parameters"] == alone["model"]["parameters"]
+        and model["macs_per_megapixel"] == alone["model"]["macs_per_megapixel"]
+    )
+    assert model["file_bytes"] == files[1].stat().st_size and model["seconds_per_megapixel"] > 0
+    assert results["methods"]["source"]["cost"] == 1 and 0 < model["cost"] < 1
+    stored = json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert stored["settings"]["points"]["psnr"] == [5, 40] and stored["methods"].keys() == results["methods"].keys()
+
+
+def test_differences_are_from_the_first_photo_by_photo(pairs, files, tmp_path):
+    results = compare(files, pairs, tmp_path / "out")
+    first, other = "one/checkpoint_best", "two/checkpoint_best"
+    psnr = [image["figures"][other]["psnr"] - image["figures"][first]["psnr"] for image in results["images"]]
+    assert results["methods"][other]["difference"]["psnr"][0] == pytest.approx(np.mean(psnr))
+    assert "difference" not in results["methods"][first]
+
+
+def test_photos_that_cannot_tell_a_metric_count_for_no_method(pairs, files, tmp_path):
+    results = compare(files, pairs, tmp_path / "out")
+    assert results["told"]["saturation"] == results["told"]["hue"] == 3 and results["told"]["psnr"] == 4
+    shares = [image["figures"]["source"]["saturation"] for image in results["images"]]
+    assert math.isnan(shares[0]) and results["methods"]["source"]["figures"]["saturation"][0] == pytest.approx(
+        np.mean(shares[1:])
+    )
+    assert results["told"]["highlights"] < 4
+    page = (tmp_path / "out" / "compare.html").read_text("utf-8")
+    assert "saturation 3, hue 3" in page and ">nan" not in page
+    only_grey = compare(files, pairs[:1], tmp_path / "grey")
+    assert math.isnan(only_grey["methods"]["source"]["figures"]["hue"][0])
+    assert "<td>–</td>" in (tmp_path / "grey" / "compare.html").read_text("utf-8")
+
+
+def test_the_worst_are_those_that_even_the_best_model_is_far_from(pairs, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "SHOWN_WORST", 2)
+    results = compare(files, pairs, tmp_path / "out")
+    models = ("one/checkpoint_best", "two/checkpoint_best")
+    far = {image["name"]: min(image["figures"][model]["delta_e2000"] for model in models) for image in results["images"]}
+    assert results["worst"] == sorted(far, key=lambda name: -far[name])[:2]
+    assert Page((tmp_path / "out" / "compare.html").read_text("utf-8")).texts["h2"][-2:] == results["worst"]
+
+
+def test_page_is_whole_and_names_are_text(pairs, tmp_path):
+    odd = weights(tmp_path / "<b>&\"'$x.safetensors", 0)
+    results = compare([odd], pairs[:2], tmp_path / "out")
+    page = Page((tmp_path / "out" / "compare.html").read_text("utf-8"))
+    assert page.texts["h1"] == ["<b>&\"'$x (restormer_nano), compared"] and len(page.all("script")) == 1
+    assert not any(word in page.text for word in ("http:", "https:", "@import"))
+    assert [image["data-show"] for image in page.all("img")] == [*FIXED, "<b>&\"'$x", "target"] * 2
+    assert len(page.all("circle")) == len(results["methods"]) == 4
+    assert "0.7 × quality + 0.3 × cost" in page.text and "our own choice" in page.text
+    for circle in page.all("circle"):
+        assert 40 <= float(circle["cx"]) <= 410 and 10 <= float(circle["cy"]) <= 260
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["a/best.safetensors", "b/best.safetensors", "c.pth"], ["a/best", "b/best", "c.pth"]),
+        (["a/x/best.pth", "b/x/best.pth"], ["a/x/best.pth", "b/x/best.pth"]),
+        (["a/source.safetensors", "a/auto-tone.safetensors"], ["a/source", "a/auto-tone"]),
+    ],
+)
+def test_files_of_one_name_are_told_apart(paths, names, tmp_path):
+    assert comparison._names([tmp_path / path for path in paths]) == names
+
+
+def test_the_same_file_twice_is_numbered(tmp_path):
+    first, second = comparison._names([tmp_path / "best.safetensors"] * 2)
+    assert second == f"{first} (2)"
+
+
+def test_refuses_pairs_that_one_of_the_models_was_trained_on(pairs, files, tmp_path):
+    seen = hashlib.sha256(pairs[2].tar.read_bytes()).hexdigest()
+    files.append(weights(tmp_path / "three.safetensors", 3, trained_on=[seen]))
+    with pytest.raises(UserError, match=r"three\.safetensors was trained on 1 of the 4 pairs \(--allow-trained"):
+        compare(files, pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    said = format_comparison(compare(files, pairs, tmp_path / "out", allow_trained=True))
+    assert "three (restormer_nano) was TRAINED ON 1 of these pairs." in said
+    assert "one/checkpoint_best (restormer_nano) does not say which photos it was trained on." in said
+
+
+def test_command_line(pairs, tmp_path, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    options = ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["compare", "lite", *options, "--ssim", "0.5", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "These are pictures of 0.00077 megapixels" in said
+    assert "\nlite " in said and "\nauto-tone " in said and str(tmp_path / "out" / "compare.html") in said
+    assert json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))["settings"]["points"]["ssim"] == [0.5, 1]
+    for wrong, reason in (
+        ([], "at least one checkpoint, got none"),
+        ([str(tmp_path / "none.pth")], "cannot be read: No such file"),
+    ):
+        assert main(["compare", *wrong, *options]) == 2
+        assert reason in capsys.readouterr().err
