@@ -25,7 +25,7 @@ SIZES = [
     (3, 40),
     (40, 3),
 ]
-ONE_LEVEL = {"encoder_blocks": (1,), "middle_blocks": 1, "decoder_blocks": (1,)}
+ONE_LEVEL = {"encoder_blocks": (1,), "middle_blocks": 0, "decoder_blocks": (0,)}
 ONE_GROUP = {"depths": (2,), "heads": (2,)}
 ANY = torch.export.Dim.DYNAMIC
 pytestmark = pytest.mark.no_cover  # tracing the lines of PyTorch's compiler takes as long again
