@@ -1,6 +1,7 @@
 """Several models on the same pairs: what each is worth and costs, and a score of both, as compare.json and compare.html."""
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from autohdr.report.tables import LABELS
 from autohdr.score import Points, pareto_front
 
 SHOWN_WORST = 10
+_RESERVED = {*LABELS, *LABELS.values()}
 _FREE = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0}
 
 
@@ -99,12 +101,13 @@ def compare(
 def _names(checkpoints: Sequence[Path]) -> list[str]:
     """Of each file as much of the end of its path as no other has, without .safetensors; a file's second time is numbered."""
     parts = [path.absolute().with_name(path.name.removesuffix(".safetensors")).parts for path in checkpoints]
-    reserved, names = {*LABELS, *LABELS.values()}, []
-    for index, mine in enumerate(parts):
-        ends = [length for length in range(1, len(mine)) if sum(other[-length:] == mine[-length:] for other in parts) == 1]
-        free = ["/".join(mine[-length:]) for length in ends if mine[-length:] not in {(name,) for name in reserved}]
-        before = parts[:index].count(mine)
-        names.append(free[0] if free else "/".join(mine) + (f" ({before + 1})" if before else ""))
+    names: list[str] = []
+    for mine in parts:
+        ends = [mine[-length:] for length in range(1, len(mine) + 1)]
+        own = ["/".join(end) for end in ends if sum(other[-len(end) :] == end for other in set(parts)) == 1]
+        name = next(name for name in own if name not in _RESERVED)
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
     return names
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report.test_page import Page
 
 from autohdr import compare as comparison
 from autohdr.cli import main
@@ -18,7 +19,6 @@ from autohdr.evaluate import evaluate
 from autohdr.models import create_model, load_checkpoint, save_weights
 from autohdr.report import format_comparison
 from autohdr.score import Points
-from tests.report.test_page import Page
 
 NANO = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
 FIXED = ["source", "gain_and_gamma", "auto_tone"]
@@ -127,16 +127,13 @@ def test_page_is_whole_and_names_are_text(pairs, tmp_path):
     [
         (["a/best.safetensors", "b/best.safetensors", "c.pth"], ["a/best", "b/best", "c.pth"]),
         (["a/x/best.pth", "b/x/best.pth"], ["a/x/best.pth", "b/x/best.pth"]),
+        (["best.pth", "best (2).pth", "best.pth", "best.pth"], ["best.pth", "best (2).pth", "best.pth (2)", "best.pth (3)"]),
+        (["a/b", "a/b (2)", "a/b"], ["b", "b (2)", "b (3)"]),
         (["a/source.safetensors", "a/auto-tone.safetensors"], ["a/source", "a/auto-tone"]),
     ],
 )
 def test_files_of_one_name_are_told_apart(paths, names, tmp_path):
     assert comparison._names([tmp_path / path for path in paths]) == names
-
-
-def test_the_same_file_twice_is_numbered(tmp_path):
-    first, second = comparison._names([tmp_path / "best.safetensors"] * 2)
-    assert second == f"{first} (2)"
 
 
 def test_refuses_pairs_that_one_of_the_models_was_trained_on(pairs, files, tmp_path):

@@ -68,7 +68,7 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             "first": _label(results, first),
             "told": f"Not every photo has all of these; so many count: {', '.join(told)}." if told else "",
             "weights": f"{points['quality_weight']:g} × quality + {1 - points['quality_weight']:g} × cost",
-            "worst": str(len(worst)),
+            "worst": f"{len(worst)} of {len(results['images'])}",
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
         markup={
