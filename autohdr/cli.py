@@ -298,7 +298,7 @@ def enhance(
     The same call again finishes what a kill, a full disk or Ctrl-C left: OUT/autohdr.jsonl has a line of each photo, with hashes.
     The exit status is 0 where all is done, also if before; 1 where a photo failed (it is damaged, cannot be written, there is too
     little memory); 3 where none did but some were skipped: what may be a photo in a folder but is of a kind that is not read
-    (.jxl, .psd, a dangling link), or a photo whose result exists and is not of an earlier run.
+    (.psd, a dangling link), or a photo whose result exists and is not of an earlier run.
 
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
@@ -322,7 +322,7 @@ def enhance(
         shard: I/N: the I-th of N parts of the photos, for N processes, as of a Slurm array. Each writes OUT/autohdr.I-of-N.jsonl.
         jobs: Threads that read and write photos while the model works; one a core by default.
         quality: Of JPEG, AVIF and lossy WebP, 1 to 100; by default a JPEG has its file's own, 90 at least, a WebP 95, an AVIF 90.
-        format: Of the results; HEIC and raw become JPEG by default. What a format does not hold of a photo, a line says.
+        format: Of the results; HEIC, JPEG XL and raw become JPEG by default. What a format does not hold of a photo, a line says.
         depth: Bits a channel; by default the photo's own, where the format has them.
         subsampling: Of the colours of JPEG and AVIF; by default a JPEG has its file's own.
         strip: Take the place out of what a photo says, or everything but its colour and density.

@@ -129,6 +129,18 @@ def deep_avif(path: Path) -> None:
     path.write_bytes(imagecodecs.avif_encode(stored(10, turned=False), level=100, bitspersample=10, pixelformat="444"))
 
 
+def jxl(path: Path) -> None:
+    """Upright already: what EXIF says of that is a remark alone."""
+    path.write_bytes(imagecodecs.jpegxl_encode(stored(8, turned=False), lossless=True, usecontainer=True))
+
+
+def jxl_of_jpeg(path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    by_pillow(quality=92, exif=exif)(path.with_suffix(".jpg"))
+    path.write_bytes(imagecodecs.jpegxl_encode_jpeg(path.with_suffix(".jpg").read_bytes()))
+
+
 def write_dng(file, mosaic: np.ndarray, white: Sequence[int], more: Sequence[tuple] = (), **options) -> None:
     """A raw file of a sensor with sRGB's primaries. mosaic: uint16, from 512 for black to 16512. white: of the light, as three
     fractions of whole numbers. more: tags, as tifffile takes them."""
@@ -180,6 +192,8 @@ KINDS = (
     Kind("AVIF, 10 bits", ".avif", deep_avif, 16, says=(), srgb=True),
     Kind("HEIC", ".heic", upright_box, says=("EXIF", "place", "XMP", "density"), tags=tuple(DENSITY)),
     Kind("HEIC, 10 bits, nclx P3", ".heic", coded_heic, 16, says=()),
+    Kind("JPEG XL", ".jxl", jxl, says=("EXIF", "place", "XMP", "density"), tags=(TURNED, *DENSITY), srgb=True),
+    Kind("JPEG XL of a JPEG", ".jxl", jxl_of_jpeg, says=()),
     Kind("DNG", ".dng", dng, 16, tags=(DESCRIPTION, TURNED, IPTC, *DENSITY), srgb=True, developed=True),
 )
 

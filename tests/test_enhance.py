@@ -218,7 +218,7 @@ def test_a_photo_with_a_grey_profile_stays_so_where_its_edit_is_grey(tmp_path):
 
 def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
     save(tmp_path / "in/a.png")
-    for name in ("b.HEIC", "c.cr2", "d.jxl", "e.gif"):
+    for name in ("b.HEIC", "c.cr2", "d.jp2", "e.gif"):
         (tmp_path / "in" / name).write_bytes(b"what is in it")
     (tmp_path / "in/f.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "in/g").symlink_to(tmp_path)
@@ -229,9 +229,9 @@ def test_what_may_be_a_photo_in_a_folder_is_never_passed_over(tmp_path):
         Image.new("RGB", (9, 9)).save(tmp_path / f"in/i.{suffix}", "JPEG")
     result = run([tmp_path / "in"], tmp_path / "out", nn.Identity())
     assert [path.name for path in result.written] == ["a.png", "i.jfif", "i.jpe"]
-    assert [path.name for path, _ in result.skipped] == ["d.jxl", "e.gif", "f.jpg", "g", "h.bak"]
+    assert [path.name for path, _ in result.skipped] == ["d.jp2", "e.gif", "f.jpg", "g", "h.bak"]
     assert [path.name for path, _ in result.failed] == ["b.HEIC", "c.cr2"]
-    assert "of the kind .jxl" in result.skipped[0][1] and "a link to nothing" in result.skipped[2][1]
+    assert "of the kind .jp2" in result.skipped[0][1] and "a link to nothing" in result.skipped[2][1]
     (tmp_path / "in/a.png").unlink()
     (tmp_path / "only").mkdir()
     (tmp_path / "only/b.psd").write_text("none")

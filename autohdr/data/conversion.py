@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autohdr.data import heif, raw
+from autohdr.data import heif, jxl, raw
 from autohdr.data.encoding import ENCODERS, SEGMENT, WRITTEN
 from autohdr.data.images import SUFFIXES, Photo, from_float, has_grey_profile, to_float
 from autohdr.data.metadata import (
@@ -59,7 +59,7 @@ def result_name(path: Path, format: str = "same") -> Path:
     """The name of a photo's result in a format. A suffix that is the format's stays; what is not written becomes .jpg."""
     suffix = path.suffix.lower()
     if format == "same":
-        return path.with_suffix(".jpg") if suffix in heif.SUFFIXES | raw.SUFFIXES else path
+        return path.with_suffix(".jpg") if suffix in heif.SUFFIXES | jxl.SUFFIXES | raw.SUFFIXES else path
     if suffix in (own := WRITTEN[format.upper()]):
         return path
     return path.with_suffix(own[0]) if suffix in SUFFIXES else path.with_name(path.name + own[0])

@@ -77,18 +77,33 @@ def avif_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
+def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The boxes that data are made of, kind and content. UserError where they are damaged."""
+    at = 0
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        start = at + 8
+        if length == 1:
+            length, start = int.from_bytes(data[start : start + 8]), start + 8
+        end = at + length if length else len(data)
+        if end < start or end > len(data):
+            raise UserError("its boxes are damaged")
+        yield kind, data[start:end]
+        at = end
+
+
 def sixteen_bits(samples: np.ndarray, bits: int) -> np.ndarray:
-    """Samples of 9 to 15 bits as uint16 of all its range."""
+    """Samples of 9 to 16 bits as uint16 of all its range."""
     white = (1 << bits) - 1
     return ((samples.astype(np.uint32) * 65535 + white // 2) // white).astype(np.uint16)
 
 
 def _properties(path: str | Path) -> dict[bytes, bytes]:
     """What describes the picture that a HEIC or an AVIF shows, by its kind; a colr box by what it holds: nclx, prof, rICC."""
-    boxes = {kind: data for kind, data in _boxes(_meta(path)[4:])}
-    parts = list(_boxes(boxes[b"iprp"]))
-    shared = list(_boxes(dict(parts)[b"ipco"]))
-    shown = int.from_bytes(boxes[b"pitm"][4:])
+    top = dict(boxes(_meta(path)[4:]))
+    parts = list(boxes(top[b"iprp"]))
+    shared = list(boxes(dict(parts)[b"ipco"]))
+    shown = int.from_bytes(top[b"pitm"][4:])
     found = {}
     for data in (data for kind, data in parts if kind == b"ipma"):
         item, index = ("I" if data[0] else "H"), ("H" if data[3] & 1 else "B")
@@ -116,14 +131,3 @@ def _meta(path: str | Path) -> bytes:
                 return file.read(length - 8)
             file.seek(length - 8, 1)
     raise UserError("it has no pictures")
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 0
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + length if length else len(data)
-        if length and length < 8 or end > len(data):
-            raise UserError("its boxes are damaged")
-        yield kind, data[at + 8 : end]
-        at = end

@@ -1,4 +1,4 @@
-"""Photos in and out: JPEG, PNG, WebP, AVIF and TIFF of 8 or 16 bits a channel, TIFF in floating point; HEIC and camera raw in.
+"""Photos in and out: JPEG, PNG, WebP, AVIF and TIFF of 8 or 16 bits a channel, TIFF in floating point. HEIC, JPEG XL and raw in.
 
 Pixels are RGB in the file's own colour space (its profile travels along) and upright (the orientation is applied on reading).
 Transparency is carried along, never blended in.
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageErr
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from autohdr.data import heif, raw
+from autohdr.data import heif, jxl, raw
 from autohdr.data.colour import ICC_SPACE, ColourSpace, coded_name, colour_space, is_damaged
 from autohdr.data.encoding import ENCODERS, WRITTEN, compressible, jpeg_options
 from autohdr.data.jpeg import decode_jpeg
@@ -32,10 +32,9 @@ from autohdr.data.metadata import ACROSS, Parts, check_sums, orientation_of, par
 from autohdr.errors import UserError
 from autohdr.files import replacing
 
-KINDS = "JPEG, PNG, WebP, TIFF, AVIF, HEIC or camera raw"
-SUFFIXES = frozenset().union(*WRITTEN.values(), heif.SUFFIXES, raw.SUFFIXES)
-_OTHER_PHOTOS = frozenset(".bmp .exr .gif .hdr .insp .j2k .jp2 .jpf .jpx .jxl .jxr .pgm .ppm .psb .psd .tga".split())
-_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+KINDS = "JPEG, PNG, WebP, TIFF, AVIF, HEIC, JPEG XL or camera raw"
+SUFFIXES = frozenset().union(*WRITTEN.values(), heif.SUFFIXES, jxl.SUFFIXES, raw.SUFFIXES)
+_OTHER_PHOTOS = frozenset(".bmp .exr .gif .hdr .insp .j2k .jp2 .jpf .jpx .jxr .pgm .ppm .psb .psd .tga".split())
 _HEAD = 64  # bytes that tell what a file is
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 _GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
@@ -64,13 +63,13 @@ class Photo:
     """A photo, and what it takes beside the pixels to write it again as it was.
 
     pixels: (H, W, 3), upright, float32 in [0, 1], or the samples themselves, uint8 or uint16 after depth; uint16 also of depth 8
-    for conversion.converted to 16. format: JPEG, PNG, WEBP, TIFF or AVIF; HEIF and RAW are read but not written. depth: 8 or 16
-    bits a channel, or 32.
+    for conversion.converted to 16. format: JPEG, PNG, WEBP, TIFF or AVIF; HEIF, JXL and RAW are read but not written. depth: 8 or
+    16 bits a channel, or 32.
     alpha: (H, W) uint8 or uint16 after depth, or None. exif: an EXIF block (a TIFF without pixels) of orientation 1 and
     without a thumbnail, or empty. icc_profile: an RGB or a grey profile or None.
     extra: what else the file says, as its format has it: (marker, data) of JPEG segments, (kind, data) of PNG chunks,
-    (name, data) of WebP, AVIF and HEIC, (tag, data) of TIFF and raw. grey: the file has grey alone, and is written so where the
-    pixels are grey.
+    (name, data) of WebP, AVIF, HEIC and JPEG XL, (tag, data) of TIFF and raw. grey: the file has grey alone, and is written so
+    where the pixels are grey.
     options: how it was compressed, as encoding.encode_jpeg and the others take it. notes: what was not as it should be, in words.
     """
 
@@ -287,7 +286,8 @@ def photos_in(folder: Path, but: Path) -> tuple[list[Path], list[tuple[Path, str
 
 
 def _kind(suffix: str) -> str:
-    return "RAW" if suffix in raw.SUFFIXES else "HEIF" if suffix in heif.SUFFIXES else "AVIF" if suffix == ".avif" else ""
+    suffixes = {"RAW": raw.SUFFIXES, "HEIF": heif.SUFFIXES, "JXL": jxl.SUFFIXES, "AVIF": WRITTEN["AVIF"]}
+    return next((kind for kind, own in suffixes.items() if suffix in own), "")
 
 
 def _lacking(kind: str) -> str:
@@ -296,6 +296,8 @@ def _lacking(kind: str) -> str:
         return 'camera raw needs rawpy: pip install "autohdr[raw]"'
     if kind == "HEIF" and not importlib.util.find_spec("pillow_heif"):
         return 'HEIC needs pillow-heif: pip install "autohdr[heif]"'
+    if kind == "JXL" and not importlib.util.find_spec("pillow_jxl"):
+        return 'JPEG XL needs pillow-jxl-plugin: pip install "autohdr[jxl]"'
     if kind == "AVIF" and not features.check("avif"):
         return "AVIF needs a Pillow that has it: pip install --force-reinstall pillow"
     return ""
@@ -307,7 +309,7 @@ def _looks_like_a_photo(path: Path) -> bool:
             start = file.read(_HEAD)
     except OSError:
         return False
-    if heif.container(start):
+    if heif.container(start) or jxl.is_jxl(start):
         return True
     return start[:4] == b"RIFF" and start[8:12] == b"WEBP" or start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*"))
 
@@ -345,15 +347,19 @@ def _image(path: str | Path) -> ImageFile:
     """A file as an image, by what is in it, not by its name. UserError where a library is missing; whatever libraries raise."""
     with open(path, "rb") as file:
         head = file.read(_HEAD)
-    if head.startswith(_JPEG_XL):
-        raise UserError(f"JPEG XL is not read, only {KINDS}")
-    kind = "RAW" if raw.is_raw(path, head) else heif.container(head)
+    kind = "RAW" if raw.is_raw(path, head) else "JXL" if jxl.is_jxl(head) else heif.container(head)
     if lacking := _lacking(kind):
         raise UserError(lacking)
     if kind == "RAW":
         return raw.RawFile(path)
     if kind == "HEIF":
         return heif.HeifFile(path)
+    if kind == "JXL":
+        image = jxl.JxlFile(path)
+        if not (jpeg := image.jpeg()):
+            return image
+        image.close()
+        return Image.open(io.BytesIO(jpeg), formats=("JPEG",))
     image = Image.open(path, formats=tuple(ENCODERS))
     if kind == "AVIF":
         image.info |= heif.avif_info(path) | {"gain_map": b"tmap" in heif.brands_of(head)}
@@ -373,7 +379,7 @@ def _decode(image: ImageFile, notes: list[str], keep_damaged: bool = False) -> t
     deep = _is_deep(image)
     if deep and isinstance(image, TiffImageFile):
         return _deep_tiff(os.fsdecode(image.filename), notes), orientation
-    if isinstance(image, raw.RawFile):
+    if isinstance(image, raw.RawFile | jxl.JxlFile):
         return _rgb(image.samples(notes)), orientation
     if isinstance(image, heif.HeifFile):
         return _rgb(image.samples()), orientation
@@ -424,7 +430,7 @@ def _profile(image: ImageFile, notes: list[str]) -> bytes | None:
 
 
 def _coded_space(image: ImageFile) -> ColourSpace | None:
-    """What the numbers of a HEIC's or an AVIF's box say of its colours, where no profile does; None for sRGB."""
+    """What numbers in a HEIC's, an AVIF's or a JPEG XL's header say of its colours, where no profile does; None for sRGB."""
     if "nclx" not in image.info or image.info.get("icc_profile"):
         return None
     return colour_space(None, {b"cICP": bytes([*(min(number, 255) for number in image.info["nclx"]), 0, 1])})

@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from autohdr.data.encoding import EXIF_NAME, SEGMENT
 from autohdr.data.heif import NO_GAIN_MAP, HeifFile
+from autohdr.data.jxl import JxlFile
 from autohdr.data.raw import RawFile
 from autohdr.errors import UserError
 
@@ -223,7 +224,7 @@ class Parts:
 
 def orientation_of(image: ImageFile) -> int:
     """The EXIF orientation, 1 to 8, that is still to be applied: in a file's EXIF or, where that names none, in its XMP."""
-    if isinstance(image, HeifFile | RawFile):
+    if isinstance(image, HeifFile | JxlFile | RawFile):
         return 1
     if isinstance(image, TiffImageFile):
         value = image.tag_v2.get(_BASE.Orientation)
@@ -244,10 +245,12 @@ def parts_of(image: ImageFile, orientation: int, height: int, width: int) -> Par
         parts.notes.append("its EXIF is damaged and is not kept")
     if image.format == "PNG":
         parts.extra = tuple(_png_extra(image, orientation in ACROSS, height, width))
-    elif image.format in ("WEBP", "AVIF", "HEIF", "RAW"):
+    elif image.format in ("WEBP", "AVIF", "HEIF", "JXL", "RAW"):
         parts.extra = (("xmp", upright_xmp(xmp, height, width)),) if (xmp := _xmp(image)) else ()
         parts.options = {"lossless": True} if image.format == "WEBP" and _is_lossless(image) else {}
-        parts.notes += image.left_out() if isinstance(image, HeifFile) else [NO_GAIN_MAP] * image.info.get("gain_map", False)
+        parts.notes += (
+            image.left_out() if isinstance(image, HeifFile | JxlFile) else [NO_GAIN_MAP] * image.info.get("gain_map", False)
+        )
     else:
         parts.extra = tuple(_jpeg_extra(image, height, width, parts.notes))
         if "jfif_unit" in image.info and image.info["jfif_unit"] in (0, 1, 2):

@@ -77,9 +77,9 @@ class Enhancer:
     precision: float32, or bfloat16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
     quality: of JPEG, AVIF and lossy WebP, 1 to 100; by default that of the file, 90 at least.
-    format: jpeg, png, tiff, webp or avif; same, of HEIC and raw, is jpeg. depth: 8 or 16 bits a channel, by default the photo's.
-    subsampling: of a JPEG or an AVIF, 444, 422 or 420. strip: gps takes the place out of what a photo says, all everything but
-    its colour and density. What a format does not hold is in the notes.
+    format: jpeg, png, tiff, webp or avif; same, of HEIC, JPEG XL and raw, is jpeg. depth: 8 or 16 bits a channel, by default
+    the photo's. subsampling: of a JPEG or an AVIF, 444, 422 or 420. strip: gps takes the place out of what a photo says, all
+    everything but its colour and density. What a format does not hold is in the notes.
     keep_damaged: write what there is of a JPEG whose data are damaged, with a note.
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos

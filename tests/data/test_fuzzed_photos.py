@@ -95,6 +95,9 @@ def kinds():
     yield from ((".avif", encoded("AVIF", **options)) for options in ({}, {"xmp": xmp, **said}))
     yield ".avif", imagecodecs.avif_encode(np.asarray(picture()).astype(np.uint16) * 4, bitspersample=10)
     yield from ((".heic", heic(**options)) for options in ({}, {"exif": exif.tobytes(), "xmp": xmp}))
+    yield from ((".jxl", imagecodecs.jpegxl_encode(np.asarray(picture()), usecontainer=boxed)) for boxed in (False, True))
+    yield ".jxl", imagecodecs.jpegxl_encode(np.asarray(picture()).astype(np.uint16) * 257, lossless=True)  # with a profile
+    yield ".jxl", imagecodecs.jpegxl_encode_jpeg(encoded("JPEG", xmp=xmp, **said))
     yield ".dng", dng()
     yield from ((".tif", encoded("TIFF", compression=name)) for name in (None, "tiff_lzw", "packbits", "tiff_adobe_deflate"))
     yield ".tif", encoded("TIFF", compression="jpeg", **said)

@@ -284,7 +284,7 @@ def png_bomb(width, height):
     [
         (None, "No such file"),
         (b"", "empty"),
-        (b"not a photo at all", "not a JPEG, PNG, WebP, TIFF, AVIF, HEIC or camera raw photo"),
+        (b"not a photo at all", "not a JPEG, PNG, WebP, TIFF, AVIF, HEIC, JPEG XL or camera raw photo"),
         (b"GIF89a" + bytes(40), "not a JPEG"),
         (b"\xff\xd8\xff\xe0" + bytes(100), ""),
         (png_bomb(30_000, 20_000), "600000000 pixels"),

@@ -210,24 +210,20 @@ def test_damaged_ones_are_refused(tmp_path):
         read_photo(tmp_path / "b.dng")
 
 
-def test_jpeg_xl_is_refused_by_its_name(tmp_path):
-    (tmp_path / "a.jxl").write_bytes(imagecodecs.jpegxl_encode(smooth()))
-    with pytest.raises(UserError, match="a.jxl: JPEG XL is not read"):
-        read_photo(tmp_path / "a.jxl")
-
-
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     Image.fromarray(smooth()).save(tmp_path / "a.avif")
     pillow_heif.from_pillow(Image.fromarray(smooth())).save(tmp_path / "b.heic")
     (tmp_path / "c.dng").write_bytes(dng())
-    assert [path.name for path in photos_in(tmp_path, tmp_path / "out")[0]] == ["a.avif", "b.heic", "c.dng"]
-    for module in ("pillow_heif", "rawpy"):
+    (tmp_path / "d.jxl").write_bytes(imagecodecs.jpegxl_encode(smooth()))
+    names = ["a.avif", "b.heic", "c.dng", "d.jxl"]
+    assert [path.name for path in photos_in(tmp_path, tmp_path / "out")[0]] == names
+    for module in ("pillow_heif", "rawpy", "pillow_jxl"):
         monkeypatch.setitem(sys.modules, module, None)
         assert importlib.util.find_spec(module) is None
     monkeypatch.setattr(images.features, "check", lambda feature: False)
     found, skipped = photos_in(tmp_path, tmp_path / "out")
-    assert found == [] and [path.name for path, _ in skipped] == ["a.avif", "b.heic", "c.dng"]
-    commands = ["--force-reinstall pillow", '"autohdr[heif]"', '"autohdr[raw]"']
+    assert found == [] and [path.name for path, _ in skipped] == names
+    commands = ["--force-reinstall pillow", '"autohdr[heif]"', '"autohdr[raw]"', '"autohdr[jxl]"']
     for (path, reason), command in zip(skipped, commands, strict=True):
         assert reason.endswith(f"pip install {command}")
         with pytest.raises(UserError) as caught:
