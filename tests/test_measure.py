@@ -23,11 +23,12 @@ MIB = 1 << 20
 @pytest.mark.skipif(not module._reset_high_water_mark(), reason="/proc/self/clear_refs cannot be written here")
 def test_high_water_mark_is_of_this_block():
     with measure() as large:
-        torch.ones(64 * MIB, dtype=torch.uint8)
+        torch.ones(256 * MIB, dtype=torch.uint8)
+    give_back()  # if malloc had so much from earlier tests
     with measure() as small:
         torch.ones(8 * MIB, dtype=torch.uint8)
     assert large.memory_source == small.memory_source == "VmHWM"
-    assert 60 * MIB < large.growth_bytes < 80 * MIB
+    assert 250 * MIB < large.growth_bytes < 270 * MIB
     assert small.growth_bytes < 20 * MIB and small.peak_bytes < large.peak_bytes
 
 
@@ -149,10 +150,9 @@ def test_is_out_of_memory():
 
 def test_memory_that_was_freed_before_is_seen_to_grow():
     """malloc keeps it: what takes it again would seem to need none."""
-    kept = [b"x" * 100_000 for _ in range(300)]
-    above = b"x" * 50_000  # keeps the heap from shrinking by itself
-    del kept
+    kept = [b"x" * 100_000 for _ in range(320)]
+    del kept[:300]  # the others stay above: the end of a heap goes back by itself, or, of a thread's own heap, not at all
     give_back()
     with measure() as measured:
         again = [b"x" * 100_000 for _ in range(300)]
-    assert len(again) and len(above) and measured.growth_bytes > 20e6
+    assert len(again) and measured.growth_bytes > 20e6

@@ -180,7 +180,7 @@ class StagedNetwork(Network):
         for stage in self.stages():
             if isinstance(stage, Blocks):
                 for half, beside, _ in stage.halves:
-                    x = half(x, **beside)
+                    x = half(x, *beside.values())
                 continue
             if isinstance(stage, Down):
                 skips.append(x)
