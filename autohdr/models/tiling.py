@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.kernels.backends import resolve
-from autohdr.measure import expected_seconds, format_bytes, format_seconds, is_out_of_memory, resident_bytes
+from autohdr.measure import expected_seconds, format_bytes, format_seconds, give_back, is_out_of_memory, resident_bytes
 from autohdr.models.layers import Conv2d, Uncalled, reach
 from autohdr.models.network import Blocks, Down, Embed, Half, Network, Output, Stage, Summing, Up
 
@@ -453,6 +453,9 @@ class _Run:
             else:
                 yield y, result
                 y = end
+                planned = self.plan.peak_bytes - FIXED_BYTES
+                if self.image.device.type == "cpu" and resident_bytes(self.image.device) > planned:
+                    give_back()  # malloc keeps pieces between those in use, too small for the next strip
                 continue
             # Only here is the error gone, whose traceback kept the tensors of the failed step.
             self.rows = self.rows // 4 * 2
