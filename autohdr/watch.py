@@ -17,7 +17,7 @@ from PIL import Image
 from autohdr.errors import UserError
 from autohdr.files import write_text
 from autohdr.models import read_metadata
-from autohdr.report.page import data_uri, filled, read_part
+from autohdr.report.page import data_uri, document, filled
 from autohdr.train import lock
 from autohdr.train.config import TrainConfig, load_config
 
@@ -210,10 +210,9 @@ def render(run: Observed) -> str:
         notes.append(f"{run.unreadable} lines of log.jsonl are none of a run's log, and left out.")
     if len(happened) > SHOWN_EVENTS:
         notes.append(f"The last {SHOWN_EVENTS} of {len(happened)} events.")
-    return filled(
+    body = filled(
         "watch.html",
         text={
-            "title": f"{run.state}: {name}",
             "name": name,
             "setting": f"{config.model}, {config.size} pixels, batches of {config.batch_size} × {config.accumulate}",
             "why": f"{run.state}: {run.why}",
@@ -222,14 +221,13 @@ def render(run: Observed) -> str:
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         },
         markup={
-            "style": read_part("page.css") + read_part("watch.css"),
-            "script": read_part("watch.js"),
             "facts": "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()),
             "charts": "".join(_charts(run)),
             "events": "".join(map(_event, happened[:SHOWN_EVENTS])) or "<tr><td colspan=3>None yet.</td></tr>",
             "samples": "".join(_samples(run)),
         },
     )
+    return document(f"{run.state}: {name}", body, "watch.css", "watch.js", connect="'self'")
 
 
 def _event(event: Event) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from autohdr.files import write_text
 from autohdr.report import tables
-from autohdr.report.page import filled, pair, read_part, table
+from autohdr.report.page import document, filled, pair, table
 from autohdr.score import COST, QUALITY
 
 _SCORE = {"quality": ("Quality ↑", 3)}
@@ -57,10 +57,11 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
     ]
     points = results["settings"]["points"]
     labels = {name: tables.LABELS.get(name, name) for name in (*methods, "target")}
-    page = filled(
+    title = f"{_label(results, first)} and {len(methods) - 4} more" if len(methods) > 4 else _label(results, first)
+    body = filled(
         "compare.html",
         text={
-            "title": f"{_label(results, first)} and {len(methods) - 4} more" if len(methods) > 4 else _label(results, first),
+            "title": title,
             "setting": tables.setting(results),
             "origin": tables.origin(results),
             "verdict": _verdict(results),
@@ -72,8 +73,6 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
         markup={
-            "style": read_part("page.css") + read_part("compare.css"),
-            "script": read_part("page.js"),
             "scores": table(
                 ["Score ↑", "Quality ↑", "Cost ↑", "Pareto"],
                 [[numbered[n], *_scores(methods[n]), "●" if methods[n]["pareto"] else ""] for n in ranked],
@@ -95,7 +94,7 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             ),
         },
     )
-    write_text(path, page)
+    write_text(path, document(f"{title}, compared", body, "compare.css", "page.js"))
 
 
 def _ranked(results: dict[str, Any]) -> list[str]:

@@ -26,10 +26,11 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
     model = results["model"]["name"] if results["model"] else None
     costs = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.model_costs(results).items())
     shown, count = len(pictures), len(results["images"])
-    page = filled(
+    title = f"{model} against auto-tone" if model else "Auto-tone against the unedited source"
+    body = filled(
         "page.html",
         text={
-            "title": f"{model} against auto-tone" if model else "Auto-tone against the unedited source",
+            "title": title,
             "setting": tables.setting(results),
             "origin": tables.origin(results),
             "verdict": tables.verdict(results),
@@ -37,15 +38,22 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
         markup={
-            "style": read_part("page.css"),
-            "script": read_part("page.js"),
             "table": table(_TITLES, tables.summary_rows(results)),
             "costs": f"<dl>{costs}</dl>" if costs else "",
             "shown": "" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
             "pairs": "".join(_pair(results, *item) for item in zip(results["images"], pictures, strict=False)),
         },
     )
-    write_text(path, page)
+    write_text(path, document(title, body, style="", script="page.js"))
+
+
+def document(title: str, body: str, style: str, script: str, connect: str = "'none'") -> str:
+    """A page that needs no other file. style: what it has beside page.css, a file of this folder, as script is; empty for
+    nothing. connect: from where the script may fetch, as a Content-Security-Policy has it."""
+    styles = "".join(map(read_part, filter(None, ("page.css", style))))
+    return filled(
+        "document.html", {"title": title}, {"connect": connect, "style": styles, "body": body, "script": read_part(script)}
+    )
 
 
 def encode_pictures(images: Mapping[str, Tensor]) -> dict[str, str]:
