@@ -20,6 +20,7 @@ from autohdr.models import read_metadata
 from autohdr.report.page import data_uri, document, filled
 from autohdr.train import lock
 from autohdr.train.config import TrainConfig, load_config
+from autohdr.train.folder import STATE
 
 SILENT = 600
 """A run from which nothing has come for so many seconds, or for as long as two epochs take, is stale."""
@@ -119,7 +120,7 @@ def observe(out: Path) -> Observed:
     ended = [entry for entry in entries if entry["kind"] == "epoch"]
     times = [_number(row, "seconds") for row in ended[-5:]]
     epoch = statistics.median([seconds for seconds in times if seconds is not None] or [0.0])
-    now, written = time.time(), _newest(out / name for name in ("config.toml", "log.jsonl", "checkpoint_last.state.pt"))
+    now, written = time.time(), _newest(out / name for name in ("config.toml", "log.jsonl", STATE))
     holder, done, left = lock.held(out), ended[-1]["epoch"] if ended else 0, None
     if holder and now - written > max(SILENT, 2 * epoch):
         state, why = "stale", f"its process is there, but nothing has come from it for {_duration(now - written)}"

@@ -9,7 +9,7 @@ from autohdr.errors import UserError
 from autohdr.models import read_metadata
 from autohdr.train.checkpoint import load_state
 from autohdr.train.checks import check_state
-from autohdr.train.config import TrainConfig, dump_config
+from autohdr.train.config import TrainConfig, dump_config, saved_settings
 from autohdr.train.folder import LAST, STATE
 from autohdr.train.learner import Learner
 from autohdr.train.progress import Progress
@@ -24,8 +24,7 @@ def read_parent(config: TrainConfig, now: dict[str, Any], processes: int) -> tup
     folder = config.branch
     assert folder
     try:
-        text = (folder / "config.toml").read_text(encoding="utf-8")
-        settings = tomllib.loads(dump_config(TrainConfig())) | tomllib.loads(text)
+        settings = saved_settings(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"branch: expected the folder of a run, got {folder}: {error}") from None
     state, weights, wanted = load_state(folder / STATE), folder / LAST, tomllib.loads(dump_config(config))

@@ -16,7 +16,7 @@ from autohdr.errors import UserError
 from autohdr.files import leftovers
 from autohdr.measure import check_workers
 from autohdr.train import lock
-from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config
+from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config, saved_settings
 from autohdr.train.folder import STATE
 from autohdr.train.schedule import stages
 
@@ -126,8 +126,7 @@ def check_folder(config: TrainConfig, resume: Resume) -> bool:
     if not saved.is_file():
         raise UserError(f"--resume: nothing to resume: {out} holds no run (no config.toml)")
     try:
-        defaults, now = tomllib.loads(dump_config(TrainConfig())), tomllib.loads(dump_config(config))
-        before = defaults | tomllib.loads(saved.read_text(encoding="utf-8"))  # an older version had fewer settings
+        before, now = saved_settings(out), tomllib.loads(dump_config(config))
     except ValueError as error:
         raise UserError(f"--resume: {saved}: not valid TOML: {error}") from None
     for settings in (before, now):

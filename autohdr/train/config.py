@@ -230,6 +230,14 @@ def dump_config(config: TrainConfig, header: str = "", *, inside: bool = False) 
     return "\n".join(lines) + "\n"
 
 
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.toml, as TOML has them; one that an older version lacked has its default.
+
+    Raises OSError, and ValueError where it is not valid TOML.
+    """
+    return tomllib.loads(dump_config(TrainConfig())) | tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"

@@ -60,6 +60,13 @@ class Ranks:
             raise error or UserError("process 0 has found wrong input, see there")
         return answer[0]
 
+    def each(self, function: Callable[..., T], *args: Any) -> T:
+        """Run `function` on the first process, then on the others, and return to each its own result, which is not sent. If it
+        raises UserError on the first, all raise one."""
+        results: list[T] = []
+        self.first(lambda: results.append(function(*args)))
+        return results[0] if results else function(*args)
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""
         if self.count == 1:

@@ -65,9 +65,7 @@ class RunFolder:
 
         Raises UserError as load_newest does, and for weights of another run.
         """
-        path, loaded = self.out / STATE, []
-        self._ranks.first(lambda: loaded.append(load_newest(path)))  # sets damaged states aside before the others read
-        state = loaded[0] if loaded else load_newest(path)
+        state = self._ranks.each(load_newest, self.out / STATE)  # the first sets damaged states aside
         weights, trained_on = self.out / LAST, []
         # The weights are older than the state after a kill between the two, and newer where the newest state is damaged.
         if weights.exists():

@@ -20,6 +20,7 @@ from autohdr.models import load_checkpoint, read_metadata
 from autohdr.report import format_table
 from autohdr.train.checks import check_config, check_unused
 from autohdr.train.config import Resume, TrainConfig, dump_config
+from autohdr.train.folder import LAST
 from autohdr.train.lock import Lock
 from autohdr.train.loop import train
 
@@ -116,7 +117,7 @@ def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path)
 
 def _measure(config: TrainConfig, held_out: Sequence[Pair], out: Path) -> dict[str, Any]:
     """evaluate's results for the last weights in a fold's folder, each image with its pair's paths and their files' digests."""
-    model, device = load_checkpoint(out / "checkpoint_last.safetensors"), pick_device(config.device)
+    model, device = load_checkpoint(out / LAST), pick_device(config.device)
     results = evaluate(held_out, out / "report", model=model, size=config.size, resize=config.resize, device=device)
     images = []
     for image, (src, tar), digests in zip(results["images"], map(_photos, held_out), _digests(held_out), strict=True):

@@ -113,9 +113,7 @@ class Loop:
 
     def _branch(self) -> dict[str, Any]:
         """Begin where the parent stands. Returns what the log is to say about it."""
-        loaded: list[tuple[dict[str, Any], list[str]]] = []
-        self._ranks.first(lambda: loaded.append(read_parent(self._config, self._identity, self._ranks.count)))
-        parent, trained_on = loaded[0] if loaded else read_parent(self._config, self._identity, self._ranks.count)
+        parent, trained_on = self._ranks.each(read_parent, self._config, self._identity, self._ranks.count)
         state = first_state(parent, self._config, self._learner)
         self._trained_on |= set(trained_on)
         self._take(state)

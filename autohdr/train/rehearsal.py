@@ -91,12 +91,11 @@ def _two_steps(run: Run, epoch: int) -> tuple[list[Measurement], list[float]]:
 
 def _planned(run: Run) -> Plan:
     """The plan of the stage that takes the most."""
-    precision = str(run.learner.precision).removeprefix("torch.")
+    device, precision = run.ranks.device, str(run.learner.precision).removeprefix("torch.")
     plans = []
     for config in run.schedule.stages:
         settings = {"accumulate": config.accumulate, "averaged": config.ema > 0, "recompute": config.recompute}
-        mode = "training"
-        plans.append(plan(run.learner.model, config.size, config.batch_size, precision, mode, run.ranks.device, **settings))
+        plans.append(plan(run.learner.model, config.size, config.batch_size, precision, "training", device, **settings))
     return max(plans, key=lambda found: found.peak_bytes)
 
 
