@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -175,18 +176,49 @@ def adapt(pairs: Positional[Path], out: Path) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that is measured, or that enhances."""
+
+    checkpoint: UseAppendAction[tuple[Path, ...]] = ()
+    """Weights, such as the checkpoint_best.safetensors of a run folder; by default the small model that ships.
+    Given more than once, several models work together."""
+    average: Literal["outputs", "weights"] = "outputs"
+    """Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run."""
+    flips: Literal[1, 2, 4, 8] = 1
+    """The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass."""
+    sharpen: float = 0.0
+    """How much of the luma's finest detail is added to the result, up to 2; 0.3 is gentle."""
+    steps: int | None = None
+    """Calls of a diffusion bridge's network; by default as many as it was validated with."""
+
+    def load(self) -> Any:
+        """The network that these options mean. UserError as load_checkpoint and combine raise it, and for wrong steps."""
+        from autohdr.models import combine, load_checkpoint
+        from autohdr.models.weights import SHIPPED
+
+        models = [self._with_steps(load_checkpoint(checkpoint)) for checkpoint in self.checkpoint or (SHIPPED,)]
+        return combine(models, average=self.average, flips=self.flips, sharpen=self.sharpen)
+
+    def _with_steps(self, model: Any) -> Any:
+        if self.steps is None:
+            return model
+        from autohdr.models.diffusion import STEPS
+
+        if model.steps is None or not 1 <= self.steps <= STEPS:
+            raise UserError(f"--steps: expected 1 to {STEPS}, and a checkpoint that was trained as a bridge; got {self.steps}")
+        model.steps = self.steps
+        return model
+
+
 def evaluate(
     pairs: Path,
     out: Path,
-    checkpoint: UseAppendAction[tuple[Path, ...]] = (),
-    average: Literal["outputs", "weights"] = "outputs",
-    flips: Literal[1, 2, 4, 8] = 1,
-    sharpen: float = 0.0,
+    model: ModelOptions = ModelOptions(),
     size: int | None = None,
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
-    steps: int | None = None,
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
     """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
@@ -194,16 +226,11 @@ def evaluate(
     Args:
         pairs: JSONL file of pairs that the model was not trained on.
         out: Folder for results.json and report.html.
-        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships. Given more
-            than once, several models work together.
-        average: Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run.
-        flips: The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass.
-        sharpen: How much of the luma's finest detail is added to the result, up to 2; 0.3 is gentle.
+        model: The model.
         size: Side of the square that every pair is brought to; by default they keep their own size.
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
-        steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
@@ -213,12 +240,12 @@ def evaluate(
     from autohdr.report import format_table
 
     where = pick_device(device)
-    model = _model(checkpoint, steps, average, flips, sharpen)
+    network = model.load()
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
-    named = ", ".join(map(str, checkpoint or (SHIPPED,)))
-    results = evaluate(listed, out, model=model, checkpoint=named, **settings)
+    named = ", ".join(map(str, model.checkpoint or (SHIPPED,)))
+    results = evaluate(listed, out, model=network, checkpoint=named, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
 
@@ -266,10 +293,7 @@ def compare(
 def enhance(
     paths: Positional[list[Path]],
     out: Path | None = None,
-    checkpoint: UseAppendAction[tuple[Path, ...]] = (),
-    average: Literal["outputs", "weights"] = "outputs",
-    flips: Literal[1, 2, 4, 8] = 1,
-    sharpen: float = 0.0,
+    model: ModelOptions = ModelOptions(),
     auto_tone: Annotated[bool, FlagCreatePairsOff] = False,
     strength: float = 1.0,
     save_edit: Annotated[bool, FlagCreatePairsOff] = False,
@@ -287,7 +311,6 @@ def enhance(
     damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
-    steps: int | None = None,
     max_memory: str | None = None,
     json: Annotated[bool, FlagCreatePairsOff] = False,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
@@ -303,11 +326,7 @@ def enhance(
     Args:
         paths: Photos, and folders of photos; or `-`: one photo comes through standard input, its result goes to standard output.
         out: Folder for the results; needed but for `-`.
-        checkpoint: Weights of the model that enhances; by default the small one that ships. Given more than once, several models
-            work together.
-        average: Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run.
-        flips: The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass.
-        sharpen: How much of the luma's finest detail is added to the result, up to 2; 0.3 is gentle.
+        model: The model that enhances.
         auto_tone: Use the fixed auto-tone instead of a model.
         strength: How much of the edit is made, 0 to 1; above 1, up to 2, it is exaggerated.
         save_edit: Write each photo's edit beside it too, to carry on with in an editor: NAME.cube, and its curves as NAME.json.
@@ -329,14 +348,13 @@ def enhance(
         damaged: A JPEG whose data are damaged has failed and is left out, or what there is of it is written.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
-        steps: Calls of a diffusion bridge's network; by default as many as it was validated with.
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer or a NAFNet works
             in strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths
             of what is free.
         json: Print what became of the photos as JSON, instead of a line.
         verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
-    if auto_tone and (checkpoint or flips > 1 or sharpen):
+    if auto_tone and (model.checkpoint or model.flips > 1 or model.sharpen):
         raise UserError("enhance: expected --auto-tone, or a model with --checkpoint, --flips and --sharpen, got both")
     through = paths == [Path("-")]
     if through == (out is not None) or through and (save_edit or property or brackets != "off"):
@@ -349,12 +367,12 @@ def enhance(
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     limit = parse_bytes(max_memory) if max_memory else None
-    model = None if auto_tone else _model(checkpoint, steps, average, flips, sharpen)
+    network = None if auto_tone else model.load()
     settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:
-        enhanced, notes, reason = Enhancer(model, **settings).file(sys.stdin.buffer.read())
+        enhanced, notes, reason = Enhancer(network, **settings).file(sys.stdin.buffer.read())
         for note in notes:
             print(f"standard input: {note}", file=sys.stderr)
         if reason:
@@ -365,7 +383,7 @@ def enhance(
     try:
         part = _parse_shard(shard)
         settings |= {"save_edit": save_edit, "brackets": brackets, "property": property}
-        result = enhance(paths, out, model, on_exists=on_exists, shard=part, jobs=jobs, **settings)
+        result = enhance(paths, out, network, on_exists=on_exists, shard=part, jobs=jobs, **settings)
     except Interrupted as error:
         result, stopped = error.result, error.signal
     print(result.json() if json else result)
@@ -424,26 +442,6 @@ def plan(
     where = pick_device(device) if device == "auto" else device
     limit = parse_bytes(max_memory) if max_memory else None
     print(table(model, (int(sides[-1]), int(sides[0])), batch, where, limit, recompute))
-
-
-def _model(checkpoints: Sequence[Path], steps: int | None, average: str, flips: int, sharpen: float) -> Any:
-    """The model that these options mean; without checkpoints, the one that ships."""
-    from autohdr.models import combine, load_checkpoint
-    from autohdr.models.weights import SHIPPED
-
-    models = [_with_steps(load_checkpoint(checkpoint), steps) for checkpoint in checkpoints or (SHIPPED,)]
-    return combine(models, average=average, flips=flips, sharpen=sharpen)
-
-
-def _with_steps(model: Any, steps: int | None) -> Any:
-    if steps is None:
-        return model
-    from autohdr.models.diffusion import STEPS
-
-    if model.steps is None or not 1 <= steps <= STEPS:
-        raise UserError(f"--steps: expected 1 to {STEPS}, and a checkpoint that was trained as a bridge; got {steps}")
-    model.steps = steps
-    return model
 
 
 def watch(run: Positional[Path], html: Path | None = None, port: int = 0) -> None:
