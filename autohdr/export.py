@@ -25,7 +25,7 @@ from autohdr.models.network import Network
 from autohdr.models.weights import SHIPPED
 
 Format = Literal["onnx", "torch-export"]
-Run = Callable[[Tensor], Tensor]
+Program = Callable[[Tensor], Tensor]
 
 SIZES = ((61, 97), (5, 1031), (1031, 1))
 """Height and width of what is compared: odd, smaller and larger than a thumbnail; thin ones are large in no time."""
@@ -106,7 +106,7 @@ def _images() -> list[Tensor]:
     return [F.interpolate(photo, size, mode="bilinear", antialias=True) for size in SIZES]
 
 
-def _onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Run:
+def _onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Program:
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # at first it names each op of torchvision, which it lacks
@@ -120,12 +120,12 @@ def _onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Run
     return lambda image: torch.from_numpy(session.run(["edited"], {"image": image.numpy()})[0])
 
 
-def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Run:
+def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Program:
     torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
     return torch.export.load(path).module()
 
 
-_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[[ExportedProgram, Path, dict[str, str]], Run]]] = {
+_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[[ExportedProgram, Path, dict[str, str]], Program]]] = {
     "onnx": (".onnx", "reference", ("onnxscript", "onnxruntime"), _onnx),
     "torch-export": (".pt2", "auto", (), _torch_export),
 }

@@ -107,10 +107,8 @@ class JxlFile(ImageFile):
             extras = [_extra_channel(bits) for _ in range(bits.number((0, 0), (1, 0), (2, 4), (1, 12)))]
             is_lossy = bool(bits.read(1))
             mode = self._read_colours(bits, is_lossy)
-            if self.info.get("nclx") == _LINEAR and depth in (
-                8,
-                10,
-            ):  # too few for light: ask for 12, named as shortly
+            # Too few bits for light: the decoder is asked for 12, which the header names in as many bits as 8 and 10.
+            if self.info.get("nclx") == _LINEAR and depth in (8, 10):
                 self._set_bit(place, 0)
                 self._set_bit(place + 1, 1)
                 depth = 12

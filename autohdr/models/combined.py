@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autohdr.data.colour import LUMA
+from autohdr.autotone import luma
 from autohdr.errors import UserError
 from autohdr.models.network import Network, NetworkConfig
 
@@ -17,7 +17,7 @@ VIEWS = (2, 4, 8)
 BLUR = 1.0  # standard deviation of the unsharp mask's blur, in pixels: of the finest detail
 GRAIN = 0.01  # a detail of less luma than this is taken for noise, and not made stronger
 
-Run = Callable[[Network, Tensor], Tensor]
+Pass = Callable[[Network, Tensor], Tensor]
 """How a network goes over an image, as in strips."""
 
 
@@ -37,7 +37,7 @@ class Combined(Network):
     def forward(self, image: Tensor) -> Tensor:
         return self.over(image, lambda network, view: network(view))
 
-    def over(self, image: Tensor, run: Run) -> Tensor:
+    def over(self, image: Tensor, run: Pass) -> Tensor:
         """forward(image), where each network that is not itself Combined goes over a view of it by `run`."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class Ensemble(Combined):
     def __init__(self, networks: Sequence[Network]):
         super().__init__("mean of " + ", ".join(network.config.name for network in networks), networks)
 
-    def over(self, image: Tensor, run: Run) -> Tensor:
+    def over(self, image: Tensor, run: Pass) -> Tensor:
         return _mean(_over(network, image, run) for network in self.networks)
 
 
@@ -72,7 +72,7 @@ class SelfEnsemble(Combined):
         super().__init__(f"{network.config.name}, {views} views", [network])
         self.views = views
 
-    def over(self, image: Tensor, run: Run) -> Tensor:
+    def over(self, image: Tensor, run: Pass) -> Tensor:
         return _mean(self._back(_over(self.networks[0], self._view(image, i), run), i) for i in range(self.views))
 
     @staticmethod
@@ -97,19 +97,19 @@ class Sharpened(Combined):
         super().__init__(f"{network.config.name}, sharpened by {amount:g}", [network])
         self.amount = amount
 
-    def over(self, image: Tensor, run: Run) -> Tensor:
+    def over(self, image: Tensor, run: Pass) -> Tensor:
         return sharpen(_over(self.networks[0], image, run), self.amount)
 
 
 def sharpen(image: Tensor, amount: float) -> Tensor:
     """image (B, 3, H, W) float32 and `amount` of its luma's finest detail, less GRAIN, in all channels alike."""
-    luma = (image * image.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    bright = luma(image)[:, None]
     reach = round(3 * BLUR)
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype) / BLUR) ** 2)
     weights = weights / weights.sum()
-    blurred = F.conv2d(F.pad(luma, (reach, reach, 0, 0), "replicate"), weights.view(1, 1, 1, -1))
+    blurred = F.conv2d(F.pad(bright, (reach, reach, 0, 0), "replicate"), weights.view(1, 1, 1, -1))
     blurred = F.conv2d(F.pad(blurred, (0, 0, reach, reach), "replicate"), weights.view(1, 1, -1, 1))
-    return image + amount * F.softshrink(luma - blurred, GRAIN)
+    return image + amount * F.softshrink(bright - blurred, GRAIN)
 
 
 def combine(networks: Sequence[Network], *, average: str = "outputs", flips: int = 1, sharpen: float = 0.0) -> Network:
@@ -150,7 +150,7 @@ def soup(networks: Sequence[Network]) -> Network:
     return first
 
 
-def _over(network: Network, image: Tensor, run: Run) -> Tensor:
+def _over(network: Network, image: Tensor, run: Pass) -> Tensor:
     result = network.over(image, run) if isinstance(network, Combined) else run(network, image)
     return result if result.dtype == torch.float64 else result.float()
 
