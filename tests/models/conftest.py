@@ -60,3 +60,21 @@ def small():
 @pytest.fixture(scope="session")
 def model_shapes():
     return _model_shapes
+
+
+@pytest.fixture
+def check_half():
+    """check(model, image, share): under autocast and in bfloat16 itself the output has its dtype, and an error of less than that
+    share of what the model changes."""
+
+    def check(model, image, share):
+        with torch.inference_mode():
+            exact = model(image)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = model(image)
+            half = model.bfloat16()(image.bfloat16())
+        assert (output.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+        for actual in (output, half.float()):
+            assert (actual - exact).square().mean().sqrt() < share * (exact - image).square().mean().sqrt()
+
+    return check
