@@ -12,6 +12,9 @@ from autohdr.kernels import apply_edit
 from autohdr.kernels.apply_edit.reference import LUMA, WHITE
 from autohdr.kernels.common import any_count
 
+SIDE = 128
+"""Of the thumbnail that says what an edit is to be."""
+
 KNOTS = 33
 """Of the curves: enough for the bends at the pins to lie where they belong."""
 
@@ -70,26 +73,30 @@ def _check(name: str, image: np.ndarray, dtypes: tuple[type, ...]) -> None:
         raise UserError(f"{name}: image must be {kinds} [H, W, 3], got {image.dtype} {list(image.shape)}")
 
 
-def thumbnail(x: Tensor, side: int = 128) -> Tensor:
-    """A batch of images [B, 3, H, W] as [B, 3, side, side] in [0, 1], float32: means over its cells, whatever the aspect ratio.
-
-    Of a photo that is large only every n-th row and column counts, as many as leave four times as many.
-    """
+def thumbnail(x: Tensor) -> Tensor:
+    """A batch of images [B, 3, H, W] as [B, 3, SIDE, SIDE] in [0, 1], float32: means over cells of what is counted, whatever the
+    aspect ratio."""
     white = WHITE.get(x.dtype, 1)
     height, width = x.shape[2:]
     if torch.compiler.is_compiling():  # one program for all sizes
-        (rows, down), (columns, across) = _cells(height, side, x), _cells(width, side, x)
+        (rows, down), (columns, across) = _cells(height, x), _cells(width, x)
         return (down @ (x.index_select(2, rows).index_select(3, columns).float() / white) @ across.mT).clamp(0, 1)
-    x = x[:, :, :: max(1, height // (4 * side)), :: max(1, width // (4 * side))]
-    return F.adaptive_avg_pool2d(x.float() / white, side).clamp(0, 1)
+    return F.adaptive_avg_pool2d(counted(x).float() / white, SIDE).clamp(0, 1)
 
 
-def _cells(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows of an image (or columns) count in its thumbnail, and how much of each is in each cell: [side, rows]."""
-    step: int = torch.sym_max(1, size // (4 * side))  # pyright: ignore[reportAssignmentType]  no float
+def counted(x: Tensor) -> Tensor:
+    """What a thumbnail of images [B, 3, H, W] is made of: of a large one only every n-th row and column, as many as leave four
+    times as many as the thumbnail has. Of these, all count."""
+    height, width = x.shape[2:]
+    return x[:, :, :: max(1, height // (4 * SIDE)), :: max(1, width // (4 * SIDE))]
+
+
+def _cells(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of an image (or columns) count in its thumbnail, and how much of each is in each cell: [SIDE, rows]."""
+    step: int = torch.sym_max(1, size // (4 * SIDE))  # pyright: ignore[reportAssignmentType]  no float
     count = any_count((size + step - 1) // step)
-    row, cell = torch.arange(count, device=like.device), torch.arange(side, device=like.device)[:, None]
-    inside = (row >= cell * count // side) & (row * side < (cell + 1) * count)
+    row, cell = torch.arange(count, device=like.device), torch.arange(SIDE, device=like.device)[:, None]
+    inside = (row >= cell * count // SIDE) & (row * SIDE < (cell + 1) * count)
     return row * step, inside / inside.sum(1, keepdim=True)
 
 

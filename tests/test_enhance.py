@@ -455,10 +455,11 @@ def test_each_view_of_a_photo_goes_in_strips_where_it_must(tmp_path, monkeypatch
         Enhancer(combine([create_model("lite")], flips=2), max_memory=limit)
 
 
+@pytest.mark.parametrize("kind", ["restormer_nano", "lite", "auto-tone"])
 @pytest.mark.parametrize(
     "settings", [{}, {"strength": 0.5}, {"depth": 16}, {"depth": 8}, {"format": "tiff"}, {"format": "webp"}], ids=str
 )
-def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings):
+def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings, kind):
     """Of whatever depth and colour space, and to whatever others: up to rounding."""
     deep = np.random.default_rng(0).integers(0, 65536, (21, 30, 3), np.uint16)
     white, curve = [0.3127, 0.329, 1.0], decode_srgb(torch.linspace(0, 1, 4096)).numpy()
@@ -472,13 +473,16 @@ def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings):
         Image.fromarray((deep[..., 0] >> 8).astype(np.uint8)).save(tmp_path / f"{name}.png", icc_profile=icc)
     write_photo(tmp_path / "float.tif", Photo(to_float(deep), "TIFF", 32, options={"float": "f4"}))
     torch.manual_seed(0)
-    worker = Enhancer(create_model("restormer_nano", dim=8), **settings)
+    models = {"restormer_nano": create_model("restormer_nano", dim=8), "lite": load_checkpoint(SHIPPED)}
+    worker = Enhancer(models.get(kind), **settings)
     photos = sorted(tmp_path.iterdir())
-    whole = [worker.file(photo) for photo in photos]
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "by_rows", kind == "restormer_nano")
+        whole = [worker.file(photo) for photo in photos]
     monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
-    for photo, (expected, notes, _) in zip(photos, whole, strict=True):
+    for photo, (expected, *said) in zip(photos, whole, strict=True):
         got, *others = worker.file(photo)
-        assert others == [notes, ""]
+        assert others == said and not said[1]
         pixels = []
         for name, file in (("expected", expected), ("got", got)):
             (tmp_path / name).write_bytes(file)
@@ -486,6 +490,20 @@ def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings):
         assert pixels[0].dtype == pixels[1].dtype
         unit = 1 if pixels[0].dtype.kind == "u" else 1e-5
         assert np.abs(pixels[0].astype(float) - pixels[1]).max() <= (16 if settings.get("format") == "webp" else 1) * unit, photo
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("model", [SHIPPED, None], ids=["lite", "auto-tone"])
+def test_an_edit_by_pixels_makes_no_copy_in_floating_point(tmp_path, monkeypatch, model, depth):
+    save(tmp_path / "photo.png", 30, 1100, depth=depth)
+    samples = read_samples(tmp_path / "photo.png")
+    write_photo(tmp_path / "photo.png", Photo(samples, "PNG", depth, icc_profile=p3_profile()))
+    monkeypatch.setattr(enhancer.Work, "see", None)
+    worker = Enhancer(model)
+    work = worker.read(tmp_path / "photo.png")
+    worker.run(work)
+    assert worker.encode(work) and work.photo.pixels is not samples and work.photo.pixels.dtype == samples.dtype
+    assert (work.photo.pixels != samples).any()
 
 
 def p3_profile():

@@ -36,6 +36,7 @@ from autohdr.errors import UserError
 FORMATS = ("jpeg", "png", "tiff", "webp", "avif", "same")
 _CHOICES = {"format": FORMATS, "depth": (None, 8, 16), "subsampling": ("", "444", "422", "420"), "strip": ("", "gps", "all")}
 _DEPTHS = {"JPEG": (8,), "PNG": (8, 16), "TIFF": (8, 16, 32), "WEBP": (8,), "AVIF": (8,)}
+_WITHOUT_GREY = ("WEBP", "AVIF")  # pixels there always have three channels
 _EXIF_TEXTS = {"Comment": 270, "Description": 270, "Software": 305, "Author": 315, "Copyright": 33432}
 _X, _Y, _UNIT = 282, 283, 296  # EXIF's density
 _MARKER_XMP, _MARKER_PHOTOSHOP, _MARKER_COMMENT = 0xE1, 0xED, 0xFE
@@ -75,6 +76,8 @@ def converted(photo: Photo, format: str = "same", depth: int | None = None) -> P
     result = replace(photo, notes=[*photo.notes], options={**photo.options})
     if becomes_srgb:
         _to_srgb(result, target)
+    if has_grey_profile(result) and target in _WITHOUT_GREY:  # of sRGB's own curve
+        result.icc_profile = None
     wanted = depth or photo.depth
     if held < wanted:
         result.notes.append(f"{wanted} bits a channel become {held}: {_a(target)} holds no more")
@@ -97,7 +100,7 @@ def outcome(photo: Photo, format: str = "same", depth: int | None = None) -> tup
     target = format.upper() if format != "same" else photo.format if photo.format in ENCODERS else "JPEG"
     held = max(bits for bits in _DEPTHS[target] if bits <= (depth or photo.depth))
     chunks = photo.format == "PNG" != target and (photo.icc_profile is None or b"cICP" in dict(photo.extra))
-    unfit = has_grey_profile(photo) and target in ("WEBP", "AVIF")
+    unfit = has_grey_profile(photo) and target in _WITHOUT_GREY
     return target, held, (chunks or unfit) and photo.colour_space() is not None
 
 

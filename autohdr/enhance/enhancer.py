@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autohdr.autotone import auto_tone
+from autohdr.autotone import counted, pinning, thumbnail
 from autohdr.data.bracket_sets import glimpse, read_set
 from autohdr.data.colour import ColourSpace
 from autohdr.data.conversion import check_conversion, converted, outcome, stripped
@@ -44,6 +44,7 @@ from autohdr.plan import IMAGES, PARAMETERS, plan
 PRECISIONS = ("float32", "bfloat16")
 CUBE_SIDE = 33
 EDIT_SUFFIXES = (".json", ".cube")
+BAND = 256  # rows of a photo that are edited at once where it is not whole
 GLIMPSE = 512  # pixels a side that a thumbnail is made of
 PLANNED_TOO_LITTLE = 1.5  # times what is planned, a pass of a small photo takes on a CPU at most
 
@@ -133,8 +134,8 @@ class Enhancer:
         self._plans: dict[tuple[int, int], int] = {}
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
-        # On a CPU a photo has no floating-point copy before it is known to fit whole.
-        self.by_rows = self.device.type == "cpu" and works_in_strips(self.model)
+        # On a CPU a photo has no floating-point copy before it is known to fit whole, and none at all for an edit by pixels.
+        self.by_rows = self.device.type == "cpu" and (works_in_strips(self.model) or _edits_pixels(self.model))
 
     def must_predict_edits(self, option: str) -> None:
         """UserError where the model does not, for an option that needs it."""
@@ -164,6 +165,8 @@ class Enhancer:
         if works_in_strips(self.model):
             with self._inference():
                 self._within_memory(self.model, work)
+        elif self.by_rows and not (self.as_stored and work.space is None):
+            self._edit_rows(work)
         else:
             self._whole(work)
 
@@ -230,34 +233,47 @@ class Enhancer:
 
     def _whole(self, work: Work) -> None:
         shown = work.see().clip(0, 1) if work.space else work.see()
-        if self.model is None:
-            work.after = auto_tone(shown)
-        else:
-            work.after, prediction = self._predict(self.model, shown, work.look)
-            if prediction:
-                work.edit = prediction.edit if self.save_edit else None
-                work.photo.notes += _doubts(prediction)
+        image = self._image(shown)
+        with self._inference():
+            output = apply_edit(image, *edit) if (edit := self._edit(image, work)) else self._output(image)
+        output = output[0].permute(1, 2, 0)
+        work.after = (output.float() if output.is_floating_point() else output).cpu().numpy()
         if self.strength != 1:
             _blend(shown, work.after, self.strength)
 
-    def _predict(self, model: nn.Module, pixels: np.ndarray, look: Tensor | None = None) -> tuple[np.ndarray, Prediction | None]:
-        """The model on one photo, and what a Lite predicted of it, with the edit that is made.
-
-        (H, W, 3) in memory is (1, 3, H, W) channels-last: no copy is made on the CPU.
-        """
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
+    def _edit_rows(self, work: Work) -> None:
+        """The same as _whole for an edit by pixels: it is predicted from the few rows and columns that make a thumbnail, and made
+        band by band, so that there is no copy of the photo in floating point."""
+        rows = _Rows(work, self)
+        few = counted(self._image(rows.pixels))[0].permute(1, 2, 0).numpy()
         with self._inference():
-            prediction = model.predict(image) if isinstance(model, Lite) else None
-            if prediction:
-                edit = prediction.edit if look is None else shared(prediction, look)
-                prediction = prediction._replace(edit=neutral(edit) if self.keep_white_balance else edit)
-                output = apply_edit(image, *prediction.edit)
-            elif isinstance(model, Combined):
-                output = model.over(image, self._part)
-            else:
-                output = model(image)
-        output = output[0].permute(1, 2, 0)
-        return (output.float() if output.is_floating_point() else output).cpu().numpy(), prediction
+            edit = self._edit(self._image(rows.seen(few).clip(0, 1)), work)
+            assert edit
+            for first in range(0, rows.shape[2], BAND):
+                seen = rows.seen(rows.pixels[first : first + BAND])
+                rows.put(first, seen, apply_edit(self._image(seen.clip(0, 1)), *edit))
+        rows.finish(work)
+
+    def _image(self, pixels: np.ndarray) -> Tensor:
+        """(H, W, 3) in memory as (1, 3, H, W) channels-last: no copy is made on the CPU."""
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
+
+    def _output(self, image: Tensor) -> Tensor:
+        assert self.model is not None
+        return self.model.over(image, self._part) if isinstance(self.model, Combined) else self.model(image)
+
+    def _edit(self, image: Tensor, work: Work) -> Edit | None:
+        """The edit of an image by the auto-tone or by a Lite; None where another model makes more than one."""
+        if self.model is None:
+            return Edit(*pinning(thumbnail(image))[:2], None)
+        if not isinstance(self.model, Lite):
+            return None
+        prediction = self.model.predict(image)
+        edit = prediction.edit if work.look is None else shared(prediction, work.look)
+        edit = neutral(edit) if self.keep_white_balance else edit
+        work.edit = edit if self.save_edit else None
+        work.photo.notes += _doubts(prediction)
+        return edit
 
     def _within_memory(self, model: Network, work: Work) -> None:
         """The whole photo at once where that fits, else in strips."""
@@ -274,10 +290,7 @@ class Enhancer:
             work.photo.pixels, work.seen, work.after = samples, None, None
             log.info("%d×%d: out of memory: going on in strips", *rows.shape[:1:-1])
         rows_in_strips(model, rows, limit)
-        if rows.late:
-            work.after = rows.result
-        else:
-            work.photo.pixels = rows.result
+        rows.finish(work)
 
     def _part(self, model: Network, view: Tensor) -> Tensor:
         """One network of several, or one view of a photo: whole where that fits, else in strips."""
@@ -331,19 +344,37 @@ class _Rows:
         self.result_bytes = copies * self.result.nbytes if self.device.type == "cpu" else 0
 
     def read(self, first: int, end: int) -> Tensor:
-        own = self.pixels[first:end]
-        shown = self.space.to_srgb(own).clip(0, 1) if self.space else to_float(own)
-        return torch.from_numpy(shown).permute(2, 0, 1)[None].to(self.device)
+        seen = self.seen(self.pixels[first:end])
+        return torch.from_numpy(seen.clip(0, 1) if self.space else seen).permute(2, 0, 1)[None].to(self.device)
 
     def write(self, first: int, rows: Tensor) -> None:
+        self.put(first, self.seen(self.pixels[first : first + rows.shape[2]]), rows)
+
+    def seen(self, own: np.ndarray) -> np.ndarray:
+        """These pixels of the photo in sRGB, not cut off."""
+        return self.space.to_srgb(own) if self.space else to_float(own)
+
+    def put(self, first: int, seen: np.ndarray, rows: Tensor) -> None:
+        """write, of rows that were seen so."""
         after = rows[0].permute(1, 2, 0).float().cpu().numpy()
         own = self.pixels[first : first + len(after)]
-        seen = self.space.to_srgb(own) if self.space else to_float(own)
         if self.strength != 1:
             _blend(seen.clip(0, 1), after, self.strength)
         if not self.late:
             after = from_float(self.space.edited(own, seen, after) if self.space else after, self.depth)
         self.result[first : first + len(after)] = after
+
+    def finish(self, work: Work) -> None:
+        """Gives the result to its photo, once all rows are written."""
+        if self.late:
+            work.after = self.result
+        else:
+            work.photo.pixels = self.result
+
+
+def _edits_pixels(model: nn.Module | None) -> bool:
+    """Whether it predicts one edit for each pixel by itself; None is the auto-tone, which does."""
+    return model is None or isinstance(model, Lite) and model.config.bins == 0
 
 
 def _check_room(path: str | Path, max_memory: int) -> None:
@@ -403,6 +434,8 @@ def _check_grey(photo: Photo, edited: np.ndarray) -> None:
     if (samples != samples[..., :1]).any():
         photo.pixels, photo.icc_profile, photo.grey = edited, None, False
         photo.notes.append("its profile is for grey alone and the edit has colours: the result is in sRGB")
+    else:  # of more bits than are compared too
+        photo.pixels = np.repeat(photo.pixels[..., :1], 3, 2)
 
 
 def _doubts(prediction: Prediction) -> list[str]:

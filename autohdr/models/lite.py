@@ -111,6 +111,7 @@ class Lite(Network):
 
     Config = LiteConfig
     takes_samples = True
+    config: LiteConfig
     centre: Tensor  # of the features that it was fitted to, and their standard deviation
     spread: Tensor
 
