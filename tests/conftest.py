@@ -6,12 +6,14 @@ processor has no instructions for it.
 """
 
 import os
+import signal
 
 import pytest
 import torch
 
 from autohdr import _C
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what tests start
 if os.environ.get("AUTOHDR_TEST_ONEDNN") == "0":
     torch._C._set_mkldnn_enabled(False)
 ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))

@@ -308,15 +308,15 @@ def test_enhance_says_what_became_of_the_photos(photos, capsys):
 def test_enhance_interrupted(photos, capsys, monkeypatch, number, status):
     """What was done is counted; the same call does the rest."""
     args = ("enhance", photos / "0_src.png", photos / "1_src.png", "--auto-tone", "--out", photos / "enhanced")
-    tone, calls = enhancer.auto_tone, []
+    recipe, calls = enhancer.pinning, []
 
     def stop(pixels):
         calls.append(pixels)
         if len(calls) == 2:
             os.kill(os.getpid(), number)
-        return tone(pixels)
+        return recipe(pixels)
 
-    monkeypatch.setattr(enhancer, "auto_tone", stop)
+    monkeypatch.setattr(enhancer, "pinning", stop)
     assert run(*args) == status
     captured = capsys.readouterr()
     assert "0 done before, 1 written, 0 skipped, 0 failed" in captured.out and "Traceback" not in captured.err

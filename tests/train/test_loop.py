@@ -612,7 +612,11 @@ def test_every_signal_that_ends_a_run_saves_first(make_config, monkeypatch, numb
         return make()
 
     patch_steps(monkeypatch, send)
-    summary = train(make_config())
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    try:
+        summary = train(make_config())
+    finally:
+        signal.signal(number, before)
     assert summary.interrupted == number and load_state(summary.out / STATE)["step"] == 2
 
 
