@@ -8,10 +8,10 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo demo-train compare model test test-gpu-code check drills lint docs bench gpu-check install
+.PHONY: demo demo-train compare model test test-long check drills lint docs bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
-demo demo-train compare model test test-gpu-code check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
+demo demo-train compare model test test-long check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: install
 	$(BIN)/autohdr demo
@@ -36,16 +36,17 @@ model: install
 # in the figure of coverage.
 test: install lint
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
-	  $(PYTEST) -m "not drill and not gpu_code" --cov --cov-report=
+	  $(PYTEST) -m "not drill and not long" --cov --cov-report=
 	@echo "Lines of autohdr/ that the tests run: $$($(BIN)/coverage report --format=total) %"
 
-# CUDA and Triton kernels without a GPU: emulated, interpreted, and read as machine code.
-test-gpu-code: install
-	$(PYTEST) -m gpu_code
+# What takes long: CUDA and Triton kernels without a GPU (emulated, interpreted, read as machine code), kernels and models as on other
+# processors, wheels, exported and compiled models, training in several processes, memory as planned.
+test-long: install
+	$(PYTEST) -m "long and not drill"
 
 # For daily work: lint, reference, CPU kernels, models and command line, about a minute.
 check: install lint
-	$(PYTEST) -m "not drill and not long and not gpu_code" tests/kernels tests/models tests/test_cli.py tests/test_doctor.py
+	$(PYTEST) -m "not drill and not long" tests/kernels tests/models tests/test_cli.py tests/test_doctor.py
 
 # Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
 drills: install

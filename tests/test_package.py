@@ -67,6 +67,7 @@ def use(target: Path, folder: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.long
 def test_from_git_without_kernels(clone, tmp_path):
     """pip keeps nothing that it would hand out when kernels are asked for."""
     commit = run(["git", "rev-parse", "HEAD"], cwd=clone).strip()
@@ -106,6 +107,7 @@ def installed(unpacked: Path, folder: Path, kernels: str) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_the_sdist_has_all_sources(unpacked, tmp_path):
     sources = [name for name in tracked() if name.startswith("csrc/")]
     assert sources and all((unpacked / name).is_file() for name in sources)

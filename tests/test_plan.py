@@ -79,6 +79,8 @@ def outcomes():
 @pytest.mark.skipif(not measuring._reset_high_water_mark(), reason="/proc/self/clear_refs cannot be written here")
 @pytest.mark.skipif(kernels.backends("mdta")["cpu"] != "available", reason="no compiled kernels")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.long
+@pytest.mark.xdist_group("plan")
 def test_memory_is_what_is_measured(outcomes, case):
     measured, planned = outcomes[case]
     assert measured > 50e6
@@ -159,6 +161,7 @@ def test_the_meta_device_counts_tensors_alone():
     assert "There is no meta here" in table("restormer_nano", (64, 64), 1, "meta")
 
 
+@pytest.mark.long
 @pytest.mark.no_cover  # tracing the lines of a large network's plan takes as long again
 def test_recomputing_keeps_a_block_of_many():
     kept, recomputed = (plan("mamba_small", 64, mode="training", recompute=r) for r in (False, True))

@@ -15,7 +15,6 @@ from machine_code import ARCHITECTURES, build
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.gpu_code,
     pytest.mark.skipif(
         build.toolkit() is None or shutil.which("g++") is None or machine_code.tool("nvdisasm") is None,
         reason="there is no nvcc, or no nvdisasm",

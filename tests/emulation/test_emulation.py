@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import build
 
-pytestmark = [pytest.mark.gpu_code, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
 SEEDS = range(4)
 
 

@@ -13,7 +13,7 @@ import build
 
 HERE = Path(__file__).parent
 PARTS = {"mdta": 2}
-pytestmark = [pytest.mark.long, pytest.mark.gpu_code, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
 CASES = [(op, f"{i}/{PARTS.get(op, 1)}") for op in OPS if "cuda" in OPS[op] for i in range(PARTS.get(op, 1))]
 
 

@@ -15,7 +15,6 @@ from machine_code import ARCHITECTURES, SOURCES, build
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.gpu_code,
     pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc"),
 ]
 EVERY_KERNEL = [pytest.param(s, a, id=f"{s.stem}-{a}") for s in SOURCES for a in ARCHITECTURES]

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 PARTS = {"selective_scan": 2}
 # Without GPUs: the interpreter would have to copy everything to and fro.
 INTERPRETED = {"AUTOHDR_TEST_BACKEND": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-pytestmark = [pytest.mark.long, pytest.mark.gpu_code]
+pytestmark = [pytest.mark.long]
 CASES = [(op, f"{i}/{PARTS.get(op, 1)}") for op in OPS if "triton" in OPS[op] for i in range(PARTS.get(op, 1))]
 
 

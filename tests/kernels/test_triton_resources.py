@@ -20,7 +20,6 @@ from autohdr.kernels import OPS  # noqa: E402
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # bytes that a block may have
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.gpu_code,
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 

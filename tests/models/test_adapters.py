@@ -260,6 +260,7 @@ def test_weights_that_a_hook_of_the_layer_would_renew_are_refused(small, hooked)
         model(IMAGE)
 
 
+@pytest.mark.long
 def test_compiled_and_exported_networks_refuse_too(small):
     model = small()
     torch.compile(model, backend="eager", fullgraph=True)(IMAGE)

@@ -61,6 +61,7 @@ def largest_difference(program, network, sizes, batches=(1, 2, 3)):
     indirect=["network"],
     ids=str,
 )
+@pytest.mark.long
 def test_a_network_of_stages_exports_for_every_size(network, example, strict):
     shapes = ({0: ANY, 2: ANY, 3: ANY},)
     program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes, strict=strict).module()
@@ -77,6 +78,7 @@ def test_a_network_of_stages_exports_for_every_size(network, example, strict):
     indirect=["network"],
     ids=str,
 )
+@pytest.mark.long
 def test_another_network_exports_for_every_size(network, example):
     shapes = ({0: ANY, 2: ANY, 3: ANY},)
     program = torch.export.export(network, (torch.rand(2, 3, *example),), dynamic_shapes=shapes).module()
@@ -84,12 +86,14 @@ def test_another_network_exports_for_every_size(network, example):
 
 
 @pytest.mark.parametrize("network", [("restormer_nano", {}), ("mamba_diffusion_nano", {"num_groups": 1})], indirect=True, ids=str)
+@pytest.mark.long
 def test_one_exported_size_is_one_shape(network):
     program = torch.export.export(network, (torch.rand(1, 3, 21, 16),)).module()
     assert largest_difference(program, network, [(21, 16)], batches=[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("network", [("restormer_nano", {}), ("restormer_official", {})], indirect=True, ids=str)
+@pytest.mark.long
 def test_exports_in_bfloat16_on_a_cpu(network):
     network = network.bfloat16()
     shapes = ({2: ANY, 3: ANY},)
@@ -110,6 +114,7 @@ def test_exports_in_bfloat16_on_a_cpu(network):
     indirect=["network"],
     ids=str,
 )
+@pytest.mark.long
 def test_compiles_once_for_every_size_but_the_smallest(network, least):
     """From `least` on: PyTorch compiles anew where a dimension is 1, here the deepest level's height, or its windows in a row."""
     torch.compiler.reset()

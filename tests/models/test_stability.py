@@ -58,6 +58,7 @@ def test_300_steps_at_the_original_learning_rate(precision):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.long
 def test_block_compiles_whole():
     model = network()
     block = model.encoder_groups[0].blocks[0]
@@ -119,6 +120,8 @@ def states(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
+@pytest.mark.xdist_group("two processes")
 def test_two_processes_train_as_one(states, kind, dtype):
     state, before, single = states[kind, dtype], network().state_dict(), network()
     two_steps(single, *batch(), dtype)
