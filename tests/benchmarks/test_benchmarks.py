@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import calibrate
 import floors
 import gpu_check
 import instructions
+import peers
 import plot
 import problems
 import run
@@ -571,3 +573,15 @@ def test_the_sanitizer_must_have_watched():
 def test_the_sanitizer_s_calls(capsys):
     gpu_check.calls("reference", "cpu")
     assert capsys.readouterr().out == "all calls made\n"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_a_peer_that_is_wrong_is_not_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(problems.importlib.util, "find_spec", lambda name: None)
+    expected, runs = peers.scans((2, 3, 50), tmp_path)
+    assert runs.keys() == {"autohdr", "the loop in C"}
+    runs["wrong"] = lambda: [1.001 * expected[0]]
+    found = peers.row("a scan", expected, runs, rounds=1)
+    assert found["seconds"].keys() == found["times_as_long"].keys() == {"autohdr", "the loop in C"}
+    assert found["errors"]["wrong"] == pytest.approx(1e-3, rel=0.01) and max(list(found["errors"].values())[:2]) < 1e-6
+    assert "a scan: not reported, since they differ from PyTorch: {'wrong': 0.00" in capsys.readouterr().out

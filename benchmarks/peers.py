@@ -1,0 +1,180 @@
+"""Ours beside other people's runtimes on a CPU, in float32, forward, call by call in turn: whole networks against eager PyTorch,
+torch.compile, ONNX Runtime and OpenVINO, and the scan against a plain loop in C and mamba.py.
+
+    pip install openvino mambapy        in an environment of their own; what is absent is left out, and named
+    python benchmarks/peers.py [--rounds 5] [--out results/peers.json]
+
+Under the tuned malloc of run.py, with as many threads as PyTorch takes. What is farther from PyTorch in float32 than 1e-4 of the
+network's change (of the scan's result) is not reported.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import relative_error
+from problems import DSTATE, Problem, selective_scan
+from run import MALLOCS, commit, processor
+from torch import Tensor, nn
+
+from autohdr import create_model, export
+from autohdr.kernels.backends import default_backend
+from autohdr.models import save_weights
+from autohdr.models.network import Blocks
+
+RESULTS = Path(__file__).parent / "results"
+NETWORKS = [("restormer_base", 384), ("restormer_tiny", 1024)]
+SCANS = [(1, 192, 4096), (2, 96, 9216)]
+LIMIT = 1e-4
+
+LOOP = """
+#include <math.h>
+#include <stddef.h>
+extern "C" void scan(const float* u, const float* delta, const float* A, const float* B, const float* C, const float* D,
+                     const float* z, const float* bias, float* y, long batch, long dim, long seqlen) {
+#pragma omp parallel for collapse(2)
+  for (long b = 0; b < batch; ++b)
+    for (long d = 0; d < dim; ++d) {
+      float h[N] = {0};
+      for (long t = 0; t < seqlen; ++t) {
+        const size_t at = (b * dim + d) * seqlen + t;
+        const float x = delta[at] + bias[d], step = x > 20 ? x : log1pf(expf(x));
+        float sum = D[d] * u[at];
+        for (int n = 0; n < N; ++n) {
+          const size_t from = (b * N + n) * seqlen + t;
+          h[n] = expf(step * A[d * N + n]) * h[n] + step * B[from] * u[at];
+          sum += h[n] * C[from];
+        }
+        y[at] = sum * z[at] / (1 + expf(-z[at]));
+      }
+    }
+}
+"""
+"""The recurrence as one writes it down; gcc makes vectors of it."""
+
+Run = Callable[[], list[Tensor]]
+
+
+def networks(name: str, side: int, folder: Path) -> tuple[list[Tensor], dict[str, Run]]:
+    """What PyTorch makes of a random image beside the image itself, and each competitor."""
+    torch.manual_seed(0)
+    model = create_model(name).eval().requires_grad_(False)
+    x = torch.rand(1, 3, side, side).contiguous(memory_format=torch.channels_last)
+    image = x.numpy()
+    save_weights(folder / "model.safetensors", model, {})
+    program = folder / "model.onnx"
+    export.export(program, "onnx", folder / "model.safetensors")
+
+    def ours() -> list[Tensor]:
+        return [model(x) - x]
+
+    def reference(network: nn.Module) -> Run:
+        def run() -> list[Tensor]:
+            with default_backend("reference"):
+                return [network(x) - x]
+
+        return run
+
+    blocks = create_model(name).eval().requires_grad_(False)
+    blocks.load_state_dict(model.state_dict())
+    for stage in blocks.stages():
+        if isinstance(stage, Blocks):
+            for half in stage.halves:
+                half.module.compile(dynamic=False)
+    runs = {"autohdr": ours, "eager": reference(model.to(memory_format=torch.channels_last))}
+    runs["torch.compile by block"] = reference(blocks.to(memory_format=torch.channels_last))
+    expected = runs["eager"]()
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+    runs["ONNX Runtime"] = lambda: [torch.from_numpy(session.run(None, {"image": image})[0]) - x]
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        core = openvino.Core()
+        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        loaded = core.read_model(program)
+        loaded.reshape([1, 3, side, side])
+        compiled = core.compile_model(loaded, "CPU", settings)
+        runs["OpenVINO"] = lambda: [torch.from_numpy(compiled(image)[0]) - x]
+    return expected, runs
+
+
+def c_loop(problem: Problem, folder: Path) -> Run:
+    library = folder / "scan.so"
+    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DN={DSTATE}", "-shared", "-fPIC", "-x", "c++", "-"]
+    subprocess.run(["g++", *flags, "-o", str(library), "-lm"], input=LOOP, text=True, check=True)
+    function = ctypes.CDLL(str(library)).scan
+    tensors = [t.contiguous() for t in problem.tensors]
+
+    def run() -> list[Tensor]:
+        y = torch.empty_like(tensors[0])
+        sizes = [ctypes.c_long(size) for size in y.shape]
+        function(*(ctypes.c_void_p(t.data_ptr()) for t in (*tensors, y)), *sizes)
+        return [y]
+
+    return run
+
+
+def scans(shape: tuple[int, int, int], folder: Path) -> tuple[list[Tensor], dict[str, Run]]:
+    problem = selective_scan(*shape, torch.float32, "cpu")
+    runs = {"autohdr": problem.runner("forward", "auto"), "the loop in C": c_loop(problem, folder)}
+    if importlib.util.find_spec("mambapy"):
+        runs["mamba.py"] = problem.runner("forward", "mamba.py")
+    return problem.runner("forward", "reference")(), runs
+
+
+def row(case: str, expected: list[Tensor], runs: dict[str, Run], rounds: int) -> dict:
+    """Median seconds of each competitor, called in turn after a call to warm up, whose result is compared."""
+    errors = {name: relative_error(run(), expected) for name, run in runs.items()}
+    if wrong := {name: error for name, error in errors.items() if not error <= LIMIT}:
+        print(f"{case}: not reported, since they differ from PyTorch: {wrong}", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in runs if name not in wrong}
+    for _ in range(rounds):
+        for name, taken in seconds.items():
+            begin = time.perf_counter()
+            runs[name]()
+            taken.append(time.perf_counter() - begin)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {name: round(median / medians["autohdr"], 2) for name, median in medians.items()}
+    print(case, ", ".join(f"{name} {ratio}×" for name, ratio in ratios.items()), flush=True)
+    return {"case": case, "seconds": medians, "times_as_long": ratios, "errors": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    options = parser.parse_args()
+    if os.environ.get("GLIBC_TUNABLES") != MALLOCS["tuned"]["GLIBC_TUNABLES"]:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOCS["tuned"])
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    for name in ("onnxruntime", "openvino"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.import_module(name).__version__
+    absent = [name for name in ("openvino", "mambapy") if not importlib.util.find_spec(name)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for name, side in NETWORKS:
+            rows.append(row(f"{name} {side}×{side}", *networks(name, side, Path(folder)), options.rounds))
+        for shape in SCANS:
+            rows.append(row(f"selective_scan {'×'.join(map(str, shape))}", *scans(shape, Path(folder)), options.rounds))
+    facts = {"processor": processor(), "threads": torch.get_num_threads(), "commit": commit(), "absent": absent}
+    options.out.write_text(json.dumps(facts | {"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
