@@ -52,16 +52,15 @@ struct Hidden {
 
   // Columns: the most that a tile holds, its halo included.
   static int64_t floats(const ImageShape& s, int64_t slots, int64_t panels, int64_t width, int64_t most_columns) {
-    return Ring::floats(slots, panels, most_columns, width) + slots * most_columns * (normal_stride(s) + 2);
+    return Ring::floats(slots, panels, most_columns, width) + slots * most_columns * (pixel_stride(s.channels) + 2);
   }
-  // Not a power of two apart, so that the rows of a register block do not share a cache set.
-  static int64_t normal_stride(const ImageShape& s) { return round_up(s.channels, 16) + (s.channels % 256 == 0 ? 16 : 0); }
 
   Hidden(const Expansion& op_, const Packed& weight_, const float* bias_, const View<const T>& x_, int64_t slots,
          int64_t most_columns, float* memory)
       : op(op_), weight(weight_), bias(bias_), x(x_), ring{memory, slots, weight_.panels, most_columns, weight_.panel_width()},
         normal(memory + Ring::floats(slots, weight_.panels, most_columns, weight_.panel_width())),
-        stats(reinterpret_cast<Stats*>(normal + slots * most_columns * normal_stride(x_.shape))), ld(normal_stride(x_.shape)) {}
+        stats(reinterpret_cast<Stats*>(normal + slots * most_columns * pixel_stride(x_.shape.channels))),
+        ld(pixel_stride(x_.shape.channels)) {}
 
   void start(int64_t image_, int64_t first_row, const Range& columns_) {
     image = image_, next = first_row, columns = columns_, ring.left = columns_.first;
@@ -149,7 +148,8 @@ struct ExpansionBackward {
     const int64_t width = groups.width(), panels = groups.panels(), most = steps.most_columns(), channels = shape.channels;
     const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 4, panels, width, most + 4);
     const int64_t grad_size = Ring::floats(steps.rows + 2, panels, most + 2, width);
-    const int64_t panel = steps.rows * most * width, ld = round_up(channels, 16), padded = transposed.columns();
+    const int64_t panel = steps.rows * most * width, padded = transposed.columns();
+    const int64_t columns_in = round_up(channels, 16), ld = pixel_stride(channels);
     const int64_t worker_size = hidden_size + grad_size + panels * panel + steps.rows * most * (padded + ld);
     float* memory = scratch.take<float>(steps.workers * worker_size);
     steps.for_each([&](int64_t worker, const Tile& tile) {
@@ -184,11 +184,11 @@ struct ExpansionBackward {
         next = rows.end + 1;
         for (int64_t r = rows.first; r < rows.end; ++r)
           for (int64_t i = 0; i < columns; ++i)
-            std::copy_n(hidden.normal_at(r, left_column + i), ld, normal + ((r - rows.first) * columns + i) * ld);
+            std::copy_n(hidden.normal_at(r, left_column + i), columns_in, normal + ((r - rows.first) * columns + i) * ld);
         for (int64_t p = 0; p < panels; ++p) {
           float* d = d_hidden + p * panel;
           depthwise<false>(grad, p, rows, tile.columns, flipped + p * 9 * width, d, nullptr);
-          outer(width, ld, pixels, d, width, normal, ld, total.weight + p * width * ld, ld);
+          outer(width, columns_in, pixels, d, width, normal, ld, total.weight + p * width * columns_in, columns_in);
           if (op.centre)
             for (int64_t c = 0; c < width; c += W) {
               vf sum_c = {};

@@ -49,16 +49,15 @@ struct Left {
 template <int NV>
 static void product_vecs(const Packed& b, const Left* left, int64_t count, const float* init, int64_t ldi, float* const* c,
                          int64_t ldc, int64_t c_panel) {
-  constexpr int VP = NV * 16 / W;                                 // vectors in a panel
-  constexpr int SV = W == 16 ? NV : (VP % 3 == 0 ? 3 : 2);        // of them in one register block
-  constexpr int MR = W == 16 ? (NV == 4 ? 6 : 8) : 4;
+  constexpr int VP = NV * 16 / W, SV = block_vecs(NV);  // vectors in a panel, and of them in one register block
+  constexpr int MR = W == 16 ? (NV == 4 ? 6 : 8) : SV == 2 ? 6 : 4;
   for (int64_t p = 0; p < b.panels; ++p)
     for (int64_t r = 0; r < count; ++r)
       for (int s = 0; s < VP; s += SV) {
         const Left& l = left[r];
         int64_t i = 0;
         micro_rows<MR, SV, false>(i, l.m, l.data, l.stride, l.panel, l.panels, b.depth / l.panels,
-                                  b.data + p * b.depth * NV * 16 + s * W, NV * 16, init + p * NV * 16 + s * W, ldi,
+                                  b.data + (p * VP + s) * b.depth * W, SV * W, init + p * NV * 16 + s * W, ldi,
                                   c[r] + p * c_panel + s * W, ldc);
       }
 }
@@ -75,9 +74,10 @@ AUTOHDR_INLINE void product(const Packed& b, const Left* left, int64_t count, co
   }
 }
 
-// c[m][n] += aᵀ b over `depth` rows of a [depth][m] and b [depth][n]; n a multiple of 16.
-static void outer(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
-                                   int64_t ldb, float* c, int64_t ldc) {
+// c[m][n] += aᵀ b over `depth` rows of a [depth][m] and b [depth][n], few enough that their parts stay in the first-level cache; n a
+// multiple of 16.
+static void outer_few(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                      int64_t ldc) {
   constexpr int MR = W == 16 ? 8 : 4;
   for (int64_t j = 0; j < n;) {
     const int64_t rest = (n - j) / W;
@@ -93,4 +93,12 @@ static void outer(int64_t m, int64_t n, int64_t depth, const float* a, int64_t l
       j += W;
     }
   }
+}
+
+// The same of any number of rows.
+static void outer(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                  int64_t ldc) {
+  constexpr int64_t kFew = 96;
+  for (int64_t first = 0; first < depth; first += kFew)
+    outer_few(m, n, std::min(kFew, depth - first), a + first * lda, lda, b + first * ldb, ldb, c, ldc);
 }

@@ -9,7 +9,11 @@ inline int64_t panel_vecs(int64_t lanes) {
   return round_up(n, 4) < round_up(n, 3) ? 4 : 3;
 }
 
-// The right-hand side of a product, packed by panels: [panel][depth][16·vecs].
+// Vectors that a register block of `product` takes of a panel.
+constexpr int64_t block_vecs(int64_t vecs) { return W == 16 ? vecs : vecs * 16 / W % 3 == 0 ? 3 : 2; }
+
+// The right-hand side of a product, packed by panels and in them by register blocks: [panel][block][depth][block_vecs · W]. A block
+// lies in one piece: rows a power of two apart would share some of the first-level cache's sets alone.
 struct Packed {
   float* data;
   int64_t panels, vecs, depth;
@@ -27,14 +31,14 @@ struct Packed {
 // value(k, n): row k, column n, zero where padded.
 template <class F>
 void pack(const Packed& out, const F& value) {
-  const int64_t width = out.panel_width();
+  const int64_t width = out.panel_width(), lanes = block_vecs(out.vecs) * W;
   constexpr int64_t kBlock = 16;  // both sides of the transposition stay in the first-level cache
   parallel_ranges(out.panels, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t p = first; p < end; ++p)
       for (int64_t block = 0; block < out.depth; block += kBlock)
         for (int64_t n = 0; n < width; ++n)
           for (int64_t k = block; k < std::min(block + kBlock, out.depth); ++k)
-            out.data[(p * out.depth + k) * width + n] = value(k, p * width + n);
+            out.data[p * out.depth * width + (n / lanes * out.depth + k) * lanes + n % lanes] = value(k, p * width + n);
   });
 }
 

@@ -15,6 +15,10 @@ struct View {
   }
 };
 
+// Floats from one pixel's channels to the next's: an odd number of cache lines, so that the pixels of a column are spread over all
+// sets of a cache.
+AUTOHDR_INLINE int64_t pixel_stride(int64_t channels) { return 16 * (ceil_div(channels, 16) | 1); }
+
 // out [pixels][ld] = x [pixels][channels] as float, padded with zeros to a multiple of 16.
 template <class T>
 static void read_pixels(const T* x, int64_t pixels, int64_t channels, float* out, int64_t ld) {

@@ -104,7 +104,7 @@ static void run(const GdfnBackward<T>& a) {
   const Packed project_out{scratch.take<float>(channels * padded), half, groups.vecs, channels};  // from dy to the gate
   pack(project_out, [&](int64_t k, int64_t n) { return n < s.hidden ? a.weights.project_out[k * s.hidden + n] : 0.0f; });
 
-  const int64_t most = expansion.most_pixels(), panel = most * width, ldd = round_up(channels, 16);
+  const int64_t most = expansion.most_pixels(), panel = most * width, ldd = pixel_stride(channels);
   const int64_t middle_size = 3 * half * panel + most * ldd, sums_size = channels * padded, workers = expansion.steps.workers;
   float* middles = scratch.take<float>(workers * middle_size);
   float* d_project_out = scratch.zeros<float>(workers * sums_size);  // [channel][padded hidden]

@@ -197,7 +197,7 @@ static void run(const MdtaBackward<T>& a) {
   const ExpansionWeights weights = expansion_weights(a.weights, s.eps);
   const Expansion op = make_expansion(scratch, groups, channels, weights);
   ExpansionBackward expansion(scratch, groups, op, weights, shape);
-  const int64_t square = s.heads * size * size, ldd = round_up(channels, 16);
+  const int64_t square = s.heads * size * size, ldd = pixel_stride(channels);
 
   // The gradient of combined = project_out · blockdiag(attention), of one image: Σ dy vᵀ.
   const Steps steps(1, shape.rows(), s.width, heads.channels() * sizeof(float));
