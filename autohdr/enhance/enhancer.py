@@ -135,7 +135,7 @@ class Enhancer:
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
         # On a CPU a photo has no floating-point copy before it is known to fit whole, and none at all for an edit by pixels.
-        self.by_rows = self.device.type == "cpu" and (works_in_strips(self.model) or _edits_pixels(self.model))
+        self.by_rows = self.device.type == "cpu" and (model is None or isinstance(model, Lite) or works_in_strips(model))
 
     def must_predict_edits(self, option: str) -> None:
         """UserError where the model does not, for an option that needs it."""
@@ -265,7 +265,7 @@ class Enhancer:
     def _edit(self, image: Tensor, work: Work) -> Edit | None:
         """The edit of an image by the auto-tone or by a Lite; None where another model makes more than one."""
         if self.model is None:
-            return Edit(*pinning(thumbnail(image))[:2], None)
+            return Edit(*pinning(thumbnail(image))[:2])
         if not isinstance(self.model, Lite):
             return None
         prediction = self.model.predict(image)
@@ -370,11 +370,6 @@ class _Rows:
             work.after = self.result
         else:
             work.photo.pixels = self.result
-
-
-def _edits_pixels(model: nn.Module | None) -> bool:
-    """Whether it predicts one edit for each pixel by itself; None is the auto-tone, which does."""
-    return model is None or isinstance(model, Lite) and model.config.bins == 0
 
 
 def _check_room(path: str | Path, max_memory: int) -> None:

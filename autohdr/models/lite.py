@@ -1,8 +1,8 @@
-"""Lite: predicts an edit from a thumbnail, curves, a colour matrix and perhaps an 8×8 grid of gains, and applies it at full size.
+"""Lite: predicts an edit, curves and a colour matrix, from statistics of a thumbnail, and applies it at full size.
 
 What it predicts are changes to the fixed recipe autotone.pinning, whose result it sees beside the thumbnail: an untrained network
-is that recipe. After Gharbi et al., Deep Bilateral Learning for Real-Time Image Enhancement (SIGGRAPH 2017), and with several
-small networks whose edits are averaged.
+is that recipe. Several small networks' edits are averaged. An encoder of the thumbnail, and a grid of gains as in Gharbi et al.,
+Deep Bilateral Learning for Real-Time Image Enhancement (SIGGRAPH 2017), were tried: docs/lite.md.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,8 +20,6 @@ from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 FEATURES = len(SHARES) * 4 + 3 + 3
-SIDE = 64  # of what the convolutions see
-CELLS = SIDE // 8
 BENDS, TINTS = 9, 4  # points at which the slope of all curves and of each curve changes
 CHANGES = BENDS + 3 * TINTS + 1 + 9  # of them, of the curves' start, and of the matrix
 LARGEST = 1.5  # change of a slope, as a logarithm
@@ -40,51 +38,39 @@ class Edit(NamedTuple):
 
     curves: Tensor
     matrix: Tensor
-    grid: Tensor | None
 
 
 @dataclass(frozen=True)
 class LiteConfig(NetworkConfig):
-    """members: networks whose edits are averaged. width: channels of their first convolutions. bins: of the grid's luma; 0: no
-    grid."""
+    """members: networks whose edits are averaged. width: of their hidden layer."""
 
     members: int = 5
-    width: int = 8
-    bins: int = 0
+    width: int = 24
 
     def __post_init__(self) -> None:
-        for name, least in (("members", 1), ("width", 1), ("bins", 0)):
-            self.require(name, f"a whole number, at least {least}", is_whole(getattr(self, name), least))
+        for name in ("members", "width"):
+            self.require(name, "a whole number, at least 1", is_whole(getattr(self, name), 1))
 
 
 class Member(nn.Module):
-    """One predictor: features [B, FEATURES] and pictures [B, 6, SIDE, SIDE] to the changes of an edit."""
+    """One predictor: features [B, FEATURES] to the changes of an edit [B, CHANGES], none at first."""
 
-    def __init__(self, width: int, bins: int):
+    def __init__(self, width: int):
         super().__init__()
-        layers = [nn.Conv2d(channels, width, 3, 2, 1) for channels in (6, width, width)]
-        self.encoder = nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
-        self.hidden = nn.Sequential(nn.Linear(FEATURES + width, 3 * width), nn.GELU())
-        self.edit = nn.Linear(3 * width, CHANGES)
-        self.local = nn.Conv2d(width, bins, 1) if bins else None
-        for last in (self.edit, self.local):
-            if last is not None:
-                for parameter in last.parameters():
-                    nn.init.zeros_(parameter)
+        self.hidden, self.edit = nn.Linear(FEATURES, width), nn.Linear(width, CHANGES)
+        for parameter in self.edit.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, features: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
-        cells = self.encoder(pictures)
-        changes = self.edit(self.hidden(torch.cat([features, cells.mean((2, 3))], 1)))
-        return changes, None if self.local is None else self.local(cells)
+    def forward(self, features: Tensor) -> Tensor:
+        return self.edit(F.gelu(self.hidden(features)))
 
 
 class Inputs(NamedTuple):
-    """What a member sees of a batch of images, and the recipe's edit, which it changes."""
+    """What is seen of a batch of images: the features, for the members, and the recipe's edit, which they change."""
 
     curves: Tensor
     matrix: Tensor
     features: Tensor
-    pictures: Tensor
     needed: Tensor
     """How much of an edit: autotone.unfinished."""
     walls: Tensor
@@ -111,13 +97,12 @@ class Lite(Network):
 
     Config = LiteConfig
     takes_samples = True
-    config: LiteConfig
     centre: Tensor  # of the features that it was fitted to, and their standard deviation
     spread: Tensor
 
     def __init__(self, config: LiteConfig):
         super().__init__(config)
-        self.members = nn.ModuleList(Member(config.width, config.bins) for _ in range(config.members))
+        self.members = nn.ModuleList(Member(config.width) for _ in range(config.members))
         self.register_buffer("centre", torch.zeros(FEATURES))
         self.register_buffer("spread", torch.ones(FEATURES))
 
@@ -152,17 +137,16 @@ class Lite(Network):
         small = thumbnail(image)
         curves, matrix, walls, needed = pinning(small)
         base = kernels.apply_edit(small, curves, matrix)
-        pictures = F.adaptive_avg_pool2d(torch.cat([small, base], 1), SIDE) - 0.5
-        return Inputs(curves, matrix, statistics(small, base, walls), pictures, needed, walls)
+        return Inputs(curves, matrix, statistics(small, base, walls), needed, walls)
 
     def edit(self, inputs: Inputs, number: int, trust: float = 1.0) -> Edit:
         """A member's."""
-        return changed(inputs.curves, inputs.matrix, trust * inputs.needed, *self.changes(inputs, number))
+        return changed(inputs.curves, inputs.matrix, trust * inputs.needed, self.changes(inputs, number))
 
-    def changes(self, inputs: Inputs, number: int) -> tuple[Tensor, Tensor | None]:
-        """What a member predicts, [B, CHANGES] and of the grid: see changed."""
+    def changes(self, inputs: Inputs, number: int) -> Tensor:
+        """What a member predicts, [B, CHANGES]: see changed."""
         features = ((inputs.features - self.centre) / self.spread).clamp(-FARTHEST, FARTHEST)
-        return self.members[number](features, inputs.pictures)
+        return self.members[number](features)
 
     @torch.no_grad()
     def shift(self, changes: Tensor) -> None:
@@ -173,13 +157,12 @@ class Lite(Network):
 
     @classmethod
     def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:
-        bins = shape("members.0.local.weight")[0] if "members.0.local.weight" in names else 0
-        return {"members": count(names, "members."), "width": shape("members.0.encoder.0.weight")[0], "bins": bins}
+        return {"members": count(names, "members."), "width": shape("members.0.hidden.weight")[0]}
 
 
-def changed(curves: Tensor, matrix: Tensor, part: Tensor, changes: Tensor, local: Tensor | None) -> Edit:
+def changed(curves: Tensor, matrix: Tensor, part: Tensor, changes: Tensor) -> Edit:
     """The recipe's edit and `part` [B] of its changes: slopes of the curves times a power of e, which keeps them rising; a matrix
-    that leaves grey grey; a gain for each cell and luma."""
+    that leaves grey grey."""
     part = part[:, None, None]
     bends, tints, lift, mixed = changes.split([BENDS, 3 * TINTS, 1, 9], 1)
     slopes = F.interpolate(bends[:, None], KNOTS - 1, mode="linear", align_corners=True)
@@ -189,11 +172,7 @@ def changed(curves: Tensor, matrix: Tensor, part: Tensor, changes: Tensor, local
     steps = steps * (curves[..., -1:] - start) / steps.sum(2, keepdim=True)  # white stays as white as the recipe has it
     curves = curves + part * (torch.cat([start, start + steps.cumsum(2)], 2) - curves)
     mixed = 0.2 * part * mixed.view(-1, 3, 3)
-    matrix = torch.cat([matrix[..., :3] + mixed - torch.diag_embed(mixed.sum(2)), matrix[..., 3:]], 2)
-    if local is None:
-        return Edit(curves, matrix, None)
-    gains = 1 + (0.3 * part[..., None] * torch.tanh(local)).permute(0, 2, 3, 1)[..., None, None]
-    return Edit(curves, matrix, gains * torch.eye(3, 4, device=gains.device))
+    return Edit(curves, torch.cat([matrix[..., :3] + mixed - torch.diag_embed(mixed.sum(2)), matrix[..., 3:]], 2))
 
 
 def hedged(edit: Edit, share: Tensor) -> Edit:
@@ -201,8 +180,7 @@ def hedged(edit: Edit, share: Tensor) -> Edit:
     share = share[:, None, None]
     knots = torch.linspace(0, 1, edit.curves.shape[2], device=share.device)
     unmixed = torch.eye(3, 4, device=share.device)
-    grid = None if edit.grid is None else unmixed.lerp(edit.grid, share[..., None, None, None])
-    return Edit(knots.lerp(edit.curves, share), unmixed.lerp(edit.matrix, share), grid)
+    return Edit(knots.lerp(edit.curves, share), unmixed.lerp(edit.matrix, share))
 
 
 def of_property(predictions: Sequence[Prediction]) -> Tensor | None:
@@ -245,17 +223,15 @@ def edited_walls(prediction: Prediction) -> tuple[Tensor, Tensor]:
 def neutral(edit: Edit) -> Edit:
     """The edit that keeps a photo's own white balance: a grey of any lightness stays grey, of the luma that the edit gives it.
 
-    All channels get one curve, the mean of the three by their parts of the luma. Matrix and grid leave grey grey as they are.
+    All channels get one curve, the mean of the three by their parts of the luma. The matrix leaves grey grey as it is.
     """
     parts = edit.curves.new_tensor(LUMA) @ edit.matrix[..., :3]
     return edit._replace(curves=(parts[:, None] @ edit.curves).expand_as(edit.curves).contiguous())
 
 
 def mean(edits: Sequence[Edit]) -> Edit:
-    """The edit whose curves, matrix and grid are the means of the edits'."""
-    grids = [edit.grid for edit in edits if edit.grid is not None]
-    curves, matrix = (torch.stack(parts).mean(0) for parts in zip(*((edit.curves, edit.matrix) for edit in edits), strict=True))
-    return Edit(curves, matrix, torch.stack(grids).mean(0) if grids else None)
+    """The edit whose curves and matrix are the means of the edits'."""
+    return Edit(*(torch.stack(parts).mean(0) for parts in zip(*edits, strict=True)))
 
 
 def statistics(small: Tensor, base: Tensor, walls: Tensor) -> Tensor:

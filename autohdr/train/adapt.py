@@ -111,7 +111,7 @@ class _Looks:
     def __init__(self, model: Lite, sources: Tensor, targets: Tensor):
         self.inputs = model.inputs(sources)
         self.share = model.share(self.inputs)
-        self.changes = [model.changes(self.inputs, number)[0] for number in range(len(model.members))]
+        self.changes = [model.changes(self.inputs, number) for number in range(len(model.members))]
         self.pictures = {side: [F.adaptive_avg_pool2d(x, side) for x in (sources, targets)] for side in (SIDE, FIT_SIDE)}
         every = torch.arange(len(sources))
         shipped = self.differences(every, torch.zeros(len(sources), CHANGES), FIT_SIDE)
@@ -121,7 +121,7 @@ class _Looks:
     def differences(self, rows: Tensor, shifts: Tensor, side: int) -> Tensor:
         """Target − output [B, 3, side, side] of pairs `rows` [B], each by its own shift [B, CHANGES]."""
         curves, matrix, needed = (part[rows] for part in (self.inputs.curves, self.inputs.matrix, self.inputs.needed))
-        edit = mean([changed(curves, matrix, TRUST * needed, changes[rows] + shifts, None) for changes in self.changes])
+        edit = mean([changed(curves, matrix, TRUST * needed, changes[rows] + shifts) for changes in self.changes])
         source, target = self.pictures[side]
         return target[rows] - apply_edit(source[rows], *hedged(edit, self.share[rows])).clamp(0, 1)
 

@@ -33,8 +33,7 @@ RECIPE = SimpleNamespace(**tomllib.loads((RECIPES / "lite.toml").read_text("utf-
 def fit(model: Lite, sources: Tensor, targets: Tensor, steps: int = RECIPE.steps, seed: int = 0) -> None:
     """Fits each member to pairs [N, 3, H, W] in [0, 1] by the mean logarithm of their error, squared.
 
-    H and W are multiples of the recipe's side. Half of the batches are mirrored. The same arguments give the same weights on the
-    same machine.
+    H and W are multiples of the recipe's side. The same arguments give the same weights on the same machine.
     """
     inputs = _inputs(model, sources)
     model.centre.copy_(inputs.features.mean(0))
@@ -47,12 +46,10 @@ def fit(model: Lite, sources: Tensor, targets: Tensor, steps: int = RECIPE.steps
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = RECIPE.rate * min(1, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen, mirrored = torch.randint(len(sources), (RECIPE.batch,), generator=g), torch.rand((), generator=g) < 0.5
+            chosen = torch.randint(len(sources), (RECIPE.batch,), generator=g)
             some = Inputs(*(part[chosen] for part in inputs))
             some = some._replace(features=some.features + noise * torch.randn(some.features.shape, generator=g))
             source, target = (images[chosen] for images in small)
-            if mirrored:
-                some, source, target = some._replace(pictures=some.pictures.flip(3)), source.flip(3), target.flip(3)
             error = (apply_edit(source, *model.edit(some, number)) - target).square().mean((1, 2, 3))
             optimizer.zero_grad()
             (error + RECIPE.nearly).log().mean().backward()

@@ -55,11 +55,9 @@ def test_an_untrained_one_is_the_auto_tone():
     assert sum(p.numel() for p in model.parameters()) < 300_000
 
 
-@pytest.mark.parametrize("bins", [0, 1, 2, 4])
-def test_edits_are_as_apply_edit_takes_them(bins):
-    model, x = trained(bins=bins, members=2), photo(3)
+def test_edits_are_as_apply_edit_takes_them():
+    model, x = trained(members=2), photo(3)
     edit = model.predict(x).edit
-    assert (edit.grid is None) == (bins == 0)
     torch.testing.assert_close(model(x), apply_edit(x, *edit))
     assert (edit.curves.diff(dim=2) >= 0).all()
     torch.testing.assert_close(edit.matrix[..., :3].sum(2), torch.ones(3, 3))  # grey stays grey
@@ -92,7 +90,7 @@ def test_takes_samples(dtype):
 
 
 def test_the_edit_is_the_mean_of_the_members():
-    model, x = trained(members=3, bins=2), photo(2)
+    model, x = trained(members=3), photo(2)
     inputs = model.inputs(x)
     for i, part in enumerate(model.predict(x).edit):
         torch.testing.assert_close(part, sum(model.edit(inputs, number, TRUST)[i] for number in range(3)) / 3)
@@ -105,7 +103,7 @@ def test_flat_photos_stay_finite(value):
     assert trained()(torch.full((1, 3, 5, 7), value)).isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"members": 2, "width": 4, "bins": 0}, {"bins": 3}])
+@pytest.mark.parametrize("settings", [{}, {"members": 2, "width": 4}])
 def test_checkpoints_tell_their_settings(settings, tmp_path):
     model = trained(**settings)
     save_weights(tmp_path / "a.safetensors", model, {})
@@ -114,7 +112,7 @@ def test_checkpoints_tell_their_settings(settings, tmp_path):
         assert torch.equal(load_checkpoint(tmp_path / file)(photo()), model(photo()))
 
 
-@pytest.mark.parametrize("settings", [{"members": 0}, {"width": 1.5}, {"bins": -1}])
+@pytest.mark.parametrize("settings", [{"members": 0}, {"width": 1.5}])
 def test_refuses_settings(settings):
     with pytest.raises(UserError, match=f"lite: {next(iter(settings))} must be a whole number"):
         create_model("lite", **settings)
@@ -125,9 +123,8 @@ def test_a_finished_photo_stays_as_it_is():
     torch.testing.assert_close(trained()(finished), finished)
 
 
-@pytest.mark.parametrize("bins", [0, 2])
-def test_far_from_what_it_was_fitted_to_it_changes_less(bins):
-    model, x = trained(bins=bins), photo()
+def test_far_from_what_it_was_fitted_to_it_changes_less():
+    model, x = trained(), photo()
     inputs = model.inputs(x)
     model.spread.fill_(1), model.centre.copy_(inputs.features[0])
     assert model.predict(x).share == 1 and not model.distances(inputs).any()
@@ -213,7 +210,7 @@ def test_the_photos_of_a_property_come_nearer_to_one_another(camera):
 def of(walls, share=1.0, curves=None):
     """A prediction of an edit that does nothing but by its curves, and of a wall [3]."""
     curves = torch.linspace(0, 1, 33).expand(1, 3, 33) if curves is None else curves
-    edit = Edit(curves, torch.eye(3, 4)[None], None)
+    edit = Edit(curves, torch.eye(3, 4)[None])
     return Prediction(edit, torch.tensor([share]), torch.zeros(1, 2), torch.ones(1), torch.tensor([walls]))
 
 
@@ -245,13 +242,11 @@ def test_the_look_of_a_property_is_the_median_of_what_its_photos_become():
     assert of_property([of(walls[0]), finished]) is None
 
 
-@pytest.mark.parametrize("bins", [0, 2])
-def test_a_neutral_edit_leaves_grey_grey_and_as_light_as_the_edit_does(bins):
-    model = trained(bins=bins)
+def test_a_neutral_edit_leaves_grey_grey_and_as_light_as_the_edit_does():
+    model = trained()
     edit = model.predict(photo()).edit
     grey = torch.linspace(0, 1, 50).expand(1, 3, 1, 50)
     kept, made = apply_edit(grey, *neutral(edit)), apply_edit(grey, *edit)
     torch.testing.assert_close(kept, kept[:, :1].expand_as(kept))
     assert (made - made[:, :1]).abs().max() > 0.01
-    if not bins:
-        torch.testing.assert_close(luma(kept), luma(made))
+    torch.testing.assert_close(luma(kept), luma(made))

@@ -18,7 +18,7 @@ def pairs(count=24):
 
 def fitted(steps):
     torch.manual_seed(0)
-    model = create_model("lite", members=2, bins=1)
+    model = create_model("lite", members=2)
     sources, targets = pairs()
     lite.fit(model, sources, targets, steps)
     return model, lite.psnr(model, sources, targets)
