@@ -98,6 +98,18 @@ class Thumbnail(nn.Module):
         return thumbnail(image)
 
 
+class Edit(nn.Module):
+    """apply_edit with all that it takes: curves, a matrix and a grid."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.curves, self.matrix, self.grid = torch.rand(1, 3, 5), torch.rand(1, 3, 4), torch.rand(1, 4, 5, 3, 3, 4)
+
+    def forward(self, image):
+        return kernels.apply_edit(image, self.curves, self.matrix, self.grid)
+
+
 @pytest.mark.parametrize("part", [Block, Thumbnail])
 def test_the_parts_of_models_are_right_in_onnx(part, tmp_path):
     module = part().eval().requires_grad_(False)
@@ -107,9 +119,10 @@ def test_the_parts_of_models_are_right_in_onnx(part, tmp_path):
         assert largest_difference(run, module) <= 1e-5
 
 
-def test_the_older_exporter_is_right_at_its_size(tmp_path):
+@pytest.mark.parametrize("part", [Block, Edit])
+def test_the_older_exporter_is_right_at_its_size(part, tmp_path):
     """It wrote a broken graph where the reference moved a negative axis."""
-    module, file = Block().eval().requires_grad_(False), tmp_path / "block.onnx"
+    module, file = part().eval().requires_grad_(False), tmp_path / "part.onnx"
     with torch.no_grad(), default_backend("reference"):
         torch.onnx.export(module, (torch.zeros(1, 3, 33, 47),), file, dynamo=False, input_names=["image"], opset_version=17)
     assert largest_difference(in_onnx_runtime(file), module, [(33, 47)]) <= 1e-5
