@@ -400,18 +400,27 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def export(checkpoint: Positional[Path | None] = None, *, to: Literal["onnx", "torch-export"] = "onnx", out: Path) -> None:
-    """Write a model as a program for another runtime: for photos of any size, checked there against the model, with metadata.
+def export(
+    checkpoint: Positional[Path | None] = None,
+    *,
+    to: Literal["onnx", "torch-export", "safetensors"] = "onnx",
+    out: Path,
+    weights: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Write a model as a program for another runtime, for photos of any size, or as a smaller checkpoint.
+
+    The file holds metadata, and is run and compared with the model before it is kept.
 
     Args:
         checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships.
         to: onnx: for ONNX Runtime and others (pip install "autohdr[onnx]"). torch-export: for torch.export.load, with autohdr's
-            own ops.
-        out: File, .onnx or .pt2. One that holds another program than the model is not kept.
+            own ops. safetensors: a checkpoint for autohdr.
+        out: File, .onnx, .pt2 or .safetensors. One that is farther than 1/255 from the model is not kept.
+        weights: Of a checkpoint, in the file: half of it in half precision. The model that is loaded from it is float32 again.
     """
     from autohdr.export import export
 
-    print(export(out, to, checkpoint))
+    print(export(out, to, checkpoint, weights))
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""Models as files for other runtimes. Each file is run there, and compared with the model, before it is kept."""
+"""Models as files for other runtimes, or of other weights. Each file is run, and compared with the model, before it is kept."""
 
 import importlib.util
 import json
@@ -20,11 +20,14 @@ from autohdr.data.images import read_rgb
 from autohdr.errors import UserError
 from autohdr.files import replacing, sha256
 from autohdr.kernels.backends import default_backend
-from autohdr.models import load_checkpoint
+from autohdr.models import load_checkpoint, save_weights
+from autohdr.models.diffusion import Sampler
 from autohdr.models.network import Network
+from autohdr.models.weight_files import some
 from autohdr.models.weights import SHIPPED
 
-Format = Literal["onnx", "torch-export"]
+Format = Literal["onnx", "torch-export", "safetensors"]
+Weights = Literal["float32", "float16", "bfloat16"]
 Program = Callable[[Tensor], Tensor]
 
 SIZES = ((61, 97), (5, 1031), (1031, 1))
@@ -46,34 +49,31 @@ class Exported:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{height}×{width}" for height, width in SIZES)
-        return f"{', '.join(map(str, self.files))}: at {sizes} pixels at most {255 * self.difference:.4f} / 255 from the model"
+        files = ", ".join(f"{file} ({file.stat().st_size / 1e6:.2f} MB)" for file in self.files)
+        return f"{files}: at {sizes} pixels at most {255 * self.difference:.4f} / 255 from the model"
 
 
-def export(out: Path, to: Format, checkpoint: Path | None = None) -> Exported:
-    """Writes a checkpoint's model, by default the one that ships, as a program for photos of any size.
+def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weights = "float32") -> Exported:
+    """Writes a checkpoint's model, by default the one that ships, as a program for photos of any size, or as a checkpoint again.
 
-    It takes float32 [1, 3, height, width], as the model does, and gives the same. Raises UserError where the format can't hold
-    the model, where what it needs is not installed, and where the file, run on the CPU, is farther than FARTHEST from the model.
+    A program takes float32 [1, 3, height, width], as the model does, and gives the same. A checkpoint (safetensors) holds its
+    floating-point tensors in `weights`, and says beside them what the first one said; programs are float32 alone.
+    Raises UserError where the format can't hold the model or its weights, where what it needs is not installed, and where the
+    file, run on the CPU, is farther than FARTHEST from the model.
     """
-    suffix, backend, needed, write = _FORMATS[to]
+    suffix, needed = _FORMATS[to]
     if out.suffix != suffix:
         raise UserError(f"--out: expected a file that ends in {suffix}, as {to} has it, got {out}")
     if not out.parent.is_dir():
         raise UserError(f"--out: expected a file in a folder that exists, got {out}")
+    if weights != "float32" and to != "safetensors":
+        raise UserError(f"--weights: expected float32 for {to}, got {weights}, which is for --to safetensors")
     if lacking := [name for name in needed if not importlib.util.find_spec(name)]:
         raise UserError(f'export: {to} needs {" and ".join(lacking)}: pip install "autohdr[{to}]"')
     checkpoint = checkpoint or SHIPPED
     model = load_checkpoint(checkpoint).requires_grad_(False)
-    if model.steps is not None:
-        raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
     with TemporaryDirectory() as folder, torch.no_grad():
-        try:
-            with default_backend(backend):
-                image, free = torch.zeros(1, 3, 40, 48), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-                program = torch.export.export(model, (image,), dynamic_shapes=(free,))
-        except RuntimeError as error:  # an op's, whose reference can't be a program
-            raise UserError(f"export: {model.config.name} can't become {to}: {error}; torch-export has the op itself") from error
-        run = write(program, Path(folder) / out.name, _metadata(model, checkpoint))
+        run = _write(model, to, Path(folder) / out.name, checkpoint, weights)
         try:
             difference = max(float((run(image) - model(image)).abs().max()) for image in _images())
         except Exception as error:  # each runtime has its own
@@ -85,6 +85,29 @@ def export(out: Path, to: Format, checkpoint: Path | None = None) -> Exported:
             with replacing(file) as part:
                 shutil.copyfile(Path(folder) / file.name, part)
     return Exported(files[::-1], difference)
+
+
+def _write(model: Network, to: Format, path: Path, checkpoint: Path, weights: Weights) -> Program:
+    """Writes the file, and loads it to be run."""
+    match to:
+        case "onnx":
+            return _onnx(_traced(model, to, "reference", checkpoint), path, _metadata(model, checkpoint))
+        case "torch-export":
+            return _torch_export(_traced(model, to, "auto", checkpoint), path, _metadata(model, checkpoint))
+        case "safetensors":
+            return _safetensors(model, path, checkpoint, weights)
+
+
+def _traced(model: Network, to: Format, backend: str, checkpoint: Path) -> ExportedProgram:
+    """The model for every size. backend: of its ops; "reference" is PyTorch's own alone."""
+    if model.steps is not None:
+        raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
+    try:
+        with default_backend(backend):
+            image, free = torch.zeros(1, 3, 40, 48), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+            return torch.export.export(model, (image,), dynamic_shapes=(free,))
+    except RuntimeError as error:  # an op's, whose reference can't be a program
+        raise UserError(f"export: {model.config.name} can't become {to}: {error}; torch-export has the op itself") from error
 
 
 def _metadata(model: Network, checkpoint: Path) -> dict[str, str]:
@@ -125,8 +148,19 @@ def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]
     return torch.export.load(path).module()
 
 
-_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[[ExportedProgram, Path, dict[str, str]], Program]]] = {
-    "onnx": (".onnx", "reference", ("onnxscript", "onnxruntime"), _onnx),
-    "torch-export": (".pt2", "auto", (), _torch_export),
+def _safetensors(model: Network, path: Path, checkpoint: Path, weights: Weights) -> Program:
+    dtype, network = getattr(torch, weights), model.network if isinstance(model, Sampler) else model
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    if beyond := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        most = f"up to {torch.finfo(dtype).max:g}"
+        raise UserError(f"--weights: {weights} has values {most}, {checkpoint} more in {len(beyond)} tensors: {some(beyond)}")
+    save_weights(path, network, model.metadata, tensors)
+    return load_checkpoint(path)
+
+
+_FORMATS: dict[Format, tuple[str, tuple[str, ...]]] = {
+    "onnx": (".onnx", ("onnxscript", "onnxruntime")),
+    "torch-export": (".pt2", ()),
+    "safetensors": (".safetensors", ()),
 }
-"""How a file's name ends, the backend of the ops in it (reference: PyTorch's own alone), packages it needs, what writes it."""
+"""How a file's name ends, and the packages that it needs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
@@ -25,7 +26,7 @@ from autohdr.models.lite import LiteConfig
 from autohdr.models.network import Network
 
 FREE = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-SIZES = [(1, 1), (33, 47), (130, 131), (700, 1100), (1, 1031)]
+SIZES = [(1, 1), (33, 47), (130, 131), (520, 130), (1, 1031)]
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.long, pytest.mark.no_cover, pytest.mark.filterwarnings("ignore")]  # what PyTorch's exporters say
 
@@ -97,6 +98,18 @@ class Thumbnail(nn.Module):
         return thumbnail(image)
 
 
+class Edit(nn.Module):
+    """apply_edit with all that it takes: curves, a matrix and a grid."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.curves, self.matrix, self.grid = torch.rand(1, 3, 5), torch.rand(1, 3, 4), torch.rand(1, 4, 5, 3, 3, 4)
+
+    def forward(self, image):
+        return kernels.apply_edit(image, self.curves, self.matrix, self.grid)
+
+
 @pytest.mark.parametrize("part", [Block, Thumbnail])
 def test_the_parts_of_models_are_right_in_onnx(part, tmp_path):
     module = part().eval().requires_grad_(False)
@@ -106,9 +119,10 @@ def test_the_parts_of_models_are_right_in_onnx(part, tmp_path):
         assert largest_difference(run, module) <= 1e-5
 
 
-def test_the_older_exporter_is_right_at_its_size(tmp_path):
+@pytest.mark.parametrize("part", [Block, Edit])
+def test_the_older_exporter_is_right_at_its_size(part, tmp_path):
     """It wrote a broken graph where the reference moved a negative axis."""
-    module, file = Block().eval().requires_grad_(False), tmp_path / "block.onnx"
+    module, file = part().eval().requires_grad_(False), tmp_path / "part.onnx"
     with torch.no_grad(), default_backend("reference"):
         torch.onnx.export(module, (torch.zeros(1, 3, 33, 47),), file, dynamo=False, input_names=["image"], opset_version=17)
     assert largest_difference(in_onnx_runtime(file), module, [(33, 47)]) <= 1e-5
@@ -137,7 +151,8 @@ def test_large_weights_are_beside_the_program(convolution, tmp_path, monkeypatch
     monkeypatch.setattr(export, "EMBEDDED", 0)
     assert run("--to", "onnx", "--out", tmp_path / "lite.onnx") == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lite.onnx", "lite.onnx.data"]
-    assert re.search(r"lite.onnx, \S+lite.onnx.data: at .* at most 0\.\d+ / 255 from the model", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"lite.onnx \(0.00 MB\), \S+lite.onnx.data \(0.00 MB\): at .* at most 0\.\d+ / 255 from the model", said)
     moved = shutil.move(tmp_path, tmp_path.with_name("moved"))
     assert largest_difference(in_onnx_runtime(Path(moved) / "lite.onnx"), convolution) <= 1e-5
 
@@ -165,6 +180,40 @@ def test_lite_for_torch_export(tmp_path):
     assert largest_difference(program, load_checkpoint(checkpoint)) <= 1e-5
 
 
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+def test_weights_in_half_are_loaded_as_they_are(weights, tmp_path, capsys):
+    checkpoint, out = saved(tmp_path / "a.safetensors", "lite", {"trained_on": ["x"]}, members=4), tmp_path / "b.safetensors"
+    assert run(checkpoint, "--to", "safetensors", "--weights", weights, "--out", out) == 0
+    assert f"b.safetensors ({out.stat().st_size / 1e6:.2f} MB): at" in capsys.readouterr().out
+    assert out.stat().st_size < 0.6 * checkpoint.stat().st_size
+    model, kept, tensors = load_checkpoint(checkpoint), load_checkpoint(out), safetensors.torch.load_file(out)
+    assert (kept.config, kept.metadata) == (model.config, model.metadata) and kept.metadata["trained_on"] == ["x"]
+    for name, values in model.state_dict().items():
+        assert torch.equal(tensors[name], values.to(getattr(torch, weights)))
+        assert kept.state_dict()[name].dtype == torch.float32 and torch.equal(kept.state_dict()[name], tensors[name].float())
+
+
+def test_any_checkpoint_becomes_a_smaller_one(tmp_path):
+    model = create_model("restormer_nano", dim=4, num_heads=(1, 1, 1, 1))
+    torch.save({"params_ema": model.state_dict()}, tmp_path / "others.pth")
+    assert run(tmp_path / "others.pth", "--to", "safetensors", "--weights", "float16", "--out", tmp_path / "r.safetensors") == 0
+    assert torch.equal(load_checkpoint(tmp_path / "r.safetensors").output.weight, model.output.weight.half().float())
+    bridge = {"bridge": {"steps": 2, "prediction": "x0", "noise_scale": 0.05}}
+    sampler = saved(tmp_path / "bridge.safetensors", "mamba_diffusion_nano", bridge, dim=8, num_groups=1, num_blocks=1)
+    assert run(sampler, "--to", "safetensors", "--weights", "float16", "--out", tmp_path / "s.safetensors") == 0
+    assert load_checkpoint(tmp_path / "s.safetensors").steps == 2
+
+
+def test_weights_beyond_half_precision_are_refused(tmp_path, capsys):
+    checkpoint, out = tmp_path / "weights.safetensors", tmp_path / "m.safetensors"
+    model = create_model("lite", members=1)
+    with torch.no_grad():
+        model.members[0].encoder[0].weight[0] = 65520.0  # the first that rounds to infinity
+    save_weights(checkpoint, model, {})
+    said = refusal(capsys, out, checkpoint, "--to", "safetensors", "--weights", "float16")
+    assert f"float16 has values up to 65504, {checkpoint} more in 1 tensors: members.0.encoder.0.weight" in said
+
+
 def test_refusals(tmp_path, monkeypatch, capsys):
     out = tmp_path / "m.onnx"
     mamba = saved(tmp_path / "mamba.safetensors", "mamba_small", dim=8, num_groups=1, num_blocks=1)
@@ -173,6 +222,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     bridge = {"bridge": {"steps": 2, "prediction": "x0", "noise_scale": 0.05}}
     sampler = saved(tmp_path / "sampler.safetensors", "mamba_diffusion_nano", bridge, dim=8, num_groups=1)
     assert "bridge" in refusal(capsys, out, sampler, "--to", "onnx")
+    assert "float32 for onnx, got float16" in refusal(capsys, out, "--to", "onnx", "--weights", "float16")
     assert "ends in .pt2" in refusal(capsys, out, "--to", "torch-export")
     assert "a folder that exists" in refusal(capsys, tmp_path / "none" / "m.onnx", "--to", "onnx")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)

@@ -17,7 +17,7 @@ def apply_edit(x: Tensor, curves: Tensor, matrix: Tensor, grid: Tensor | None) -
     y = torch.einsum("brc,bchw->brhw", matrix[..., :3], toned) + matrix[..., 3, None, None]
     if grid is not None:
         affine = _slice(grid.to(wide), y)
-        y = torch.einsum("bhwrc,bchw->brhw", affine[..., :3], y) + affine[..., 3].movedim(-1, 1)
+        y = torch.einsum("bhwrc,bchw->brhw", affine[..., :3], y) + affine[..., 3].permute(0, 3, 1, 2)
     return (y * white).round().clamp(0, white).to(x.dtype) if white > 1 else y.to(x.dtype)
 
 
