@@ -208,10 +208,10 @@ def test_weights_beyond_half_precision_are_refused(tmp_path, capsys):
     checkpoint, out = tmp_path / "weights.safetensors", tmp_path / "m.safetensors"
     model = create_model("lite", members=1)
     with torch.no_grad():
-        model.members[0].encoder[0].weight[0] = 65520.0  # the first that rounds to infinity
+        model.members[0].hidden.weight[0] = 65520.0  # the first that rounds to infinity
     save_weights(checkpoint, model, {})
     said = refusal(capsys, out, checkpoint, "--to", "safetensors", "--weights", "float16")
-    assert f"float16 has values up to 65504, {checkpoint} more in 1 tensors: members.0.encoder.0.weight" in said
+    assert f"float16 has values up to 65504, {checkpoint} more in 1 tensors: members.0.hidden.weight" in said
 
 
 def test_refusals(tmp_path, monkeypatch, capsys):
