@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,7 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models import load_checkpoint
-from autohdr.models.combined import Combined
+from autohdr.models.combined import LEAST, Combined, Reduced
 from autohdr.models.lite import Edit, Lite, Prediction, neutral, shared
 from autohdr.models.network import Network
 from autohdr.models.tiling import Rows, in_strips, most_bytes, rows_in_strips, works_in_strips
@@ -134,7 +135,7 @@ class Enhancer:
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
         # On a CPU a photo has no floating-point copy before it is known to fit whole.
-        self.by_rows = self.device.type == "cpu" and works_in_strips(self.model)
+        self.by_rows = self.device.type == "cpu" and (works_in_strips(self.model) or isinstance(self.model, Reduced))
 
     def must_predict_edits(self, option: str) -> None:
         """UserError where the model does not, for an option that needs it."""
@@ -164,6 +165,9 @@ class Enhancer:
         if works_in_strips(self.model):
             with self._inference():
                 self._within_memory(self.model, work)
+        elif isinstance(self.model, Reduced):
+            with self._inference():
+                self._carried_up(self.model, work)
         else:
             self._whole(work)
 
@@ -274,14 +278,18 @@ class Enhancer:
             work.photo.pixels, work.seen, work.after = samples, None, None
             log.info("%d×%d: out of memory: going on in strips", *rows.shape[:1:-1])
         rows_in_strips(model, rows, limit)
-        if rows.late:
-            work.after = rows.result
-        else:
-            work.photo.pixels = rows.result
+        rows.finish(work)
 
-    def _part(self, model: Network, view: Tensor) -> Tensor:
-        """One network of several, or one view of a photo: whole where that fits, else in strips."""
-        limit = self._limit()
+    def _carried_up(self, model: Reduced, work: Work) -> None:
+        rows = _Rows(work, self)
+        if not model.reduces(rows):
+            work.photo.notes.append(f"with a side of less than {LEAST} pixels it is too small for fast: it was edited whole")
+        model.over_rows(rows, partial(self._part, others=rows.result_bytes))
+        rows.finish(work)
+
+    def _part(self, model: Network, view: Tensor, others: int = 0) -> Tensor:
+        """One network of several, or one view of a photo: whole where that fits, else in strips. others: bytes left to them."""
+        limit = self._limit() - others
         if not works_in_strips(model) or self._fits(model, view, 2, limit):  # its result, and the sum of all
             return model(view)
         return in_strips(model, view, limit)
@@ -330,11 +338,13 @@ class _Rows:
         copies = 3 if self.late else int(self.result is not self.pixels)  # late: with the photo in sRGB, and in its own space
         self.result_bytes = copies * self.result.nbytes if self.device.type == "cpu" else 0
 
+    @torch.autocast("cpu", enabled=False)  # colours are converted in float32
     def read(self, first: int, end: int) -> Tensor:
         own = self.pixels[first:end]
         shown = self.space.to_srgb(own).clip(0, 1) if self.space else to_float(own)
         return torch.from_numpy(shown).permute(2, 0, 1)[None].to(self.device)
 
+    @torch.autocast("cpu", enabled=False)
     def write(self, first: int, rows: Tensor) -> None:
         after = rows[0].permute(1, 2, 0).float().cpu().numpy()
         own = self.pixels[first : first + len(after)]
@@ -344,6 +354,13 @@ class _Rows:
         if not self.late:
             after = from_float(self.space.edited(own, seen, after) if self.space else after, self.depth)
         self.result[first : first + len(after)] = after
+
+    def finish(self, work: Work) -> None:
+        """Hands over the result, once it is whole."""
+        if self.late:
+            work.after = self.result
+        else:
+            work.photo.pixels = self.result
 
 
 def _check_room(path: str | Path, max_memory: int) -> None:
