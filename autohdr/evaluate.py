@@ -42,6 +42,7 @@ def evaluate(
     precision: str = "float32",
     allow_trained: bool = False,
     checkpoint: str | Path | None = None,
+    whole: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Measures source, gain and gamma, auto-tone and model against the targets; writes results.json and report.html into out_dir.
 
@@ -51,6 +52,7 @@ def evaluate(
     allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. The digests of
     those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
     checkpoint: the file of the model's weights, to be named in the results beside the lists of pairs and the date.
+    whole: what the model is a cheaper form of, to be measured beside it.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
@@ -67,6 +69,8 @@ def evaluate(
     if model is not None:
         models["model"] = model.to(device).eval()
         facts = model_facts(model, device) | {"trained_pairs": count_trained(trained)}
+    if whole is not None:
+        models["whole"] = whole.to(device).eval()
 
     images, pictures = [], []
     for image, outputs in measured(pairs, models, METRICS, size=size, resize=resize, device=device, precision=precision):
@@ -81,7 +85,7 @@ def evaluate(
     results["settings"]["checkpoint"] = None if checkpoint is None else str(checkpoint)
     results |= {
         "model": facts and facts | summarise_costs(images),
-        "summary": summarise([image["figures"] for image in images]),
+        "summary": summarise([image["figures"] for image in images], (*BASELINES, *models.keys() - {"model"})),
         "images": images,
     }
     write_json(out_dir / "results.json", results)
@@ -230,7 +234,7 @@ def model_facts(model: nn.Module, device: torch.device) -> dict[str, Any]:
     return {
         "name": getattr(getattr(model, "config", None), "name", type(model).__name__),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "macs_per_megapixel": count_macs(model, device) * MEGAPIXEL,
+        "macs_per_megapixel": count_macs(model, device, 64 * getattr(model, "reduction", 1)) * MEGAPIXEL,
     }
 
 

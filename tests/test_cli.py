@@ -474,6 +474,18 @@ def test_several_checkpoints_and_views_work_together(photos, checkpoint, capsys)
     assert run("enhance", photos / "0_src.png", *together, "--out", photos / "enhanced") == 0
     assert (photos / "enhanced" / "0_src.png").is_file()
     capsys.readouterr()
+    fast = ("eval", "--checkpoint", checkpoint, "--fast", "--pairs", photos / "pairs.jsonl", "--out", photos / "fast")
+    assert run(*fast) == 0
+    results, said = json.loads((photos / "fast" / "results.json").read_text()), capsys.readouterr().out
+    assert results["model"]["name"] == "restormer_nano, at a third"
+    figures = results["images"][0]["figures"]
+    assert results["summary"]["whole"].keys() == figures["whole"].keys() and "the same, whole" in said
+    assert "model − the same, whole" in said and "model_minus_whole" in results["summary"]
+    assert run("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "--fast", "--out", photos / "fast") == 0
+    assert "too small for fast: it was edited whole" in capsys.readouterr().err
+    assert "lite sees no more than a thumbnail" in refusal(
+        capsys, "enhance", photos / "0_src.png", "--fast", "--out", photos / "x"
+    )
     souped = (*together, "--average", "weights", "--pairs", photos / "pairs.jsonl", "--out", photos / "souped")
     assert "checkpoints of one run" in refusal(capsys, "eval", *souped)
 
@@ -494,7 +506,7 @@ def test_enhance_refuses(photos, checkpoint, capsys):
         assert "photos and --out FOLDER, or - alone" in refusal(capsys, "enhance", *arguments)
     both = ("--auto-tone", "--checkpoint", checkpoint)
     said = refusal(capsys, "enhance", photos / "0_src.png", *out, *both)
-    assert "expected --auto-tone, or a model with --checkpoint, --flips and --sharpen" in said
+    assert "expected --auto-tone, or a model with --checkpoint, --flips, --fast and --sharpen" in said
     assert "does not exist" in refusal(capsys, "enhance", photos / "nowhere.png", "--auto-tone", *out)
     assert "expected photos" in refusal(capsys, "enhance", "--auto-tone", *out)
     with_limit = ("--checkpoint", checkpoint, "--max-memory", "much")

@@ -455,6 +455,66 @@ def test_each_view_of_a_photo_goes_in_strips_where_it_must(tmp_path, monkeypatch
         Enhancer(combine([create_model("lite")], flips=2), max_memory=limit)
 
 
+class Plain(nn.Module):
+    """Another model, of which an Enhancer knows nothing: it gets the whole photo in floating point."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.5}, {"depth": 16}, {"precision": "bfloat16"}], ids=str)
+def test_an_edit_is_carried_up_by_rows_as_to_the_whole_photo(tmp_path, monkeypatch, settings):
+    """Of whatever depth and colour space, and however little memory the network has."""
+    deep = np.random.default_rng(0).integers(0, 65536, (130, 75, 3), np.uint16)
+    write_photo(tmp_path / "deep.png", Photo(deep, "PNG", 16))
+    write_photo(tmp_path / "p3.jpg", Photo((deep >> 8).astype(np.uint8), "PNG", icc_profile=p3_profile()))
+    write_photo(tmp_path / "float.tif", Photo(to_float(deep), "TIFF", 32, options={"float": "f4"}))
+    torch.manual_seed(0)
+    model = combine([create_model("restormer_nano", dim=8)], fast=True)
+    by_rows, whole, made = Enhancer(model, **settings), Enhancer(Plain(model), **settings), []
+    limited = Enhancer(model, max_memory=resident_bytes() + 10**9, **settings)
+    monkeypatch.setattr(enhancer, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
+    for photo in sorted(tmp_path.iterdir()):
+        files = [by_rows.file(photo), whole.file(photo)]
+        with monkeypatch.context() as without:
+            without.setattr(Enhancer, "_fits", lambda *arguments: False)
+            files.append(limited.file(photo))
+        pixels = []
+        for name, (file, notes, reason) in zip("abc", files, strict=True):
+            assert not reason and notes == files[0][1]
+            (tmp_path.parent / name).write_bytes(file)
+            pixels.append(read_photo(tmp_path.parent / name, as_stored=True).pixels)
+        unit = 1e-5 if pixels[0].dtype.kind == "f" else 1
+        for others in pixels[1:]:
+            assert others.dtype == pixels[0].dtype
+            assert np.abs(pixels[0].astype(float) - others).max() <= unit < np.ptp(pixels[0].astype(float)), photo
+    assert made == [(1, 3, 44, 25)] * 3
+
+
+def test_a_small_photo_is_edited_whole_and_fast_is_another_edit(tmp_path):
+    save(tmp_path / "in/small.png", 63, 90)
+    save(tmp_path / "in/large.png", 64, 90)
+    torch.manual_seed(0)
+    model = create_model("restormer_nano", dim=8)
+    first = run([tmp_path / "in"], tmp_path / "out", model)
+    exact = [read_samples(tmp_path / "out" / name) for name in ("small.png", "large.png")]
+    assert len(first.written) == 2 and not first.notes
+    again = run([tmp_path / "in"], tmp_path / "out", combine([model], fast=True))
+    assert len(again.written) == 2  # not done before
+    assert [(path.name, note) for path, note in again.notes if "fast" in note] == [
+        ("small.png", "with a side of less than 64 pixels it is too small for fast: it was edited whole")
+    ]
+    small, large = (read_samples(tmp_path / "out" / name) for name in ("small.png", "large.png"))
+    np.testing.assert_array_equal(small, exact[0])
+    assert (large != exact[1]).any()
+    with pytest.raises(UserError, match="save_edit is for a model that predicts an edit, as lite does, got Reduced"):
+        Enhancer(combine([model], fast=True), save_edit=True)
+
+
 @pytest.mark.parametrize("kind", ["restormer_nano", "lite", "auto-tone"])
 @pytest.mark.parametrize(
     "settings", [{}, {"strength": 0.5}, {"depth": 16}, {"depth": 8}, {"format": "tiff"}, {"format": "webp"}], ids=str
@@ -526,9 +586,10 @@ HELD = """
 import sys
 from autohdr.enhance import Enhancer
 from autohdr.measure import measure, resident_bytes
-from autohdr.models import create_model
+from autohdr.models import combine, create_model
 model = create_model("restormer_nano", dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=0)
-once, *photos = sys.argv[2:]
+model = combine([model], fast=sys.argv[2] == "fast")
+once, *photos = sys.argv[3:]
 for photo in (once, *photos):  # the first has what is there once: threads, scratch memory, tables
     worker = Enhancer(model, max_memory=resident_bytes() + int(sys.argv[1]))
     with measure() as measured:
@@ -542,7 +603,8 @@ for photo in (once, *photos):  # the first has what is there once: threads, scra
 
 @pytest.mark.skipif(not measuring._reset_high_water_mark(), reason="/proc/self/clear_refs cannot be written here")
 @pytest.mark.skipif(backends("mdta")["cpu"] != "available", reason="no compiled kernels")
-def test_a_photo_in_strips_has_no_floating_point_copy(tmp_path):
+@pytest.mark.parametrize("fast", ["whole", "fast"])
+def test_a_photo_in_strips_has_no_floating_point_copy(tmp_path, fast):
     """From reading to encoding: 0.6 megapixels in 75 MB, 67 of which are tiling.FIXED_BYTES; a copy would take 7."""
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
@@ -550,7 +612,7 @@ def test_a_photo_in_strips_has_no_floating_point_copy(tmp_path):
     smooth(tmp_path / "turned.jpg", 600, 1000, exif=turned)
     smooth(tmp_path / "p3.jpg", 1000, 600, icc_profile=p3_profile())
     photos = [str(tmp_path / f"{name}.jpg") for name in ("once", "turned", "p3")]
-    done = subprocess.run([sys.executable, "-c", HELD, str(75 * 10**6), *photos], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HELD, str(75 * 10**6), fast, *photos], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(left := done.stdout.split()) == 2 and all(int(size) >= 0 for size in left), left
 
@@ -567,15 +629,16 @@ sys.exit(status)
 
 @pytest.mark.drill
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux does")
+@pytest.mark.parametrize("fast", [(), ("--fast",)], ids=["whole", "fast"])
 @pytest.mark.parametrize(("width", "height", "orientation"), [(8192, 5464, 1), (8192, 5464, 6), (20000, 2000, 1)], ids=str)
-def test_large_photos_in_one_gigabyte(tmp_path, width, height, orientation):
+def test_large_photos_in_one_gigabyte(tmp_path, width, height, orientation, fast):
     """The whole process, from its start to the written file."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     smooth(tmp_path / "a.jpg", width, height, exif=exif)
     torch.manual_seed(0)
     save_weights(tmp_path / "nano.safetensors", create_model("restormer_nano"), {})
-    options = ["--checkpoint", tmp_path / "nano.safetensors", "--max-memory", "1GB", "--device", "cpu"]
+    options = ["--checkpoint", tmp_path / "nano.safetensors", "--max-memory", "1GB", "--device", "cpu", *fast]
     command = [sys.executable, "-c", LIMITED, "enhance", tmp_path / "a.jpg", "--out", tmp_path / "out", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

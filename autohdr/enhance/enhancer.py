@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +36,7 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.measure import format_bytes, free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models import load_checkpoint
-from autohdr.models.combined import Combined
+from autohdr.models.combined import LEAST, Combined, Reduced
 from autohdr.models.lite import Edit, Lite, Prediction, neutral, shared
 from autohdr.models.network import Network
 from autohdr.models.tiling import Rows, in_strips, most_bytes, rows_in_strips, works_in_strips
@@ -134,8 +135,9 @@ class Enhancer:
         self._plans: dict[tuple[int, int], int] = {}
         # Not for 16 bits: an edit of 8 bits has no more.
         self.as_stored = depth != 16 and (model is None or bool(getattr(model, "takes_samples", False)))
-        # On a CPU a photo has no floating-point copy before it is known to fit whole, and none at all for an edit by pixels.
-        self.by_rows = self.device.type == "cpu" and (model is None or isinstance(model, Lite) or works_in_strips(model))
+        # On a CPU a photo has no floating-point copy before it is known to fit whole, and none for an edit that is made by rows.
+        edits_rows = model is None or isinstance(model, Lite | Reduced)
+        self.by_rows = self.device.type == "cpu" and (edits_rows or works_in_strips(self.model))
 
     def must_predict_edits(self, option: str) -> None:
         """UserError where the model does not, for an option that needs it."""
@@ -165,6 +167,9 @@ class Enhancer:
         if works_in_strips(self.model):
             with self._inference():
                 self._within_memory(self.model, work)
+        elif isinstance(self.model, Reduced):
+            with self._inference():
+                self._carried_up(self.model, work)
         elif self.by_rows and not (self.as_stored and work.space is None):
             self._edit_rows(work)
         else:
@@ -292,9 +297,16 @@ class Enhancer:
         rows_in_strips(model, rows, limit)
         rows.finish(work)
 
-    def _part(self, model: Network, view: Tensor) -> Tensor:
-        """One network of several, or one view of a photo: whole where that fits, else in strips."""
-        limit = self._limit()
+    def _carried_up(self, model: Reduced, work: Work) -> None:
+        rows = _Rows(work, self)
+        if not model.reduces(rows):
+            work.photo.notes.append(f"with a side of less than {LEAST} pixels it is too small for fast: it was edited whole")
+        model.over_rows(rows, partial(self._part, others=rows.result_bytes))
+        rows.finish(work)
+
+    def _part(self, model: Network, view: Tensor, others: int = 0) -> Tensor:
+        """One network of several, or one view of a photo: whole where that fits, else in strips. others: bytes left to them."""
+        limit = self._limit() - others
         if not works_in_strips(model) or self._fits(model, view, 2, limit):  # its result, and the sum of all
             return model(view)
         return in_strips(model, view, limit)
@@ -350,10 +362,12 @@ class _Rows:
     def write(self, first: int, rows: Tensor) -> None:
         self.put(first, self.seen(self.pixels[first : first + rows.shape[2]]), rows)
 
+    @torch.autocast("cpu", enabled=False)  # colours are converted in float32
     def seen(self, own: np.ndarray) -> np.ndarray:
         """These pixels of the photo in sRGB, not cut off."""
         return self.space.to_srgb(own) if self.space else to_float(own)
 
+    @torch.autocast("cpu", enabled=False)
     def put(self, first: int, seen: np.ndarray, rows: Tensor) -> None:
         """write, of rows that were seen so."""
         after = rows[0].permute(1, 2, 0).float().cpu().numpy()

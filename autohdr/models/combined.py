@@ -1,4 +1,5 @@
-"""More from the same weights: networks made of networks. Each costs as many passes as it has members or flips."""
+"""Networks made of networks: more from the same weights, for as many passes as there are members or flips; or nearly as much, for
+a fraction of one."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 
 from autohdr.autotone import luma
 from autohdr.errors import UserError
+from autohdr.models import guided
+from autohdr.models.lite import Lite
 from autohdr.models.network import Network, NetworkConfig
+from autohdr.models.tiling import Rows, TensorRows
 
 VIEWS = (2, 4, 8)
 """Of a photo: it and its mirror image, these two upside down, these four transposed."""
 BLUR = 1.0  # standard deviation of the unsharp mask's blur, in pixels: of the finest detail
+LEAST = 64  # pixels a side, below which a reduced image has too little left in it
 GRAIN = 0.01  # a detail of less luma than this is taken for noise, and not made stronger
 
 Pass = Callable[[Network, Tensor], Tensor]
@@ -30,6 +35,7 @@ class Combined(Network):
     def __init__(self, name: str, networks: Sequence[Network]):
         super().__init__(NetworkConfig(name))
         self.networks: Sequence[Network] = nn.ModuleList(networks)  # pyright: ignore[reportAttributeAccessIssue]
+        self.reduction = max(network.reduction for network in networks)
         said = [network.metadata for network in networks]
         if all("trained_on" in one for one in said):
             self.metadata = {"trained_on": sorted({photo for one in said for photo in one["trained_on"]})}
@@ -85,6 +91,51 @@ class SelfEnsemble(Combined):
         return (view.transpose(-1, -2) if i & 4 else view).flip(_flipped(i))
 
 
+class Reduced(Combined):
+    """A network that sees the image at a third of its height and width; its edit is carried up to the whole: guided.carry_up.
+
+    Of an image with a side of less than LEAST pixels it sees all. UserError for a network that looks at a thumbnail anyway.
+    """
+
+    def __init__(self, network: Network):
+        super().__init__(f"{network.config.name}, at a third", [network])
+        if any(isinstance(part, Lite) for part in self.parts()):
+            raise UserError("fast: lite sees no more than a thumbnail as it is; expected another model")
+        self.reduction = guided.FACTOR
+
+    def over(self, image: Tensor, run: Pass) -> Tensor:
+        result = torch.empty_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+        for single, its_result in zip(image.split(1), result.split(1), strict=True):
+            self.over_rows(TensorRows(single, its_result), run)
+        return result
+
+    def over_rows(self, image: Rows, run: Pass) -> None:
+        """over() for Rows, which take the result: nothing of their size is made."""
+        height, width = image.shape[2:]
+        if not self.reduces(image):
+            image.write(0, _over(self.networks[0], image.read(0, height), run))
+            return
+        cells = -(-height // guided.FACTOR), -(-width // guided.FACTOR)
+        small = torch.empty((1, 3, *cells), dtype=image.dtype, device=image.device, memory_format=torch.channels_last)
+        strips = [
+            (first, slice(first * guided.FACTOR, min((first + guided.ROWS) * guided.FACTOR, height)))
+            for first in range(0, cells[0], guided.ROWS)
+        ]
+        for first, rows in strips:
+            small[:, :, first : first + guided.ROWS] = guided.reduced(image.read(rows.start, rows.stop))
+        edited = _over(self.networks[0], small, run)
+        with torch.autocast(image.device.type, enabled=False):
+            small = small.to(edited.dtype)
+            for first, rows in strips:
+                pixels = image.read(rows.start, rows.stop).to(edited.dtype)
+                image.write(rows.start, guided.carry_up(pixels, first, small, edited))
+
+    @staticmethod
+    def reduces(image: Tensor | Rows) -> bool:
+        """Whether the network sees less than all of it."""
+        return min(image.shape[2:]) >= LEAST
+
+
 class Sharpened(Combined):
     """A network's result with more local contrast: an unsharp mask of the luma, which leaves grain and the colours alone.
 
@@ -112,10 +163,13 @@ def sharpen(image: Tensor, amount: float) -> Tensor:
     return image + amount * F.softshrink(bright - blurred, GRAIN)
 
 
-def combine(networks: Sequence[Network], *, average: str = "outputs", flips: int = 1, sharpen: float = 0.0) -> Network:
+def combine(
+    networks: Sequence[Network], *, average: str = "outputs", flips: int = 1, fast: bool = False, sharpen: float = 0.0
+) -> Network:
     """One network of several, as the command line asks for it: 0 and 1 are none, and one network with none is itself.
 
-    average: of several networks, outputs (Ensemble) or weights (soup). flips: SelfEnsemble's views. sharpen: Sharpened's amount.
+    average: of several networks, outputs (Ensemble) or weights (soup). flips: SelfEnsemble's views. fast: Reduced, of all these.
+    sharpen: Sharpened's amount, at full size.
     UserError as these raise it.
     """
     if average not in ("outputs", "weights"):
@@ -125,6 +179,8 @@ def combine(networks: Sequence[Network], *, average: str = "outputs", flips: int
         network = soup(networks) if average == "weights" else Ensemble(networks)
     if flips != 1:
         network = SelfEnsemble(network, flips)
+    if fast:
+        network = Reduced(network)
     return Sharpened(network, sharpen) if sharpen else network
 
 

@@ -110,6 +110,8 @@ class Network(nn.Module):
     """Whether it also takes a photo's own samples, uint8 or uint16, and gives the same."""
     derived: ClassVar[frozenset[str]] = frozenset()
     """Last parts of the names of tensors that the family's files may hold and a network computes itself."""
+    reduction: int = 1
+    """How many times smaller, in height and width, than the image is what its layers see."""
     multiple: int = 1
     """What the sides of the image are padded to a multiple of."""
 

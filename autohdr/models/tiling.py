@@ -244,7 +244,7 @@ def run(model: Network, image: Tensor, plan: Plan) -> Tensor:
     """model(image) as planned. Strips that run out of memory are made smaller, down to two rows. Without gradients."""
     result = torch.empty_like(image)
     for single, its_result in zip(image.split(1), result.split(1), strict=True):
-        run_rows(model, _OfTensor(single, its_result), plan)
+        run_rows(model, TensorRows(single, its_result), plan)
     return result
 
 
@@ -263,7 +263,7 @@ def _bytes(image: Tensor) -> int:
     return image.numel() * image.element_size()
 
 
-class _OfTensor:
+class TensorRows:
     """Rows of a tensor, the result's into another one."""
 
     def __init__(self, image: Tensor, result: Tensor):

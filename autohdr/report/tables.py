@@ -10,7 +10,13 @@ from typing import Any
 
 COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
 """Each metric's title and the digits that it is given after the point."""
-LABELS = {"source": "unedited", "gain_and_gamma": "gain and gamma", "auto_tone": "auto-tone", "target": "target"}
+LABELS = {
+    "source": "unedited",
+    "gain_and_gamma": "gain and gamma",
+    "auto_tone": "auto-tone",
+    "whole": "the same, whole",
+    "target": "target",
+}
 """What the reader calls what every evaluation has."""
 MINUS = "model_minus_"
 """A summary's key that begins so holds the differences between the model and another method, image by image."""

@@ -24,9 +24,10 @@ _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb
 _FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
 _OF_PROCESSES = {"batch_size", "accumulate"}
 _FREE_TO_CHANGE |= {"tensorboard", "parallel", "rank_timeout", *_OF_PROCESSES}
-_FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
+_FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "teacher", "vgg_weights"}
 """Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
-step takes, batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
+step takes, batch_size x accumulate x processes, may not change, nor may the pairs and the teacher, wherever they lie: check_state
+and check_teacher."""
 
 
 def check_config(config: TrainConfig, resume: Resume = False) -> None:
@@ -42,7 +43,7 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
-    for name in ("lr", "noise_scale"):
+    for name in ("lr", "noise_scale", "teacher_weight"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{name}: expected a positive number, got {getattr(config, name)}")
     if config.seed >= 2**64:
@@ -66,11 +67,13 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
-    for name in ("out", "train_pairs", "val_pairs", "init_weights", "branch"):
+    if config.teacher and config.objective == "bridge":
+        raise UserError("teacher: expected objective = direct: a bridge learns no photos that another model could make")
+    for name in ("out", "train_pairs", "val_pairs", "init_weights", "teacher", "branch"):
         file = getattr(config, name)
         if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes
             raise UserError(f"{name}: expected a path in UTF-8, as config.toml is; got {str(file)!r}")
-        needed = name in ("train_pairs", "val_pairs") or name == "init_weights" and not (resume or config.branch)
+        needed = name in ("train_pairs", "val_pairs", "teacher") or name == "init_weights" and not (resume or config.branch)
         if needed and file is not None and not file.is_file():
             raise UserError(f"{name}: no such file: {file}; give one with --{name.replace('_', '-')} PATH")
     if config.branch and not resume and not (config.branch / STATE).is_file():
@@ -180,6 +183,14 @@ def identity(
         key: [[pair.src.name, pair.tar.name, digests[pair.src], digests[pair.tar]] for pair in pairs]
         for key, pairs in lists.items()
     }
+
+
+def check_teacher(state: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> None:
+    """Raise UserError unless the state's run has the same teacher as `now`, by Teacher.record, wherever its file lies."""
+    records = [of.get("teacher") for of in (state, now)]
+    if records[0] != records[1]:
+        was, got = (f"{record['name']} with SHA-256 {record['sha256'][:12]}…" if record else "none" for record in records)
+        raise UserError(f"--resume: teacher: the run in {config.out} has {was}, got {got}, {config.teacher}")
 
 
 def check_state(

@@ -57,6 +57,12 @@ class TrainConfig:
     vgg_weights: Path | None = None
     """torchvision's VGG19 weights, for the loss vgg; none: those in torch.hub's cache. They are never downloaded."""
 
+    teacher: Path | None = None
+    """Distillation: the weights of a larger model, as `load_checkpoint` reads them. Beside the targets this run's model learns
+    what that one makes of the same sources."""
+    teacher_weight: float = 0.5
+    """What the losses count that are taken against the teacher's outputs, where those against the targets count 1."""
+
     train_pairs: Path | None = None
     """JSONL file of the pairs to train on. Required."""
     val_pairs: Path | None = None

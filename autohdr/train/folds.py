@@ -98,7 +98,8 @@ def _divide(config: TrainConfig, folds: int, pairs: Sequence[Pair], parts: Path)
     Lists that are there already are written anew where the photos lie now. Raises UserError where they are of other pairs.
     """
     assert config.train_pairs
-    _refuse_seen(config.init_weights, pairs)
+    for name in ("init_weights", "teacher"):
+        _refuse_seen(name, getattr(config, name), pairs)
     found, new = audit([config.train_pairs]), parts.with_name(f".{parts.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     write_splits(found.pairs, new, folds, config.seed, test=0, same=found.same)
@@ -178,12 +179,12 @@ def _moved(parts: Path, folds: int, pairs: Sequence[Pair]) -> bool:
     return sorted(_photos(pair) for file in lists for pair in read_pairs(file)) != sorted(map(_photos, pairs))
 
 
-def _refuse_seen(weights: Path | None, pairs: Sequence[Pair]) -> None:
-    """Raise UserError where the weights to start from were trained on one of the pairs: no fold would hold it out."""
+def _refuse_seen(name: str, weights: Path | None, pairs: Sequence[Pair]) -> None:
+    """Raise UserError where weights were trained on one of the pairs: no fold would hold it out. name: their setting."""
     seen = set(read_metadata(weights).get("trained_on", ())) if weights else set()
     for photo, digest in photo_digests(pairs).items() if seen else ():
         if digest in seen:
-            raise UserError(f"init_weights: {weights} was trained on {photo}, which a fold is to hold out")
+            raise UserError(f"{name}: {weights} was trained on {photo}, which a fold is to hold out")
 
 
 def _figures(baseline: Path, pairs: Sequence[Pair], config: TrainConfig) -> dict[tuple[str, str], dict[str, float]]:

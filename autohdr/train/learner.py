@@ -22,6 +22,7 @@ from autohdr.train.ema import Average
 from autohdr.train.guards import Guard
 from autohdr.train.objective import Objective, parameter_groups
 from autohdr.train.selection import freeze
+from autohdr.train.teacher import Teacher
 
 _WHOLE = StateDictOptions(full_state_dict=True)
 """States hold whole tensors by the model's own names, however the processes share them out."""
@@ -33,15 +34,16 @@ class Learner:
     model: the network. network: the same weights, as a step calls them: wrapped for several processes.
     precision: the dtype of autocast; float32: no autocast.
     trained_on: digests of the photos that the weights were trained on before this run.
-    adversary: of the loss adversarial; None without that.
+    adversary: of the loss adversarial; None without that. teacher: of config.teacher; None without that.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
         """fresh: load config.init_weights, if any. Raises UserError for a model, an objective or weights that do not fit."""
         device = ranks.device
+        self.teacher = Teacher(config.teacher, device) if config.teacher else None  # before the seed: it draws weights, too
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
-        self.trained_on: set[str] = set()
+        self.trained_on: set[str] = set(self.teacher.trained_on if self.teacher else ())
         if config.init_weights and fresh:
             self.trained_on |= set(load_weights(self.model, config.init_weights).metadata.get("trained_on", []))
         sharded = config.parallel == "fsdp" and ranks.count > 1  # FSDP2 takes contiguous weights alone

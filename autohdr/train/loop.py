@@ -14,7 +14,7 @@ from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
 from autohdr.train.branch import first_state, read_parent
 from autohdr.train.checkpoint import measured_weights, restore_rng, rng_state
-from autohdr.train.checks import check_state, identity
+from autohdr.train.checks import check_state, check_teacher, identity
 from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.folder import RunFolder
 from autohdr.train.guards import Fault, Return, TrainingError
@@ -79,7 +79,8 @@ class Loop:
         pairs, others = run.batches.dataset.pairs, run.validation.dataset.pairs
         self._replaced = Replaced(pairs)
         digests = self._ranks.first(photo_digests, [*pairs, *others])
-        self._identity = identity(pairs, others, digests, run.schedule.step_pairs)
+        self._teacher = {"teacher": run.learner.teacher.record} if run.learner.teacher else {}
+        self._identity = identity(pairs, others, digests, run.schedule.step_pairs) | self._teacher
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
         self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
@@ -106,6 +107,7 @@ class Loop:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
         state, trained_on = self._folder.read()
         self._ranks.first(check_state, state, self._identity, self._config, self._ranks.count)
+        self._ranks.first(check_teacher, state, self._identity, self._config)
         self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
         self._take(state)
         self._folder.go_on(self._progress.step)
@@ -328,7 +330,7 @@ class Loop:
             self._trained_on.update(self._replaced.digests())
         metadata = {"run": progress.run_id, "step": progress.step, "epoch": progress.epoch}
         metadata["metrics"] = progress.history[-1] if progress.history else {}
-        return metadata | self._learner.objective.metadata() | {"trained_on": sorted(self._trained_on)}
+        return metadata | self._learner.objective.metadata() | self._teacher | {"trained_on": sorted(self._trained_on)}
 
     def _heed(self, signalled: Callable[[], int]) -> None:
         """Let all processes know whether one of them has received a signal, and whether the first one wants a save."""

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autohdr.errors import UserError
-from autohdr.models import combine, create_model
-from autohdr.models.combined import Ensemble, SelfEnsemble, Sharpened, sharpen, soup
+from autohdr.models import combine, create_model, guided
+from autohdr.models.combined import LEAST, Ensemble, Reduced, SelfEnsemble, Sharpened, sharpen, soup
 from autohdr.models.network import Network, NetworkConfig
 
 
@@ -54,6 +55,43 @@ def test_of_a_network_that_treats_all_views_alike_nothing_changes(image):
     torch.testing.assert_close(SelfEnsemble(Brighter(0), 8)(image), image.sqrt())
 
 
+def test_a_reduced_network_sees_a_third_and_small_images_whole():
+    seen = []
+
+    class Brighter(Corner):
+        def forward(self, image):
+            seen.append(tuple(image.shape))
+            return image * 1.5
+
+    network = Reduced(Brighter(0))
+    blurred = torch.rand(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
+    photo = F.interpolate(blurred, (70, 100), mode="bicubic")
+    torch.testing.assert_close(network(photo), photo * 1.5, atol=0.01, rtol=0)
+    assert seen == [(1, 3, 24, 34)] * 2
+    seen.clear()
+    small = photo[:1, :, : LEAST - 1]
+    torch.testing.assert_close(network(small), small * 1.5)
+    assert seen == [(1, 3, 63, 100)]
+    assert network.config.name == "corner 0, at a third" and network.reduction == guided.FACTOR
+
+
+def test_a_model_of_thumbnails_is_not_reduced():
+    with pytest.raises(UserError, match="fast: lite sees no more than a thumbnail"):
+        combine([Corner(1), create_model("lite")], flips=2, fast=True)
+
+
+def test_what_is_carried_up_is_float32_under_autocast():
+    network = combine([nano(0)], fast=True)
+    photo = torch.rand(1, 3, 66, 66, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = network(photo)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(photo)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, atol=0.02, rtol=0)
+    assert (half.bfloat16().float() != half).any()
+
+
 def test_sharpening_adds_detail_of_the_luma_alone():
     edge = torch.full((1, 3, 9, 32), 0.3)
     edge[..., 16:] = 0.6
@@ -67,8 +105,10 @@ def test_sharpening_adds_detail_of_the_luma_alone():
 
 
 def test_parts_are_combined_in_this_order(image):
+    reduced = combine([Corner(2)], flips=2, fast=True, sharpen=0.5)
+    assert reduced.config.name == "corner 2, 2 views, at a third, sharpened by 0.5" and reduced.reduction == guided.FACTOR
     network = combine([Corner(2), Corner(4)], flips=2, sharpen=0.5)
-    assert isinstance(network, Sharpened)
+    assert isinstance(network, Sharpened) and network.reduction == 1
     (mirrored,) = network.networks
     assert isinstance(mirrored, SelfEnsemble) and isinstance(mirrored.networks[0], Ensemble)
     assert network.config.name == "mean of corner 2, corner 4, 2 views, sharpened by 0.5"

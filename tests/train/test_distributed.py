@@ -126,6 +126,16 @@ def test_two_processes_train_one_discriminator(folder, two, parallel):
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_learn_from_one_teacher(folder, two, parallel):
+    settings = {"out": folder / f"{parallel} taught by one", "teacher": folder / parallel / "checkpoint_last.safetensors"}
+    alone = train(load_config(folder / "one.toml", settings))
+    check_same_run(folder / f"{parallel} taught", alone)
+    rows = [load_state(out / STATE)["history"][-1] for out in (folder / f"{parallel} taught", alone.out)]
+    assert rows[0]["train_teacher"] == pytest.approx(rows[1]["train_teacher"], rel=1e-4)
+    assert two[0][f"{parallel} taught"] == two[1][f"{parallel} taught"]
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
 def test_validation_counts_each_pair_once(folder, two, parallel):
     """The figures of three pairs in two processes are those of the saved weights, measured apart from the trainer."""
     out = folder / parallel

@@ -88,6 +88,7 @@ def main(config, out):
         tuned = {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}, "stages": STAGES, "epochs": 4}
         run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **tuned)
         run(f"{parallel} adversarial", parallel=parallel, losses=ADVERSARIAL)
+        run(f"{parallel} taught", parallel=parallel, teacher=Path(out) / parallel / "checkpoint_last.safetensors")
         with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
