@@ -144,6 +144,9 @@ class TrainConfig:
     epoch decodes."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes divide among them. ddp: the batches. fsdp (FSDP2): weights, gradients and optimiser too."""
+    sharded_states: bool = False
+    """With parallel = fsdp: each process writes and reads its own part of a training state, in the run folder's shards/, and none
+    holds all of it: for states that one machine's memory does not hold."""
     rank_timeout: float = 60
     """A step waits so many seconds for another process of the run; then the run ends."""
     seed: int = 0
