@@ -23,7 +23,7 @@ def read_parent(
     """The newest state in config.branch, and the digests of the photos that its weights were trained on. like: as of load_state.
 
     now: the pairs' identity(). Raises UserError where there is no state, or a damaged one, where no epoch is left, and where the
-    model or the pairs are others, or within an epoch the seed or how many pairs a step takes.
+    model or the pairs are others, or within an epoch the seed or how many pairs a step takes. Moments are AdamW's, for AdamW.
     """
     folder = config.branch
     assert folder
@@ -44,6 +44,8 @@ def read_parent(
     state = load_state(folder / STATE, like)
     if state["epoch_steps"]:
         check_same("seed")  # it orders the epoch that is begun
+    if {settings["optimizer"], config.optimizer} != {"adamw"}:
+        state["optimizer"] = {}
     if not state["epoch_steps"]:
         state["step_pairs"] = now["step_pairs"]  # the next epoch may be divided otherwise
     check_state(state, now, config, processes, "branch")

@@ -18,6 +18,7 @@ from autohdr.measure import check_workers
 from autohdr.train import lock
 from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config, saved_settings
 from autohdr.train.folder import STATE
+from autohdr.train.optimizers import PACKAGE
 from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
@@ -63,6 +64,11 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard: expected the package tensorboard, and it is not installed: pip install tensorboard")
+    if config.optimizer != "adamw":
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise UserError(f"optimizer: {config.optimizer} needs {PACKAGE}, and it is not installed: pip install {PACKAGE}")
+        if config.parallel == "fsdp":
+            raise UserError(f"optimizer: expected adamw with parallel = fsdp, got {config.optimizer!r}")
     if config.sharded_states and config.parallel != "fsdp":
         raise UserError("sharded_states: expected parallel = fsdp; under ddp each process has all of a state, and one writes it")
     for name in ("train_pairs", "val_pairs", "out"):

@@ -96,8 +96,11 @@ class TrainConfig:
     """Progressive training: [{epochs = 60, size = 128, batch_size = 8}, {epochs = 40, size = 256}], one by one; []: none.
     A stage has epochs, and any of size, resize, batch_size and accumulate; what it leaves out is the run's. The run's `epochs` is
     their sum. Every epoch is validated at the run's own size and resize, so that all can be compared."""
+    optimizer: Literal["adamw", "adan", "muon"] = "adamw"
+    """adan and muon need the package pytorch_optimizer. muon: Muon for matrices and for convolutions that mix channels, AdamW for
+    the rest, with steps of AdamW's size."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Way of the learning rate from `lr`, after the warm-up, towards `min_lr` at the last step; constant: it stays at `lr`."""
     min_lr: float = 0.0
@@ -110,7 +113,7 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns, such as ["encoder*"]: parameters whose name matches one stay as they are."""
     weight_decay: float = 0.02
-    """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
+    """The optimiser's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
     """A gradient that is longer than this (L2 norm over all weights) is scaled down to it; 0: no clipping."""
     ema: float = 0.0

@@ -22,6 +22,7 @@ from autohdr.train.distributed import Ranks, local
 from autohdr.train.ema import Average
 from autohdr.train.guards import Guard
 from autohdr.train.objective import Objective, parameter_groups
+from autohdr.train.optimizers import make_optimizer
 from autohdr.train.selection import freeze
 
 _WHOLE, _PARTS = StateDictOptions(full_state_dict=True), StateDictOptions()
@@ -58,7 +59,7 @@ class Learner:
         # Fused, a step of a small network takes a fifth of the time. Of FSDP2's shards it is not known how they lie in memory.
         self._fused = not sharded
         groups = parameter_groups(self.model, config.weight_decay, config.lr_groups)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self._fused)
+        self.optimizer = make_optimizer(config.optimizer, groups, config.lr, self._fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
         weight = config.losses.get("adversarial")  # at 0 it learns, and is in the logs
@@ -121,7 +122,10 @@ class Learner:
             self.average.take(state["ema"]["updates"])
         set_model_state_dict(self.model, state["model"], options=options)
         if state["optimizer"]:
+            own = [{key: group[key] for key in group.keys() - {"params", "step"}} for group in self.optimizer.param_groups]
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+            for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+                group |= settings  # "fused" may be another in the state, and tuples are lists
             self._lay_out_moments()
         if self.adversary and "adversary" in state:
             self.adversary.load_state_dict(state["adversary"])
@@ -131,11 +135,10 @@ class Learner:
 
     def _lay_out_moments(self) -> None:
         """As the weights lie in memory, which the fused optimiser takes for granted: another run's, or FSDP2's, lie otherwise."""
-        for group in self.optimizer.param_groups:
-            group["fused"] = self._fused  # not as the run did that wrote the state
         for weight, state in self.optimizer.state.items() if self._fused else ():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(weight).copy_(state[name])
+            for name, value in state.items():
+                if value.dim():
+                    state[name] = torch.empty_like(weight).copy_(value)
 
     def _own_weights(self, options: StateDictOptions) -> dict[str, Tensor]:
         return to_cpu(get_model_state_dict(self.model, options=options))
