@@ -24,7 +24,7 @@ from autohdr.train.schedule import stages
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
 _FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
 _OF_PROCESSES = {"batch_size", "accumulate"}
-_FREE_TO_CHANGE |= {"tensorboard", "parallel", "sharded_states", "rank_timeout", *_OF_PROCESSES}
+_FREE_TO_CHANGE |= {"tensorboard", "wandb", "parallel", "sharded_states", "rank_timeout", *_OF_PROCESSES}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "vgg_weights"}
 """Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
 step takes, batch_size x accumulate x processes, may not change, nor may the pairs, wherever they lie: check_state."""
@@ -62,8 +62,9 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
         raise UserError("zoom, mixup: expected resize squash or crop, as resize = fit makes sizes differ")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard: expected the package tensorboard, and it is not installed: pip install tensorboard")
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"{name}: expected the package {name}, and it is not installed: pip install {name}")
     if config.optimizer != "adamw":
         if importlib.util.find_spec(PACKAGE) is None:
             raise UserError(f"optimizer: {config.optimizer} needs {PACKAGE}, and it is not installed: pip install {PACKAGE}")

@@ -170,6 +170,9 @@ class TrainConfig:
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
     tensorboard: bool = False
     """Log to the run folder's tensorboard/ too; needs the package tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases too, project autohdr; needs the package wandb, whose own variables, such as WANDB_MODE=offline, say
+    where."""
 
 
 def recipes() -> list[str]:

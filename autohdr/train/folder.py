@@ -24,6 +24,7 @@ from autohdr.train import record
 from autohdr.train.checkpoint import Background, load_newest, previous, save_state
 from autohdr.train.config import TrainConfig, dump_config
 from autohdr.train.distributed import Ranks, writers
+from autohdr.train.trackers import Trackers
 
 CURVE_EVERY = 30
 """Seconds between two drawings of the curve, which take longer than some epochs."""
@@ -51,7 +52,7 @@ class RunFolder:
         self._lines: list[dict[str, Any]] = []
         self._failure: OSError | None = None
         self._saved_step = -1
-        self._tensorboard: Any = None
+        self._trackers: Trackers | None = None
 
     def begin(self) -> None:
         """Make the folder of a new run, and write what made it into config.toml. That comes first: --resume needs no more."""
@@ -100,12 +101,10 @@ class RunFolder:
         versions = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}"
         return f"{versions}, {platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
 
-    def open_tensorboard(self, step: int) -> None:
-        """Log to tensorboard/ too, if the configuration says so. What was logged there after `step` steps is dropped."""
-        if self._config.tensorboard and self._writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
+    def open_trackers(self, run_id: str, step: int) -> None:
+        """Log to those too that the configuration names. The run goes on after `step` steps."""
+        if self._writes:
+            self._trackers = Trackers(self._config, run_id, step)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl."""
@@ -114,8 +113,8 @@ class RunFolder:
             with self._noting_failures():
                 record.append_lines(self.out / "log.jsonl", self._lines)
                 self._lines.clear()
-            if self._tensorboard:
-                record.write_scalars(self._tensorboard, entry)
+            if self._trackers:
+                self._trackers.log(entry)
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl with the next one: it tells of a failure, and to write it now might be another."""
@@ -211,8 +210,8 @@ class RunFolder:
         """Wait for this process's own writing; for use after a failure too."""
         self._background.wait()
         self._pictures.wait()
-        if self._tensorboard:
-            self._tensorboard.close()
+        if self._trackers:
+            self._trackers.close()
 
     def remove_cache(self) -> None:
         """Give back the disk that decoded photos take."""

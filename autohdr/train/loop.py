@@ -142,7 +142,7 @@ class Loop:
         )
         with bar, deferred_signals("stopping after this step ...") as signalled:
             try:
-                folder.open_tensorboard(progress.step)
+                folder.open_trackers(progress.run_id, progress.step)
                 with self._run.batches.workers():
                     while not self._ended() and not self._may_stop():
                         if self._train_epoch(bar, signalled):
