@@ -1,9 +1,11 @@
 """A run that begins where another one stands, with other settings. Nothing of the other run's folder is changed."""
 
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from autohdr.errors import UserError
 from autohdr.models import read_metadata
@@ -15,11 +17,13 @@ from autohdr.train.learner import Learner
 from autohdr.train.progress import Progress
 
 
-def read_parent(config: TrainConfig, now: dict[str, Any], processes: int) -> tuple[dict[str, Any], list[str]]:
-    """The newest state in config.branch, and the digests of the photos that its weights were trained on.
+def read_parent(
+    config: TrainConfig, now: dict[str, Any], processes: int, like: Mapping[str, DTensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """The newest state in config.branch, and the digests of the photos that its weights were trained on. like: as of load_state.
 
     now: the pairs' identity(). Raises UserError where there is no state, or a damaged one, where no epoch is left, and where the
-    model or the pairs are others, or within an epoch the seed or how many pairs a step takes.
+    model or the pairs are others, or within an epoch the seed or how many pairs a step takes. Moments are AdamW's, for AdamW.
     """
     folder = config.branch
     assert folder
@@ -27,12 +31,21 @@ def read_parent(config: TrainConfig, now: dict[str, Any], processes: int) -> tup
         settings = saved_settings(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"branch: expected the folder of a run, got {folder}: {error}") from None
-    state, weights, wanted = load_state(folder / STATE), folder / LAST, tomllib.loads(dump_config(config))
+    weights, wanted = folder / LAST, tomllib.loads(dump_config(config))
     if not weights.is_file():
         raise UserError(f"branch: expected {weights}, which says what the run was trained on: no such file")
-    for key in ("model", "model_args", "seed")[: None if state["epoch_steps"] else 2]:  # the seed orders an epoch that is begun
-        if settings[key] != wanted[key]:
-            raise UserError(f"branch: {key}: the run in {folder} has {settings[key]!r}, got {wanted[key]!r}")
+
+    def check_same(*keys: str) -> None:
+        for key in keys:
+            if settings[key] != wanted[key]:
+                raise UserError(f"branch: {key}: the run in {folder} has {settings[key]!r}, got {wanted[key]!r}")
+
+    check_same("model", "model_args")  # first: another model's parameters are like no tensor of the state
+    state = load_state(folder / STATE, like)
+    if state["epoch_steps"]:
+        check_same("seed")  # it orders the epoch that is begun
+    if {settings["optimizer"], config.optimizer} != {"adamw"}:
+        state["optimizer"] = {}
     if not state["epoch_steps"]:
         state["step_pairs"] = now["step_pairs"]  # the next epoch may be divided otherwise
     check_state(state, now, config, processes, "branch")

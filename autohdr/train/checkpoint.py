@@ -2,33 +2,38 @@
 
 One file holds all of it, weights included, and takes its name by one atomic rename: a crash leaves the old state or the new one,
 never half of one. The file is what torch.save writes, and after it the 32 bytes of its SHA-256. Older states lie beside it.
+
+Where each process has a part of the tensors, all write theirs into a folder in shards/ first; then the file, which names it and
+has the digests of what is in it.
 """
 
 import hashlib
 import os
 import pickle
 import shutil
+import uuid
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from autohdr.errors import UserError
 from autohdr.files import replacing
+from autohdr.train import shards
+from autohdr.train.distributed import together
 from autohdr.train.progress import Progress
 
 _KEYS = {*Progress.keys(), "step_pairs", "train_pairs", "val_pairs", "rng", "model", "ema", "optimizer", "scaler", "guard"}
 """What a state holds: Progress's plain values, checks.identity's, rng_state() and Learner's."""
 
-
-def measured_weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of a state: the weights that validation measures, the average where there is one."""
-    return (state["ema"] or state)["model"]
+SHARDS = "shards"
+"""The folder, beside the states, of the folders that hold the tensors of those that are sharded."""
 
 
 def previous(path: Path, age: int = 1) -> Path:
@@ -36,11 +41,31 @@ def previous(path: Path, age: int = 1) -> Path:
     return path.with_name(f"{path.stem}.previous{age if age > 1 else ''}{path.suffix}")
 
 
-def save_state(path: Path, state: dict[str, Any], keep: int = 2) -> None:
+def save_state(path: Path, state: dict[str, Any], keep: int = 2, group: Any = None) -> None:
     """Write a run's state, tensors and plain values, to `path`; the keep - 1 states before it go to previous(path, 1) and so on.
 
     The file appears whole or not at all. A failure leaves the old state at `path`; a full disk raises OSError.
+
+    group: of the processes that call this together, each with its own parts of the tensors, on the CPU; the first writes the
+    file, and a full disk of one raises OSError in all. None: this process has all of the state.
     """
+    if group is None:
+        _replace(path, state, keep)
+        _clear_shards(path)
+        return
+    name, first = [uuid.uuid4().hex], dist.get_rank(group) == 0
+    dist.broadcast_object_list(name, group=group, group_src=0)
+    rest, sharded = shards.split(state)
+    try:
+        files = shards.write(path.parent / SHARDS / name[0], sharded, group)
+        rest["shards"] = {"folder": name[0], "files": files}
+        together(lambda: _replace(path, rest, keep) if first else None, group)
+    finally:
+        if first:
+            _clear_shards(path)
+
+
+def _replace(path: Path, state: dict[str, Any], keep: int) -> None:
     with replacing(path) as part:
         with open(part, "wb") as file:
             try:
@@ -61,8 +86,23 @@ def save_state(path: Path, state: dict[str, Any], keep: int = 2) -> None:
                     shutil.copyfile(path, older)
 
 
-def load_newest(path: Path) -> dict[str, Any]:
-    """load_state(path), or the newest older state that is whole; then a warning names each damaged file.
+def _clear_shards(path: Path) -> None:
+    """Remove the shards that no state's file at or beside `path` names: of states that are gone, or that were not finished."""
+    folder, used = path.parent / SHARDS, set()
+    for file in path.parent.glob(f"{path.stem}*") if folder.is_dir() else ():
+        try:
+            used.add(_read(file).get("shards", {}).get("folder"))
+        except UserError:
+            pass
+        except OSError:  # it may be whole
+            return
+    for unused in folder.glob("*"):
+        if unused.name not in used:
+            shutil.rmtree(unused, ignore_errors=True)
+
+
+def load_newest(path: Path, like: Mapping[str, DTensor] | None = None, check: bool = True) -> dict[str, Any]:
+    """load_state(path, like, check), or the newest older state that is whole; then a warning names each damaged file.
 
     A damaged file is renamed to NAME.damaged: the next save would else move it to where a good older state is. Raises UserError,
     and renames nothing, where no file is a training state.
@@ -71,7 +111,7 @@ def load_newest(path: Path) -> dict[str, Any]:
     damaged = []
     for file in [file for file in (path, *older) if file.is_file()] or [path]:
         try:
-            state = load_state(file)
+            state = load_state(file, like, check)
         except UserError as error:
             damaged.append((file, error))
             continue
@@ -82,8 +122,19 @@ def load_newest(path: Path) -> dict[str, Any]:
     raise damaged[0][1]
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what save_state wrote, onto the CPU; runs no code from it. Raises UserError if missing, damaged or foreign."""
+def load_state(path: Path, like: Mapping[str, DTensor] | None = None, check: bool = True) -> dict[str, Any]:
+    """Read what save_state wrote, onto the CPU; runs no code from it. Raises UserError if missing, damaged or foreign.
+
+    like: {name: parameter}, for a process that wants, where the state is sharded, its own parts alone: as the parameters', and
+    where they are. check: whether the shards' digests are compared too.
+    """
+    state = _read(path)
+    if part := state.pop("shards", None):
+        shards.merge(state, shards.read(path.parent / SHARDS / part["folder"], part["files"], like or {}, check))
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--resume: nothing to resume: no training state at {path}")
     size = path.stat().st_size - hashlib.sha256().digest_size
@@ -113,6 +164,8 @@ def _digest(path: Path, size: int) -> bytes:
 
 def to_cpu(tree: Any) -> Any:
     """A copy, on the CPU, of a tree of tensors and plain values; no step changes it. In page-locked memory if from a GPU."""
+    if isinstance(tree, DTensor):
+        return tree.detach().to("cpu", copy=True)
     if isinstance(tree, torch.Tensor):
         return torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda).copy_(tree)
     if isinstance(tree, dict):

@@ -18,12 +18,13 @@ from autohdr.measure import check_workers
 from autohdr.train import lock
 from autohdr.train.config import LOSSES, Resume, TrainConfig, check_stages, dump_config, saved_settings
 from autohdr.train.folder import STATE
+from autohdr.train.optimizers import PACKAGE
 from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
 _FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
 _OF_PROCESSES = {"batch_size", "accumulate"}
-_FREE_TO_CHANGE |= {"tensorboard", "parallel", "rank_timeout", *_OF_PROCESSES}
+_FREE_TO_CHANGE |= {"tensorboard", "wandb", "parallel", "sharded_states", "rank_timeout", *_OF_PROCESSES}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "teacher", "vgg_weights"}
 """Settings that may be others when a run is resumed: but for epochs they change its weights by rounding at most. How many pairs a
 step takes, batch_size x accumulate x processes, may not change, nor may the pairs and the teacher, wherever they lie: check_state
@@ -62,8 +63,16 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
         raise UserError("zoom, mixup: expected resize squash or crop, as resize = fit makes sizes differ")
     if config.resize == "fit" and config.batch_size > 1:
         raise UserError(f"batch_size: expected 1, as resize = fit makes sizes differ; got {config.batch_size}")
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard: expected the package tensorboard, and it is not installed: pip install tensorboard")
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"{name}: expected the package {name}, and it is not installed: pip install {name}")
+    if config.optimizer != "adamw":
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise UserError(f"optimizer: {config.optimizer} needs {PACKAGE}, and it is not installed: pip install {PACKAGE}")
+        if config.parallel == "fsdp":
+            raise UserError(f"optimizer: expected adamw with parallel = fsdp, got {config.optimizer!r}")
+    if config.sharded_states and config.parallel != "fsdp":
+        raise UserError("sharded_states: expected parallel = fsdp; under ddp each process has all of a state, and one writes it")
     for name in ("train_pairs", "val_pairs", "out"):
         if getattr(config, name) is None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")

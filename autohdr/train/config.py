@@ -102,8 +102,11 @@ class TrainConfig:
     """Progressive training: [{epochs = 60, size = 128, batch_size = 8}, {epochs = 40, size = 256}], one by one; []: none.
     A stage has epochs, and any of size, resize, batch_size and accumulate; what it leaves out is the run's. The run's `epochs` is
     their sum. Every epoch is validated at the run's own size and resize, so that all can be compared."""
+    optimizer: Literal["adamw", "adan", "muon"] = "adamw"
+    """adan and muon need the package pytorch_optimizer. muon: Muon for matrices and for convolutions that mix channels, AdamW for
+    the rest, with steps of AdamW's size."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Way of the learning rate from `lr`, after the warm-up, towards `min_lr` at the last step; constant: it stays at `lr`."""
     min_lr: float = 0.0
@@ -116,7 +119,7 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns, such as ["encoder*"]: parameters whose name matches one stay as they are."""
     weight_decay: float = 0.02
-    """AdamW's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
+    """The optimiser's decoupled weight decay, of matrices and convolutions alone: scales, shifts and time constants stay."""
     clip: float = 1.0
     """A gradient that is longer than this (L2 norm over all weights) is scaled down to it; 0: no clipping."""
     ema: float = 0.0
@@ -150,6 +153,9 @@ class TrainConfig:
     epoch decodes."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes divide among them. ddp: the batches. fsdp (FSDP2): weights, gradients and optimiser too."""
+    sharded_states: bool = False
+    """With parallel = fsdp: each process writes and reads its own part of a training state, in the run folder's shards/, and none
+    holds all of it: for states that one machine's memory does not hold."""
     rank_timeout: float = 60
     """A step waits so many seconds for another process of the run; then the run ends."""
     seed: int = 0
@@ -170,6 +176,9 @@ class TrainConfig:
     """Validation pairs shown in samples/epoch_NNN.jpg; 0: none."""
     tensorboard: bool = False
     """Log to the run folder's tensorboard/ too; needs the package tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases too, project autohdr; needs the package wandb, whose own variables, such as WANDB_MODE=offline, say
+    where."""
 
 
 def recipes() -> list[str]:

@@ -149,6 +149,27 @@ def _group(backend: str, timeout: float) -> Any:
     return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
 
 
+@cache
+def writers() -> Any:
+    """A group of all processes for their threads that write beside training: gloo, which waits for days. All call this at the
+    same point."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def together(job: Callable[[], T], group: Any) -> list[T]:
+    """What `job()` returned in each process of the group. Where it raised OSError in one, all raise it."""
+    try:
+        outcome = job()
+    except OSError as error:
+        outcome = error
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group)
+    for failure in outcomes:
+        if isinstance(failure, OSError):
+            raise failure
+    return outcomes
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, or any other tensor whole. It shares the memory, and has no gradient."""
     tensor = tensor.detach()

@@ -1,11 +1,11 @@
-"""The run folder: its configuration, logs, states and weights. The first process alone writes there."""
+"""The run folder: its configuration, logs, states and weights. The first process alone writes there, but for a state's shards."""
 
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import autohdr
 from autohdr.errors import UserError
@@ -20,9 +21,10 @@ from autohdr.files import leftovers, replacing
 from autohdr.models import read_metadata, save_weights
 from autohdr.models.network import Network
 from autohdr.train import record
-from autohdr.train.checkpoint import Background, load_newest, measured_weights, previous, save_state
+from autohdr.train.checkpoint import Background, load_newest, previous, save_state
 from autohdr.train.config import TrainConfig, dump_config
-from autohdr.train.distributed import Ranks
+from autohdr.train.distributed import Ranks, writers
+from autohdr.train.trackers import Trackers
 
 CURVE_EVERY = 30
 """Seconds between two drawings of the curve, which take longer than some epochs."""
@@ -31,7 +33,8 @@ STATE, LAST = "checkpoint_last.state.pt", "checkpoint_last.safetensors"
 
 
 class RunFolder:
-    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written.
+    """Writes a run's files. All processes call each method at the same point; the first one alone has what is to be written, and
+    the others their parts of a sharded state.
 
     What cannot be written, on a full disk for instance, is kept, and written with what comes next; failure() tells.
     """
@@ -41,6 +44,7 @@ class RunFolder:
         self.out = config.out
         self._config, self._ranks = config, ranks
         self._writes = ranks.rank == 0
+        self._group = writers() if config.sharded_states and ranks.count > 1 else None
         self._background, self._pictures = Background(), Background()
         self._undrawn: list[dict[str, Any]] = []
         self._draw_at = 0.0
@@ -48,7 +52,7 @@ class RunFolder:
         self._lines: list[dict[str, Any]] = []
         self._failure: OSError | None = None
         self._saved_step = -1
-        self._tensorboard: Any = None
+        self._trackers: Trackers | None = None
 
     def begin(self) -> None:
         """Make the folder of a new run, and write what made it into config.toml. That comes first: --resume needs no more."""
@@ -60,12 +64,13 @@ class RunFolder:
         self._write_config(self._made_by())
         (self.out / "samples").mkdir(exist_ok=True)
 
-    def read(self) -> tuple[dict[str, Any], list[str]]:
+    def read(self, like: Mapping[str, DTensor]) -> tuple[dict[str, Any], list[str]]:
         """The newest state, on all processes, and the digests of the photos that its weights were trained on.
 
-        Raises UserError as load_newest does, and for weights of another run.
+        like: as of load_state. Raises UserError as load_newest does, and for weights of another run.
         """
-        state = self._ranks.each(load_newest, self.out / STATE)  # the first sets damaged states aside
+        # The first sets damaged states aside: the others need not look for damage.
+        state = self._ranks.each(load_newest, self.out / STATE, like, self._writes)
         weights, trained_on = self.out / LAST, []
         # The weights are older than the state after a kill between the two, and newer where the newest state is damaged.
         if weights.exists():
@@ -96,12 +101,10 @@ class RunFolder:
         versions = f"autohdr {autohdr.__version__}, {_commit()}, torch {torch.__version__}, Python {platform.python_version()}"
         return f"{versions}, {platform.platform()}, {self._ranks.device}, processes: {self._ranks.count}"
 
-    def open_tensorboard(self, step: int) -> None:
-        """Log to tensorboard/ too, if the configuration says so. What was logged there after `step` steps is dropped."""
-        if self._config.tensorboard and self._writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
+    def open_trackers(self, run_id: str, step: int) -> None:
+        """Log to those too that the configuration names. The run goes on after `step` steps."""
+        if self._writes:
+            self._trackers = Trackers(self._config, run_id, step)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl."""
@@ -110,8 +113,8 @@ class RunFolder:
             with self._noting_failures():
                 record.append_lines(self.out / "log.jsonl", self._lines)
                 self._lines.clear()
-            if self._tensorboard:
-                record.write_scalars(self._tensorboard, entry)
+            if self._trackers:
+                self._trackers.log(entry)
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to log.jsonl with the next one: it tells of a failure, and to write it now might be another."""
@@ -138,7 +141,8 @@ class RunFolder:
 
     def save_best(self, model: Network, metadata: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write checkpoint_best in the background. weights: a copy, which no step changes."""
-        self._write("best", partial(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights))
+        job = partial(save_weights, self.out / "checkpoint_best.safetensors", model, metadata, weights)
+        self._write({"best": job} if self._writes else {})
 
     def set_aside(self) -> bool:
         """Take the newest state out of the way of the one before it; False where there is none before it."""
@@ -147,29 +151,30 @@ class RunFolder:
             os.replace(self.out / STATE, self.out / f"{STATE}.damaged")
         return found
 
-    def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write a state in the background, and then the weights in it: the average where there is one. state: a copy."""
+    def save_last(self, model: Network, metadata: dict[str, Any], state: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Write a state in the background, and then the weights that its validation measures. Both are copies."""
         # A state of the same step, from before validation, is replaced: the states kept are to be of different steps.
         keep = self._config.keep if self._saved_step != state["step"] else 1
         self._saved_step = state["step"]
 
         def write() -> None:
-            save_state(self.out / STATE, state, keep)
-            save_weights(self.out / LAST, model, metadata, measured_weights(state))
+            save_state(self.out / STATE, state, keep, self._group)
+            if self._writes:  # where they fail, they are tried again without the state, which all processes write
+                self._unwritten["weights"] = partial(save_weights, self.out / LAST, model, metadata, weights)
 
-        self._write("last", write)
+        self._write({"state": write} if self._writes or self._group else {})
 
-    def _write(self, what: str, job: Callable[[], None]) -> None:
-        if self._writes:
-            self._background.wait()
-            self._unwritten[what] = job
-            self._background(self._write_all)
+    def _write(self, jobs: dict[str, Callable[[], None]]) -> None:
+        self._background.wait()
+        self._unwritten |= jobs
+        self._background(self._write_all)
 
     def _write_all(self) -> None:
-        for what, job in list(self._unwritten.items()):
+        for what in ("state", "weights", "best"):
             with self._noting_failures():
-                job()
-                del self._unwritten[what]
+                if job := self._unwritten.get(what):
+                    job()
+                    del self._unwritten[what]
 
     @contextmanager
     def _noting_failures(self) -> Iterator[None]:
@@ -186,8 +191,7 @@ class RunFolder:
     def wait(self) -> None:
         """Wait until everything is written or has failed, all processes together: an exchange of gradients waits rank_timeout
         seconds only."""
-        if self._writes:
-            self._background.wait()
+        self._background.wait()
         self._ranks.gather(None)
 
     def finish(self) -> None:
@@ -206,8 +210,8 @@ class RunFolder:
         """Wait for this process's own writing; for use after a failure too."""
         self._background.wait()
         self._pictures.wait()
-        if self._tensorboard:
-            self._tensorboard.close()
+        if self._trackers:
+            self._trackers.close()
 
     def remove_cache(self) -> None:
         """Give back the disk that decoded photos take."""

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from autohdr.models import create_model, load_weights
 from autohdr.train.adversarial import Adversary
@@ -21,11 +22,12 @@ from autohdr.train.distributed import Ranks, local
 from autohdr.train.ema import Average
 from autohdr.train.guards import Guard
 from autohdr.train.objective import Objective, parameter_groups
+from autohdr.train.optimizers import make_optimizer
 from autohdr.train.selection import freeze
 from autohdr.train.teacher import Teacher
 
-_WHOLE = StateDictOptions(full_state_dict=True)
-"""States hold whole tensors by the model's own names, however the processes share them out."""
+_WHOLE, _PARTS = StateDictOptions(full_state_dict=True), StateDictOptions()
+"""States hold tensors by the model's own names: whole, however the processes share them out, or each process its own parts."""
 
 
 class Learner:
@@ -59,7 +61,7 @@ class Learner:
         # Fused, a step of a small network takes a fifth of the time. Of FSDP2's shards it is not known how they lie in memory.
         self._fused = not sharded
         groups = parameter_groups(self.model, config.weight_decay, config.lr_groups)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=self._fused)
+        self.optimizer = make_optimizer(config.optimizer, groups, config.lr, self._fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = Average(self.model, config.ema)
         weight = config.losses.get("adversarial")  # at 0 it learns, and is in the logs
@@ -68,6 +70,7 @@ class Learner:
         self._device = device
         # Several processes gather whole tensors in the CPU's memory. One leaves them to to_cpu, whose page-locked copy is faster.
         self._gathered = replace(_WHOLE, cpu_offload=ranks.count > 1)
+        self._saved = _PARTS if sharded and config.sharded_states else self._gathered
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -87,27 +90,44 @@ class Learner:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [group | {"params": [names[weight] for weight in group["params"]]} for group in self.optimizer.param_groups]
 
+    def shards(self) -> dict[str, DTensor]:
+        """{name: parameter} of those that the processes share out."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if isinstance(parameter, DTensor)}
+
     def state_dict(self) -> dict[str, Any]:
         """A copy, on the CPU, of model, ema, optimizer, scaler, guard and, where there is one, adversary. Only the first process
-        has all of the tensors."""
+        has all of the tensors; but where states are sharded, each has its own parts."""
         state = {"adversary": self.adversary.state_dict()} if self.adversary else {}
         state |= {"scaler": self.scaler.state_dict(), "guard": self.guard.state_dict(), "optimizer": {}}
         if self.optimizer.state:  # before the first step there is no state, and torch would make a step to have one
-            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._gathered)
-        state = to_cpu(state) | {"model": self._own_weights(), "ema": {}}
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=self._saved)
+        state = to_cpu(state) | {"model": self._own_weights(self._saved), "ema": {}}
         if self.average.decay:
             with self.average.applied():
-                state["ema"] = {"updates": self.average.updates, "model": self._own_weights()}
+                state["ema"] = {"updates": self.average.updates, "model": self._own_weights(self._saved)}
         return state
 
+    def measured_weights(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Of the present state_dict(): the weights that validation measures, the average where there is one. Whole, on the first
+        process: all call this."""
+        if self._saved is not _PARTS:
+            return (state["ema"] or state)["model"]
+        with self.average.applied():
+            return self._own_weights(self._gathered)
+
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Load a state_dict() from after `step` steps. It is also the first state that a spike can go back to."""
+        """Load a state_dict() from after `step` steps, whole or this process's parts. It is also the first state that a spike can
+        go back to."""
+        options = _PARTS if any(isinstance(weight, DTensor) for weight in state["model"].values()) else _WHOLE
         if state["ema"]:
-            set_model_state_dict(self.model, state["ema"]["model"], options=_WHOLE)
+            set_model_state_dict(self.model, state["ema"]["model"], options=options)
             self.average.take(state["ema"]["updates"])
-        set_model_state_dict(self.model, state["model"], options=_WHOLE)
+        set_model_state_dict(self.model, state["model"], options=options)
         if state["optimizer"]:
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_WHOLE)
+            own = [{key: group[key] for key in group.keys() - {"params", "step"}} for group in self.optimizer.param_groups]
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+            for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+                group |= settings  # "fused" may be another in the state, and tuples are lists
             self._lay_out_moments()
         if self.adversary and "adversary" in state:
             self.adversary.load_state_dict(state["adversary"])
@@ -117,14 +137,13 @@ class Learner:
 
     def _lay_out_moments(self) -> None:
         """As the weights lie in memory, which the fused optimiser takes for granted: another run's, or FSDP2's, lie otherwise."""
-        for group in self.optimizer.param_groups:
-            group["fused"] = self._fused  # not as the run did that wrote the state
         for weight, state in self.optimizer.state.items() if self._fused else ():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(weight).copy_(state[name])
+            for name, value in state.items():
+                if value.dim():
+                    state[name] = torch.empty_like(weight).copy_(value)
 
-    def _own_weights(self) -> dict[str, Tensor]:
-        return to_cpu(get_model_state_dict(self.model, options=self._gathered))
+    def _own_weights(self, options: StateDictOptions) -> dict[str, Tensor]:
+        return to_cpu(get_model_state_dict(self.model, options=options))
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from autohdr.data.pairs import Replaced, photo_digests
 from autohdr.signals import deferred_signals
 from autohdr.train.batches import Group
 from autohdr.train.branch import first_state, read_parent
-from autohdr.train.checkpoint import measured_weights, restore_rng, rng_state
+from autohdr.train.checkpoint import restore_rng, rng_state
 from autohdr.train.checks import check_state, check_teacher, identity
 from autohdr.train.config import Resume, TrainConfig
 from autohdr.train.folder import RunFolder
@@ -22,6 +23,9 @@ from autohdr.train.lock import Lock
 from autohdr.train.progress import SPIKES, Progress
 from autohdr.train.run import Run, prepare
 from autohdr.train.step import StepResult
+
+Copies = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
+"""Metadata, state and weights."""
 
 RETRY = 60
 """Seconds after which a save that failed is tried again."""
@@ -52,7 +56,8 @@ def train(config: TrainConfig, *, resume: Resume = False) -> RunSummary:
 
     The run folder then holds config.toml, log.jsonl, log.csv, curve.png, samples/, the weights checkpoint_best and
     checkpoint_last (.safetensors, for load_checkpoint), and for `resume` checkpoint_last.state.pt with those before it,
-    checkpoint_last.state.previous.pt and so on. Under torchrun every process calls this, and the first one alone writes.
+    checkpoint_last.state.previous.pt and so on. Under torchrun every process calls this, and the first one alone writes, but for
+    `sharded_states`, whose tensors all write into shards/.
     SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 finish the step, save and return. A save that fails is tried again, and training
     goes on. Raises UserError for bad settings or data, and where another process trains in the folder, before it writes anything;
     TrainingError after `max_bad_steps` bad steps in a row; OSError where the first or the last save fails.
@@ -83,8 +88,8 @@ class Loop:
         self._identity = identity(pairs, others, digests, run.schedule.step_pairs) | self._teacher
         self._trained_on = run.learner.trained_on | {digests[photo] for pair in pairs for photo in (pair.src, pair.tar)}
         self._stopped = 0  # the number of a signal that any process has received
-        self._unproved: tuple[dict[str, Any], dict[str, Any]] | None = None  # metadata and state, to be written after a good loss
-        self._copied: dict[str, Any] | None = None  # the learner's state, until the next step
+        self._unproved: Copies | None = None  # to be written after a good loss
+        self._copied: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # _learned(), until the next step
         self._due = False  # a save is due after the next good step
         self._save_at = math.inf  # by the clock, on the first process
         self._suspects: Group = []  # the pairs of the last step, if it was a spike
@@ -105,7 +110,7 @@ class Loop:
 
     def resume(self) -> None:
         """Load the newest state in the run folder. Raises UserError where it is of another run."""
-        state, trained_on = self._folder.read()
+        state, trained_on = self._folder.read(self._learner.shards())
         self._ranks.first(check_state, state, self._identity, self._config, self._ranks.count)
         self._ranks.first(check_teacher, state, self._identity, self._config)
         self._trained_on |= set(trained_on)  # a photo may have been replaced since the run began
@@ -115,7 +120,9 @@ class Loop:
 
     def _branch(self) -> dict[str, Any]:
         """Begin where the parent stands. Returns what the log is to say about it."""
-        parent, trained_on = self._ranks.each(read_parent, self._config, self._identity, self._ranks.count)
+        parent, trained_on = self._ranks.each(
+            read_parent, self._config, self._identity, self._ranks.count, self._learner.shards()
+        )
         state = first_state(parent, self._config, self._learner)
         self._trained_on |= set(trained_on)
         self._take(state)
@@ -137,7 +144,7 @@ class Loop:
         )
         with bar, deferred_signals("stopping after this step ...") as signalled:
             try:
-                folder.open_tensorboard(progress.step)
+                folder.open_trackers(progress.run_id, progress.step)
                 with self._run.batches.workers():
                     while not self._ended() and not self._may_stop():
                         if self._train_epoch(bar, signalled):
@@ -291,26 +298,28 @@ class Loop:
         is_best = progress.best(metric) is row
         if is_best:
             self._folder.wait()
-            self._folder.save_best(self._learner.model, self._metadata(), measured_weights(self._learned()))
+            self._folder.save_best(self._learner.model, self._metadata(), self._learned()[1])
         self._say(
             f"epoch {progress.epoch:>3}/{self._config.epochs}  train L1 {row['train_l1']:.4f}  val L1 {row['val_l1']:.4f}  "
             f"PSNR {row['val_psnr']:.2f} dB  SSIM {row['val_ssim']:.3f}  {row['seconds']:.1f} s{'  best' * is_best}"
         )
 
-    def _copy(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metadata and state to write, which no step changes."""
+    def _copy(self) -> Copies:
+        """What is to be written, and no step changes."""
         self._save_at = time.monotonic() + 60 * (self._config.save_minutes or math.inf)
-        return self._metadata(), self._progress.state_dict() | self._identity | {"rng": rng_state()} | self._learned()
+        learned, weights = self._learned()
+        return self._metadata(), self._progress.state_dict() | self._identity | {"rng": rng_state()} | learned, weights
 
-    def _learned(self) -> dict[str, Any]:
-        """The learner's state, copied once between two steps."""
+    def _learned(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The learner's state and the weights that validation measures, copied once between two steps."""
         if self._copied is None:
-            self._copied = self._learner.state_dict()
+            state = self._learner.state_dict()
+            self._copied = state, self._learner.measured_weights(state)
         return self._copied
 
-    def _save(self, metadata: dict[str, Any], state: dict[str, Any]) -> None:
+    def _save(self, metadata: dict[str, Any], state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         self._folder.wait()
-        self._folder.save_last(self._learner.model, metadata, state)
+        self._folder.save_last(self._learner.model, metadata, state, weights)
 
     def _save_now(self) -> None:
         """Save the present state, unless the last step was bad: then it may be ruined, and is saved after the next good one."""

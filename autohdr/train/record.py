@@ -26,13 +26,6 @@ def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
     append(path, lines)
 
 
-def write_scalars(writer: Any, entry: dict[str, Any]) -> None:
-    """Write a log entry's numbers, as KIND/NAME, to a torch.utils.tensorboard.SummaryWriter."""
-    for name, value in entry.items():
-        if isinstance(value, int | float) and name != "step":
-            writer.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
-
-
 def rewind(path: Path, step: int) -> None:
     """Drop the lines after `step`, which a resumed run writes again, and a last line that a crash cut short.
 

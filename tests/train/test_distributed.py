@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, write_pairs
-from runs import STATE, blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
+from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
+from test_loop import outcome
 from two_ranks import ADVERSARIAL
 
 from autohdr import metrics
 from autohdr.data.pairs import PairDataset, read_pairs
 from autohdr.models import load_checkpoint
-from autohdr.train.checkpoint import load_state
+from autohdr.train.checkpoint import load_newest, load_state
 from autohdr.train.config import TrainConfig, dump_config, load_config
 from autohdr.train.distributed import Ranks
 from autohdr.train.loop import train
@@ -25,6 +27,7 @@ from autohdr.train.loop import train
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 PARALLEL = ["ddp", "fsdp"]
+KINDS = [*PARALLEL, "sharded"]  # the last: FSDP2 with states of shards
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("two processes")]  # the set-up takes long, and serves all of them
 
 
@@ -61,10 +64,10 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder):
     """The runs of two_ranks.py: what each process saw."""
-    for parallel in PARALLEL:
+    for kind in KINDS:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at_step(patch, 3)
-            train(load_config(folder / "one.toml", {"out": folder / f"one to two {parallel}"}))
+            train(load_config(folder / "one.toml", {"out": folder / f"one to two {kind}"}))
     command = [*TORCHRUN, Path(__file__).with_name("two_ranks.py"), folder / "two.toml", folder]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -102,7 +105,7 @@ def test_two_processes_train_as_one(folder, one, two, parallel, how):
     assert (folder / f"{parallel}{how}" / "samples" / "epoch_001.jpg").is_file()
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("parallel", KINDS)
 def test_a_branch_with_frozen_parts_trains_as_one(folder, two, parallel):
     """From the end of the two processes' run, in a stage of other sizes; against one process from there."""
     stages = [{"epochs": 2}, {"epochs": 2, "size": 24, "batch_size": 2}]
@@ -146,7 +149,7 @@ def test_validation_counts_each_pair_once(folder, two, parallel):
     assert load_state(out / STATE)["history"][-1]["val_psnr"] == pytest.approx(sum(values) / 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("parallel", KINDS)
 def test_a_run_goes_on_in_another_number_of_processes(folder, one, two, parallel):
     check_same_run(folder / f"one to two {parallel}", one)
     stopped = folder / f"{parallel} stopped"
@@ -155,9 +158,48 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, one, two, parallel
     check_same_run(stopped, one)
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("parallel", KINDS)
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two, parallel):
     assert [seen[f"{parallel} stopped"]["interrupted"] for seen in two] == [signal.SIGTERM] * 2
+
+
+def test_a_sharded_run_in_two_parts(folder, one, two):
+    """Bitwise, where the number of processes is the same."""
+    check_same_run(folder / "sharded", one)
+    assert same(outcome(folder / "sharded"), outcome(folder / "sharded parts"))
+
+
+def test_each_process_writes_its_part_of_a_state(folder, two):
+    """Of each of the two states kept; the file that names them has no tensor of the network's size."""
+    out = folder / "sharded"
+    names = [torch.load(file)["shards"] for file in out.glob("*.state*.pt")]
+    assert sorted(part["folder"] for part in names) == sorted(file.name for file in (out / "shards").iterdir())
+    for part in names:
+        sizes = [file.stat().st_size for file in sorted((out / "shards" / part["folder"]).iterdir())]
+        assert len(sizes) == len(part["files"]) == 2 and min(sizes) > 0.8 * max(sizes)
+    assert (out / STATE).stat().st_size < 0.5 * min(sizes)
+
+
+def test_a_full_disk_of_one_process_leaves_the_run_going(folder, two):
+    (entry,) = log(folder / "sharded unsaved", "not saved")
+    assert "No space left on device" in entry["cause"]
+    assert same(outcome(folder / "sharded unsaved"), outcome(folder / "sharded"))
+    assert len(list((folder / "sharded unsaved" / "shards").iterdir())) == 2  # nothing is left of the one that failed
+
+
+@pytest.mark.parametrize("fault", ["a flipped byte", "a missing file"])
+def test_a_damaged_shard_is_found(folder, two, tmp_path, fault):
+    """The state is set aside, and the one before it used."""
+    out = tmp_path / "damaged"
+    shutil.copytree(folder / "sharded", out)
+    file = max((out / "shards" / torch.load(out / STATE)["shards"]["folder"]).iterdir())
+    whole = file.read_bytes()
+    file.unlink()
+    if fault == "a flipped byte":
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.warns(UserWarning, match=f"{file.name}: .*going on from .*previous.pt, step 2"):
+        assert load_newest(out / STATE)["step"] == 2
+    assert train(load_config(folder / "one.toml", {"out": out}), resume=True).epochs == 2
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -229,3 +271,43 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(folder, one):
     assert load_state(out / STATE)["step"] == 2
     train(load_config(folder / "one.toml", {"out": out}), resume=True)
     check_same_run(out, one)
+
+
+SAVING = """
+import itertools, os, sys, time
+from pathlib import Path
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from autohdr.cli import main
+
+write, count, rank, out = HuggingFaceStorageWriter.write_data, itertools.count(1), int(os.environ["RANK"]), Path(sys.argv[-1])
+
+def slow(self, *args):
+    done = write(self, *args)
+    if next(count) == 3 and rank == 1:
+        (out / "pid").write_text(str(os.getpid()))
+        time.sleep(3600)
+    return done
+
+HuggingFaceStorageWriter.write_data = slow
+sys.exit(main())
+"""
+
+
+def test_a_process_killed_while_it_writes_its_shards(folder):
+    """SIGKILL to the second of two, in the save after step 2: the state after step 1 goes on, in three, to the same end."""
+    (folder / "saving.py").write_text(SAVING)
+    out, env = folder / "killed while saving", os.environ | {"OMP_NUM_THREADS": "1"}
+    train_it = ["train", folder / "two.toml", "--parallel", "fsdp", "--sharded-states", "--save-every", "1"]
+    command = [*TORCHRUN, folder / "saving.py", *train_it, "--batch-size", "3", "--out", out]
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not ((out / "pid").exists() and (out / "pid").read_text()):
+        time.sleep(0.05)
+    os.kill(int((out / "pid").read_text()), signal.SIGKILL)
+    assert run.wait(timeout=600) != 0
+    assert load_state(out / STATE)["step"] == 1
+    three = [argument if argument != "2" else "3" for argument in TORCHRUN]
+    command = [*three, "-m", "autohdr", *train_it, "--batch-size", "2", "--out", out, "--resume"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((out / "shards").iterdir())) == 2
+    check_same_run(out, train(load_config(folder / "one.toml", {"out": folder / "six", "batch_size": 6})))

@@ -710,23 +710,6 @@ def test_a_full_disk_ends_the_run_readably(make_config, tmp_path):
     assert not list(config.out.glob("*.pt")) and not list(config.out.glob(".*"))
 
 
-def test_writes_tensorboard(make_config):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    summary = train(make_config(tensorboard=True, log_every=1))
-    events = EventAccumulator(str(summary.out / "tensorboard"))
-    events.Reload()
-    assert [scalar.step for scalar in events.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
-    history = [row["val_psnr"] for row in load_state(summary.out / STATE)["history"]]
-    assert [scalar.value for scalar in events.Scalars("epoch/val_psnr")] == pytest.approx(history)
-
-
-def test_refuses_tensorboard_where_it_is_absent(make_config, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="tensorboard: expected the package tensorboard.*pip install tensorboard"):
-        train(make_config(tensorboard=True))
-
-
 def test_refuses_to_resume_with_another_number_of_pairs_in_a_step(make_config):
     train(make_config(epochs=1))
     with pytest.raises(UserError, match="batch_size x accumulate x processes: the run takes 2 pairs in a step, got 3 x 1 x 1"):

@@ -3,8 +3,10 @@
 Each process leaves OUT/rank_R.json with what it saw.
 """
 
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +27,8 @@ from autohdr.train.step import Step
 
 STAGES = [{"epochs": 2}, {"epochs": 2, "size": 24, "batch_size": 1}]
 ADVERSARIAL = {"l1": 1.0, "adversarial": 0.01}
+SHARDED = {"parallel": "fsdp", "sharded_states": True}
+TUNED = {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}, "stages": STAGES, "epochs": 4}
 RANK = int(os.environ.get("RANK", 0))
 make_step, predict = Step.__call__, Objective.predict
 
@@ -70,6 +75,18 @@ def brighten(learner):
     return brighter.stop
 
 
+def full_disk(saves, rank):
+    """That process finds the disk full in those saves, counted from 1."""
+    write, count = HuggingFaceStorageWriter.write_data, iter(range(1, sys.maxsize))
+
+    def patched(self, *args):
+        if next(count) in saves and rank == RANK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *args)
+
+    return mock.patch.object(HuggingFaceStorageWriter, "write_data", patched)
+
+
 def main(config, out):
     base, seen, runs, prepare = load_config(config), {}, [], loop.prepare
 
@@ -85,8 +102,7 @@ def main(config, out):
     for parallel in ("ddp", "fsdp"):
         run(parallel, parallel=parallel)
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
-        tuned = {"freeze": ["encoder*"], "lr_groups": {"output*": 0.5}, "stages": STAGES, "epochs": 4}
-        run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **tuned)
+        run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **TUNED)
         run(f"{parallel} adversarial", parallel=parallel, losses=ADVERSARIAL)
         run(f"{parallel} taught", parallel=parallel, teacher=Path(out) / parallel / "checkpoint_last.safetensors")
         with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
@@ -97,6 +113,18 @@ def main(config, out):
             run(f"{parallel} not finite", parallel=parallel)
         with in_steps({7, 8}, 1, brighten):
             run(f"{parallel} spike", parallel=parallel, spike_window=4, snapshot_every=4, epochs=4)
+
+    run("sharded", **SHARDED)
+    run("sharded tuned", branch=Path(out) / "sharded", **TUNED, **SHARDED)
+    with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
+        run("sharded stopped", **SHARDED)
+    if RANK == 0:
+        shutil.copytree(Path(out) / "sharded stopped", Path(out) / "sharded parts")
+    torch.distributed.barrier()
+    run("sharded parts", resume=True, **SHARDED)
+    run("one to two sharded", resume=True, **SHARDED)
+    with full_disk({2}, 1):
+        run("sharded unsaved", save_every=1, **SHARDED)
 
     changed = seen["changed in float16"] = []
     # After unscale_, where each process looks at its own part of the gradient: the verdict has to be one.
