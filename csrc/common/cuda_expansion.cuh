@@ -20,13 +20,13 @@ struct ExpansionWeights {
 template <class T>
 struct Expansion {
   Groups groups;
-  int channels, columns, hidden;
+  int channels, columns, hidden, taps_stride;  // taps_stride: from a tap to the next
   Norm norm;
   const T *weight, *transposed = nullptr;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only
   const float *taps, *flipped = nullptr;   // [9][hidden], likewise
 
   Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
-      : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()) {
+      : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()), taps_stride(hidden) {
     const int64_t c = channels;
     const Axis rows = Axis::pad(groups, c), each = Axis::pad(groups, 9), row = Axis::plain(1, 0);
     const Gather vector{row, Axis::plain(c, 1), columns, columns};
@@ -38,6 +38,12 @@ struct Expansion {
     if (!backward) return;
     transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
     flipped = repack.template make<float>(memory, {Axis::plain(9, -1), each, 9 * hidden, hidden}, w.dwconv + 8);
+  }
+  // Of `count` of the hidden channels, groups that lie one after the other, from `first` on.
+  Expansion part(int first, int count) const {
+    Expansion e = *this;
+    e.hidden = count, e.weight += int64_t{first} * columns, e.taps += first;
+    return e;
   }
   // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.
   void expand(View<const T> x, View<T> normal, View<T> out, int64_t images, cudaStream_t stream, int first = 0) const {

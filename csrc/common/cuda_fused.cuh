@@ -65,19 +65,23 @@ struct FusedTile {
   }
 
   // The norm of the pixels and those around them. Of pixels outside of the image it is the nearest one's, which is not used.
-  __device__ __forceinline__ void normalise(const Norm& norm, const NormLanes<T>& lanes) const {
+  __device__ __forceinline__ void normalise(const Norm& norm) const {
     if (x.channels < kChannels)
       for (int i = threadIdx.x; i < kNearTile * kTiles * 2; i += kThreads)
         if (i % (kTiles * 2) * 8 >= x.channels)
           *reinterpret_cast<uint4*>(normal + i / (kTiles * 2) * kNormalRow + i % (kTiles * 2) * 16) = make_uint4(0, 0, 0, 0);
-    NormLanes<T> one_round = lanes;  // up to 96 channels are one; said so, the compiler leaves out the code for more
-    one_round.rounds = 1;
-    for (int r = lanes.group(); r < kNearTile; r += kThreads >> lanes.log_lanes) {
-      const int at_y = min(max(y0 - 1 + r / kAcross, 0), x.rows.end - 1), at_x = min(max(x0 - 1 + r % kAcross, 0), x.width - 1);
-      normalize(norm, one_round, x.at(image, at_y, at_x), x.channels, [&](int channel, const float (&v)[8]) {
-        store_floats(reinterpret_cast<T*>(normal + r * kNormalRow) + channel, v);
-      });
-    }
+    constexpr NormLanes<T> lanes(kChannels);
+    const auto run = [&](int channels) {
+      Norm own = norm;
+      own.channels = channels;
+      for (int r = lanes.group(); r < kNearTile; r += kThreads >> lanes.log_lanes) {
+        const int at_y = min(max(y0 - 1 + r / kAcross, 0), x.rows.end - 1), at_x = min(max(x0 - 1 + r % kAcross, 0), x.width - 1);
+        normalize(own, lanes, x.at(image, at_y, at_x), channels, [&](int channel, const float (&v)[8]) {
+          store_floats(reinterpret_cast<T*>(normal + r * kNormalRow) + channel, v);
+        });
+      }
+    };
+    x.channels == kChannels ? run(kChannels) : run(x.channels);  // as a constant, it takes no branches
   }
 
   // kHidden channels of the 1×1, zeros outside of the image.
@@ -194,11 +198,10 @@ struct Fused {
   View<const T> x;  // the images as a whole, as y
   View<T> y;
   Norm norm;
-  NormLanes<T> lanes;
   const T* w_in;            // [hidden][channels]
-  const float* taps;        // [9][hidden], parts pair by pair
+  const float* taps;        // [9][taps_stride], parts pair by pair
   Matrices<const T> w_out;  // [channels][hidden / parts]
-  int hidden;
+  int hidden, taps_stride;
 
   __device__ __forceinline__ void run(unsigned char* shared) const {
     Tile t(x, shared);
@@ -215,7 +218,7 @@ struct Fused {
                              row + i < x.channels && first + piece * 8 * kParts < hidden);
     };
     load_in(0);
-    t.normalise(norm, lanes);
+    t.normalise(norm);
     wait_for_copies();
     __syncthreads();
 
@@ -228,7 +231,7 @@ struct Fused {
       load_out(first);
       if (first + Tile::kHidden < hidden) load_in(first + Tile::kHidden);
       const int channel = first + Tile::pair() * 2 * kParts;
-      t.convolve(taps + channel, hidden, channel < hidden, 0,
+      t.convolve(taps + channel, taps_stride, channel < hidden, 0,
                  [](int, int, const float2(&v)[kParts]) { return to_pair<T>(Middle::template of<T>(v)); });
       wait_for_copies();
       __syncthreads();
@@ -303,7 +306,7 @@ void fused(const Expansion<T>& e, View<const T> x, const Matrices<const T>& w_ou
   const auto run = [&](auto tiles) {
     using F = Fused<T, decltype(tiles)::value, Middle>;
     launch(run_fused<T, F>, dim3(F::Tile::count(x, x.rows), images), dim3(F::Tile::kThreads), F::kShared, stream,
-           F{x, y, e.norm, NormLanes<T>(x.channels), e.weight, e.taps, w_out, e.hidden});
+           F{x, y, e.norm, e.weight, e.taps, w_out, e.hidden, e.taps_stride});
   };
   if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 6>{});
 }

@@ -56,6 +56,26 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
+// 1 / sqrt(x) within 2 units in the last place, for results that become a T: exact but for rounding where that is float.
+template <class T>
+__device__ __forceinline__ float inverse_root(float x) {
+#ifndef AUTOHDR_EMULATION
+  if constexpr (sizeof(T) < 4) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+#endif
+  return 1.0f / sqrtf(x);
+}
+
+// a / b likewise, for b up to 2^126.
+template <class T>
+__device__ __forceinline__ float divide(float a, float b) {
+  if constexpr (sizeof(T) < 4) return divide_approx(a, b);
+  return a / b;
+}
+
 // 1 / (1 + exp(-x)) within a few units in the last place; below -87 it stays what it is there. exp2 has not the digits of a product
 // with log2(e), so that what the product rounds off multiplies its result.
 __device__ __forceinline__ float sigmoid(float x) {
@@ -92,10 +112,20 @@ __device__ __forceinline__ StandardNormal standard_normal(float v) {
   return {v > 0.0f ? 1.0f - tail.beyond : tail.beyond, kNormalDensity * tail.power};
 }
 
-// v times the standard normal distribution function.
+// v times the standard normal distribution function. For bfloat16 that is 1 / (1 + 2^(-v·P(v²))), P fitted by least largest error,
+// which takes two thirds of the instructions: its relative error is below 1.2e-3 from -5 on, of bfloat16's own 3.9e-3, and the
+// absolute error below 2e-4.
 template <class T>
 __device__ __forceinline__ float gelu(float v) {
   if constexpr (sizeof(T) == 4) return v * standard_normal<T>(v).cdf;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const float t = v * v;
+    float p = 1.3276467e-05f;
+    p = fmaf(p, t, -1.4344088e-03f);
+    p = fmaf(p, t, 1.0953641e-01f);
+    p = fmaf(p, t, 2.2971661f);
+    return v * reciprocal_approx(1.0f + exp2_approx(-v * p));
+  }
   return fmaxf(v, 0.0f) - fabsf(v) * NormalTail(v).beyond;
 }
 

@@ -25,7 +25,7 @@ template <class T>
 struct NormLanes {
   static constexpr int kPieces = 3, kSize = Piece<T>::kSize;
   int lanes, log_lanes, rounds;
-  explicit NormLanes(int channels) : lanes(1), log_lanes(0) {
+  __host__ __device__ constexpr explicit NormLanes(int channels) : lanes(1), log_lanes(0), rounds(1) {
     while (lanes < 32 && lanes * kPieces * kSize < channels) lanes *= 2, ++log_lanes;
     rounds = static_cast<int>(ceil_div(channels, lanes * kPieces * kSize));
   }
@@ -44,22 +44,29 @@ struct NormPixel {
   }
   __device__ __forceinline__ void load(const NormLanes<T>& l, int round, const T* x, int view) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      if (channel(l, round, i) < view) load_floats(x + channel(l, round, i), v[i]);
+    for (int i = 0; i < kPieces; ++i) {
+      if (channel(l, round, i) < view) {
+        load_floats(x + channel(l, round, i), v[i]);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) v[i][e] = 0;
+    }
   }
-  // Gives channels that there are not the value of `rest`.
+  // Gives those of a piece's channels that there are not the value of `rest`.
   __device__ __forceinline__ void set_rest(const NormLanes<T>& l, int round, int channels, float rest) {
+    if (channels % kSize == 0) return;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int left = channels - channel(l, round, i);
-      if (left >= kSize) continue;
+      if (left >= kSize || left <= 0) continue;
 #pragma unroll
       for (int e = 0; e < kSize; ++e)
         if (e >= left) v[i][e] = rest;
     }
   }
-  // The pixel's mean and 1 / sqrt(variance + eps); afterwards v holds the last round, and the mean where no channels are. Summed as
-  // differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
+  // The pixel's mean and 1 / sqrt(variance + eps); afterwards v holds the last round, and finite numbers where no channels are.
+  // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
   __device__ __forceinline__ float2 statistics(const NormLanes<T>& l, const T* x, int view, const Norm& norm) {
     const float origin = to_float(x[0]);
     float sum = 0, squares = 0;
@@ -68,19 +75,21 @@ struct NormPixel {
       set_rest(l, round, norm.channels, origin);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
+        if (channel(l, round, i) < norm.channels)
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sum += v[i][e] - origin;
+          for (int e = 0; e < kSize; ++e) sum += v[i][e] - origin;
     }
-    const float mean = origin + sum_over(l.lanes, sum) / norm.channels;
+    const float mean = origin + divide<T>(sum_over(l.lanes, sum), norm.channels);
     for (int round = 0; round < l.rounds; ++round) {
       if (l.rounds > 1) load(l, round, x, view);
       set_rest(l, round, norm.channels, mean);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
+        if (channel(l, round, i) < norm.channels)
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) squares += (v[i][e] - mean) * (v[i][e] - mean);
+          for (int e = 0; e < kSize; ++e) squares += (v[i][e] - mean) * (v[i][e] - mean);
     }
-    return make_float2(mean, 1.0f / sqrtf(sum_over(l.lanes, squares) / norm.channels + norm.eps));
+    return make_float2(mean, inverse_root<T>(divide<T>(sum_over(l.lanes, squares), norm.channels) + norm.eps));
   }
 };
 

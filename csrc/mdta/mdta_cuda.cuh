@@ -25,14 +25,14 @@ inline ExpansionWeights expansion_of(const MdtaShape& s, const MdtaWeights& w, i
 
 // qk = 3×3 convolution of hidden, and squares[image][block][channels] (+)= the sums of its squares, as rounded.
 template <class T>
-__global__ void __launch_bounds__(128)
-    convolve_qk(Walk<kDepthwiseRows> walk, View<const T> hidden, const float* taps, View<T> qk, float* squares, bool add) {
+__global__ void __launch_bounds__(128) convolve_qk(Walk<kDepthwiseRows> walk, View<const T> hidden, const float* taps, int stride,
+                                                   View<T> qk, float* squares, bool add) {
   __shared__ float2 sums[kWalkWarps][32];
   float2 sum = make_float2(0, 0);
   if (has_unit(walk)) {
     const Segment<kDepthwiseRows> s(walk, blockIdx.z, unit_of_warp());
     Along<1, kDepthwiseRows, T> to(qk, s);
-    convolve<1>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[1]) {
+    convolve<1>(walk, s, hidden, taps, stride, [&](int o, int, const float2(&v)[1]) {
       to.store(o, v), to.next(o);
       const float2 rounded = to_float2(to_pair<T>(v[0]));
       add_product(sum, rounded, rounded);
@@ -45,15 +45,6 @@ __global__ void __launch_bounds__(128)
   float2& slot =
       *reinterpret_cast<float2*>(squares + (blockIdx.z * int64_t{gridDim.x} + blockIdx.x) * walk.channels + pair_of_lane() * 2);
   slot = add ? make_float2(slot.x + sum.x, slot.y + sum.y) : sum;
-}
-
-// The sums of all pixels as the attention takes them.
-static __global__ void round_statistics(int64_t count, int64_t rows, const double* gram, const double* q_square,
-                                        const double* k_square, float* rounded, float* q_norm, float* k_norm) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    rounded[i] = static_cast<float>(gram[i]);
-    if (i < rows) q_norm[i] = static_cast<float>(sqrt(q_square[i])), k_norm[i] = static_cast<float>(sqrt(k_square[i]));
-  }
 }
 
 // The heads of some images, each a matrix of size × size.
@@ -218,40 +209,41 @@ struct Attention {
   Matrices<float> rows_of(float* matrices) const { return {matrices, int64_t{width} * padded, padded, int64_t{padded} * padded}; }
 };
 
-}  // namespace image
+// What statistics() adds up: q kᵀ and the squares, or (float) q kᵀ and the lengths, as the attention takes them.
+template <class Sum>
+struct Sums {
+  Sum *gram, *q, *k;
+};
 
-template <class T>
-int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
-  using namespace image;
-  Workspace workspace(memory);
-  const ImageShape s = image_of(a.shape);
-  const Layout layout = Layout::of<T>(s, {a.x});
-  const ExpansionWeights w = expansion_of(a.shape, a.weights, 0, 2);
-  const int heads = static_cast<int>(a.shape.heads), size = static_cast<int>(a.shape.head_size()), hidden = w.groups.channels(),
-            padded = w.groups.padded(), columns = layout.channels;
-  const Steps steps(s, {static_cast<int>(a.first), static_cast<int>(a.end)},
-                    (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages / heads);
+// Pass 1 over rows [first, end); the expansion is of q and k. Its memory begins where `workspace` ends.
+template <class T, class Sum>
+int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& layout, const Expansion<T>& expansion, const T* x,
+                   const Range& all_rows, const Sums<Sum>& sums, Repack<T>& repack, cudaStream_t stream) {
+  const ImageShape s = image_of(shape);
+  const int heads = static_cast<int>(shape.heads), size = static_cast<int>(shape.head_size()), hidden = expansion.hidden,
+            padded = expansion.groups.padded(), columns = layout.channels;
+  const Steps steps(s, all_rows, (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
+                    kMostImages / heads);
   const int64_t count = s.channels * int64_t{size},
                 splits = splits_of<T>(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
                 slots = Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks();
-  Repack<T> repack(stream);
-  const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
   // What was summed in slots, of images from b on.
   const auto add_up = [&](int64_t b, int64_t images, const float* gram, int64_t gram_slots, const float* squares,
                           int64_t square_slots) {
-    repack.add_up(gram, gram_slots, images * count, a.gram + b * count);
+    repack.add_up(gram, gram_slots, images * count, sums.gram + b * count);
     const Gather each{Axis::plain(images, square_slots * hidden),
                       Axis::unpad(Groups::one_by_one(heads, size), 1),
                       images * s.channels,
                       s.channels,
                       hidden,
-                      static_cast<int>(square_slots)};
-    repack.add(each, squares, a.q_square + b * s.channels);
-    repack.add(each, squares + hidden / 2, a.k_square + b * s.channels);
+                      static_cast<int>(square_slots),
+                      std::is_same_v<Sum, float>};
+    repack.add(each, squares, sums.q + b * s.channels);
+    repack.add(each, squares + hidden / 2, sums.k + b * s.channels);
     repack.run();
   };
   if (can_fuse<T>(layout) && can_fuse_statistics(columns, heads, padded)) {
-    const int64_t fused_slots = fused_statistics_slots(view_of(a.x, s, 0), steps.all_rows),
+    const int64_t fused_slots = fused_statistics_slots(view_of(x, s, 0), steps.all_rows),
                   most = std::clamp<int64_t>(kForwardBudget / (fused_slots * count * 4), 1,
                                              std::clamp<int64_t>(s.batch, 1, kMostImages));
     float *gram = workspace.take<float>(fused_slots * most * count),
@@ -260,12 +252,12 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
     repack.run();
     for (int64_t b = 0; b < s.batch; b += most) {
       const int64_t images = std::min(most, s.batch - b);
-      fused_statistics(expansion, view_of(a.x, s, b), steps.all_rows, heads, fused_slots, gram, squares, images, stream);
+      fused_statistics(expansion, view_of(x, s, b), steps.all_rows, heads, fused_slots, gram, squares, images, stream);
       add_up(b, images, gram, fused_slots, squares, fused_slots);
     }
     return workspace.used();
   }
-  const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
+  const Image<const T> x_image(workspace, x, layout, steps, s, 1);
   const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
       qk_rows(workspace, steps, s, hidden, 0);
   float *gram = workspace.take<float>(splits * steps.images * count),
@@ -276,11 +268,11 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   steps.each_group([&](int64_t b, int64_t images) {
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
-      const bool add = rows.first > a.first;
+      const bool add = rows.first > all_rows.first;
       const View<T> h = hidden_rows.view(near), qk = qk_rows.view(rows);
       expansion.expand(x_image.read(b, images, near, stream), normal.view(near), h, images, stream);
-      launch_walk(convolve_qk<T>, Walk<kDepthwiseRows>(qk, s.height, hidden, images), stream, h, expansion.taps, qk, squares,
-                  add);
+      launch_walk(convolve_qk<T>, Walk<kDepthwiseRows>(qk, s.height, hidden, images), stream, h, expansion.taps,
+                  expansion.taps_stride, qk, squares, add);
       const Matrices<const T> q = qk.matrices(padded), k = q.shifted(hidden / 2);
       outer<T>({q, k, gram, 1, qk.pixels(), size, size, heads, add}, images * heads, splits, stream);
     });
@@ -289,21 +281,19 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   return workspace.used();
 }
 
+inline Steps apply_steps(const MdtaShape& shape, const Layout& layout, int hidden, int64_t element) {
+  const ImageShape s = image_of(shape);
+  return Steps(s, s.rows(), (layout.channels + 2 * hidden) * element, 1, kForwardBudget, kMostImages / shape.heads);
+}
+
+// Pass 2; the expansion is of v. Memory as in pass 1.
 template <class T>
-int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
-  using namespace image;
-  Workspace workspace(memory);
+int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, const Steps& steps, const Expansion<T>& expansion,
+              const Attention<T>& attention, Repack<T>& repack, cudaStream_t stream) {
   const ImageShape s = image_of(a.shape);
-  const Layout layout = Layout::of<T>(s, {a.x, a.y});
-  const ExpansionWeights w = expansion_of(a.shape, a.weights, 2, 1);
-  const int heads = static_cast<int>(a.shape.heads), hidden = w.groups.channels(), padded = w.groups.padded(),
+  const int heads = static_cast<int>(a.shape.heads), hidden = expansion.hidden, padded = expansion.groups.padded(),
             columns = layout.channels;
-  const Steps steps(s, s.rows(), (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
-                    kMostImages / heads);
   const int64_t square = int64_t{columns} * hidden;
-  Repack<T> repack(stream);
-  const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
-  const Attention<T> attention(workspace, a.shape, a.weights, a.attention, columns, steps.images, repack);
   T* combined = workspace.take<T>(steps.images * square);  // [image][columns][hidden], project_out · attention
   const auto combine = [&](int64_t b, int64_t images) {
     attention.attend(b, images, stream);
@@ -334,7 +324,8 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
       const View<const T> x = x_image.read(b, images, near, stream);
       const View<T> h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
       expansion.expand(x, normal.view(near), h, images, stream);
-      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, hidden, images), stream, h, expansion.taps, hidden, v);
+      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, hidden, images), stream, h, expansion.taps,
+                  expansion.taps_stride, v);
       product<T, T>({v.matrices(), w_out, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
                     Plus<T>{x.of(rows).matrices()});
       y_image.written(b, images, rows, stream);
@@ -343,21 +334,48 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
   return workspace.used();
 }
 
+}  // namespace image
+
+template <class T>
+int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
+  Workspace workspace(memory);
+  const Layout layout = Layout::of<T>(image_of(a.shape), {a.x});
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 0, 2), static_cast<int>(a.shape.channels),
+                               layout.channels, false, repack);
+  return statistics(workspace, a.shape, layout, expansion, a.x, {static_cast<int>(a.first), static_cast<int>(a.end)},
+                    Sums<double>{a.gram, a.q_square, a.k_square}, repack, stream);
+}
+
+template <class T>
+int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
+  using namespace image;
+  Workspace workspace(memory);
+  const Layout layout = Layout::of<T>(image_of(a.shape), {a.x, a.y});
+  Repack<T> repack(stream);
+  const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 2, 1), static_cast<int>(a.shape.channels),
+                               layout.channels, false, repack);
+  const Steps steps = apply_steps(a.shape, layout, expansion.hidden, sizeof(T));
+  const Attention<T> attention(workspace, a.shape, a.weights, a.attention, layout.channels, steps.images, repack);
+  return apply(workspace, a, layout, steps, expansion, attention, repack, stream);
+}
+
 template <class T>
 int64_t queue(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
   using namespace image;
   Workspace workspace(memory);
-  const MdtaShape& s = a.shape;
-  const int64_t rows = s.batch * s.channels, count = rows * s.head_size();
-  double *gram = workspace.take<double>(count), *q_square = workspace.take<double>(rows),
-         *k_square = workspace.take<double>(rows);
-  void* rest = workspace.take<double>(0);
-  const int64_t first = queue(MdtaStatistics<T>{s, a.weights, a.x, 0, s.height, gram, q_square, k_square}, rest, stream);
-  if (!workspace.counts_only() && count)
-    launch(round_statistics, dim3(std::min<int64_t>(ceil_div(count, 256), 4096)), dim3(256), 0, stream, count, rows, gram,
-           q_square, k_square, a.gram, a.q_norm, a.k_norm);
-  return workspace.used() +
-         std::max(first, queue(MdtaApply<T>{s, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y}, rest, stream));
+  const Layout layout = Layout::of<T>(image_of(a.shape), {a.x, a.y});
+  Repack<T> repack(stream);  // once for both passes
+  const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 0, 3), static_cast<int>(a.shape.channels),
+                               layout.channels, false, repack);
+  const int third = expansion.hidden / 3;
+  const Steps steps = apply_steps(a.shape, layout, third, sizeof(T));
+  const MdtaApply<T> then{a.shape, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y};
+  const Attention<T> attention(workspace, a.shape, a.weights, then.attention, layout.channels, steps.images, repack);
+  const int64_t first = statistics(workspace, a.shape, layout, expansion.part(0, 2 * third), a.x, image_of(a.shape).rows(),
+                                   Sums<float>{a.gram, a.q_norm, a.k_norm}, repack, stream);
+  return std::max(first, apply(workspace, then, layout, steps, expansion.part(2 * third, third), attention, repack, stream));
 }
 
 template <class T>

@@ -17,10 +17,9 @@ struct FusedStatistics {
   View<const T> x;  // the images as a whole
   Range rows;       // that are summed
   Norm norm;
-  NormLanes<T> lanes;
   const T* w_in;      // [hidden][channels]: q of all heads, k of all heads
-  const float* taps;  // [9][hidden]
-  int hidden, heads, size, padded;
+  const float* taps;  // [9][taps_stride]
+  int hidden, taps_stride, heads, size, padded;
   float *gram, *squares;  // [slot][image][head][size][size], [image][slot][hidden]
 
   // The hidden channel of q's and k's channel c of a head.
@@ -44,7 +43,7 @@ struct FusedStatistics {
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       t.start(index, rows.first);
       load_in(0, 0);
-      t.normalise(norm, lanes);
+      t.normalise(norm);
       wait_for_copies();
       __syncthreads();
 #pragma unroll
@@ -61,7 +60,7 @@ struct FusedStatistics {
           float2 sum = make_float2(0, 0);
           const int own = c + Tile::pair() * 2;
           if (own < both)
-            t.convolve(taps + channel_of(head, own), hidden, true, c, [&](int y, int x_, const float2(&v)[1]) {
+            t.convolve(taps + channel_of(head, own), taps_stride, true, c, [&](int y, int x_, const float2(&v)[1]) {
               const bool inside = t.y0 + y < rows.end && t.x0 + x_ < x.width;
               const Pair<T> rounded = to_pair<T>(inside ? v[0] : make_float2(0, 0));
               add_product(sum, to_float2(rounded), to_float2(rounded));
@@ -129,7 +128,7 @@ void fused_statistics(const Expansion<T>& e, View<const T> x, const Range& rows,
   const auto run = [&](auto count) {
     using F = FusedStatistics<T, decltype(count)::value>;
     launch(run_fused<T, F>, dim3(slots, images), dim3(F::Tile::kThreads), F::kShared, stream,
-           F{x, rows, e.norm, NormLanes<T>(x.channels), e.weight, e.taps, e.hidden, heads, static_cast<int>(e.groups.size),
+           F{x, rows, e.norm, e.weight, e.taps, e.hidden, e.taps_stride, heads, static_cast<int>(e.groups.size),
              e.groups.padded(), gram, squares});
   };
   if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});

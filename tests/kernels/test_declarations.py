@@ -1,5 +1,8 @@
-"""What follows from an op's declaration: signatures that C++ keeps to, and the ops on devices that run nothing."""
+"""What follows from an op's declaration: signatures that C++ keeps to, and the ops on devices that run nothing; and what csrc
+asks of CUDA."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,3 +107,11 @@ def test_an_op_need_not_have_every_backend(monkeypatch):
     assert torch.equal(function(*tensors, backend="auto"), function(*tensors, backend="cpu"))
     with pytest.raises(RuntimeError, match="gdfn: backend 'triton' cannot run: gdfn has no triton kernels"):
         function(*tensors, backend="triton")
+
+
+def test_host_code_may_be_captured_into_a_graph():
+    """Of CUDA's functions csrc calls none that waits, copies or allocates: a capture refuses them."""
+    sources = [p for p in (Path(__file__).parents[2] / "csrc").rglob("*") if p.is_file()]
+    called = {name for source in sources for name in re.findall(r"\bcu(?:da)?[A-Z]\w*(?=\()", source.read_text())}
+    ours = {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetLastError", "cudaGetErrorString"}
+    assert called == ours
