@@ -74,8 +74,7 @@ struct ExpansionBackward {
             int64_t images, bool first, cudaStream_t stream) const {
     const View<T> dh = d_hidden.view(dx.rows);
     const View<float> dn = d_normal.view(dx.rows);
-    depthwise_backward<T>(Walk<kBackwardRows>(dh, height, op.hidden, images), hidden, d, op.flipped, dh, d_taps, tap_slots,
-                          !first, stream);
+    depthwise_backward<T>({dx.rows, dh.width, op.hidden, images}, hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
     outer<T>({dh.matrices(), normal.of(dx.rows).matrices(), d_weight, images, dh.pixels(), op.hidden, op.columns, 1, !first}, 1,
              splits, stream);
     product<T, float>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(),

@@ -215,17 +215,13 @@ struct Outer {
 };
 
 constexpr int kOuterPixels = 32, kOuterN = 64;
-template <class T>
-__host__ __device__ constexpr int outer_row(int columns) {  // bytes, against bank conflicts
-  return columns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
-}
 
 // A block owns kM × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
 // pixels: they cut instead of rounding, and a long sum would drift.
 template <class T, int kM>
 __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kLeftRow = outer_row<T>(kM), kRightRow = outer_row<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
+  constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
   // Across: pieces of a row. LoadRows: that the block's threads load at once.
   constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoadRows = 2 * kM / kLeftAcross,
@@ -342,7 +338,7 @@ template <class T>
 void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
   const auto run = [&](auto kernel, int rows) {
     launch(kernel, dim3(outer_blocks<T>(p.m, p.n), matrices, splits), dim3(2 * rows),
-           kStages * kOuterPixels * (outer_row<T>(rows) + outer_row<T>(kOuterN)), stream, p);
+           kStages * kOuterPixels * (row_of_columns<T>(rows) + row_of_columns<T>(kOuterN)), stream, p);
   };
   if constexpr (sizeof(T) == 2)
     if (outer_m<T>(p.m) == 128) return run(multiply_outer<T, 128>, 128);
