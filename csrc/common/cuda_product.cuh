@@ -214,20 +214,20 @@ struct Outer {
   bool add;
 };
 
-constexpr int kOuterPixels = 32, kOuterN = 64;
+constexpr int kOuterPixels = 32;
 
-// A block owns kM × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
+// A block owns kM × kN sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
 // pixels: they cut instead of rounding, and a long sum would drift.
-template <class T, int kM>
-__global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
+template <class T, int kM, int kN>
+__global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
+  constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
   // Across: pieces of a row. LoadRows: that the block's threads load at once.
-  constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoadRows = 2 * kM / kLeftAcross,
-                kRightLoadRows = 2 * kM / kRightAcross;
+  constexpr int kThreads = kM * kN / 32, kLeftAcross = kM / kSize, kRightAcross = kN / kSize,
+                kLeftLoadRows = kThreads / kLeftAcross, kRightLoadRows = kThreads / kRightAcross;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = (p.n + kOuterN - 1) / kOuterN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kOuterN;
+  const int tiles = (p.n + kN - 1) / kN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kN;
   const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
   const int64_t chunks_each = (p.pixels + kOuterPixels - 1) / kOuterPixels, chunks = chunks_each * p.images;
   const int64_t begin = blockIdx.z * chunks / gridDim.z, end = (blockIdx.z + 1) * chunks / gridDim.z;
@@ -255,7 +255,8 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
         copy_async_or_zero(left_place + stage + i * kLeftRow, a + i * p.a.of_row, has_m && left_row + i < pixels);
 #pragma unroll
       for (int i = 0; i < kOuterPixels; i += kRightLoadRows)
-        copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
+        if (kRightLoadRows <= kOuterPixels || right_row < kOuterPixels)
+          copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
       --to_load;
       pixel += kOuterPixels;
       a += kOuterPixels * p.a.of_row, b += kOuterPixels * p.b.of_row;
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
       sum = 0;
     }
   };
-  const int m0 = warp / 2 * 32, n0 = warp % 2 * 32;
+  const int m0 = warp / (kN / 32) * 32, n0 = warp % (kN / 32) * 32;
   const unsigned char *left_columns = shared + columns_lane<T, false>(kLeftRow) + m0 * sizeof(T),
                       *right_columns = shared + kLeftTile + columns_lane<T, true>(kRightRow) + n0 * sizeof(T);
   load(0);
@@ -316,33 +317,43 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
       }
 }
 
-// Rows of a block's sums: many where there are as many, which load b less often, but for float32, which has no registers for it.
+// A block's sums: many where there are as many, so that a and b are loaded less often, but for float32, which has no registers for it.
 template <class T>
-constexpr int outer_m(int64_t m) {
-  return sizeof(T) == 2 && m > 64 ? 128 : 64;
-}
-template <class T>
-int64_t outer_blocks(int64_t m, int64_t n) {
-  return ceil_div(m, outer_m<T>(m)) * ceil_div(n, kOuterN);
-}
+struct OuterTile {
+  int m = 64, n = 64;
+  OuterTile(int64_t all_m, int64_t all_n) {
+    if (sizeof(T) == 4 || all_m <= 64) return;
+    if (all_n > 64)
+      m = n = 128;
+    else
+      m = all_m > 128 ? 256 : 128;
+  }
+  int warps() const { return m * n / 1024; }
+  int64_t blocks(int64_t all_m, int64_t all_n) const { return ceil_div(all_m, m) * ceil_div(all_n, n); }
+};
 
 // In how many parts a sum of m × n products over the pixels is taken, to fill the device; independent of it, so that results are
 // the same on all.
 template <class T>
 int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
-  const int64_t warps = outer_blocks<T>(m, n) * outer_m<T>(m) / 16 * matrices;
+  const OuterTile<T> tile(m, n);
+  const int64_t warps = tile.blocks(m, n) * tile.warps() * matrices;
   return std::clamp<int64_t>(ceil_div(2048, warps), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
 }
 
 template <class T>
 void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
-  const auto run = [&](auto kernel, int rows) {
-    launch(kernel, dim3(outer_blocks<T>(p.m, p.n), matrices, splits), dim3(2 * rows),
-           kStages * kOuterPixels * (row_of_columns<T>(rows) + row_of_columns<T>(kOuterN)), stream, p);
+  const OuterTile<T> tile(p.m, p.n);
+  const auto run = [&](auto kernel) {
+    launch(kernel, dim3(tile.blocks(p.m, p.n), matrices, splits), dim3(tile.warps() * 32),
+           kStages * kOuterPixels * (row_of_columns<T>(tile.m) + row_of_columns<T>(tile.n)), stream, p);
   };
-  if constexpr (sizeof(T) == 2)
-    if (outer_m<T>(p.m) == 128) return run(multiply_outer<T, 128>, 128);
-  run(multiply_outer<T, 64>, 64);
+  if constexpr (sizeof(T) == 2) {
+    if (tile.n == 128) return run(multiply_outer<T, 128, 128>);
+    if (tile.m == 256) return run(multiply_outer<T, 256, 64>);
+    if (tile.m == 128) return run(multiply_outer<T, 128, 64>);
+  }
+  run(multiply_outer<T, 64, 64>);
 }
 
 }  // namespace image
