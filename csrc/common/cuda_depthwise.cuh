@@ -12,7 +12,8 @@ __device__ __forceinline__ void add_product(float2& sum, float2 a, float2 b) { s
 
 constexpr int kSegment = 16, kWalkWarps = 4;  // columns of a segment, warps of a block
 
-// How the kernels share the rows of a step: kRows at a time. More of them load fewer rows twice, and take more registers.
+// How the kernels share the rows of a step: kRows at a time. More of them load fewer rows twice, and take more registers. The warps of
+// a block have segments one below the other, so that rows which two of them load are in the first-level cache.
 template <int kRows>
 struct Walk {
   Range rows;
@@ -27,20 +28,19 @@ struct Walk {
   // Only for its blocks.
   Walk(const Range& rows_, int width_) : rows(rows_), height(0), width(width_), channels(0), images(1) {}
   __host__ __device__ int segments() const { return (width + kSegment - 1) / kSegment; }
-  __host__ __device__ int64_t units() const { return int64_t{(rows.end - rows.first + kRows - 1) / kRows} * segments(); }
-  int64_t blocks() const { return ceil_div(units(), kWalkWarps); }  // of 64 channels of an image
+  int64_t blocks() const { return ceil_div(rows.size(), kRows * kWalkWarps) * segments(); }  // of 64 channels of an image
 };
 
-// Rows from y on and columns [first, end) of an image.
+// Rows from y on and columns [first, end) of an image: a warp's.
 template <int kRows>
 struct Segment {
   int64_t image;
   int y, rows, first, end;
 
-  __device__ Segment(const Walk<kRows>& walk, int64_t image_, uint32_t unit) : image(image_) {
-    const uint32_t segments = walk.segments(), row = unit / segments;
-    y = walk.rows.first + static_cast<int>(row) * kRows, rows = min(kRows, walk.rows.end - y);
-    first = static_cast<int>(unit - row * segments) * kSegment;
+  __device__ explicit Segment(const Walk<kRows>& walk) : image(blockIdx.z) {
+    const uint32_t segments = walk.segments(), row = blockIdx.x / segments;
+    y = walk.rows.first + static_cast<int>(row * kWalkWarps + threadIdx.y) * kRows, rows = min(kRows, walk.rows.end - y);
+    first = static_cast<int>(blockIdx.x - row * segments) * kSegment;
     end = first + kSegment < walk.width ? first + kSegment : walk.width;
   }
   __device__ bool has(int row) const { return row == 0 || row < rows; }
@@ -166,16 +166,15 @@ __device__ __forceinline__ void convolve(const Walk<kRows>& walk, const Segment<
   convolve<kParts>(walk, s, in, w, f, [](int, const float2(&)[kRows + 2]) {});
 }
 
-__device__ __forceinline__ uint32_t unit_of_warp() { return blockIdx.x * kWalkWarps + threadIdx.y; }  // a step's fit 32 bits
 // Whether there are channels for this lane.
 template <int kRows>
 __device__ __forceinline__ bool has_channels(const Walk<kRows>& walk) {
   return pair_of_lane() * 2 < walk.channels;
 }
-// The same, and a segment for its warp.
+// The same, and rows for its warp.
 template <int kRows>
-__device__ __forceinline__ bool has_unit(const Walk<kRows>& walk) {
-  return unit_of_warp() < walk.units() && has_channels(walk);
+__device__ __forceinline__ bool has_part(const Walk<kRows>& walk, const Segment<kRows>& s) {
+  return s.rows > 0 && has_channels(walk);
 }
 
 template <int kRows, class... Parameters, class... Arguments>
@@ -190,8 +189,8 @@ constexpr int kDepthwiseRows = 4;
 template <class T>
 __global__ void __launch_bounds__(128)
     depthwise(Walk<kDepthwiseRows> walk, View<const T> in, const float* taps, int stride, View<T> out) {
-  if (!has_unit(walk)) return;
-  const Segment<kDepthwiseRows> s(walk, blockIdx.z, unit_of_warp());
+  const Segment<kDepthwiseRows> s(walk);
+  if (!has_part(walk, s)) return;
   Along<1, kDepthwiseRows, T> to(out, s);
   convolve<1>(walk, s, in, taps, stride, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); });
 }
