@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
   const auto place = [](int row, int piece) { return row * kTileBytes + (piece ^ row / 2 % 4) * 16; };
   const T* a = p.a.of(image, head) + (first_pixel + row) * p.a.of_row + piece * kSize;
-  const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
-  const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * kLoadRows;
+  const int columns_left = p.n - first_n, w_row = min(row, columns_left - 1);
+  const T* w = p.w.of(image, head) + int64_t{first_n + w_row} * p.w.of_row + piece * kSize;
+  const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * (min(row + kLoadRows, columns_left - 1) - w_row);
   unsigned char *a_place = shared + place(row, piece),
                 *w_place = shared + kProductRows * kTileBytes + place(place_of(row, 4), piece);
   int loaded = 0;  // along k
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         copy_async_or_zero(w_place + stage + i * kLoadRows * kTileBytes, w + i * w_step,
-                           inside && first_n + row + i * kLoadRows < p.n);
+                           inside && row + i * kLoadRows < columns_left);
       a += kChunk, w += kChunk, loaded += kChunk;
     }
     commit_copies();
@@ -148,17 +149,19 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
     wait_for_groups<kStages - 2>();
     __syncthreads();
     load(next);
+    if (n0 < columns_left) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t right[2][4];
+      for (int step = 0; step < 2; ++step) {
+        uint32_t right[2][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + now + j * 16 * kTileBytes);
+        for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + now + j * 16 * kTileBytes);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t left[4];
-        load_matrices(left, left_rows[step] + now + i * 16 * kTileBytes);
+        for (int i = 0; i < 4; ++i) {
+          uint32_t left[4];
+          load_matrices(left, left_rows[step] + now + i * 16 * kTileBytes);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+          for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+        }
       }
     }
     now = now == 2 * kStage ? 0 : now + kStage;
@@ -197,8 +200,10 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
     const dim3 grid(ceil_div(p.pixels, kProductRows) * ceil_div(p.n, width), 1, images * p.heads);
     launch(kernel, grid, dim3(2 * width), kStages * (kProductRows + width) * kTileBytes, stream, p, out, epilogue);
   };
-  const int over = p.n % 128;  // columns of a last tile: wide ones only where they are mostly full
-  over == 0 || over > 64 ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
+  const auto loads = [&](int width) { return ceil_div(p.n, width) * (kProductRows + width); };  // of rows of both operands
+  if constexpr (sizeof(T) == 2)
+    if (loads(256) < std::min(loads(64), loads(128))) return run(multiply<T, Out, 256, Epilogue>, 256);
+  loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
