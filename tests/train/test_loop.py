@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same  # noqa: F401  blank_curve is a fixture
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data._utils import signal_handling
 
 from autohdr.cli import main
 from autohdr.data.pairs import PairDataset
 from autohdr.errors import UserError
-from autohdr.models import load_checkpoint
+from autohdr.models import create_model, load_checkpoint
 from autohdr.signals import ENDING, deferred_signals
 from autohdr.train import loop, record
 from autohdr.train.checkpoint import load_state, previous, save_state
@@ -227,13 +228,16 @@ def test_resume_of_a_finished_run_changes_nothing(make_config):
 
 
 def test_accumulation_equals_a_bigger_batch(make_config):
-    """Six pairs in steps of four and two: each sample weighs the same in its step."""
+    """Six pairs in steps of four and two: each sample weighs the same in its step. Rounding decides AdamW's direction where a
+    gradient is next to nothing, so that single weights may differ: all together hardly do."""
     changes = {"epochs": 1, "clip": 0.0, "augment": False}
     train(make_config("big", batch_size=4, **changes))
     train(make_config("small", batch_size=1, accumulate=4, **changes))
-    big, small = (load_checkpoint(make_config(name).out / "checkpoint_last.safetensors") for name in ("big", "small"))
-    for name, weight in big.state_dict().items():
-        torch.testing.assert_close(small.state_dict()[name], weight, rtol=0, atol=2e-5)
+    torch.manual_seed(make_config("big").seed)
+    first = parameters_to_vector(create_model("restormer_nano", **make_config("big").model_args).parameters())
+    files = [make_config(name).out / "checkpoint_last.safetensors" for name in ("big", "small")]
+    big, small = (parameters_to_vector(load_checkpoint(file).parameters()) for file in files)
+    assert (small - big).norm() <= 2e-4 * (big - first).norm()
 
 
 def test_lr_factor():
