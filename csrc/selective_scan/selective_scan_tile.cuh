@@ -307,8 +307,8 @@ __device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, co
          (reinterpret_cast<uintptr_t>(s.data) + (offset + w.first * s.token) * size) % (4 * size) == 0;
 }
 
-// x becomes softplus(x) within a few units in the last place, slope its derivative. Above 20, where PyTorch's is the identity, what is
-// added to x rounds off. Step by step for all of them, or the compiler waits for one after the other.
+// x becomes softplus(x), slope its derivative, both to 1e-6 of themselves from -20 on. Above 20, where PyTorch's is the identity, what
+// is added to x rounds off. Step by step for all of them, or the compiler waits for one after the other.
 template <int Count>
 __device__ __forceinline__ void softplus_and_slope(float (&x)[Count], float (&slope)[Count]) {
   float e[Count], r[Count];
