@@ -12,20 +12,6 @@ const int64_t kPartFloats = size_for(12 << 20, 1 << 14);
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t v, int64_t least, int64_t most) { return v < least ? least : v > most ? most : v; }
 
-// Blocks of scan_backward that a multiprocessor of the current device holds.
-template <class Kernel>
-int64_t resident(Kernel* kernel, int threads, size_t shared_bytes) {
-#ifdef AUTOHDR_EMULATION
-  return 3;
-#else
-  int blocks = 0;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-             "shared memory of a CUDA kernel");
-  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "blocks on a multiprocessor");
-  return blocks < 1 ? 1 : blocks;
-#endif
-}
-
 // One segment if the channels alone fill more than half of the device: more of them cost a scan beforehand, a quarter of the time.
 template <class C>
 BackwardPlan plan_of(const ScanShape& s, int64_t slots) {

@@ -134,14 +134,6 @@ struct alignas(16) Place {
   bool along;    // whether tokens are contiguous
 };
 
-template <class Word>
-__device__ __forceinline__ void store_word(void* to, Word word) {
-#ifdef AUTOHDR_EMULATION
-  *static_cast<Word*>(to) = word;
-#else
-  __stcg(static_cast<Word*>(to), word);  // of a plain assignment the compiler makes several stores
-#endif
-}
 __device__ __forceinline__ uint32_t narrow_two(Dtype dtype, float low, float high) {
   uint32_t both;
   if (dtype == Dtype::bf16) {

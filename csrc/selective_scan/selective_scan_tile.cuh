@@ -307,20 +307,25 @@ __device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, co
          (reinterpret_cast<uintptr_t>(s.data) + (offset + w.first * s.token) * size) % (4 * size) == 0;
 }
 
-// x becomes softplus(x), slope its derivative, both to 1e-6 of themselves from -20 on. Above 20, where PyTorch's is the identity, what
-// is added to x rounds off. Step by step for all of them, or the compiler waits for one after the other.
+// x becomes softplus(x) within a few units in the last place, slope its derivative; below -87 they stay what they are there. Above 20,
+// where PyTorch's is the identity, what is added to x rounds off. Step by step for all of them, or the compiler waits for one after
+// the other.
 template <int Count>
 __device__ __forceinline__ void softplus_and_slope(float (&x)[Count], float (&slope)[Count]) {
   float e[Count], r[Count];
 #pragma unroll
-  for (int k = 0; k < Count; ++k) e[k] = exp2_approx(-fabsf(x[k]) * kLog2e);
+  for (int k = 0; k < Count; ++k) {  // exactly, as in sigmoid
+    const float y = fmaxf(-fabsf(x[k]), -87.0f), power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest;
+    e[k] = exp2_approx(power);
+    e[k] = fmaf(e[k], rest * kLn2, e[k]);
+  }
 #pragma unroll
   for (int k = 0; k < Count; ++k) r[k] = reciprocal_approx((1.0f + e[k]) * (2.0f + e[k]));
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
     const float q = e[k] * (r[k] * (1.0f + e[k])), q2 = q * q;
     slope[k] = (x[k] > 0.0f ? 1.0f : e[k]) * (r[k] * (2.0f + e[k]));
-    x[k] = fmaxf(x[k], 0.0f) + 2.0f * q * AUTOHDR_ARTANH_BY_S(q2);
+    x[k] = (x[k] < 0.0f ? 0.0f : x[k]) + 2.0f * q * AUTOHDR_ARTANH_BY_S(q2);
   }
 }
 
