@@ -1,6 +1,8 @@
 // The depthwise 3×3 convolution, and its backward pass. Lanes own pairs of channels; a warp walks a segment of some rows from left to
 // right, every column's loads under way while the one before is multiplied.
 #pragma once
+#include "common/cuda_async.cuh"
+#include "common/cuda_mma.cuh"
 #include "common/cuda_view.cuh"
 
 namespace autohdr {
@@ -10,7 +12,8 @@ __device__ __forceinline__ void add_product(float2& sum, float2 a, float2 b) { s
 
 constexpr int kSegment = 16, kWalkWarps = 4;  // columns of a segment, warps of a block
 
-// How the kernels share the rows of a step: kRows at a time. More of them load fewer rows twice, and take more registers.
+// How the kernels share the rows of a step: kRows at a time. More of them load fewer rows twice, and take more registers. The warps of
+// a block have segments one below the other, so that rows which two of them load are in the first-level cache.
 template <int kRows>
 struct Walk {
   Range rows;
@@ -25,20 +28,19 @@ struct Walk {
   // Only for its blocks.
   Walk(const Range& rows_, int width_) : rows(rows_), height(0), width(width_), channels(0), images(1) {}
   __host__ __device__ int segments() const { return (width + kSegment - 1) / kSegment; }
-  __host__ __device__ int64_t units() const { return int64_t{(rows.end - rows.first + kRows - 1) / kRows} * segments(); }
-  int64_t blocks() const { return ceil_div(units(), kWalkWarps); }  // of 64 channels of an image
+  int64_t blocks() const { return ceil_div(rows.size(), kRows * kWalkWarps) * segments(); }  // of 64 channels of an image
 };
 
-// Rows from y on and columns [first, end) of an image.
+// Rows from y on and columns [first, end) of an image: a warp's.
 template <int kRows>
 struct Segment {
   int64_t image;
   int y, rows, first, end;
 
-  __device__ Segment(const Walk<kRows>& walk, int64_t image_, uint32_t unit) : image(image_) {
-    const uint32_t segments = walk.segments(), row = unit / segments;
-    y = walk.rows.first + static_cast<int>(row) * kRows, rows = min(kRows, walk.rows.end - y);
-    first = static_cast<int>(unit - row * segments) * kSegment;
+  __device__ explicit Segment(const Walk<kRows>& walk) : image(blockIdx.z) {
+    const uint32_t segments = walk.segments(), row = blockIdx.x / segments;
+    y = walk.rows.first + static_cast<int>(row * kWalkWarps + threadIdx.y) * kRows, rows = min(kRows, walk.rows.end - y);
+    first = static_cast<int>(blockIdx.x - row * segments) * kSegment;
     end = first + kSegment < walk.width ? first + kSegment : walk.width;
   }
   __device__ bool has(int row) const { return row == 0 || row < rows; }
@@ -164,16 +166,15 @@ __device__ __forceinline__ void convolve(const Walk<kRows>& walk, const Segment<
   convolve<kParts>(walk, s, in, w, f, [](int, const float2(&)[kRows + 2]) {});
 }
 
-__device__ __forceinline__ uint32_t unit_of_warp() { return blockIdx.x * kWalkWarps + threadIdx.y; }  // a step's fit 32 bits
 // Whether there are channels for this lane.
 template <int kRows>
 __device__ __forceinline__ bool has_channels(const Walk<kRows>& walk) {
   return pair_of_lane() * 2 < walk.channels;
 }
-// The same, and a segment for its warp.
+// The same, and rows for its warp.
 template <int kRows>
-__device__ __forceinline__ bool has_unit(const Walk<kRows>& walk) {
-  return unit_of_warp() < walk.units() && has_channels(walk);
+__device__ __forceinline__ bool has_part(const Walk<kRows>& walk, const Segment<kRows>& s) {
+  return s.rows > 0 && has_channels(walk);
 }
 
 template <int kRows, class... Parameters, class... Arguments>
@@ -188,80 +189,192 @@ constexpr int kDepthwiseRows = 4;
 template <class T>
 __global__ void __launch_bounds__(128)
     depthwise(Walk<kDepthwiseRows> walk, View<const T> in, const float* taps, int stride, View<T> out) {
-  if (!has_unit(walk)) return;
-  const Segment<kDepthwiseRows> s(walk, blockIdx.z, unit_of_warp());
+  const Segment<kDepthwiseRows> s(walk);
+  if (!has_part(walk, s)) return;
   Along<1, kDepthwiseRows, T> to(out, s);
   convolve<1>(walk, s, in, taps, stride, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); });
 }
 
-// d_in, given the gradient d of the convolution and its taps turned by 180 degrees; slots[slot][9][channels] (+)= the taps'
-// gradients, of what d_in's pixels give to them.
-constexpr int kBackwardRows = 2;
+// The backward pass, by blocks that own 64 channels, and 8 × 16 pixels at a time: they lie in shared memory, those of d with their
+// neighbours. A thread makes d_in of two channels of 2 × 8 pixels. The taps' gradients are products over the pixels on the tensor
+// cores, of which the diagonal is wanted: 8 channels of `in` with the same ones of d, at two shifts at a time.
+constexpr int kTapsRows = 8, kTapsColumns = 16, kTapsChannels = 64, kTapsThreads = 256, kTapsAcross = kTapsColumns + 2,
+              kTapsPixels = kTapsRows * kTapsColumns, kTapsNear = (kTapsRows + 2) * kTapsAcross;
 template <class T>
-__global__ void __launch_bounds__(128) differentiate_depthwise(Walk<kBackwardRows> walk, View<const T> in, View<const T> d,
-                                                               const float* flipped, View<T> d_in, float* slots, bool add) {
-  AUTOHDR_DYNAMIC_SHARED(float2, shared);  // [warp][9][32]
-  float2 sums[9] = {};
-  const uint32_t units = walk.units(), all = units * walk.images;
-  if (has_channels(walk)) {
-    float2 w[9][1];
-    load_taps(flipped, walk.channels, w);
-    for (uint32_t unit = unit_of_warp(); unit < all; unit += gridDim.x * kWalkWarps) {
-      const Segment<kBackwardRows> s(walk, unit / units, unit % units);
-      Along<1, kBackwardRows, const T> from(in, s);
-      Along<1, kBackwardRows, T> to(d_in, s);
-      Pairs<T, 1> ahead[kBackwardRows];
-      const auto load = [&](int x) {
+constexpr int kTapsRow = row_of_columns<T>(kTapsChannels);  // bytes of a pixel in shared memory
+
+struct Tiles {
+  Range rows;
+  int width, channels;
+  int64_t images;
+  __host__ __device__ int across() const { return (width + kTapsColumns - 1) / kTapsColumns; }
+  __host__ __device__ uint32_t of_image() const { return (rows.end - rows.first + kTapsRows - 1) / kTapsRows * across(); }
+};
+
+// The tile from (y, x) on and its kHalo neighbours on each side; zeros where the view has no pixels or channels.
+template <int kHalo, class T>
+__device__ __forceinline__ void copy_tile(unsigned char* to, const View<const T>& from, int64_t image, int y, int x, int rows_end,
+                                          int channel, int channels) {
+  constexpr int kSize = Piece<T>::kSize, kPieces = kTapsChannels / kSize, kAtOnce = kTapsThreads / kPieces,
+                kRowsAtOnce = kAtOnce / kTapsColumns, kAcross = kTapsColumns + 2 * kHalo, kRows = kTapsRows + 2 * kHalo;
+  const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+  const T* at = from.at(image, y, x) + channel + piece * kSize;
+  to += piece * 16;
+  const auto copy = [&](int row, int column, bool there) {
+    there = there && y + row >= from.rows.first && y + row < rows_end;
+    copy_async_or_zero(to + ((row + kHalo) * kAcross + column + kHalo) * kTapsRow<T>,
+                       at + (row * from.width + column) * from.channels, there);
+  };
+  const auto has = [&](int column) { return channel + piece * kSize < channels && x + column >= 0 && x + column < from.width; };
+  const int column = first % kTapsColumns, row = first / kTapsColumns;
+  const bool there = has(column);
 #pragma unroll
-        for (int o = 0; o < kBackwardRows; ++o) {
-          ahead[o] = {};
-          if (x < s.columns() && s.has(o)) ahead[o] = load_pairs<1>(from.at[o]);
-          from.next(o);
-        }
-      };
-      float2 left[kBackwardRows] = {}, here[kBackwardRows] = {},
-             right[kBackwardRows] = {};  // of in: those of the segment, beside the column that is seen
-      load(0);
-      convolve<1>(
-          walk, s, d, w, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); },
-          [&](int x, const float2(&v)[kBackwardRows + 2]) {
+  for (int r = -kHalo; r < kTapsRows + kHalo; r += kRowsAtOnce) copy(row + r, column, there);
+  if constexpr (kHalo > 0)
+    for (int i = first; i < 2 * kRows; i += kAtOnce) copy(i / 2 - 1, i % 2 ? kTapsColumns : -1, has(i % 2 ? kTapsColumns : -1));
+}
+
+// Sums over the pixels of a tile, of 8 channels a warp: of lanes on the diagonal, those of one channel.
+template <class T>
+__device__ __forceinline__ void add_tap_products(const unsigned char* d_tile, const unsigned char* in_tile, float (&total)[9]) {
+  constexpr int kRow = kTapsRow<T>, kNextRow = kTapsAcross * kRow;
+  const unsigned char *beside = d_tile + columns_lane<T, false>(kRow, kRow),   // the left neighbour, and the pixel itself
+      *right_of = d_tile + 2 * kRow + columns_lane<T, false>(kRow, kNextRow),  // the right one, and that of the next row
+          *own = in_tile + columns_lane<T, true>(kRow, kTapsColumns * kRow);   // of two rows
+  float near[3][4] = {}, far[2][4] = {};
 #pragma unroll
-            for (int o = 0; o < kBackwardRows; ++o) left[o] = here[o], here[o] = right[o], right[o] = to_float2(ahead[o].v[0]);
-            load(x + 2);
+  for (int x = 0; x < kTapsColumns; x += kStep<T>) {
+    uint32_t two[3][4], next[2][4], pixels[4];
 #pragma unroll
-            for (int o = 0; o < kBackwardRows; ++o)
+    for (int i = 0; i < 2; ++i) load_columns<T, false>(two[i + 1], beside + x * kRow + i * kNextRow, kRow, kRow);
+    load_columns<T, false>(next[1], right_of + x * kRow, kRow, kNextRow);
 #pragma unroll
-              for (int i = 0; i < 3; ++i) {
-                add_product(sums[i * 3], v[o + 2 - i], left[o]);
-                add_product(sums[i * 3 + 1], v[o + 2 - i], here[o]);
-                add_product(sums[i * 3 + 2], v[o + 2 - i], right[o]);
-              }
-          });
+    for (int y = 0; y < kTapsRows; ++y) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) two[0][r] = two[1][r], two[1][r] = two[2][r], next[0][r] = next[1][r];
+      load_columns<T, false>(two[2], beside + x * kRow + (y + 2) * kNextRow, kRow, kRow);
+      load_columns<T, false>(next[1], right_of + x * kRow + (y + 1) * kNextRow, kRow, kNextRow);
+      if (y % 2 == 0) load_columns<T, true>(pixels, own + (x + y * kTapsColumns) * kRow, kRow, kTapsColumns * kRow);
+      const uint32_t right[2] = {pixels[y % 2 * 2], pixels[y % 2 * 2 + 1]};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) mma(near[i], two[i], right, T{});
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma(far[i], next[i], right, T{});
     }
   }
+  const bool odd = threadIdx.x % 32 / 4 % 2;
+  const auto add = [&](int tap, float even, float other) { total[tap] += odd ? other : even; };
 #pragma unroll
-  for (int t = 0; t < 9; ++t) shared[(threadIdx.y * 9 + t) * 32 + threadIdx.x] = sums[t];
-  __syncthreads();
-  for (int t = threadIdx.y; t < 9; t += kWalkWarps) {
-    if (!has_channels(walk)) continue;
-    float2 sum = make_float2(0, 0);
-    for (int w = 0; w < kWalkWarps; ++w)
-      sum.x += shared[(w * 9 + t) * 32 + threadIdx.x].x, sum.y += shared[(w * 9 + t) * 32 + threadIdx.x].y;
-    float2& slot = *reinterpret_cast<float2*>(slots + (int64_t{blockIdx.x} * 9 + t) * walk.channels + pair_of_lane() * 2);
-    slot = add ? make_float2(slot.x + sum.x, slot.y + sum.y) : sum;
+  for (int i = 0; i < 3; ++i) {  // row i of d is where tap row 2 - i reads the pixel
+    add((2 - i) * 3 + 2, near[i][0], near[i][1]);
+    add((2 - i) * 3 + 1, near[i][2], near[i][3]);
+  }
+  add(6, far[0][0], far[0][1]);
+  add(3, far[0][2], far[0][3]);
+  add(0, far[1][2], far[1][3]);
+}
+
+// d_in, given the gradient d of the convolution and its taps turned by 180 degrees; slots[slot][9][channels] (+)= the taps'
+// gradients, of what d_in's pixels give to them.
+template <class T>
+__global__ void __launch_bounds__(kTapsThreads, 2)
+    differentiate_depthwise(Tiles tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* slots,
+                            bool add) {
+  AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
+  constexpr int kRow = kTapsRow<T>;
+  constexpr bool kOnTensorCores = sizeof(T) == 2;  // float32 would take more instructions there
+  unsigned char *d_tile = shared, *in_tile = shared + kTapsNear * kRow;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_channel = blockIdx.y * kTapsChannels,
+            channel = first_channel + lane * 2, unit_y = warp / 2 * 2, unit_x = warp % 2 * 8;
+  const bool has = channel < tiles.channels;
+  float2 w[9] = {};
+  if (has)
+#pragma unroll
+    for (int t = 0; t < 9; ++t) w[t] = *reinterpret_cast<const float2*>(flipped + t * tiles.channels + channel);
+  float total[9] = {};  // of this warp's 8 channels
+  float2 sums[9] = {};  // of this thread's
+  const uint32_t of_image = tiles.of_image(), all = of_image * tiles.images, across = tiles.across();
+  for (uint32_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+    const uint32_t image = tile / of_image, of_rows = (tile - image * of_image) / across;
+    const int y0 = tiles.rows.first + static_cast<int>(of_rows) * kTapsRows,
+              x0 = static_cast<int>(tile - image * of_image - of_rows * across) * kTapsColumns;
+    __syncthreads();
+    copy_tile<1>(d_tile, d, image, y0, x0, d.rows.end, first_channel, tiles.channels);
+    copy_tile<0>(in_tile, in, image, y0, x0, tiles.rows.end, first_channel, tiles.channels);
+    wait_for_copies();
+    __syncthreads();
+    const unsigned char *near = d_tile + (unit_y * kTapsAcross + unit_x) * kRow + lane * 2 * sizeof(T),
+                        *own = in_tile + (unit_y * kTapsColumns + unit_x) * kRow + lane * 2 * sizeof(T);
+    T* to[2];
+    int columns[2];
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      to[o] = d_in.at(image, y0 + unit_y + o, x0 + unit_x) + channel;
+      columns[o] = has && y0 + unit_y + o < tiles.rows.end ? d_in.width - x0 - unit_x : 0;
+    }
+    float2 made[3][2], pixels[3][2];  // of three columns: in turns
+#pragma unroll
+    for (int x = 0; x < 10; ++x) {  // of d
+      float2 v[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) v[r] = to_float2(*reinterpret_cast<const Pair<T>*>(near + (r * kTapsAcross + x) * kRow));
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        made[x % 3][o] = make_float2(0, 0);
+        if (!kOnTensorCores && x < 8)
+          pixels[x % 3][o] = to_float2(*reinterpret_cast<const Pair<T>*>(own + (o * kTapsColumns + x) * kRow));
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+          if (x - j < 0 || x - j > 7) continue;
+#pragma unroll
+          for (int i = 0; i < 3; ++i) {
+            add_product(made[(x - j) % 3][o], w[i * 3 + j], v[o + i]);
+            if (!kOnTensorCores) add_product(sums[(2 - i) * 3 + 2 - j], v[o + i], pixels[(x - j) % 3][o]);
+          }
+        }
+        if (x < 2) continue;
+        const float2 result[1] = {made[(x - 2) % 3][o]};
+        if (x - 2 < columns[o]) store_pairs(to[o], result);
+        to[o] += d_in.channels;
+      }
+    }
+    if constexpr (kOnTensorCores) add_tap_products<T>(d_tile + warp * 16, in_tile + warp * 16, total);
+  }
+
+  const auto put = [&](int tap, int at, float sum) {
+    float& slot = slots[(int64_t{blockIdx.x} * 9 + tap) * tiles.channels + at];
+    slot = add ? slot + sum : sum;
+  };
+  if constexpr (kOnTensorCores) {
+    const int own = first_channel + warp * 8 + lane / 4;
+    if (lane % 4 != lane / 8 || own >= tiles.channels) return;
+#pragma unroll
+    for (int t = 0; t < 9; ++t) put(t, own, total[t]);
+  } else {
+    float2* all_sums = reinterpret_cast<float2*>(shared);  // [warp][9][32]
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < 9; ++t) all_sums[(warp * 9 + t) * 32 + lane] = sums[t];
+    __syncthreads();
+    for (int t = warp; has && t < 9; t += kTapsThreads / 32) {
+      float2 sum = make_float2(0, 0);
+      for (int w = 0; w < kTapsThreads / 32; ++w)
+        sum.x += all_sums[(w * 9 + t) * 32 + lane].x, sum.y += all_sums[(w * 9 + t) * 32 + lane].y;
+      put(t, channel, sum.x), put(t, channel + 1, sum.y);
+    }
   }
 }
 
-// For the taps' gradients, of steps of up to `pixels`: fewer where many channels fill the device, and a few segments each.
+// For the taps' gradients, of steps of up to `pixels`: fewer where many channels fill the device, and a few tiles each.
 inline int64_t depthwise_slots(int64_t channels, int64_t pixels) {
-  return std::min(std::clamp<int64_t>(131072 / channels, 32, 512), ceil_div(pixels, 8 * kWalkWarps * kSegment));
+  return std::min(std::clamp<int64_t>(131072 / channels, 32, 512), ceil_div(pixels, 4 * kTapsPixels));
 }
 
 template <class T>
-void depthwise_backward(const Walk<kBackwardRows>& walk, View<const T> in, View<const T> d, const float* flipped, View<T> d_in,
-                        float* sums, int64_t slots, bool add, cudaStream_t stream) {
-  launch(differentiate_depthwise<T>, dim3(slots, ceil_div(walk.channels, 64)), dim3(32, kWalkWarps),
-         kWalkWarps * 9 * 32 * sizeof(float2), stream, walk, in, d, flipped, d_in, sums, add);
+void depthwise_backward(const Tiles& tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* sums,
+                        int64_t slots, bool add, cudaStream_t stream) {
+  launch(differentiate_depthwise<T>, dim3(slots, ceil_div(tiles.channels, kTapsChannels)), dim3(kTapsThreads),
+         (kTapsNear + kTapsPixels) * kTapsRow<T>, stream, tiles, in, d, flipped, d_in, sums, add);
 }
 
 }  // namespace image

@@ -59,8 +59,7 @@ struct ExpansionBackward {
   const Expansion<T>& op;
   int height;
   int64_t splits, tap_slots, norm_slots;
-  Buffer<T> d_hidden;
-  Buffer<float> d_normal;
+  Buffer<T> d_hidden, d_normal;
   float *d_weight, *d_taps, *d_norm;  // of splits and slots
 
   ExpansionBackward(Workspace& memory, const Expansion<T>& op_, const Steps& steps, const ImageShape& s)
@@ -73,19 +72,17 @@ struct ExpansionBackward {
     d_taps = memory.take<float>(tap_slots * 9 * op.hidden);
     d_norm = memory.take<float>(norm_slots * 2 * op.channels);
   }
-  static int64_t pixel_bytes(int64_t hidden, int64_t columns) { return hidden * static_cast<int64_t>(sizeof(T)) + columns * 4; }
+  static int64_t pixel_bytes(int64_t hidden, int64_t columns) { return (hidden + columns) * static_cast<int64_t>(sizeof(T)); }
 
   // dx of its rows, and the sums. hidden and d reach a row further.
   void step(View<const T> x, View<const T> dy, View<T> dx, View<const T> normal, View<const T> hidden, View<const T> d,
             int64_t images, bool first, cudaStream_t stream) const {
-    const View<T> dh = d_hidden.view(dx.rows);
-    const View<float> dn = d_normal.view(dx.rows);
-    depthwise_backward<T>(Walk<kBackwardRows>(dh, height, op.hidden, images), hidden, d, op.flipped, dh, d_taps, tap_slots,
-                          !first, stream);
+    const View<T> dh = d_hidden.view(dx.rows), dn = d_normal.view(dx.rows);
+    depthwise_backward<T>({dx.rows, dh.width, op.hidden, images}, hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
     outer<T>({dh.matrices(), normal.of(dx.rows).matrices(), d_weight, images, dh.pixels(), op.hidden, op.columns, 1, !first}, 1,
              splits, stream);
-    product<T, float>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(),
-                      images, stream);
+    product<T, T>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(), images,
+                  stream);
     norm_backward<T>(op.norm, x.of(dx.rows), dn, dy.of(dx.rows), dx, images, d_norm, norm_slots, !first, stream);
   }
 

@@ -53,6 +53,21 @@ inline int64_t multiprocessors() {
 #endif
 }
 
+// Blocks of a kernel that a multiprocessor of the current GPU holds.
+template <class Kernel>
+int64_t resident(Kernel* kernel, int threads, size_t shared_bytes) {
+#ifdef AUTOHDR_EMULATION
+  return 3;
+#else
+  int blocks = 0;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+             "shared memory of a CUDA kernel");
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+             "the blocks that a multiprocessor holds");
+  return blocks < 1 ? 1 : blocks;
+#endif
+}
+
 // Throws std::runtime_error if the launch is refused, or an earlier one has failed since. A grid without blocks is refused.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -129,11 +129,4 @@ __device__ __forceinline__ float gelu(float v) {
   return fmaxf(v, 0.0f) - fabsf(v) * NormalTail(v).beyond;
 }
 
-// log(1 + exp(x)), the identity above 20, as in PyTorch; relative error of a few units in the last place for every x.
-__device__ __forceinline__ float softplus(float x) {
-  const float e = expf(-fabsf(x));
-  const float s = divide_approx(e, 2.0f + e), s2 = s * s;
-  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * s * AUTOHDR_ARTANH_BY_S(s2);
-}
-
 }  // namespace autohdr

@@ -174,23 +174,31 @@ __device__ __forceinline__ LaneOfRows right_lane() {
   return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
 }
 
+// Bytes of a row of such a tile below, of so many columns: against bank conflicts.
+template <class T>
+__host__ __device__ constexpr int row_of_columns(int columns) {
+  return columns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
+}
+
 // The same of a tile whose rows are k, `stride` bytes apart, and run along the 16 rows wanted: load_columns from columns_lane bytes on.
+// The second 8 of them lie `apart` bytes after the first.
 template <class T, bool kRight>
-__device__ __forceinline__ int columns_lane(int stride) {
+__device__ __forceinline__ int columns_lane(int stride, int apart = 8 * sizeof(T)) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 4) return lane % 4 * stride + lane / 4 * 4;
-  const int k = kRight ? lane / 8 % 2 : lane / 16, column = kRight ? lane / 16 : lane / 8 % 2;
-  return (k * 8 + lane % 8) * stride + column * 16;
+  const int k = kRight ? lane / 8 % 2 : lane / 16, half = kRight ? lane / 16 : lane / 8 % 2;
+  return (k * 8 + lane % 8) * stride + half * apart;
 }
 template <class T, bool kRight>
-__device__ __forceinline__ void load_columns(uint32_t (&out)[4], const unsigned char* tile, int stride) {
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4], const unsigned char* tile, int stride,
+                                             int apart = 8 * sizeof(T)) {
   if constexpr (sizeof(T) == 2) {
     load_matrices_transposed(out, tile);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int k = kRight ? i % 2 : i / 2, column = kRight ? i / 2 : i % 2;
-      out[i] = *reinterpret_cast<const uint32_t*>(tile + k * 4 * stride + column * 32);
+      const int k = kRight ? i % 2 : i / 2, half = kRight ? i / 2 : i % 2;
+      out[i] = *reinterpret_cast<const uint32_t*>(tile + k * 4 * stride + half * apart);
     }
   }
 }

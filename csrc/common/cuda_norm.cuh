@@ -136,68 +136,75 @@ void norm(const Norm& norm, View<const T> x, View<T> out, int64_t images, cudaSt
 }
 
 // dx = dy + the norm's gradient, and slots[slot][2][channels] (+)= the gradients of its weight and bias. A block writes a round's
-// channels.
+// channels; where there is only one, a pixel is read once, all of it at once.
 constexpr int kNormThreads = 128;
-template <class T>
-__global__ void __launch_bounds__(kNormThreads)
-    differentiate_norm(Matrices<const T> x, Matrices<const float> d_normal, Matrices<const T> dy, Norm norm, NormLanes<T> l,
+template <class T, bool kOneRound>
+__global__ void __launch_bounds__(kNormThreads, 3)
+    differentiate_norm(Matrices<const T> x, Matrices<const T> d_normal, Matrices<const T> dy, Norm norm, NormLanes<T> l,
                        int64_t images, int64_t pixels, Matrices<T> dx, float* slots, bool add) {
-  AUTOHDR_DYNAMIC_SHARED(float, shared);  // [thread][2][pieces][piece]
+  AUTOHDR_DYNAMIC_SHARED(float, shared);  // [2][pieces][piece][thread]
   using P = NormPixel<T>;
   constexpr int kOwn = P::kPieces * P::kSize;
-  const int view = static_cast<int>(x.of_row), own_round = blockIdx.y, groups = kNormThreads >> l.log_lanes;
+  if (kOneRound) l.rounds = 1;
+  const int view = static_cast<int>(x.of_row), own_round = kOneRound ? 0 : blockIdx.y, groups = kNormThreads >> l.log_lanes;
   const uint32_t count = images * pixels, each = pixels, stride = gridDim.x * groups;  // a step's pixels fit 32 bits
+  const float per_channel = 1.0f / norm.channels;
   float d_weight[P::kPieces][P::kSize] = {}, d_bias[P::kPieces][P::kSize] = {};
   for (uint32_t first = blockIdx.x * groups; first < count; first += stride) {
     const bool inside = first + l.group() < count;
     const uint32_t index = inside ? first + l.group() : 0, image = index / each, pixel = index - image * each;
-    const T* at = x.of(image, 0) + pixel * x.of_row;
-    const float* d_at = d_normal.of(image, 0) + pixel * d_normal.of_row;
+    const T *at = x.of(image, 0) + pixel * x.of_row, *d_at = d_normal.of(image, 0) + pixel * d_normal.of_row,
+            *dy_at = dy.of(image, 0) + pixel * dy.of_row;
+    Piece<T> d[P::kPieces], added[P::kPieces];
+    const auto load = [&](int round, const T* from, Piece<T>(&to)[P::kPieces]) {  // any others where there are no channels
+#pragma unroll
+      for (int i = 0; i < P::kPieces; ++i) {
+        const int channel = P::channel(l, round, i);
+        to[i] = *reinterpret_cast<const Piece<T>*>(from + (channel < view ? channel : 0));
+      }
+    };
+    load(own_round, dy_at, added);
+    if (kOneRound) load(0, d_at, d);
     P p;
     const float2 stats = p.statistics(l, at, view, norm);
-    const float mean = stats.x, factor = stats.y;
-    float d[P::kPieces][P::kSize] = {}, sum = 0, along = 0;
-    const auto load = [&](int round) {
-#pragma unroll
-      for (int i = 0; i < P::kPieces; ++i)
-        if (P::channel(l, round, i) < view) load_floats(d_at + P::channel(l, round, i), d[i]);
-    };
+    const float mean = stats.x, factor = stats.y, shift = norm.bias ? mean : 0.0f;
     const auto weight_of = [&](int round, int i, float (&weight)[P::kSize]) {
       if (P::channel(l, round, i) < view) load_floats(norm.weight + P::channel(l, round, i), weight);
     };
+    float sum = 0, along = 0;
     for (int round = 0; round < l.rounds; ++round) {
-      if (l.rounds > 1) p.load(l, round, at, view), p.set_rest(l, round, norm.channels, mean);
-      load(round);
+      if (!kOneRound) p.load(l, round, at, view), p.set_rest(l, round, norm.channels, mean), load(round, d_at, d);
 #pragma unroll
       for (int i = 0; i < P::kPieces; ++i) {
-        float weight[P::kSize] = {};
+        float weight[P::kSize] = {}, own[P::kSize];
         weight_of(round, i, weight);
+        load_floats(d[i].v, own);
 #pragma unroll
         for (int e = 0; e < P::kSize; ++e) {
-          const float g = d[i][e] * weight[e];
-          sum += g, along += g * (norm.bias ? p.v[i][e] - mean : p.v[i][e]);
+          const float g = own[e] * weight[e];
+          sum += g, along += g * (p.v[i][e] - shift);
         }
       }
     }
-    sum = norm.bias ? sum_over(l.lanes, sum) / norm.channels : 0.0f;
-    along = sum_over(l.lanes, along) / norm.channels * factor * factor;
+    sum = norm.bias ? sum_over(l.lanes, sum) * per_channel : 0.0f;
+    along = sum_over(l.lanes, along) * per_channel * factor * factor;
     if (!inside) continue;
-    if (l.rounds > 1) p.load(l, own_round, at, view), p.set_rest(l, own_round, norm.channels, mean), load(own_round);
+    if (!kOneRound) p.load(l, own_round, at, view), p.set_rest(l, own_round, norm.channels, mean), load(own_round, d_at, d);
 #pragma unroll
     for (int i = 0; i < P::kPieces; ++i) {
       const int channel = P::channel(l, own_round, i);
-      if (channel >= view) continue;
-      float weight[P::kSize], result[P::kSize];
+      float weight[P::kSize] = {}, own[P::kSize], result[P::kSize];
       weight_of(own_round, i, weight);
-      load_floats(dy.of(image, 0) + pixel * dy.of_row + channel, result);
+      load_floats(d[i].v, own);
+      load_floats(added[i].v, result);
 #pragma unroll
       for (int e = 0; e < P::kSize; ++e) {
-        const float value = p.v[i][e], centred = value - mean;
-        result[e] += factor * (d[i][e] * weight[e] - sum - centred * along);
-        d_weight[i][e] += d[i][e] * (norm.bias ? centred : value) * factor;
-        d_bias[i][e] += d[i][e];
+        const float value = p.v[i][e];
+        result[e] += factor * (own[e] * weight[e] - sum - (value - mean) * along);
+        d_weight[i][e] += own[e] * (value - shift) * factor;
+        d_bias[i][e] += own[e];
       }
-      store_floats(dx.of(image, 0) + pixel * dx.of_row + channel, result);
+      if (channel < view) store_floats(dx.of(image, 0) + pixel * dx.of_row + channel, result);
     }
   }
 #pragma unroll
@@ -210,11 +217,14 @@ __global__ void __launch_bounds__(kNormThreads)
   __syncthreads();
   const int own = l.lanes * kOwn;
   for (int at = threadIdx.x; at < 2 * own; at += kNormThreads) {
-    const int which = at / own, i = at % own / (l.lanes * P::kSize), lane = at % own / P::kSize % l.lanes, e = at % P::kSize;
+    const int which = at >= own, place = at - which * own, e = place % P::kSize, piece = place / P::kSize,
+              lane = piece & (l.lanes - 1), i = piece >> l.log_lanes;
     const int channel = ((own_round * P::kPieces + i) * l.lanes + lane) * P::kSize + e;
     if (channel >= norm.channels) continue;
+    const float* from = shared + (which * kOwn + i * P::kSize + e) * kNormThreads + lane;
     float sum = 0;
-    for (int g = 0; g < groups; ++g) sum += shared[(which * kOwn + i * P::kSize + e) * kNormThreads + g * l.lanes + lane];
+#pragma unroll 8
+    for (int g = 0; g < groups; ++g) sum += from[(g + at & groups - 1) << l.log_lanes];  // neighbours begin in other banks
     float& slot = slots[(int64_t{blockIdx.x} * 2 + which) * norm.channels + channel];
     slot = add ? slot + sum : sum;
   }
@@ -227,10 +237,10 @@ int64_t norm_slots(int channels, int64_t pixels) {
 }
 
 template <class T>
-void norm_backward(const Norm& norm, View<const T> x, View<const float> d_normal, View<const T> dy, View<T> dx, int64_t images,
+void norm_backward(const Norm& norm, View<const T> x, View<const T> d_normal, View<const T> dy, View<T> dx, int64_t images,
                    float* sums, int64_t slots, bool add, cudaStream_t stream) {
   const NormLanes<T> l(x.channels);
-  launch(differentiate_norm<T>, dim3(slots, l.rounds), dim3(kNormThreads),
+  launch(l.rounds == 1 ? differentiate_norm<T, true> : differentiate_norm<T, false>, dim3(slots, l.rounds), dim3(kNormThreads),
          kNormThreads * 2 * NormPixel<T>::kPieces * Piece<T>::kSize * sizeof(float), stream, x.matrices(), d_normal.matrices(),
          dy.matrices(), norm, l, images, x.pixels(), dx.matrices(), sums, add);
 }

@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
   const auto place = [](int row, int piece) { return row * kTileBytes + (piece ^ row / 2 % 4) * 16; };
   const T* a = p.a.of(image, head) + (first_pixel + row) * p.a.of_row + piece * kSize;
-  const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
-  const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * kLoadRows;
+  const int columns_left = p.n - first_n, w_row = min(row, columns_left - 1);
+  const T* w = p.w.of(image, head) + int64_t{first_n + w_row} * p.w.of_row + piece * kSize;
+  const int64_t a_step = p.a.of_row * kLoadRows, w_step = p.w.of_row * (min(row + kLoadRows, columns_left - 1) - w_row);
   unsigned char *a_place = shared + place(row, piece),
                 *w_place = shared + kProductRows * kTileBytes + place(place_of(row, 4), piece);
   int loaded = 0;  // along k
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         copy_async_or_zero(w_place + stage + i * kLoadRows * kTileBytes, w + i * w_step,
-                           inside && first_n + row + i * kLoadRows < p.n);
+                           inside && row + i * kLoadRows < columns_left);
       a += kChunk, w += kChunk, loaded += kChunk;
     }
     commit_copies();
@@ -148,17 +149,19 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
     wait_for_groups<kStages - 2>();
     __syncthreads();
     load(next);
+    if (n0 < columns_left) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t right[2][4];
+      for (int step = 0; step < 2; ++step) {
+        uint32_t right[2][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + now + j * 16 * kTileBytes);
+        for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + now + j * 16 * kTileBytes);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t left[4];
-        load_matrices(left, left_rows[step] + now + i * 16 * kTileBytes);
+        for (int i = 0; i < 4; ++i) {
+          uint32_t left[4];
+          load_matrices(left, left_rows[step] + now + i * 16 * kTileBytes);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+          for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+        }
       }
     }
     now = now == 2 * kStage ? 0 : now + kStage;
@@ -197,8 +200,10 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
     const dim3 grid(ceil_div(p.pixels, kProductRows) * ceil_div(p.n, width), 1, images * p.heads);
     launch(kernel, grid, dim3(2 * width), kStages * (kProductRows + width) * kTileBytes, stream, p, out, epilogue);
   };
-  const int over = p.n % 128;  // columns of a last tile: wide ones only where they are mostly full
-  over == 0 || over > 64 ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
+  const auto loads = [&](int width) { return ceil_div(p.n, width) * (kProductRows + width); };  // of rows of both operands
+  if constexpr (sizeof(T) == 2)
+    if (loads(256) < std::min(loads(64), loads(128))) return run(multiply<T, Out, 256, Epilogue>, 256);
+  loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -214,24 +219,20 @@ struct Outer {
   bool add;
 };
 
-constexpr int kOuterPixels = 32, kOuterN = 64;
-template <class T>
-__host__ __device__ constexpr int outer_row(int columns) {  // bytes, against bank conflicts
-  return columns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
-}
+constexpr int kOuterPixels = 32;
 
-// A block owns kM × 64 sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
+// A block owns kM × kN sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
 // pixels: they cut instead of rounding, and a long sum would drift.
-template <class T, int kM>
-__global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
+template <class T, int kM, int kN>
+__global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kLeftRow = outer_row<T>(kM), kRightRow = outer_row<T>(kOuterN), kLeftTile = kOuterPixels * kLeftRow,
+  constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
   // Across: pieces of a row. LoadRows: that the block's threads load at once.
-  constexpr int kLeftAcross = kM / kSize, kRightAcross = kOuterN / kSize, kLeftLoadRows = 2 * kM / kLeftAcross,
-                kRightLoadRows = 2 * kM / kRightAcross;
+  constexpr int kThreads = kM * kN / 32, kLeftAcross = kM / kSize, kRightAcross = kN / kSize,
+                kLeftLoadRows = kThreads / kLeftAcross, kRightLoadRows = kThreads / kRightAcross;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = (p.n + kOuterN - 1) / kOuterN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kOuterN;
+  const int tiles = (p.n + kN - 1) / kN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kN;
   const int64_t head = blockIdx.y % p.heads, first_image = blockIdx.y / p.heads;
   const int64_t chunks_each = (p.pixels + kOuterPixels - 1) / kOuterPixels, chunks = chunks_each * p.images;
   const int64_t begin = blockIdx.z * chunks / gridDim.z, end = (blockIdx.z + 1) * chunks / gridDim.z;
@@ -259,7 +260,8 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
         copy_async_or_zero(left_place + stage + i * kLeftRow, a + i * p.a.of_row, has_m && left_row + i < pixels);
 #pragma unroll
       for (int i = 0; i < kOuterPixels; i += kRightLoadRows)
-        copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
+        if (kRightLoadRows <= kOuterPixels || right_row < kOuterPixels)
+          copy_async_or_zero(right_place + stage + i * kRightRow, b + i * p.b.of_row, has_n && right_row + i < pixels);
       --to_load;
       pixel += kOuterPixels;
       a += kOuterPixels * p.a.of_row, b += kOuterPixels * p.b.of_row;
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
       sum = 0;
     }
   };
-  const int m0 = warp / 2 * 32, n0 = warp % 2 * 32;
+  const int m0 = warp / (kN / 32) * 32, n0 = warp % (kN / 32) * 32;
   const unsigned char *left_columns = shared + columns_lane<T, false>(kLeftRow) + m0 * sizeof(T),
                       *right_columns = shared + kLeftTile + columns_lane<T, true>(kRightRow) + n0 * sizeof(T);
   load(0);
@@ -320,33 +322,43 @@ __global__ void __launch_bounds__(2 * kM) multiply_outer(Outer<T> p) {
       }
 }
 
-// Rows of a block's sums: many where there are as many, which load b less often, but for float32, which has no registers for it.
+// A block's sums: many where there are as many, so that a and b are loaded less often, but for float32, which has no registers for it.
 template <class T>
-constexpr int outer_m(int64_t m) {
-  return sizeof(T) == 2 && m > 64 ? 128 : 64;
-}
-template <class T>
-int64_t outer_blocks(int64_t m, int64_t n) {
-  return ceil_div(m, outer_m<T>(m)) * ceil_div(n, kOuterN);
-}
+struct OuterTile {
+  int m = 64, n = 64;
+  OuterTile(int64_t all_m, int64_t all_n) {
+    if (sizeof(T) == 4 || all_m <= 64) return;
+    if (all_n > 64)
+      m = n = 128;
+    else
+      m = all_m > 128 ? 256 : 128;
+  }
+  int warps() const { return m * n / 1024; }
+  int64_t blocks(int64_t all_m, int64_t all_n) const { return ceil_div(all_m, m) * ceil_div(all_n, n); }
+};
 
 // In how many parts a sum of m × n products over the pixels is taken, to fill the device; independent of it, so that results are
 // the same on all.
 template <class T>
 int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
-  const int64_t warps = outer_blocks<T>(m, n) * outer_m<T>(m) / 16 * matrices;
+  const OuterTile<T> tile(m, n);
+  const int64_t warps = tile.blocks(m, n) * tile.warps() * matrices;
   return std::clamp<int64_t>(ceil_div(2048, warps), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
 }
 
 template <class T>
 void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
-  const auto run = [&](auto kernel, int rows) {
-    launch(kernel, dim3(outer_blocks<T>(p.m, p.n), matrices, splits), dim3(2 * rows),
-           kStages * kOuterPixels * (outer_row<T>(rows) + outer_row<T>(kOuterN)), stream, p);
+  const OuterTile<T> tile(p.m, p.n);
+  const auto run = [&](auto kernel) {
+    launch(kernel, dim3(tile.blocks(p.m, p.n), matrices, splits), dim3(tile.warps() * 32),
+           kStages * kOuterPixels * (row_of_columns<T>(tile.m) + row_of_columns<T>(tile.n)), stream, p);
   };
-  if constexpr (sizeof(T) == 2)
-    if (outer_m<T>(p.m) == 128) return run(multiply_outer<T, 128>, 128);
-  run(multiply_outer<T, 64>, 64);
+  if constexpr (sizeof(T) == 2) {
+    if (tile.n == 128) return run(multiply_outer<T, 128, 128>);
+    if (tile.m == 256) return run(multiply_outer<T, 256, 64>);
+    if (tile.m == 128) return run(multiply_outer<T, 128, 64>);
+  }
+  run(multiply_outer<T, 64, 64>);
 }
 
 }  // namespace image

@@ -42,6 +42,16 @@ __device__ __forceinline__ void store_one(const Sequence& s, int64_t at, float v
     static_cast<uint16_t*>(s.data)[at] = static_cast<uint16_t>(narrow(s.dtype, v));
 }
 
+// A uint2, uint4 or float4 at once.
+template <class Word>
+__device__ __forceinline__ void store_word(void* to, Word word) {
+#ifdef AUTOHDR_EMULATION
+  *static_cast<Word*>(to) = word;
+#else
+  __stcg(static_cast<Word*>(to), word);  // of a plain assignment the compiler makes several stores
+#endif
+}
+
 // N neighbours in memory, 8 or 16 bytes, of which their address is a multiple: loaded and stored at once.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Piece {
@@ -55,11 +65,7 @@ template <class T, int N>
 __device__ __forceinline__ void store_piece(T* at, const Piece<T, N>& piece) {
   std::conditional_t<sizeof piece == 16, uint4, uint2> word;
   memcpy(&word, &piece, sizeof word);
-#ifdef AUTOHDR_EMULATION
-  *reinterpret_cast<decltype(word)*>(at) = word;
-#else
-  __stcg(reinterpret_cast<decltype(word)*>(at), word);  // of a plain assignment the compiler makes several stores
-#endif
+  store_word(at, word);
 }
 
 }  // namespace autohdr

@@ -62,7 +62,10 @@ struct Steps {
   Steps(const ImageShape& s, const Range& all_rows_, int64_t pixel_bytes, int halo, int64_t budget, int64_t max_images)
       : batch(s.batch), images(1), height(s.height), all_rows(all_rows_) {
     const int64_t row_bytes = pixel_bytes * s.width;
-    rows = static_cast<int>(std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, all_rows.size()));
+    const int64_t most = std::clamp<int64_t>(budget / row_bytes - 2 * halo, 1, all_rows.size());
+    // Steps alike, and of whole tiles where there is room: for a rest of few rows kernels take as long as for many.
+    const int64_t alike = ceil_div(all_rows.size(), std::max<int64_t>(1, ceil_div(all_rows.size(), most)));
+    rows = static_cast<int>(std::min(most, round_up(alike, 8)));
     if (rows == all_rows.size())
       images =
           std::clamp<int64_t>(budget / (row_bytes * most_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));

@@ -17,8 +17,8 @@ inline ExpansionWeights expansion_of(const GdfnShape& s, const GdfnWeights& w) {
 // gated = gelu(a) ⊙ b.
 template <class T>
 __global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, const float* taps, View<T> gated) {
-  if (!has_unit(walk)) return;
-  const Segment<2> s(walk, blockIdx.z, unit_of_warp());
+  const Segment<2> s(walk);
+  if (!has_part(walk, s)) return;
   Along<1, 2, T> to(gated, s);
   convolve<2>(walk, s, hidden, taps, hidden.channels, [&](int o, int, const float2(&v)[2]) {
     const float2 product[1] = {Gated::of<T>(v)};
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, 
 template <class T>
 __global__ void __launch_bounds__(128)
     gate_backward(Walk<2> walk, View<const T> hidden, const float* taps, View<T> gated, View<T> d) {
-  if (!has_unit(walk)) return;
-  const Segment<2> s(walk, blockIdx.z, unit_of_warp());
+  const Segment<2> s(walk);
+  if (!has_part(walk, s)) return;
   Along<1, 2, T> at(gated, s);
   Along<2, 2, T> to(d, s);
   Pairs<T, 1> ahead[2] = {at.load(0), at.load(1)};

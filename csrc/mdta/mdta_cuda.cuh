@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(128) convolve_qk(Walk<kDepthwiseRows> walk, Vi
                                                    View<T> qk, float* squares, bool add) {
   __shared__ float2 sums[kWalkWarps][32];
   float2 sum = make_float2(0, 0);
-  if (has_unit(walk)) {
-    const Segment<kDepthwiseRows> s(walk, blockIdx.z, unit_of_warp());
+  const Segment<kDepthwiseRows> s(walk);
+  if (has_part(walk, s)) {
     Along<1, kDepthwiseRows, T> to(qk, s);
     convolve<1>(walk, s, hidden, taps, stride, [&](int o, int, const float2(&v)[1]) {
       to.store(o, v), to.next(o);

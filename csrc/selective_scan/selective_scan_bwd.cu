@@ -8,17 +8,16 @@ namespace {
 
 // At most so many floats of parts, if one chunk of one entry of the batch does not take more.
 const int64_t kPartFloats = size_for(12 << 20, 1 << 14);
-constexpr int64_t kResident = 3;  // blocks on a multiprocessor
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t v, int64_t least, int64_t most) { return v < least ? least : v > most ? most : v; }
 
 // One segment if the channels alone fill more than half of the device: more of them cost a scan beforehand, a quarter of the time.
 template <class C>
-BackwardPlan plan_of(const ScanShape& s, int64_t multiprocessors) {
+BackwardPlan plan_of(const ScanShape& s, int64_t slots) {
   BackwardPlan p;
   p.split.tiles = p.split.workers = ceil_div(s.channels, C::kChannels);
-  const int64_t blocks = s.batch * s.groups * p.split.tiles, slots = kResident * multiprocessors, chunks = s.chunks();
+  const int64_t blocks = s.batch * s.groups * p.split.tiles, chunks = s.chunks();
   p.split.segment_chunks = ceil_div(chunks, 2 * blocks > slots ? 1 : clamp(slots / blocks, 1, chunks));
   p.split.segments = ceil_div(chunks, p.split.segment_chunks);
   const int64_t part = s.groups * p.split.tiles * p.split.segments * kChunk * C::kColumns;  // of a chunk of every segment
@@ -46,12 +45,17 @@ void sum_over_segments(const ScanBackward& a, int64_t segments, const float* sum
          sums);
 }
 
-template <class C, bool Gated>
-void backward(const ScanBackward& a, float* workspace, int multiprocessors, cudaStream_t stream) {
+// Bytes of the workspace; where there is memory for it, launches everything.
+template <class C, class L, bool Gated>
+int64_t backward(const ScanBackward& a, void* memory, cudaStream_t stream) {
   const ScanShape& s = a.shape;
-  const BackwardPlan p = plan_of<C>(s, multiprocessors);
+  const auto kernel = scan_backward<C, L, Gated>;
+  constexpr size_t kShared = backward_shared<C, L, Gated>();
+  const BackwardPlan p = plan_of<C>(s, resident(kernel, C::kThreads, kShared) * multiprocessors());
   const Sizes sizes(a, p, C::kColumns);
-  float *sums = workspace + sizes.carry, *parts = sums + sizes.sums;
+  const int64_t bytes = (sizes.carry + sizes.sums + sizes.parts + sizes.weighted) * static_cast<int64_t>(sizeof(float));
+  if (!memory) return bytes;
+  float *workspace = static_cast<float*>(memory), *sums = workspace + sizes.carry, *parts = sums + sizes.sums;
   const BackwardWorkspace ws{workspace, sums, parts, parts + sizes.parts};
   if (p.split.segments > 1)
     with_config(s.dstate, [&](auto config) {
@@ -64,8 +68,7 @@ void backward(const ScanBackward& a, float* workspace, int multiprocessors, cuda
     for (int64_t round = 0; round < p.rounds(); ++round) {
       const int64_t entries = (first + p.batches < s.batch ? p.batches : s.batch - first) * p.split.segments;
       const int64_t tokens = p.round_chunks * kChunk;
-      launch(scan_backward<C, Gated>, dim3(entries * s.groups * p.split.tiles), dim3(C::kThreads), backward_shared<C, Gated>(),
-             stream, a, p, ws, first, round);
+      launch(kernel, dim3(entries * s.groups * p.split.tiles), dim3(C::kThreads), kShared, stream, a, p, ws, first, round);
       launch(sum_projections<C>, dim3(entries * s.groups * (tokens / 32) * ceil_div(C::kColumns, 32)), dim3(256), 0, stream, s, p,
              a.dB, a.dC, static_cast<const float*>(ws.parts), first, round);
       if (a.in.delta_weight)
@@ -73,30 +76,31 @@ void backward(const ScanBackward& a, float* workspace, int multiprocessors, cuda
                static_cast<const float*>(ws.weighted), first, round);
     }
   sum_over_segments(a, p.split.segments, ws.sums, stream);
+  return bytes;
 }
 
 }  // namespace
 }  // namespace scan
 
 int64_t queue(const ScanBackward& a, void* memory, cudaStream_t stream) {
-  int64_t floats = 0;
-  const int multiprocessors = static_cast<int>(autohdr::multiprocessors());
   if (a.shape.dim() == 0) return 0;
   if (a.shape.batch == 0) {
     if (memory) scan::sum_over_segments(a, 0, nullptr, stream);
     return 0;
   }
+  const ScanInputs& in = a.in;
+  const bool by_channel = !in.delta_weight;
+  int64_t bytes = 0;
   scan::with_backward_config(a.shape.dstate, [&](auto config) {
     using C = decltype(config);
-    const scan::Sizes sizes(a, scan::plan_of<C>(a.shape, multiprocessors), C::kColumns);
-    floats = sizes.carry + sizes.sums + sizes.parts + sizes.weighted;
-    if (!memory) return;
-    if (a.in.z.data)
-      scan::backward<C, true>(a, static_cast<float*>(memory), multiprocessors, stream);
-    else
-      scan::backward<C, false>(a, static_cast<float*>(memory), multiprocessors, stream);
+    if (in.z.data)
+      scan::with_layout<C>({in.z, in.u, by_channel ? in.delta : Sequence{}, in.B, in.C, a.d_out, a.du,
+                            by_channel ? a.d_delta : Sequence{}, a.dz},
+                           [&](auto layout) { bytes = scan::backward<C, decltype(layout), true>(a, memory, stream); });
+    else  // few models: not compiled for each layout
+      bytes = scan::backward<C, scan::Mixed, false>(a, memory, stream);
   });
-  return floats * static_cast<int64_t>(sizeof(float));
+  return bytes;
 }
 
 }  // namespace autohdr

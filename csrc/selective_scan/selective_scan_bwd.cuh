@@ -1,4 +1,13 @@
-// selective_scan backward on a GPU.
+// selective_scan backward on a GPU. selective_scan_tile.cuh says what tiles and windows are.
+//
+// A thread owns kOwn neighbouring channels, and of each kStates states; the kLanes threads of a channel are neighbours in a warp. A
+// block owns kChannels channels of one group and batch entry and a segment of the sequence, and walks its chunks from the last to
+// the first: forward from the states that the forward pass left, keeping those before every kSub tokens in shared memory; then back,
+// tile by tile, kSub tokens at a time, whose gates and states are made once more and stay in registers. Between tensors and scan, a
+// thread takes kRun neighbouring tokens of one channel. The tensors' next tile is on its way into shared memory meanwhile.
+//
+// dB and dC are summed over a warp's channels by shuffles, over a block's warps in shared memory, over the blocks by another kernel.
+// Every sum has a fixed order.
 #pragma once
 #include "common/cuda_async.cuh"
 #include "selective_scan/selective_scan_tile.cuh"
@@ -7,25 +16,25 @@ namespace autohdr {
 namespace scan {
 
 constexpr int round_up(int v, int to) { return (v + to - 1) / to * to; }
+AUTOHDR_ANYWHERE constexpr int log2_of(int v) { return v < 2 ? 0 : 1 + log2_of(v / 2); }
 
-// A thread owns kOwn neighbouring channels, and of each kStates states; the kLanes threads of a channel are neighbours in a warp.
 template <int Own, int States, int Lanes, int Tokens>
 struct BackwardConfig {
   static constexpr int kOwn = Own, kStates = States, kLanes = Lanes, kTokens = Tokens, kThreads = 64;
   static constexpr int kWarps = kThreads / 32, kChannelLanes = 32 / Lanes, kPadded = States * Lanes;
   static constexpr int kChannels = kThreads / Lanes * Own;
-  static constexpr int kHelpers =
-      kChannels * Tokens / 4 < kThreads ? kChannels * Tokens / 4 : kThreads;  // threads with tokens of a channel
-  static constexpr int kSub = 8;                                              // tokens whose gates and states are in registers
-  static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;       // of the states in a thread; see sum_over_channels
-  static constexpr int kRow = kChannels + 2;                                  // floats of a row of channels
-  static constexpr int kPairRow = 2 * kChannels + 4;                          // of a row of (Δ, Δ u)
+  static constexpr int kRun = kChannels * Tokens / kThreads < 4 ? 4 : kChannels * Tokens / kThreads;
+  static constexpr int kHelpers = kChannels * Tokens / kRun;             // threads with tokens of a channel
+  static constexpr int kSub = 8;                                         // tokens whose gates and states are in registers
+  static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;  // of the states in a thread; see sum_over_channels
+  static constexpr int kRow = kChannels + 2;                             // floats of a row of channels
+  static constexpr int kPairRow = 2 * kRow;                              // of a row of (Δ, Δ u)
   static constexpr int kStateRow = kOrders * kPadded + 4;
   static constexpr int kColumns = 2 * kPadded;  // of a row of dB and dC
   static constexpr int kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
   static constexpr int kSaved = static_cast<int>(kChunk) / kSub * kOwn * kStates * kThreads;  // floats of states
   static constexpr int kSums = kWarps * kTokens * kColumns;
-  static_assert(kPairRow == 2 * kRow && kThreads % kChannels == 0 && kTokens % kSub == 0 && kStates % 4 == 0);
+  static_assert(kThreads % kChannels == 0 && kTokens % kSub == 0 && kStates % 4 == 0);
 };
 
 template <class F>
@@ -81,142 +90,6 @@ __device__ __forceinline__ void load_floats(const float* from, float* v) {  // a
   }
 }
 
-AUTOHDR_ANYWHERE constexpr int log2_of(int v) { return v < 2 ? 0 : 1 + log2_of(v / 2); }
-
-// Where a sequence's tile goes in shared memory: as it is in the tensor, in rows along the axis that is contiguous there. Strides in
-// bytes.
-struct alignas(16) Place {
-  char* origin;                                // of the block's first column and token 0
-  int64_t token, row;                          // in the tensor
-  int along, size;                             // whether tokens are contiguous; bytes of an element
-  int bfloat, piece;                           // log2 of the bytes that may be copied at once, 0 if not even 4
-  int columns, log2_length, log2_rows, pitch;  // columns that exist; elements of a row, rows, bytes from row to row
-  int at;                                      // in shared memory, in floats
-};
-
-// The place of a tile of `Columns` channels or states.
-template <class C, int Columns>
-struct Tiling {
-  static constexpr int kPad = Columns <= 64 ? 16 : 0;  // bytes behind a row of tokens, against bank conflicts
-  static constexpr int kFloats = round_up(Columns * (C::kTokens * 4 + kPad), 16) / 4;
-
-  __device__ static Place place(const ScanShape& s, const Sequence& q, int64_t offset, int columns, int at) {
-    Place p;
-    p.along = q.token == 1, p.size = q.dtype == Dtype::f32 ? 4 : 2, p.bfloat = q.dtype == Dtype::bf16, p.columns = columns,
-    p.at = at;
-    p.origin = static_cast<char*>(q.data) + offset * p.size;
-    p.token = q.token * p.size, p.row = (p.along ? q.channel : q.token) * p.size;
-    p.log2_length = log2_of(p.along ? C::kTokens : Columns), p.log2_rows = log2_of(p.along ? Columns : C::kTokens);
-    p.pitch = (p.size << p.log2_length) + (p.along ? kPad : 0);
-    // Windows lie whole windows from one end.
-    const uintptr_t aligned = reinterpret_cast<uintptr_t>(p.origin + (s.reverse ? s.seqlen * p.token : 0)) |
-                              static_cast<uintptr_t>(p.row) | static_cast<uintptr_t>(p.pitch) | (p.along ? 0 : columns * p.size);
-    p.piece = aligned % 16 == 0 ? 4 : aligned % 8 == 0 ? 3 : aligned % 4 == 0 ? 2 : 0;
-    return p;
-  }
-};
-
-// One warp: f(place in shared memory, in the tensor, token of the window if `along`, ...) for the pieces of a tile that exist.
-template <class C, class F>
-__device__ __forceinline__ void each_piece(const Place& p, float* shared, const Window<C>& w, int log2_piece, const F& f) {
-  const int shift = p.log2_length + (p.size == 4 ? 2 : 1) - log2_piece,
-            across = shift < 5 ? shift : 5;  // log2 of pieces, of lanes in a row
-  const int lane = threadIdx.x % 32, first = lane >> across, rows = p.along ? p.columns : C::kTokens;
-  const int begin = (lane & ((1 << across) - 1)) << log2_piece, end = p.along ? C::kTokens * p.size : p.columns * p.size;
-  char* inside = reinterpret_cast<char*>(shared + p.at) + first * p.pitch;
-  char* outside = p.origin + w.first * p.token + first * p.row;
-  const int step = 32 >> across;
-#pragma unroll 2
-  for (int row = first; row < rows; row += step, inside += step * p.pitch, outside += step * p.row)
-#pragma unroll 1
-    for (int at = begin; at < end; at += 32 << log2_piece) f(inside + at, outside + at, p.along ? at >> log2_piece : row);
-}
-template <class T>
-__device__ __forceinline__ void copy(char* to, const char* from) {
-  *reinterpret_cast<T*>(to) = *reinterpret_cast<const T*>(from);
-}
-// A tile on its way into shared memory, or from there to the tensor; `inside`: all of its tokens exist. What does not exist is left
-// as it is, but tokens that may exist in another window are set to zero.
-template <class C>
-__device__ __forceinline__ void fetch(const Place p, float* shared, const Window<C>& w, bool inside) {
-  const auto copies = [&](auto word, int log2_piece) {
-    each_piece<C>(p, shared, w, log2_piece, [](char* to, const char* from, int) { copy_async<decltype(word)>(to, from); });
-  };
-  const auto elements = [&](auto zero, int log2_piece) {
-    using T = decltype(zero);
-    each_piece<C>(p, shared, w, log2_piece, [&](char* to, const char* from, int token) {
-      *reinterpret_cast<T*>(to) = w.inside(token) ? __ldg(reinterpret_cast<const T*>(from)) : zero;
-    });
-  };
-  if (inside && p.piece == 4)
-    copies(uint4{}, 4);
-  else if (inside && p.piece == 3)
-    copies(uint2{}, 3);
-  else if (inside && p.piece == 2)
-    copies(uint32_t{}, 2);
-  else if (p.size == 4)
-    elements(uint32_t{0}, 2);
-  else
-    elements(uint16_t{0}, 1);
-}
-template <class C>
-__device__ __forceinline__ void flush(const Place p, float* shared, const Window<C>& w, bool inside) {
-  if (inside && p.piece == 4)
-    return each_piece<C>(p, shared, w, 4, [](const char* from, char* to, int) { copy<uint4>(to, from); });
-  if (inside && p.piece == 3)
-    return each_piece<C>(p, shared, w, 3, [](const char* from, char* to, int) { copy<uint2>(to, from); });
-  each_piece<C>(p, shared, w, p.size == 4 ? 2 : 1, [&](const char* from, char* to, int token) {
-    if (w.inside(token)) p.size == 4 ? copy<uint32_t>(to, from) : copy<uint16_t>(to, from);
-  });
-}
-
-// Elements of a column at tokens first .. first + 3 of the window, in the tensor's order.
-__device__ __forceinline__ void read(const Place p, const float* shared, int column, int first, float (&v)[4]) {
-  const char* from = reinterpret_cast<const char*>(shared + p.at);
-  const int pitch = p.pitch;
-  uint32_t low[4];  // 16 bits each
-  if (p.along) {
-    from += column * pitch + first * p.size;
-    if (p.size == 4) return load_floats<4>(reinterpret_cast<const float*>(from), v);
-    const uint2 two = *reinterpret_cast<const uint2*>(from);
-    low[0] = two.x & 0xffffu, low[1] = two.x >> 16, low[2] = two.y & 0xffffu, low[3] = two.y >> 16;
-  } else {
-    from += first * pitch + column * p.size;
-    if (p.size == 4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = *reinterpret_cast<const float*>(from + j * pitch);
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) low[j] = *reinterpret_cast<const uint16_t*>(from + j * pitch);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) v[j] = p.bfloat ? bits_to_float(low[j] << 16) : half_to_float(low[j]);
-}
-__device__ __forceinline__ void write(const Place p, float* shared, int column, int first, const float (&v)[4]) {
-  char* to = reinterpret_cast<char*>(shared + p.at);
-  const int pitch = p.pitch;
-  to += p.along ? column * pitch + first * p.size : first * pitch + column * p.size;
-  if (p.size == 4) {
-    if (p.along) {
-      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) *reinterpret_cast<float*>(to + j * pitch) = v[j];
-    return;
-  }
-  uint32_t low[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) low[j] = narrow(p.bfloat ? Dtype::bf16 : Dtype::f16, v[j]);
-  if (p.along) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(low[0] | low[1] << 16, low[2] | low[3] << 16);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) *reinterpret_cast<uint16_t*>(to + j * pitch) = static_cast<uint16_t>(low[j]);
-}
-
 // Which tokens of a window exist; none if the channel does not.
 struct Existing {
   int first, count;
@@ -227,14 +100,6 @@ struct Existing {
   }
   __device__ bool operator()(int token) const { return static_cast<unsigned>(token - first) < static_cast<unsigned>(count); }
 };
-
-// Δ = softplus(x) as in cuda_math.cuh, and its derivative.
-__device__ __forceinline__ float softplus_and_slope(float x, float& slope) {
-  const float e = exp2_approx(-fabsf(x) * kLog2e), r = reciprocal_approx(1.0f + e);
-  const float q = e * reciprocal_approx(2.0f + e), q2 = q * q;
-  slope = x > 20.0f ? 1.0f : x > 0.0f ? r : e * r;
-  return x > 20.0f ? x : fmaxf(x, 0.0f) + 2.0f * q * AUTOHDR_ARTANH_BY_S(q2);
-}
 
 // Sums over the channel lanes of a warp of v, [2][States] of dB and dC. The states of a thread are in an order of its own, register j
 // holding state j ^ order with the order of lane l being l mod kOrders: so what a lane keeps and what it sends are the same registers
@@ -257,409 +122,678 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
   for (int bit = 2 * C::kOrders; bit < C::kChannelLanes; bit *= 2) v[0] += __shfl_xor_sync(~0u, v[0], bit * C::kLanes);
 }
 
-// Shared memory of scan_backward, in floats.
-template <class C, bool Gated>
-struct BackwardShared {
-  static constexpr int kRaw = Tiling<C, C::kChannels>::kFloats, kRawStates = Tiling<C, C::kPadded>::kFloats;
-  static constexpr int kTile = round_up(C::kTokens * C::kRow, 4), kBoth = kTile > kRaw ? kTile : kRaw;
-  static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kB = kSums + C::kSums,
-                       kC = kB + C::kStateTile;
-  static constexpr int kGy = kC + C::kStateTile, kDecay = kGy + kTile, kU = kDecay + kTile, kSlope = kU + kBoth;
-  static constexpr int kY = kSlope + kBoth, kGate = kY + (Gated ? kTile : 0), kRankOne = kGate + (Gated ? kBoth : 0);
-  static constexpr int kOwn = kRankOne + C::kTokens;
-  static constexpr int kRawDelta = kOwn + kOwnValues * C::kHelpers, kRawU = kRawDelta + kRaw, kRawOut = kRawU + kRaw,
-                       kRawZ = kRawOut + kRaw;
-  static constexpr int kRawB = kRawZ + (Gated ? kRaw : 0), kRawC = kRawB + kRawStates, kPlaces = kRawC + kRawStates;
-  static constexpr int kSequences = 9, kFloats = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4 + 8;
+// ---------------------------------------------------------------------------------------------------------------------
+// Between tensors and shared memory.
+
+// Where a block finds a sequence. A row is what is contiguous: a column's tokens, or a token's columns (which are channels or states).
+struct alignas(16) Place {
+  char* origin;  // of the block's first column and token 0
+  int64_t row;   // bytes from row to row
+  int piece;     // log2 of the bytes that may be copied at once, 0 if not even 4
+  Dtype dtype;   // asked for by Mixed alone, as
+  bool along;    // whether tokens are contiguous
 };
 
-template <class C, bool Gated>
-__global__ void __launch_bounds__(C::kThreads)
-    scan_backward(ScanBackward a, BackwardPlan p, BackwardWorkspace ws, int64_t first_batch, int64_t round) {
-  using M = BackwardShared<C, Gated>;
-  constexpr int R = C::kOwn, S = C::kStates, T = C::kSub, K = C::kTokens, kRow = C::kRow, kSubs = K / T;
-  AUTOHDR_DYNAMIC_SHARED(float, shared);
-  const ScanShape& s = a.shape;
-  const ScanInputs& in = a.in;
+__device__ __forceinline__ uint32_t narrow_two(Dtype dtype, float low, float high) {
+  uint32_t both;
+  if (dtype == Dtype::bf16) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    memcpy(&both, &two, sizeof both);
+  } else {
+    const __half2 two = __floats2half2_rn(low, high);
+    memcpy(&both, &two, sizeof both);
+  }
+  return both;
+}
 
-  unsigned index = blockIdx.x;
-  const int tile = index % static_cast<unsigned>(p.split.tiles);
-  index /= static_cast<unsigned>(p.split.tiles);
-  const int segment = index % static_cast<unsigned>(p.split.segments);
-  index /= static_cast<unsigned>(p.split.segments);
-  const int group = index % static_cast<unsigned>(s.groups), local = index / static_cast<unsigned>(s.groups);
-  const int64_t batch = first_batch + local;
-  const Round r(s, p, segment, round);
-  if (r.last <= r.first) return;
+// A tile of `Columns` columns as it lies in the tensor, row by row in shared memory.
+template <class C, class L, int Columns>
+struct RawTile {
+  static constexpr bool kKnown = !std::is_same_v<L, Mixed>;
+  static constexpr int kPad = Columns <= 64 ? 16 : 0;  // bytes behind a row of tokens, against bank conflicts
+  static constexpr int bytes() {
+    if constexpr (kKnown)
+      return Columns * (C::kTokens * static_cast<int>(sizeof(typename L::T)) + kPad);
+    else
+      return Columns * (C::kTokens * 4 + kPad);
+  }
+  static constexpr int kFloats = round_up(bytes(), 16) / 4;
 
-  const int dstate = static_cast<int>(s.dstate), lane = threadIdx.x % C::kLanes, own = threadIdx.x / C::kLanes * R;
-  const int order = threadIdx.x / C::kLanes % C::kOrders;
-  const int count =
-      static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)));
-  const int64_t dim = s.dim(), row0 = group * s.channels + static_cast<int64_t>(tile) * C::kChannels;
-  const auto state = [&](int j) { return lane * S + (j ^ order); };
-  const auto has = [&](int i, int j) { return own + i < count && state(j) < dstate; };
-  const auto state_at = [&](int64_t of, int64_t columns, int i, int j) {
-    return (of * columns + state(j)) * dim + row0 + own + i;
-  };
-  const int64_t part = batch * p.split.segments + segment;
+  __device__ static Dtype dtype(const Place& p) {
+    if constexpr (!kKnown)
+      return p.dtype;
+    else
+      return sizeof(typename L::T) == 4 ? Dtype::f32 : std::is_same_v<typename L::T, __nv_bfloat16> ? Dtype::bf16 : Dtype::f16;
+  }
+  __device__ static bool along(const Place& p) {
+    if constexpr (kKnown)
+      return L::Along;
+    else
+      return p.along;
+  }
+  __device__ static int log2_size(const Place& p) { return dtype(p) == Dtype::f32 ? 2 : 1; }
+  __device__ static int log2_length(const Place& p) { return along(p) ? log2_of(C::kTokens) : log2_of(Columns); }  // of a row
+  __device__ static int pitch(const Place& p) { return (1 << (log2_length(p) + log2_size(p))) + (along(p) ? kPad : 0); }
 
-  float a2[R][S], carry[R][S], dA[R][S];
-#pragma unroll
-  for (int i = 0; i < R; ++i)
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      a2[i][j] = carry[i][j] = dA[i][j] = 0;
-      if (!has(i, j)) continue;
-      const int64_t parameter = (row0 + own + i) * s.dstate + state(j);
-      a2[i][j] = decay_rate(in.A[parameter]);
-      if (round > 0) dA[i][j] = ws.sums[state_at(part, dstate + kMoreSums, i, j)];
-      if (round > 0 || p.split.segments > 1)
-        carry[i][j] = ws.carry[state_at(part, dstate, i, j)];
-      else if (a.d_last_state)
-        carry[i][j] = a.d_last_state[batch * dim * s.dstate + parameter];
-    }
-
-  // Between tensors and scan, a thread takes one channel of the tile, and of it every kQuads-th four tokens.
-  constexpr int kQuads = C::kThreads / C::kChannels, kUnits = (K / 4 + kQuads - 1) / kQuads;
-  const int mine = threadIdx.x % C::kChannels, my_quad = threadIdx.x / C::kChannels;
-  const auto parameter = [&](const float* of) { return of && mine < count ? of[row0 + mine] : 0.0f; };
-  const bool helps = threadIdx.x < C::kHelpers;
-  float* const own_values = shared + M::kOwn + threadIdx.x % C::kHelpers;  // what registers have no room for
-  const auto value = [&](int i) -> float& { return own_values[i * C::kHelpers]; };
-  if (helps) {
-    value(kD) = parameter(in.D), value(kBias) = parameter(in.delta_bias), value(kWeight) = parameter(in.delta_weight);
-    value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
+  __device__ static Place place(const ScanShape& s, const Sequence& q, int64_t offset, int columns) {
+    Place p;
+    p.dtype = q.dtype, p.along = q.token == 1;
+    const int size = 1 << log2_size(p);
+    p.origin = static_cast<char*>(q.data) + offset * size;
+    p.row = (along(p) ? q.channel : q.token) * size;
+    // Windows lie whole windows from one end.
+    const uintptr_t aligned = reinterpret_cast<uintptr_t>(p.origin + (s.reverse ? s.seqlen * q.token * size : 0)) |
+                              static_cast<uintptr_t>(p.row) | static_cast<uintptr_t>(pitch(p)) | (along(p) ? 0 : columns * size);
+    p.piece = aligned % 16 == 0 ? 4 : aligned % 8 == 0 ? 3 : aligned % 4 == 0 ? 2 : 0;
+    return p;
   }
 
-  // Where the block's sequences are; the first three are enough for the states.
-  enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz };
-  struct Here {
+  // The block's threads send for a window's columns that exist; by_vectors: it is whole, and p.piece is 4. Tokens that do not exist are
+  // zero.
+  __device__ static __forceinline__ void fetch(const Place& p, char* raw, const Window<C>& w, int columns, bool by_vectors) {
+    if (by_vectors) return copy<uint4>(p, raw, w, columns);
+    const bool whole = w.whole();
+    if (whole && p.piece == 4)
+      copy<uint4>(p, raw, w, columns);
+    else if (whole && p.piece == 3)
+      copy<uint2>(p, raw, w, columns);
+    else if (whole && p.piece == 2)
+      copy<uint32_t>(p, raw, w, columns);
+    else if (dtype(p) == Dtype::f32)
+      load<uint32_t>(p, raw, w, columns);
+    else
+      load<uint16_t>(p, raw, w, columns);
+  }
+  // A column's tokens first ... first + Count - 1 of the window, in the tensor's order.
+  template <int Count>
+  __device__ static __forceinline__ void read(const Place& p, const char* raw, int column, int first, float (&v)[Count]) {
+    const int size = 1 << log2_size(p);
+    if (!along(p)) return read_apart(p, raw + first * pitch(p) + column * size, pitch(p), v);
+    read_together(p, raw + column * pitch(p) + first * size, v);
+  }
+  // The same of a token's columns.
+  template <int Count>
+  __device__ static __forceinline__ void read_columns(const Place& p, const char* raw, int first, int token, float (&v)[Count]) {
+    const int size = 1 << log2_size(p);
+    if (along(p)) return read_apart(p, raw + first * pitch(p) + token * size, pitch(p), v);
+    read_together(p, raw + token * pitch(p) + first * size, v);
+  }
+  // Stores those tokens of a column which exist.
+  template <int Count>
+  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, const Existing& exists, int column, int first,
+                                               bool by_vectors, const float (&v)[Count]) {
+    const bool wide = dtype(p) == Dtype::f32;
+    char* to = element(p, w.first + first, column);
+    if (along(p) && by_vectors) {
+      if (exists.count == 0) return;
+      if (wide) {
+#pragma unroll
+        for (int j = 0; j < Count; j += 4)
+          store_word(to + 4 * j,
+                     make_uint4(float_to_bits(v[j]), float_to_bits(v[j + 1]), float_to_bits(v[j + 2]), float_to_bits(v[j + 3])));
+        return;
+      }
+      const auto two = [&](int j) { return narrow_two(dtype(p), v[j], v[j + 1]); };
+      if constexpr (Count % 8 == 0) {
+#pragma unroll
+        for (int j = 0; j < Count; j += 8) store_word(to + 2 * j, make_uint4(two(j), two(j + 2), two(j + 4), two(j + 6)));
+      } else {
+#pragma unroll
+        for (int j = 0; j < Count; j += 4) store_word(to + 2 * j, make_uint2(two(j), two(j + 2)));
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < Count; ++j) {
+      if (!exists(first + j)) continue;
+      char* at = to + j * (along(p) ? 1 << log2_size(p) : p.row);
+      if (wide)
+        *reinterpret_cast<float*>(at) = v[j];
+      else
+        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(narrow(dtype(p), v[j]));
+    }
+  }
+
+ private:
+  __device__ static __forceinline__ char* element(const Place& p, int64_t token, int column) {
+    const int64_t row = along(p) ? column : token, at = along(p) ? token : column;
+    return p.origin + row * p.row + (at << log2_size(p));
+  }
+  template <class Word>
+  __device__ static __forceinline__ void copy(const Place& p, char* raw, const Window<C>& w, int columns) {
+    constexpr int kLog2Word = log2_of(sizeof(Word));
+    const int log2_across = log2_length(p) + log2_size(p) - kLog2Word, words = Columns * C::kTokens >> (kLog2Word - log2_size(p));
+#pragma unroll 2
+    for (int k = 0; k * C::kThreads < words; ++k) {
+      const int i = threadIdx.x + k * C::kThreads, row = i >> log2_across, at = (i & ((1 << log2_across) - 1)) << kLog2Word;
+      if (words % C::kThreads != 0 && i >= words) break;
+      if (along(p) ? row < columns : at < columns << log2_size(p))
+        copy_async<Word>(raw + row * pitch(p) + at, along(p) ? element(p, w.first, row) + at : element(p, w.first + row, 0) + at);
+    }
+  }
+  template <class T>
+  __device__ static __forceinline__ void load(const Place& p, char* raw, const Window<C>& w, int columns) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < Columns * C::kTokens; e += C::kThreads) {
+      const int row = e >> log2_length(p), at = e & ((1 << log2_length(p)) - 1);
+      const int token = along(p) ? at : row, column = along(p) ? row : at;
+      if (column >= columns) continue;
+      const T* from = reinterpret_cast<const T*>(element(p, w.first + token, column));
+      reinterpret_cast<T*>(raw + row * pitch(p))[at] = w.inside(token) ? __ldg(from) : T{0};
+    }
+  }
+  __device__ static __forceinline__ float widen(const Place& p, uint32_t low) {
+    return dtype(p) == Dtype::bf16 ? bits_to_float(low << 16) : half_to_float(low);
+  }
+  template <int Count>
+  __device__ static __forceinline__ void read_together(const Place& p, const char* from, float (&v)[Count]) {
+    if (dtype(p) == Dtype::f32) return load_floats<Count>(reinterpret_cast<const float*>(from), v);
+    float words[Count / 2];
+    load_floats<Count / 2>(reinterpret_cast<const float*>(from), words);
+#pragma unroll
+    for (int j = 0; j < Count; j += 2) {
+      const uint32_t two = float_to_bits(words[j / 2]);
+      v[j] = widen(p, two & 0xffffu), v[j + 1] = widen(p, two >> 16);
+    }
+  }
+  template <int Count>
+  __device__ static __forceinline__ void read_apart(const Place& p, const char* from, int stride, float (&v)[Count]) {
+#pragma unroll
+    for (int j = 0; j < Count; ++j) {
+      const char* at = from + j * stride;
+      v[j] = dtype(p) == Dtype::f32 ? *reinterpret_cast<const float*>(at) : widen(p, *reinterpret_cast<const uint16_t*>(at));
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The sequences of a block. The tiles of the first six lie in shared memory as in the tensors; three are enough for the states.
+enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz, kSequences };
+
+// Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles.
+template <class C, class L, bool Gated>
+struct BackwardShared {
+  static constexpr int kTile = round_up(C::kTokens * C::kRow, 4), kGatedTile = Gated ? kTile : 0;
+  static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kStatesB = kSums + C::kSums,
+                       kStatesC = kStatesB + C::kStateTile;
+  static constexpr int kDy = kStatesC + C::kStateTile, kDecay = kDy + kTile, kInput = kDecay + kTile, kSlope = kInput + kTile;
+  static constexpr int kY = kSlope + kTile, kGate = kY + kGatedTile, kRankOne = kGate + kGatedTile;
+  static constexpr int kOwn = kRankOne + C::kTokens, kRaw = kOwn + round_up(kOwnValues * C::kHelpers, 4);
+  static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
+  AUTOHDR_ANYWHERE static constexpr int raw(int sequence) {
+    int at = kRaw;
+    for (int i = 0; i < sequence; ++i) at += i == kB || i == kC ? kRawStates : i == kZ && !Gated ? 0 : kRawTile;
+    return at;
+  }
+  static constexpr int kPlaces = raw(kZ + 1), kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4,
+                       kFloats = kBases + 6;
+};
+
+template <class C, class L, bool Gated>
+struct BackwardBlock {
+  using M = BackwardShared<C, L, Gated>;
+  using Channels = RawTile<C, L, C::kChannels>;
+  using States = RawTile<C, L, C::kPadded>;
+  using RankOne = RawTile<C, Mixed, 1>;
+  static constexpr int kOwn = C::kOwn, kStates = C::kStates, kSub = C::kSub, kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun;
+  static constexpr int kSubs = kTokens / kSub;
+
+  const ScanBackward& a;
+  const ScanShape& s;
+  const ScanInputs& in;
+  const BackwardPlan& plan;
+  const BackwardWorkspace& workspace;
+  float* const shared;
+  const bool later;  // whether this is not the first round
+  int tile, segment, group, local;
+  int64_t batch, dim, row0;  // row0: the block's first channel, of all
+  int channels, dstate;      // that exist
+  Round chunks;
+  // Of the thread: its lane and channels, the order of its states (see sum_over_channels); and between tensors and scan, its channel
+  // and first token.
+  int lane, own, order, column, run;
+  bool aligned;  // whether every sequence lies at multiples of 16 bytes
+  // Of each of its channels and states: A log2(e), the gradient of the state after the tokens to come, dA so far, the state.
+  float rates[kOwn][kStates], carry[kOwn][kStates], dA[kOwn][kStates], h[kOwn][kStates];
+
+  __device__ BackwardBlock(const ScanBackward& a, const BackwardPlan& plan, const BackwardWorkspace& workspace, float* shared,
+                           int64_t first_batch, int64_t round)
+      : a(a), s(a.shape), in(a.in), plan(plan), workspace(workspace), shared(shared), later(round > 0),
+        tile(blockIdx.x % static_cast<unsigned>(plan.split.tiles)),
+        segment(blockIdx.x / static_cast<unsigned>(plan.split.tiles) % static_cast<unsigned>(plan.split.segments)),
+        group(blockIdx.x / static_cast<unsigned>(plan.split.tiles * plan.split.segments) % static_cast<unsigned>(s.groups)),
+        local(blockIdx.x / static_cast<unsigned>(plan.split.tiles * plan.split.segments * s.groups)), batch(first_batch + local),
+        dim(s.dim()), row0(group * s.channels + static_cast<int64_t>(tile) * C::kChannels),
+        channels(
+            static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)))),
+        dstate(static_cast<int>(s.dstate)), chunks(s, plan, segment, round), lane(threadIdx.x % C::kLanes),
+        own(threadIdx.x / C::kLanes * kOwn), order(threadIdx.x / C::kLanes % C::kOrders), column(threadIdx.x % C::kChannels),
+        run(threadIdx.x / C::kChannels * kRun) {}
+
+  __device__ void walk() {
+    if (chunks.last <= chunks.first) return;
+    load_parameters();
+    aligned = __syncthreads_and(place_sequences());
+#pragma unroll 1
+    for (int chunk = chunks.last - 1; chunk >= chunks.first; --chunk) {
+      // Tiles 0 to tiles - 1 forward, then back; the step before the first one only fetches.
+      const int tiles = static_cast<int>((min(kChunk, s.seqlen - chunk * kChunk) + kTokens - 1) / kTokens), steps = 2 * tiles - 1;
+      each_state(
+          [&](int i, int j) { h[i][j] = has(i, j) ? bases().states[(chunk * s.dstate + state(j)) * dim + own + i] : 0.0f; });
+#pragma unroll 1
+      for (int step = chunk + 1 == chunks.last ? -1 : 0; step < steps; ++step) {
+        const bool backward = step + 1 >= tiles, more = step + 1 < steps;
+        const int at = backward ? steps - 1 - step : step;
+        const Window<C> w(s, chunk * kChunk + at * kTokens);
+        if (step >= 0) {
+          wait_for_copies();
+          __syncthreads();  // and the tile before is done with
+          prepare(w, backward);
+          __syncthreads();
+        }
+        if (more || chunk > chunks.first) {
+          const int64_t next = more ? chunk * kChunk + (backward ? at - 1 : at + 1) * kTokens : (chunk - 1) * kChunk;
+          fetch(Window<C>(s, next), more && step + 2 >= tiles);
+        }
+        if (step < 0) continue;
+        if (step < tiles) go_forward(at * kSubs, backward);
+        if (!backward) continue;
+#pragma unroll 1
+        for (int sub = kSubs - 1; sub >= 0; --sub) go_back(at * kSubs + sub, sub * kSub);
+        __syncthreads();
+        finish(w, chunk * kChunk + at * kTokens);
+      }
+    }
+    leave();
+  }
+
+ private:
+  // Pointers that registers have no room for.
+  struct Bases {
     const float* states;
     float *parts, *weighted;
   };
-  Place* const places = reinterpret_cast<Place*>(shared + M::kPlaces);
-  Here* const here = reinterpret_cast<Here*>(places + M::kSequences);
-  const auto channels = [&](int i, const Sequence& q, int at) {
-    if (threadIdx.x == i)
-      places[i] =
-          Tiling<C, C::kChannels>::place(s, q, batch * q.batch + group * q.group + tile * (C::kChannels * q.channel), count, at);
-  };
-  const auto states = [&](int i, const Sequence& q, int at) {
-    if (threadIdx.x == i) places[i] = Tiling<C, C::kPadded>::place(s, q, batch * q.batch + group * q.group, dstate, at);
-  };
-  if (in.delta_weight) {
-    if (threadIdx.x == kDelta) places[kDelta] = Tiling<C, 1>::place(s, in.delta, batch * in.delta.batch, 1, M::kRawDelta);
-  } else {
-    channels(kDelta, in.delta, M::kRawDelta), channels(kDDelta, a.d_delta, M::kSlope);
+  __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + M::kPlaces)[sequence]; }
+  __device__ Bases& bases() const { return *reinterpret_cast<Bases*>(shared + M::kBases); }
+  template <int Sequence>
+  __device__ char* raw() const {
+    constexpr int kAt = M::raw(Sequence);
+    return reinterpret_cast<char*>(shared + kAt);
   }
-  channels(kU, in.u, M::kRawU), channels(kOut, a.d_out, M::kRawOut), channels(kDu, a.du, M::kU);
-  if (Gated) channels(kZ, in.z, M::kRawZ), channels(kDz, a.dz, M::kGate);
-  states(kB, in.B, M::kRawB), states(kC, in.C, M::kRawC);
-  for (int i = M::kRawDelta + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
-  if (threadIdx.x == 0) {
-    const int64_t tokens = p.round_chunks * kChunk;
-    here->states = a.states + batch * s.chunks() * s.dstate * dim + row0;
-    here->parts =
-        ws.parts + (((local * s.groups + group) * p.split.segments + segment) * p.split.tiles + tile) * tokens * C::kColumns;
-    here->weighted = ws.weighted + (((local * p.split.segments + segment) * s.groups + group) * p.split.tiles + tile) * tokens;
+  // What a helper keeps of its channel, which registers have no room for either.
+  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
+  __device__ float& value(int i) const { return shared[M::kOwn + i * C::kHelpers + threadIdx.x]; }
+
+  __device__ int state(int j) const { return lane * kStates + (j ^ order); }
+  __device__ bool has(int i, int j) const { return own + i < channels && state(j) < dstate; }
+  // In the workspace, of `columns` a channel.
+  __device__ int64_t state_at(int64_t columns, int i, int j) const {
+    return ((batch * plan.split.segments + segment) * columns + state(j)) * dim + row0 + own + i;
   }
-  __syncthreads();
-  const auto whole = [&](const Window<C>& w) { return w.first >= 0 && w.first + K <= s.seqlen; };
-  // Rows are tokens in the scan's order.
-  const int forward = s.reverse ? -1 : 1, next_row = forward * kRow;
-  const auto row_of = [&](int token) { return s.reverse ? K - 1 - token : token; };
-  // From there what the scan needs, as float32 in its order: Δ and Δ u, the gradient of y, B and C, and for later u and derivatives.
-  const auto prepare = [&](int64_t from, bool backward) {
-    const Window<C> w(s, from);
-    const Existing exists(w, mine < count);
-    const float bias = value(kBias), weight = value(kWeight);
+  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
+  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
+  template <class F>
+  __device__ static __forceinline__ void each_state(const F& f) {
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      const int token = 4 * (my_quad + k * kQuads);
-      if (token >= K) break;
-      const int e0 = row_of(token) * kRow + mine;
-      float d[4], slope[4], u[4];
-      if (in.delta_weight) {
-        read(places[kDelta], shared, 0, token, d);
+    for (int i = 0; i < kOwn; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (mine == 0) shared[M::kRankOne + row_of(token) + j * forward] = d[j];
-          d[j] *= weight;
-        }
-      } else {
-        read(places[kDelta], shared, mine, token, d);
-      }
-      read(places[kU], shared, mine, token, u);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        d[j] += bias, slope[j] = 1;
-        if (s.softplus) d[j] = softplus_and_slope(d[j], slope[j]);
-        if (!exists(token + j)) d[j] = 0;
-        *reinterpret_cast<float2*>(shared + M::kPairs + 2 * (e0 + j * next_row)) = make_float2(d[j], d[j] * u[j]);
-      }
-      if (!backward) continue;
-      float out[4], z[4];
-      read(places[kOut], shared, mine, token, out);
-      if (Gated) read(places[kZ], shared, mine, token, z);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int e = e0 + j * next_row;
-        shared[M::kU + e] = u[j], shared[M::kSlope + e] = slope[j];
-        if (Gated) {
-          const float gate = reciprocal_approx(1.0f + exp2_approx(-z[j] * kLog2e));
-          shared[M::kGate + e] = out[j] * (gate * (1.0f + z[j] * (1.0f - gate)));
-          out[j] *= z[j] * gate;
-        }
-        shared[M::kGy + e] = out[j];
-      }
-    }
-    const auto put = [&](int place, int to) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < C::kPadded * (K / 4); i += C::kThreads) {
-        const int n = i % C::kPadded, token = i / C::kPadded * 4;
-        float v[4];
-        read(places[place], shared, n, token, v);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int k = 0; k < C::kOrders; ++k)
-            shared[to + (row_of(token) + j * forward) * C::kStateRow + k * C::kPadded + (n ^ k)] = v[j];
-      }
+      for (int j = 0; j < kStates; ++j) f(i, j);
+  }
+
+  __device__ __forceinline__ void load_parameters() {
+    each_state([&](int i, int j) {
+      rates[i][j] = carry[i][j] = dA[i][j] = 0;
+      if (!has(i, j)) return;
+      const int64_t parameter = (row0 + own + i) * s.dstate + state(j);
+      rates[i][j] = decay_rate(in.A[parameter]);
+      if (later) dA[i][j] = workspace.sums[state_at(dstate + kMoreSums, i, j)];
+      if (later || plan.split.segments > 1)
+        carry[i][j] = workspace.carry[state_at(dstate, i, j)];
+      else if (a.d_last_state)
+        carry[i][j] = a.d_last_state[batch * dim * s.dstate + parameter];
+    });
+    if (!helps()) return;
+    const auto of_channel = [&](const float* parameter) {
+      return parameter && column < channels ? parameter[row0 + column] : 0.0f;
     };
-    put(kB, M::kB);
-    if (backward) put(kC, M::kC);
-  };
+    value(kD) = of_channel(in.D), value(kBias) = of_channel(in.delta_bias), value(kWeight) = of_channel(in.delta_weight);
+    value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
+  }
 
-  float* const saved = shared + M::kSaved + 4 * threadIdx.x;
-  const auto saved_at = [&](int sub, int i, int j) { return saved + ((sub * R + i) * (S / 4) + j / 4) * 4 * C::kThreads; };
-  const auto restore = [&](int sub, float (&to)[R][S]) {
-#pragma unroll
-    for (int i = 0; i < R; ++i)
-#pragma unroll
-      for (int j = 0; j < S; j += 4) load_floats<4>(saved_at(sub, i, j), to[i] + j);
-  };
-  const float* const my_pairs = shared + M::kPairs + 2 * own;
-  const auto load_pairs = [&](int row, float (&d)[R], float (&x)[R]) {
-    float both[2 * R];
-    load_floats<2 * R>(my_pairs + row * C::kPairRow, both);
-#pragma unroll
-    for (int i = 0; i < R; ++i) d[i] = both[2 * i], x[i] = both[2 * i + 1];
-  };
-  const float *const my_B = shared + M::kB + order * C::kPadded + lane * S, *const my_C = my_B + (M::kC - M::kB);
+  // Whether the sequence that this thread has placed lies at multiples of 16 bytes.
+  __device__ __forceinline__ bool place_sequences() {
+    bool aligned = true;
+    const auto put = [&](int i, auto tile, const Sequence& q, int64_t first, int columns) {
+      if (threadIdx.x != i || !q.data) return;
+      place(i) = decltype(tile)::place(s, q, batch * q.batch + first, columns);
+      aligned = place(i).piece == 4;
+    };
+    const auto of_channels = [&](int i, const Sequence& q) {
+      put(i, Channels{}, q, group * q.group + tile * (C::kChannels * q.channel), channels);
+    };
+    const auto of_states = [&](int i, const Sequence& q) { put(i, States{}, q, group * q.group, dstate); };
+    if (in.delta_weight)
+      put(kDelta, RankOne{}, in.delta, 0, 1);
+    else
+      of_channels(kDelta, in.delta), of_channels(kDDelta, a.d_delta);
+    of_channels(kU, in.u), of_channels(kOut, a.d_out), of_channels(kZ, in.z), of_channels(kDu, a.du), of_channels(kDz, a.dz);
+    of_states(kB, in.B), of_states(kC, in.C);
+    for (int i = M::kRaw + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
+    if (threadIdx.x == 0) {
+      const int64_t tokens = plan.round_chunks * kChunk, before = chunks.first * kChunk;
+      const int64_t part = ((local * s.groups + group) * plan.split.segments + segment) * plan.split.tiles + tile;
+      const int64_t weighted = ((local * plan.split.segments + segment) * s.groups + group) * plan.split.tiles + tile;
+      bases() = {a.states + batch * s.chunks() * s.dstate * dim + row0, workspace.parts + (part * tokens - before) * C::kColumns,
+                 workspace.weighted + (weighted * tokens - before)};
+    }
+    return aligned;
+  }
 
-  // The steps of a chunk: tiles 0 to n - 1 forward, to save the states before every T tokens, and n - 1 to 0 back.
-  const auto steps_of = [&](int64_t chunk) {
-    return 2 * static_cast<int>((min(kChunk, s.seqlen - chunk * kChunk) + K - 1) / K) - 1;
-  };
-#pragma unroll 1
-  for (int chunk = r.last - 1; chunk >= r.first; --chunk) {
-    const int steps = steps_of(chunk), tiles = (steps + 1) / 2;
-    float h[R][S];
-#pragma unroll
-    for (int i = 0; i < R; ++i)
-#pragma unroll
-      for (int j = 0; j < S; ++j) h[i][j] = has(i, j) ? here->states[(chunk * s.dstate + state(j)) * dim + own + i] : 0.0f;
-#pragma unroll 1
-    for (int step = chunk + 1 == r.last ? -1 : 0; step < steps; ++step) {  // one ahead, to fetch what the first needs
-      const bool backward = step + 1 >= tiles;
-      const int at = backward ? steps - 1 - step : step;
-      const int64_t from = chunk * kChunk + at * K;
-      if (step >= 0) {
-        wait_for_copies();
-        __syncthreads();  // and the tile before is done with
-        prepare(from, backward);
-        __syncthreads();
-      }
-      const bool same = step + 1 < steps;
-      if (same || chunk > r.first) {
-        const Window<C> next(s, same ? from + (backward ? -K : K) : (chunk - 1) * kChunk);
-        const int sequences = same && step + 2 >= tiles ? Gated ? 6 : 5 : 3;
-#pragma unroll 1
-        for (int i = threadIdx.x / 32; i < sequences; i += C::kWarps) fetch(places[i], shared, next, whole(next));
-      }
-      if (step < 0) continue;
-      if (step < tiles)
-#pragma unroll 1
-        for (int sub = 0; sub < kSubs; ++sub) {
-#pragma unroll
-          for (int i = 0; i < R; ++i)
-#pragma unroll
-            for (int j = 0; j < S; j += 4)
-              *reinterpret_cast<float4*>(saved_at(at * kSubs + sub, i, j)) =
-                  make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
-          if (backward && sub + 1 == kSubs) break;
-#pragma unroll
-          for (int t = 0; t < T; ++t) {
-            const int row = sub * T + t;
-            float d[R], x[R], Bv[S];
-            load_pairs(row, d, x);
-            load_floats<S>(my_B + row * C::kStateRow, Bv);
-#pragma unroll
-            for (int i = 0; i < R; ++i)
-#pragma unroll
-              for (int j = 0; j < S; ++j) h[i][j] = exp2_approx(d[i] * a2[i][j]) * h[i][j] + x[i] * Bv[j];
-          }
-        }
-      if (!backward) continue;
-#pragma unroll 1
-      for (int sub = kSubs - 1; sub >= 0; --sub) {
-        float gate[T][R][S], after[T][R][S];
-        restore(at * kSubs + sub, h);
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-          const int row = sub * T + t;
-          float d[R], x[R], Bv[S], Cv[S], out[R] = {};
-          load_pairs(row, d, x);
-          load_floats<S>(my_B + row * C::kStateRow, Bv);
-          if (Gated) load_floats<S>(my_C + row * C::kStateRow, Cv);
-#pragma unroll
-          for (int i = 0; i < R; ++i)
-#pragma unroll
-            for (int j = 0; j < S; ++j) {
-              gate[t][i][j] = exp2_approx(d[i] * a2[i][j]);
-              h[i][j] = gate[t][i][j] * h[i][j] + x[i] * Bv[j];
-              after[t][i][j] = h[i][j];
-              if (Gated) out[i] += h[i][j] * Cv[j];
-            }
-          if (Gated) {
-            const int first = sum_over_lanes<R, C::kLanes, 1>(out);
-            if (owns_sum<R, C::kLanes, 1>())
-#pragma unroll
-              for (int i = 0; i < kLeft<R, C::kLanes>; ++i) shared[M::kY + row * kRow + own + first + i] = out[i];
-          }
-        }
-#pragma unroll
-        for (int t = T - 1; t >= 0; --t) {
-          const int row = sub * T + t;
-          if (t == 0) restore(at * kSubs + sub, h);
-          float d[R], x[R], gy[R], Bv[S], Cv[S], across[2 * R] = {}, products[2 * S] = {};
-          load_pairs(row, d, x);
-          load_floats<R>(shared + M::kGy + row * kRow + own, gy);
-          load_floats<S>(my_B + row * C::kStateRow, Bv);
-          load_floats<S>(my_C + row * C::kStateRow, Cv);
-#pragma unroll
-          for (int i = 0; i < R; ++i)
-#pragma unroll
-            for (int j = 0; j < S; ++j) {
-              const float dh = gy[i] * Cv[j] + carry[i][j];
-              products[j] += dh * x[i];
-              products[S + j] += gy[i] * after[t][i][j];
-              across[i] += dh * Bv[j];
-              carry[i][j] = dh * gate[t][i][j];
-              const float q = carry[i][j] * (t > 0 ? after[t - (t > 0)][i][j] : h[i][j]);
-              across[R + i] += q * a2[i][j];
-              dA[i][j] += q * d[i];
-            }
-          __syncwarp();  // its lanes have read Δ u, in whose place the gradient of Δ u goes
-          const int first = sum_over_lanes<2 * R, C::kLanes, 1>(across);
-          if (owns_sum<2 * R, C::kLanes, 1>())
-#pragma unroll
-            for (int v = 0; v < kLeft<2 * R, C::kLanes>; ++v) {
-              const int i = (first + v) % R;
-              shared[first + v < R ? M::kPairs + row * C::kPairRow + 2 * (own + i) + 1 : M::kDecay + row * kRow + own + i] =
-                  across[v];
-            }
-          sum_over_channels<C>(products);
-          float* to = shared + M::kSums + ((threadIdx.x / 32) * K + row) * C::kColumns + lane * S;
-          const int channel_lane = threadIdx.x % 32 / C::kLanes;
-          if (C::kChannelLanes > C::kOrders) {
-            if (channel_lane < 2 * C::kOrders) to[(channel_lane >= C::kOrders ? C::kPadded : 0) + order] = products[0];
-          } else {
-#pragma unroll
-            for (int v = 0; v < 2 * S; v += C::kOrders) to[v / S * C::kPadded + (v % S ^ order)] = products[v];
-          }
-        }
-      }
-      __syncthreads();
+  // Sends for the tiles of a window, all of them or those that are enough for the states.
+  __device__ __forceinline__ void fetch(const Window<C>& w, bool all) {
+    if (aligned && w.whole())
+      fetch_each<true>(w, all);
+    else
+      fetch_each<false>(w, all);
+  }
+  template <bool ByVectors>
+  __device__ __forceinline__ void fetch_each(const Window<C>& w, bool all) {
+    if (in.delta_weight)
+      RankOne::fetch(place(kDelta), raw<kDelta>(), w, 1, ByVectors);
+    else
+      Channels::fetch(place(kDelta), raw<kDelta>(), w, channels, ByVectors);
+    Channels::fetch(place(kU), raw<kU>(), w, channels, ByVectors);
+    States::fetch(place(kB), raw<kB>(), w, dstate, ByVectors);
+    if (!all) return;
+    Channels::fetch(place(kOut), raw<kOut>(), w, channels, ByVectors);
+    States::fetch(place(kC), raw<kC>(), w, dstate, ByVectors);
+    if (Gated) Channels::fetch(place(kZ), raw<kZ>(), w, channels, ByVectors);
+  }
 
-      // From the gradients of y, Δ u and the gates to those of the tensors.
-      const Window<C> w(s, from);
-      const int64_t part_at = from - r.first * kChunk;
-      const Existing exists(w, mine < count);
-      float du[kUnits][4], dd[kUnits][4], dz[kUnits][4], sum_D = 0, sum_bias = 0, sum_weight = 0;
-      const float D = value(kD), weight = value(kWeight);
+  // From raw tiles what the scan needs, as float32 in its order: Δ and Δ u, B, and where it goes back C and the gradient of y; and for
+  // `finish` u and derivatives.
+  __device__ __forceinline__ void prepare(const Window<C>& w, bool backward) {
+    if (helps()) prepare_channel(w, backward);
+    prepare_states<kB>(M::kStatesB);
+    if (backward) prepare_states<kC>(M::kStatesC);
+  }
+  __device__ __forceinline__ void prepare_channel(const Window<C>& w, bool backward) {
+    const int first = row_of(run) * kRow + column, step = next_row() * kRow;
+    float delta[kRun], slope[kRun], u[kRun];
+    if (in.delta_weight) {
+      const float weight = value(kWeight);
+      RankOne::read(place(kDelta), raw<kDelta>(), 0, run, delta);
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        const int token = 4 * (my_quad + k * kQuads);
-        if (token >= K) break;
-        const int e0 = row_of(token) * kRow + mine;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int e = e0 + j * next_row;
-          const float2 pair = *reinterpret_cast<const float2*>(shared + M::kPairs + 2 * e);
-          const float gy = shared[M::kGy + e], u = shared[M::kU + e];
-          float v = (pair.y * u + shared[M::kDecay + e] * kLn2) * shared[M::kSlope + e];
-          if (!exists(token + j)) v = 0;
-          du[k][j] = pair.y * pair.x + D * gy, dd[k][j] = v;
-          if (Gated) dz[k][j] = shared[M::kGate + e] * (shared[M::kY + e] + D * u);
-          sum_D += gy * u, sum_bias += v;
-          if (in.delta_weight)
-            shared[M::kDecay + e] = v * weight, sum_weight += v * shared[M::kRankOne + row_of(token) + j * forward];
-        }
+      for (int k = 0; k < kRun; ++k) {
+        if (column == 0) shared[M::kRankOne + row_of(run) + k * next_row()] = delta[k];
+        delta[k] *= weight;
       }
-      if (helps) value(kSumD) += sum_D, value(kSumBias) += sum_bias, value(kSumWeight) += sum_weight;
-      float* to = here->parts + part_at * C::kColumns;
+    } else {
+      Channels::read(place(kDelta), raw<kDelta>(), column, run, delta);
+    }
+    Channels::read(place(kU), raw<kU>(), column, run, u);
+    const float bias = value(kBias);
 #pragma unroll
-      for (int i = 0; i < (K * C::kColumns / 4 + C::kThreads - 1) / C::kThreads; ++i) {
-        const int e = 4 * (threadIdx.x + i * C::kThreads);
-        if (e >= K * C::kColumns) break;
-        float sum[4], more[4];
-        load_floats<4>(shared + M::kSums + e, sum);
+    for (int k = 0; k < kRun; ++k) delta[k] += bias, slope[k] = 1;
+    if (s.softplus) softplus_and_slope(delta, slope);
+    if (const Existing exists(w, column < channels); exists.count < kTokens)
 #pragma unroll
-        for (int v = 1; v < C::kWarps; ++v) {
-          load_floats<4>(shared + M::kSums + v * K * C::kColumns + e, more);
+      for (int k = 0; k < kRun; ++k)
+        if (!exists(run + k)) delta[k] = slope[k] = 0;
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sum[k] += more[k];
-        }
-        *reinterpret_cast<float4*>(to + e) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    for (int k = 0; k < kRun; ++k)
+      *reinterpret_cast<float2*>(shared + M::kPairs + 2 * (first + k * step)) = make_float2(delta[k], delta[k] * u[k]);
+    if (!backward) return;
+    float d_out[kRun], z[kRun], gate[kRun];
+    Channels::read(place(kOut), raw<kOut>(), column, run, d_out);
+    if (Gated) Channels::read(place(kZ), raw<kZ>(), column, run, z);
+#pragma unroll
+    for (int k = 0; k < (Gated ? kRun : 0); ++k) gate[k] = exp2_approx(-z[k] * kLog2e);
+#pragma unroll
+    for (int k = 0; k < (Gated ? kRun : 0); ++k) gate[k] = reciprocal_approx(1.0f + gate[k]);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      const int at = first + k * step;
+      shared[M::kInput + at] = u[k], shared[M::kSlope + at] = slope[k];
+      if (Gated) {
+        shared[M::kGate + at] = d_out[k] * (gate[k] * (1.0f + z[k] * (1.0f - gate[k])));
+        d_out[k] *= z[k] * gate[k];
       }
-      __syncthreads();
+      shared[M::kDy + at] = d_out[k];
+    }
+  }
+  // Once in each order that a thread may have.
+  template <int Sequence>
+  __device__ __forceinline__ void prepare_states(int to) {
+    constexpr int kFours = kTokens * C::kPadded / 4;
+#pragma unroll 1
+    for (int k = 0; k * C::kThreads < kFours; ++k) {
+      const int i = threadIdx.x + k * C::kThreads;
+      if (kFours % C::kThreads != 0 && i >= kFours) break;
+      const int token = i % kTokens, n = i / kTokens * 4;
+      float v[4];
+      States::read_columns(place(Sequence), raw<Sequence>(), n, token, v);
+      float* row = shared + to + row_of(token) * C::kStateRow + n;
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        const int token = 4 * (my_quad + k * kQuads);
-        if (token >= K) break;
-        write(places[kDu], shared, mine, token, du[k]);
-        if (!in.delta_weight) write(places[kDDelta], shared, mine, token, dd[k]);
-        if (Gated) write(places[kDz], shared, mine, token, dz[k]);
+      for (int k = 0; k < C::kOrders; ++k)
+        *reinterpret_cast<float4*>(row + k * C::kPadded) = make_float4(v[k], v[1 ^ k], v[2 ^ k], v[3 ^ k]);
+    }
+  }
+
+  // What the scan reads of a token.
+  struct Token {
+    float delta[kOwn], input[kOwn], d_y[kOwn], Bs[kStates], Cs[kStates];
+  };
+  __device__ __forceinline__ void load_input(int row, Token& t) const {
+    float pairs[2 * kOwn];
+    load_floats<2 * kOwn>(shared + M::kPairs + 2 * own + row * C::kPairRow, pairs);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) t.delta[i] = pairs[2 * i], t.input[i] = pairs[2 * i + 1];
+    load_floats<kStates>(states_of(M::kStatesB, row), t.Bs);
+  }
+  __device__ __forceinline__ const float* states_of(int tile, int row) const {
+    return shared + tile + order * C::kPadded + lane * kStates + row * C::kStateRow;
+  }
+  // h after a token; returns the gate.
+  __device__ __forceinline__ float advance(const Token& t, int i, int j) {
+    const float gate = exp2_approx(t.delta[i] * rates[i][j]);
+    h[i][j] = gate * h[i][j] + t.input[i] * t.Bs[j];
+    return gate;
+  }
+  __device__ float* saved(int slot, int i, int j) const {
+    return shared + M::kSaved + 4 * threadIdx.x + ((slot * kOwn + i) * (kStates / 4) + j / 4) * 4 * C::kThreads;
+  }
+  __device__ __forceinline__ void restore(int slot) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+      for (int j = 0; j < kStates; j += 4) load_floats<4>(saved(slot, i, j), h[i] + j);
+  }
+
+  // Keeps the states before every kSub tokens of a tile; those after the chunk's last tile are not needed.
+  __device__ __forceinline__ void go_forward(int slot, bool last) {
+#pragma unroll 1
+    for (int sub = 0; sub < kSubs; ++sub) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+        for (int j = 0; j < kStates; j += 4)
+          *reinterpret_cast<float4*>(saved(slot + sub, i, j)) = make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
+      if (last && sub + 1 == kSubs) return;
+#pragma unroll
+      for (int k = 0; k < kSub; ++k) {
+        Token t;
+        load_input(sub * kSub + k, t);
+        each_state([&](int i, int j) { advance(t, i, j); });
       }
-      if (in.delta_weight)
-        for (int row = threadIdx.x; row < K; row += C::kThreads) {
-          float sum = 0;
+    }
+  }
+
+  // kSub tokens from the states before them on, and back.
+  __device__ __forceinline__ void go_back(int slot, int row0) {
+    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {};
+    restore(slot);
+#pragma unroll
+    for (int k = 0; k < kSub; ++k) {
+      Token t;
+      load_input(row0 + k, t);
+      if (Gated) load_floats<kStates>(states_of(M::kStatesC, row0 + k), t.Cs);
+      each_state([&](int i, int j) {
+        gate[k][i][j] = advance(t, i, j);
+        after[k][i][j] = h[i][j];
+        if (Gated) y[k * kOwn + i] += h[i][j] * t.Cs[j];
+      });
+    }
+    if (Gated) store_y(y, row0);
+    restore(slot);
+    // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
+    constexpr bool kAhead = kStates * C::kLanes <= 16;
+    Token token, next;
+    load_token(row0 + kSub - 1, token);
+#pragma unroll
+    for (int k = kSub - 1; k >= 0; --k) {
+      if (kAhead && k > 0) load_token(row0 + k - 1, next);
+      float across[2 * kOwn] = {}, products[2 * kStates] = {};  // the gradients of Δ u and of the rates; of B and C
+      each_state([&](int i, int j) {
+        const float dh = token.d_y[i] * token.Cs[j] + carry[i][j];
+        products[j] += dh * token.input[i];
+        products[kStates + j] += token.d_y[i] * after[k][i][j];
+        across[i] += dh * token.Bs[j];
+        carry[i][j] = dh * gate[k][i][j];
+        const float decay = carry[i][j] * (k > 0 ? after[k - (k > 0)][i][j] : h[i][j]);
+        across[kOwn + i] += decay * rates[i][j];
+        dA[i][j] += decay * token.delta[i];
+      });
+      __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
+      store_across(across, row0 + k);
+      store_products(products, row0 + k);
+      if (kAhead)
+        token = next;
+      else if (k > 0)
+        load_token(row0 + k - 1, token);
+    }
+  }
+  __device__ __forceinline__ void load_token(int row, Token& t) const {
+    load_input(row, t);
+    load_floats<kOwn>(shared + M::kDy + row * kRow + own, t.d_y);
+    load_floats<kStates>(states_of(M::kStatesC, row), t.Cs);
+  }
+  __device__ __forceinline__ void store_y(float (&y)[kSub * kOwn], int row0) {
+    const int first = sum_over_lanes<kSub * kOwn, C::kLanes, 1>(y);
+    if (!owns_sum<kSub * kOwn, C::kLanes, 1>()) return;
+#pragma unroll
+    for (int v = 0; v < kLeft<kSub * kOwn, C::kLanes>; ++v)
+      shared[M::kY + (row0 + (first + v) / kOwn) * kRow + own + (first + v) % kOwn] = y[v];
+  }
+  __device__ __forceinline__ void store_across(float (&across)[2 * kOwn], int row) {
+    const int first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(across);
+    if (!owns_sum<2 * kOwn, C::kLanes, 1>()) return;
+#pragma unroll
+    for (int v = 0; v < kLeft<2 * kOwn, C::kLanes>; ++v) {
+      const int i = own + (first + v) % kOwn;
+      shared[first + v < kOwn ? M::kPairs + row * C::kPairRow + 2 * i + 1 : M::kDecay + row * kRow + i] = across[v];
+    }
+  }
+  __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row) {
+    sum_over_channels<C>(products);
+    float* to = shared + M::kSums + (threadIdx.x / 32 * kTokens + row) * C::kColumns + lane * kStates;
+    const int channel_lane = threadIdx.x % 32 / C::kLanes;
+    if (C::kChannelLanes > C::kOrders) {
+      if (channel_lane < 2 * C::kOrders) to[(channel_lane >= C::kOrders ? C::kPadded : 0) + order] = products[0];
+    } else {
+#pragma unroll
+      for (int v = 0; v < 2 * kStates; v += C::kOrders) to[v / kStates * C::kPadded + (v % kStates ^ order)] = products[v];
+    }
+  }
+
+  // From the gradients of y, Δ u and the gates to those of the tensors; and the tile's part of dB and dC.
+  __device__ __forceinline__ void finish(const Window<C>& w, int64_t token0) {
+    if (helps()) finish_channel(w);
+    float* parts = bases().parts + token0 * C::kColumns;
+#pragma unroll
+    for (int i = 0; i < (kTokens * C::kColumns / 4 + C::kThreads - 1) / C::kThreads; ++i) {
+      const int e = 4 * (threadIdx.x + i * C::kThreads);
+      if (e >= kTokens * C::kColumns) break;
+      float sum[4], more[4];
+      load_floats<4>(shared + M::kSums + e, sum);
+#pragma unroll
+      for (int warp = 1; warp < C::kWarps; ++warp) {
+        load_floats<4>(shared + M::kSums + warp * kTokens * C::kColumns + e, more);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[k] += more[k];
+      }
+      store_word(parts + e, make_float4(sum[0], sum[1], sum[2], sum[3]));
+    }
+    if (!in.delta_weight) return;
+    __syncthreads();
+    for (int row = threadIdx.x; row < kTokens; row += C::kThreads) {
+      float sum = 0;
 #pragma unroll 4
-          for (int c = 0; c < C::kChannels; ++c) sum += shared[M::kDecay + row * kRow + c];
-          here->weighted[part_at + row] = sum;
-        }
-      __syncthreads();
-#pragma unroll 1
-      for (int i = kDu + threadIdx.x / 32; i <= (Gated ? kDz : kDDelta); i += C::kWarps)
-        if (i != kDDelta || !in.delta_weight) flush(places[i], shared, w, whole(w));
+      for (int c = 0; c < C::kChannels; ++c) sum += shared[M::kDecay + row * kRow + c];
+      bases().weighted[token0 + row] = sum;
+    }
+  }
+  __device__ __forceinline__ void finish_channel(const Window<C>& w) {
+    const Existing exists(w, column < channels);
+    const int first = row_of(run) * kRow + column, step = next_row() * kRow;
+    const float D = value(kD);
+    float du[kRun], d_delta[kRun], dz[kRun], sum_D = 0, sum_bias = 0;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      const int at = first + k * step;
+      const float2 pair = *reinterpret_cast<const float2*>(shared + M::kPairs + 2 * at);
+      const float delta = pair.x, d_input = pair.y, dy = shared[M::kDy + at], u = shared[M::kInput + at];
+      du[k] = d_input * delta + D * dy;
+      d_delta[k] = (d_input * u + shared[M::kDecay + at] * kLn2) * shared[M::kSlope + at];
+      if (Gated) dz[k] = shared[M::kGate + at] * (shared[M::kY + at] + D * u);
+      sum_D += dy * u, sum_bias += d_delta[k];
+    }
+    value(kSumD) += sum_D, value(kSumBias) += sum_bias;
+    const bool by_vectors = aligned && w.whole();
+    Channels::store(place(kDu), w, exists, column, run, by_vectors, du);
+    if (Gated) Channels::store(place(kDz), w, exists, column, run, by_vectors, dz);
+    if (!in.delta_weight) return Channels::store(place(kDDelta), w, exists, column, run, by_vectors, d_delta);
+    const float weight = value(kWeight);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      value(kSumWeight) += d_delta[k] * shared[M::kRankOne + row_of(run) + k * next_row()];
+      shared[M::kDecay + first + k * step] = d_delta[k] * weight;
     }
   }
 
+  // What the next round goes on with, and other kernels add up.
+  __device__ __forceinline__ void leave() {
+    each_state([&](int i, int j) {
+      if (!has(i, j)) return;
+      workspace.carry[state_at(dstate, i, j)] = carry[i][j];
+      workspace.sums[state_at(dstate + kMoreSums, i, j)] = dA[i][j];
+      if (chunks.first == 0 && in.initial_state)
+        a.d_initial_state[(batch * dim + row0 + own + i) * s.dstate + state(j)] = carry[i][j];
+    });
+    __syncthreads();
+    if (run > 0 || column >= channels) return;
 #pragma unroll
-  for (int i = 0; i < R; ++i)
-#pragma unroll
-    for (int j = 0; j < S; ++j) {
-      if (!has(i, j)) continue;
-      ws.carry[state_at(part, dstate, i, j)] = carry[i][j];
-      ws.sums[state_at(part, dstate + kMoreSums, i, j)] = dA[i][j];
-      if (r.first == 0 && in.initial_state) a.d_initial_state[(batch * dim + row0 + own + i) * s.dstate + state(j)] = carry[i][j];
+    for (int v = 0; v < kMoreSums; ++v) {
+      float* to =
+          workspace.sums + ((batch * plan.split.segments + segment) * (dstate + kMoreSums) + dstate + v) * dim + row0 + column;
+      float sum = later ? *to : 0.0f;
+      for (int k = column; k < C::kHelpers; k += C::kChannels) sum += shared[M::kOwn + v * C::kHelpers + k];
+      *to = sum;
     }
-  __syncthreads();
-  if (my_quad > 0 || mine >= count) return;
-#pragma unroll
-  for (int v = 0; v < kMoreSums; ++v) {
-    float* to = ws.sums + (part * (dstate + kMoreSums) + dstate + v) * dim + row0 + mine;
-    float sum = round > 0 ? *to : 0.0f;
-    for (int k = mine; k < C::kHelpers; k += C::kChannels) sum += shared[M::kOwn + v * C::kHelpers + k];
-    *to = sum;
   }
+};
+
+template <class C, class L, bool Gated>
+__global__ void __launch_bounds__(C::kThreads)
+    scan_backward(ScanBackward a, BackwardPlan plan, BackwardWorkspace workspace, int64_t first_batch, int64_t round) {
+  AUTOHDR_DYNAMIC_SHARED(float, shared);
+  BackwardBlock<C, L, Gated>(a, plan, workspace, shared, first_batch, round).walk();
 }
 
-template <class C, bool Gated>
+template <class C, class L, bool Gated>
 constexpr size_t backward_shared() {
-  constexpr size_t bytes = BackwardShared<C, Gated>::kFloats * sizeof(float);
+  constexpr size_t bytes = BackwardShared<C, L, Gated>::kFloats * sizeof(float);
   static_assert(bytes <= kMaxShared);
   return bytes;
 }

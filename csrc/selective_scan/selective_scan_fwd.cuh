@@ -57,13 +57,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
     __syncthreads();
     put_delta<C, L>(s, in, ch.delta_offset(b, in, b.worker), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
     States::each(in.B, state_offset(b, in.B), w, dstate, B_aligned,
-                 [&](int row, int n, float v, bool) { Bs[row * C::kStateRow + n] = v; });
+                 OneByOne{[&](int row, int n, float v, bool) { Bs[row * C::kStateRow + n] = v; }});
     States::each(in.C, state_offset(b, in.C), w, dstate, C_aligned,
-                 [&](int row, int n, float v, bool) { Cs[row * C::kStateRow + n] = v; });
+                 OneByOne{[&](int row, int n, float v, bool) { Cs[row * C::kStateRow + n] = v; }});
     __syncthreads();
-    Channels::each(in.u, ch.offset(b, in.u, b.worker), w, ch.count, u_aligned, [&](int row, int c, float v, bool) {
-      input[row * C::kRow + c] = v * delta[row * C::kRow + c];
-      y[row * C::kRow + c] = v * D[c];
+    Channels::each(in.u, ch.offset(b, in.u, b.worker), w, ch.count, u_aligned, [&](auto& v, const auto& at) {
+      float skipped[sizeof v / sizeof v[0]];
+#pragma unroll
+      for (int k = 0; k < static_cast<int>(sizeof v / sizeof v[0]); ++k) skipped[k] = v[k] * D[at(k).column];
+      multiply<C>(v, at, delta);
+      put<C>(v, at, input);
+      put<C>(skipped, at, y);
     });
     __syncthreads();
     for (int sub = 0; sub < C::kTokens; sub += C::kSub) {
@@ -89,8 +93,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForw
     }
     __syncthreads();
     if (in.z.data) {
-      Channels::each(in.z, ch.offset(b, in.z, b.worker), w, ch.count, z_aligned,
-                     [&](int row, int c, float v, bool) { y[row * C::kRow + c] *= v * sigmoid(v); });
+      Channels::each(in.z, ch.offset(b, in.z, b.worker), w, ch.count, z_aligned, [&](auto& v, const auto& at) {
+        silu(v);
+        multiply<C>(v, at, y);
+        put<C>(v, at, y);
+      });
       __syncthreads();
     }
     Channels::store(a.out, ch.offset(b, a.out, b.worker), w, ch.count, out_aligned,

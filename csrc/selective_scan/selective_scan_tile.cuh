@@ -101,6 +101,24 @@ struct Known {
   static constexpr bool Along = Along_;
 };
 
+// An element of a tile, and whether the tensor has it.
+struct Element {
+  int row, column;
+  bool real;
+};
+// f(row, column, value, real) for each of some elements of a tile.
+template <class F>
+struct OneByOne {
+  F f;
+  template <int Count, class At>
+  __device__ __forceinline__ void operator()(float (&v)[Count], const At& at) const {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) f(at(k).row, at(k).column, v[k], at(k).real);
+  }
+};
+template <class F>
+OneByOne(F) -> OneByOne<F>;
+
 // A tile of a sequence: the tokens of a window, `Columns` channels (or states) of which `columns` exist. A unit is 4 neighbours in
 // memory, along the tokens or along the columns; a thread has kUnits of them. A tile that is whole and aligned is loaded by vectors:
 // one condition for the whole block. Nothing is loaded ahead: the other blocks of the multiprocessor scan meanwhile.
@@ -136,7 +154,7 @@ struct Tile<C, Columns, Mixed> {
         f(j, (w.first + token) * s.token + column * s.channel);
     }
   }
-  // f(row, column, value, whether there is such an element).
+  // f(values, k -> the k-th's element), for some at a time.
   template <class F>
   __device__ static __forceinline__ void each(const Sequence& s, int64_t offset, const Window<C>& w, int columns, bool,
                                               const F& f) {
@@ -165,8 +183,9 @@ struct Tile<C, Columns, Mixed> {
       for (int j = 0; j < 4; ++j) {
         const int token = s.token == 1 ? u.token + j : u.token, column = s.token == 1 ? u.column : u.column + j;
         const uint32_t high = j % 2 ? raw[j / 2] & 0xffff0000u : raw[j / 2] << 16;
-        const float v = wide ? bits_to_float(raw[j]) : s.dtype == Dtype::bf16 ? bits_to_float(high) : half_to_float(high >> 16);
-        if (s.token == 1 || j < kAcross) f(w.row(token), column, v, column < columns && w.inside(token));
+        float v[1] = {wide ? bits_to_float(raw[j]) : s.dtype == Dtype::bf16 ? bits_to_float(high) : half_to_float(high >> 16)};
+        if (s.token == 1 || j < kAcross)
+          f(v, [&](int) { return Element{w.row(token), column, column < columns && w.inside(token)}; });
       }
     }
   }
@@ -198,14 +217,13 @@ struct Tile<C, Columns, Mixed> {
 
 template <class C, int Columns, class T, bool Along>
 struct Tile<C, Columns, Known<T, Along>> {
-  static constexpr int kElements = C::kTokens * Columns, kUnits = (kElements / 4 + C::kThreads - 1) / C::kThreads;
-  static_assert(Columns % 4 == 0 && C::kTokens % 4 == 0);
+  static constexpr int kElements = C::kTokens * Columns, kUnits = kElements / 4 / C::kThreads;
+  static_assert(Columns % 4 == 0 && C::kTokens % 4 == 0 && kElements % (4 * C::kThreads) == 0);
   // f(k, the first element of its k-th unit), for a thread's units.
   template <class F>
   __device__ static __forceinline__ void each_unit(const F& f) {
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k)
-      if (const int e = 4 * (threadIdx.x + k * C::kThreads); kElements % (4 * C::kThreads) == 0 || e < kElements) f(k, e);
+    for (int k = 0; k < kUnits; ++k) f(k, 4 * (threadIdx.x + k * C::kThreads));
   }
   // Element e, counted along the axis that is contiguous in memory.
   __device__ static __forceinline__ int token(int e) { return Along ? e % C::kTokens : e / Columns; }
@@ -220,16 +238,20 @@ struct Tile<C, Columns, Known<T, Along>> {
     const T* data = static_cast<const T*>(s.data) + offset;
     if (aligned && w.whole()) {
       Piece<T, 4> pieces[kUnits];
+      float v[4 * kUnits];
       each_unit([&](int k, int e) { pieces[k] = load_piece<4>(data + place(s, w, e)); });
-      each_unit([&](int k, int e) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) f(w.row(token(e + j)), column(e + j), to_float(pieces[k].v[j]), true);
+      for (int k = 0; k < 4 * kUnits; ++k) v[k] = to_float(pieces[k / 4].v[k % 4]);
+      f(v, [&](int k) {
+        const int e = 4 * (threadIdx.x + k / 4 * C::kThreads) + k % 4;
+        return Element{w.row(token(e)), column(e), true};
       });
     } else {
 #pragma unroll 1
       for (int e = threadIdx.x; e < kElements; e += C::kThreads) {
         const bool real = column(e) < columns && w.inside(token(e));
-        f(w.row(token(e)), column(e), real ? to_float(data[place(s, w, e)]) : 0.0f, real);
+        float v[1] = {real ? to_float(data[place(s, w, e)]) : 0.0f};
+        f(v, [&](int) { return Element{w.row(token(e)), column(e), real}; });
       }
     }
   }
@@ -260,6 +282,23 @@ struct Tile<C, Columns, Known<T, Along>> {
   }
 };
 
+// For `each`: some elements times those of a tile in shared memory; as elements of such a tile.
+template <class C, int Count, class At>
+__device__ __forceinline__ void multiply(float (&v)[Count], const At& at, const float* by) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) v[k] *= by[at(k).row * C::kRow + at(k).column];
+}
+template <class C, int Count, class At>
+__device__ __forceinline__ void put(const float (&v)[Count], const At& at, float* to) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) to[at(k).row * C::kRow + at(k).column] = v[k];
+}
+template <int Count>
+__device__ __forceinline__ void silu(float (&v)[Count]) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) v[k] *= sigmoid(v[k]);
+}
+
 // Whether a tile of `columns` of `Columns` is loaded by units of 4, where its window is whole; the same for all windows from w on.
 template <class C, int Columns, class L>
 __device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, const Window<C>& w, int columns) {
@@ -268,23 +307,51 @@ __device__ __forceinline__ bool is_aligned(const Sequence& s, int64_t offset, co
          (reinterpret_cast<uintptr_t>(s.data) + (offset + w.first * s.token) * size) % (4 * size) == 0;
 }
 
+// x becomes softplus(x) within a few units in the last place, slope its derivative; below -87 they stay what they are there. Above 20,
+// where PyTorch's is the identity, what is added to x rounds off. Step by step for all of them, or the compiler waits for one after
+// the other.
+template <int Count>
+__device__ __forceinline__ void softplus_and_slope(float (&x)[Count], float (&slope)[Count]) {
+  float e[Count], r[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {  // exactly, as in sigmoid
+    const float y = fmaxf(-fabsf(x[k]), -87.0f), power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest;
+    e[k] = exp2_approx(power);
+    e[k] = fmaf(e[k], rest * kLn2, e[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < Count; ++k) r[k] = reciprocal_approx((1.0f + e[k]) * (2.0f + e[k]));
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    const float q = e[k] * (r[k] * (1.0f + e[k])), q2 = q * q;
+    slope[k] = (x[k] > 0.0f ? 1.0f : e[k]) * (r[k] * (2.0f + e[k]));
+    x[k] = (x[k] < 0.0f ? 0.0f : x[k]) + 2.0f * q * AUTOHDR_ARTANH_BY_S(q2);
+  }
+}
+
 // The tile of Δ; with rank one its row goes into `rank_one`, and there is a barrier inside.
 template <class C, class L>
 __device__ __forceinline__ void put_delta(const ScanShape& s, const ScanInputs& in, int64_t offset, const Window<C>& w,
                                           int channels, bool aligned, const float* weight, const float* bias, float* rank_one,
                                           float* delta) {
-  const auto finish = [&](float v) { return s.softplus ? softplus(v) : v; };
-  if (!in.delta_weight)
-    return Tile<C, C::kChannels, L>::each(in.delta, offset, w, channels, aligned, [&](int row, int c, float v, bool real) {
-      delta[row * C::kRow + c] = real ? finish(v + bias[c]) : 0.0f;
-    });
+  const auto put = [&](auto& v, const auto& at) {
+    constexpr int kCount = sizeof v / sizeof v[0];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) v[k] += bias[at(k).column];
+    float slope[kCount];
+    if (s.softplus) softplus_and_slope(v, slope);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) delta[at(k).row * C::kRow + at(k).column] = at(k).real ? v[k] : 0.0f;
+  };
+  if (!in.delta_weight) return Tile<C, C::kChannels, L>::each(in.delta, offset, w, channels, aligned, put);
   const int i = threadIdx.x;
   if (i < C::kTokens) rank_one[w.row(i)] = w.inside(i) ? load_one(in.delta, offset + (w.first + i) * in.delta.token) : 0.0f;
   __syncthreads();
 #pragma unroll 1
   for (int e = threadIdx.x; e < C::kTokens * C::kChannels; e += C::kThreads) {
     const int row = e / C::kChannels, c = e % C::kChannels;
-    delta[row * C::kRow + c] = w.inside(w.row(row)) && c < channels ? finish(rank_one[row] * weight[c] + bias[c]) : 0.0f;
+    float v[1] = {rank_one[row] * weight[c]};
+    put(v, [&](int) { return Element{row, c, w.inside(w.row(row)) && c < channels}; });
   }
 }
 
@@ -410,15 +477,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kEndsBlocks)
       __syncthreads();
       put_delta<C, L>(s, in, ch.delta_offset(b, in, t), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
       Tile<C, C::kPadded, L>::each(by, state_offset(b, by), w, dstate, by_aligned,
-                                   [&](int row, int n, float v, bool) { projection[row * C::kStateRow + n] = v; });
+                                   OneByOne{[&](int row, int n, float v, bool) { projection[row * C::kStateRow + n] = v; }});
       __syncthreads();
-      Channels::each(of, ch.offset(b, of, t), w, ch.count, of_aligned, [&](int row, int c, float v, bool) {
-        input[row * C::kRow + c] = Adjoint ? v : v * delta[row * C::kRow + c];
+      Channels::each(of, ch.offset(b, of, t), w, ch.count, of_aligned, [&](auto& v, const auto& at) {
+        if (!Adjoint) multiply<C>(v, at, delta);
+        put<C>(v, at, input);
       });
       __syncthreads();
       if (Adjoint && in.z.data) {
-        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, z_aligned,
-                       [&](int row, int c, float v, bool) { input[row * C::kRow + c] *= v * sigmoid(v); });
+        Channels::each(in.z, ch.offset(b, in.z, t), w, ch.count, z_aligned, [&](auto& v, const auto& at) {
+          silu(v);
+          multiply<C>(v, at, input);
+          put<C>(v, at, input);
+        });
         __syncthreads();
       }
 #pragma unroll 4
