@@ -118,8 +118,8 @@ def test_a_branch_with_frozen_parts_trains_as_one(folder, two, parallel):
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_processes_train_one_discriminator(folder, two, parallel):
-    """It is the same in both, and that of one process; so is what the network makes of it. The one process takes its batches in the
-    same halves: sums over four pairs, which round otherwise, leave a discriminator 0.4 % of its way apart."""
+    """It is the same in both, and that of one process; so is what the network makes of it. The one process takes its batches in
+    the same halves: sums over four pairs, which round otherwise, leave a discriminator 0.4 % of its way apart."""
     settings = {"out": folder / "one adversarial", "losses": ADVERSARIAL, "batch_size": 2, "accumulate": 2}
     alone = train(load_config(folder / "one.toml", settings), resume="auto")
     check_same_run(folder / f"{parallel} adversarial", alone)
