@@ -11,8 +11,12 @@
 namespace autohdr {
 namespace scan {
 
+// Blocks on a multiprocessor. Mixed takes more registers: with one block less none is spilled.
 template <class C, class L>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks) scan_forward(ScanForward a, Split p, const float* carries) {
+constexpr int kForwardBlocks = std::is_same_v<L, Mixed> && C::kBlocks == 4 ? 3 : C::kBlocks;
+
+template <class C, class L>
+__global__ void __launch_bounds__(C::kThreads, kForwardBlocks<C, L>) scan_forward(ScanForward a, Split p, const float* carries) {
   AUTOHDR_DYNAMIC_SHARED(float, shared);
   float *Bs = shared, *Cs = Bs + C::kStateTile, *delta = Cs + C::kStateTile, *input = delta + C::kTile, *y = input + C::kTile;
   float *rank_one = y + C::kTile, *weight = rank_one + C::kTokens, *bias = weight + C::kChannels, *D = bias + C::kChannels;
