@@ -158,8 +158,9 @@ def sharpen(image: Tensor, amount: float) -> Tensor:
     reach = round(3 * BLUR)
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype) / BLUR) ** 2)
     weights = weights / weights.sum()
-    blurred = F.conv2d(F.pad(bright, (reach, reach, 0, 0), "replicate"), weights.view(1, 1, 1, -1))
-    blurred = F.conv2d(F.pad(blurred, (0, 0, reach, reach), "replicate"), weights.view(1, 1, -1, 1))
+    with torch.autocast(image.device.type, enabled=False):  # half precision rounds as much away as the finest detail is
+        blurred = F.conv2d(F.pad(bright, (reach, reach, 0, 0), "replicate"), weights.view(1, 1, 1, -1))
+        blurred = F.conv2d(F.pad(blurred, (0, 0, reach, reach), "replicate"), weights.view(1, 1, -1, 1))
     return image + amount * F.softshrink(bright - blurred, GRAIN)
 
 

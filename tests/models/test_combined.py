@@ -102,6 +102,8 @@ def test_sharpening_adds_detail_of_the_luma_alone():
     torch.testing.assert_close(sharp[..., 22:], edge[..., 22:])
     grain = 0.5 + 0.005 * torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1).expand(1, 3, 16, 16)
     torch.testing.assert_close(sharpen(grain, 2.0), grain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sharpen(edge, 0.5), sharp)
 
 
 def test_parts_are_combined_in_this_order(image):
