@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def _clear_shards(path: Path) -> None:
     for unused in folder.glob("*"):
         if unused.name not in used:
             shutil.rmtree(unused, ignore_errors=True)
+    with suppress(OSError):  # once it is empty no save need read the states for what they name
+        folder.rmdir()
 
 
 def load_newest(path: Path, like: Mapping[str, DTensor] | None = None, check: bool = True) -> dict[str, Any]:

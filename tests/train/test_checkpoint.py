@@ -36,6 +36,14 @@ def test_a_failed_save_leaves_the_old_state(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
 
+def test_once_no_state_has_shards_none_is_read_for_them(tmp_path, monkeypatch):
+    (tmp_path / "shards" / "of no state").mkdir(parents=True)
+    save_state(tmp_path / "state.pt", make_state(step=1))
+    assert not (tmp_path / "shards").exists()
+    monkeypatch.setattr("autohdr.train.checkpoint._read", None)
+    save_state(tmp_path / "state.pt", make_state(step=2))
+
+
 def test_rejects_a_missing_state(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         load_state(tmp_path / "state.pt")
