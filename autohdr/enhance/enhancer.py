@@ -443,7 +443,7 @@ def _check_grey(photo: Photo, edited: np.ndarray) -> None:
     if (samples != samples[..., :1]).any():
         photo.pixels, photo.icc_profile, photo.grey = edited, None, False
         photo.notes.append("its profile is for grey alone and the edit has colours: the result is in sRGB")
-    else:  # of more bits than are compared too
+    elif photo.pixels.dtype.kind == "f":  # of more bits than are compared too
         photo.pixels = np.repeat(photo.pixels[..., :1], 3, 2)
 
 

@@ -46,7 +46,6 @@ class Step:
         """Raises UserError as Criterion does."""
         self.learner, self._config, self._ranks = learner, config, ranks
         self._criterion = Criterion(config, ranks.device)
-        self._teacher_weight = config.teacher_weight
 
     def __call__(self, group: Group, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float) -> StepResult:
         """batches: yields this process's part of each batch of the group. epoch, step: counted from 0."""
@@ -98,7 +97,7 @@ class Step:
                     with learner.autocast():
                         taught = learner.teacher(source)
                     term, _ = self._criterion(said, taught)
-                    loss, components = loss + self._teacher_weight * term, components | {"teacher": term.detach()}
+                    loss, components = loss + self._config.teacher_weight * term, components | {"teacher": term.detach()}
                 if learner.adversary:
                     term, more = learner.adversary.judge(said, wanted, epoch, share)
                     loss, components = loss + term, components | more

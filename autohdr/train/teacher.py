@@ -1,12 +1,12 @@
 """Distillation: the network of another checkpoint, whose outputs a run learns beside its targets."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from autohdr.errors import UserError
+from autohdr.files import sha256
 from autohdr.models import load_checkpoint
 
 
@@ -25,8 +25,7 @@ class Teacher:
         if network.steps is not None:
             raise UserError(f"teacher: expected a model that makes a photo in one pass, got a diffusion bridge: {path}")
         self._network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        with path.open("rb") as file:
-            self.record = {"name": network.config.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        self.record = {"name": network.config.name, "sha256": sha256(path)}
         self.trained_on: list[str] = network.metadata.get("trained_on", [])
 
     @torch.no_grad()
