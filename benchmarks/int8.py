@@ -17,12 +17,10 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,15 +32,14 @@ import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from problems import LEVELS
-from run import MALLOCS, commit, processor
+from run import commit, processor
+from runtimes import Runs, in_runtimes, session, under_tuned_malloc
 from torch import Tensor
 
 from autohdr import create_model
 from autohdr.data.images import read_rgb
 from autohdr.demo import SAMPLES
 from autohdr.kernels.backends import default_backend
-
-Runs = dict[str, Callable[[], Any]]
 
 
 def timed(runs: Runs, rounds: int) -> dict[str, dict[str, float]]:
@@ -72,26 +69,6 @@ class Photos(CalibrationDataReader):
         return None if image is None else {"image": image.numpy()}
 
 
-def session(file: Path | bytes, threads: int, profile: str = "") -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_profiling, options.profile_file_prefix = bool(profile), profile or options.profile_file_prefix
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def in_runtimes(file: Path | bytes, threads: int, given: dict[str, np.ndarray]) -> Runs:
-    """A program's runs, by the runtimes that there are."""
-    running = session(file, threads)
-    runs: Runs = {"ONNX Runtime": lambda: running.run(None, given)[0]}
-    if importlib.util.find_spec("openvino"):
-        core = importlib.import_module("openvino").Core()
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        compiled = core.compile_model(core.read_model(file), "CPU", settings)
-        runs["OpenVINO"] = lambda: compiled(given)[0]
-    return runs
-
-
 def programs(model: torch.nn.Module, images: list[Tensor], folder: Path) -> dict[str, Path]:
     """The model in float32, and in 8 bits in two ways."""
     files = {kind: folder / f"{kind}.onnx" for kind in ("float32", "int8 1×1", "int8 convolutions")}
@@ -116,7 +93,7 @@ def programs(model: torch.nn.Module, images: list[Tensor], folder: Path) -> dict
 
 def parts(file: Path, image: np.ndarray, rounds: int, folder: Path) -> dict[str, float]:
     """The kinds of operators that take a hundredth of the time at least."""
-    running = session(file, 1, str(folder / "profile"))
+    running = session(file, 1, spins=False, profile=str(folder / "profile"))
     for _ in range(rounds):
         running.run(None, {"image": image})
     spent: Counter[str] = Counter()
@@ -143,7 +120,7 @@ def of_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             torch.set_num_threads(threads)
             runs: Runs = {"autohdr float32": lambda: model(image), "eager float32": eager}
             for kind, file in files.items():
-                runs |= {f"{runtime} {kind}": run for runtime, run in in_runtimes(file, threads, given).items()}
+                runs |= {f"{runtime} {kind}": run for runtime, run in in_runtimes(file, threads, given, spins=False).items()}
             found[f"{threads} threads, ms"] = timed(runs, options.rounds)
         wanted = model(image)
         differences = {name: float((torch.as_tensor(np.array(run())) - wanted).abs().mean()) for name, run in runs.items()}
@@ -202,7 +179,8 @@ def of_product(channels: int, pixels: int, options: argparse.Namespace) -> dict[
         }
         for given, end in ((x, ""), (shifted, ", from 8 bits to 8")):
             program = quantized_product(weight.t().numpy(), given, scale)
-            runs |= {f"int8, {runtime}{end}": r for runtime, r in in_runtimes(program, threads, {"x": given.numpy()}).items()}
+            others = in_runtimes(program, threads, {"x": given.numpy()}, spins=False)
+            runs |= {f"int8, {runtime}{end}": run for runtime, run in others.items()}
         found[f"{threads} threads, ms"] = timed(runs, options.rounds)
     return found
 
@@ -214,9 +192,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    tuned = MALLOCS["tuned"] | {"OMP_WAIT_POLICY": "passive"}
-    if not tuned.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | tuned)
+    under_tuned_malloc(OMP_WAIT_POLICY="passive")
     for name in ("torch.onnx", "root"):  # what they lack that is not needed
         logging.getLogger(name).setLevel(logging.ERROR)
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers quantized_decomposed

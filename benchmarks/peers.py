@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import relative_error
 from problems import DSTATE, Problem, selective_scan
-from run import MALLOCS, commit, processor
+from run import commit, processor
+from runtimes import in_runtimes, under_tuned_malloc
 from torch import Tensor, nn
 
 from autohdr import create_model, export
@@ -70,7 +71,6 @@ def networks(name: str, side: int, folder: Path) -> tuple[list[Tensor], dict[str
     torch.manual_seed(0)
     model = create_model(name).eval().requires_grad_(False)
     x = torch.rand(1, 3, side, side).contiguous(memory_format=torch.channels_last)
-    image = x.numpy()
     save_weights(folder / "model.safetensors", model, {})
     program = folder / "model.onnx"
     export.export(program, "onnx", folder / "model.safetensors")
@@ -95,21 +95,11 @@ def networks(name: str, side: int, folder: Path) -> tuple[list[Tensor], dict[str
     runs["torch.compile by block"] = reference(blocks.to(memory_format=torch.channels_last))
     expected = runs["eager"]()
 
-    import onnxruntime
+    def added(run: Callable[[], Any]) -> Run:
+        return lambda: [torch.from_numpy(run()) - x]
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-    runs["ONNX Runtime"] = lambda: [torch.from_numpy(session.run(None, {"image": image})[0]) - x]
-    if importlib.util.find_spec("openvino"):
-        import openvino
-
-        core = openvino.Core()
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-        loaded = core.read_model(program)
-        loaded.reshape([1, 3, side, side])
-        compiled = core.compile_model(loaded, "CPU", settings)
-        runs["OpenVINO"] = lambda: [torch.from_numpy(compiled(image)[0]) - x]
+    others = in_runtimes(program, torch.get_num_threads(), {"image": x.numpy()}, spins=True)
+    runs |= {runtime: added(run) for runtime, run in others.items()}
     return expected, runs
 
 
@@ -159,8 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
     options = parser.parse_args()
-    if os.environ.get("GLIBC_TUNABLES") != MALLOCS["tuned"]["GLIBC_TUNABLES"]:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOCS["tuned"])
+    under_tuned_malloc()
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in ("onnxruntime", "openvino"):
         if importlib.util.find_spec(name):
