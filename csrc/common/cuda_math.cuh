@@ -76,13 +76,15 @@ __device__ __forceinline__ float divide(float a, float b) {
   return a / b;
 }
 
-// 1 / (1 + exp(-x)) within a few units in the last place; below -87 it stays what it is there. exp2 has not the digits of a product
-// with log2(e), so that what the product rounds off multiplies its result.
-__device__ __forceinline__ float sigmoid(float x) {
-  const float y = fminf(-x, 87.0f), power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest;
-  const float e = exp2_approx(power);
-  return reciprocal_approx(1.0f + fmaf(e, rest * kLn2, e));
+// e^y within a few units in the last place, for |y| up to 87. exp2 has not the digits of a product with log2(e), so that what the
+// product rounds off multiplies its result.
+__device__ __forceinline__ float exp_in_range(float y) {
+  const float power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest, e = exp2_approx(power);
+  return fmaf(e, rest * kLn2, e);
 }
+
+// 1 / (1 + exp(-x)) within a few units in the last place; below -87 it stays what it is there.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp_in_range(fminf(-x, 87.0f))); }
 
 // What the standard normal distribution function and gelu are made of, for results of half precision: the density less its constant,
 // exp(-v²/2), and how much lies beyond |v|, that times P(1 / (1 + 0.34 |v|)), P fitted by least largest error. The absolute error of

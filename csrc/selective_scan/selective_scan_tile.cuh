@@ -314,11 +314,7 @@ template <int Count>
 __device__ __forceinline__ void softplus_and_slope(float (&x)[Count], float (&slope)[Count]) {
   float e[Count], r[Count];
 #pragma unroll
-  for (int k = 0; k < Count; ++k) {  // exactly, as in sigmoid
-    const float y = fmaxf(-fabsf(x[k]), -87.0f), power = y * kLog2e, rest = fmaf(y, kLog2e, -power) + y * kLog2eRest;
-    e[k] = exp2_approx(power);
-    e[k] = fmaf(e[k], rest * kLn2, e[k]);
-  }
+  for (int k = 0; k < Count; ++k) e[k] = exp_in_range(fmaxf(-fabsf(x[k]), -87.0f));
 #pragma unroll
   for (int k = 0; k < Count; ++k) r[k] = reciprocal_approx((1.0f + e[k]) * (2.0f + e[k]));
 #pragma unroll
