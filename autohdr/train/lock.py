@@ -47,7 +47,8 @@ class Lock:
         """Make the folder if it is absent, and lock it. Raises UserError where another process has the lock."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115  until release
+            # Until release. Not for appending, which would put a sign behind the last one.
+            self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -79,8 +80,8 @@ class Lock:
         """Write who holds the lock, and what no one has written before."""
         assert self._file
         text = f"process {os.getpid()} on {socket.gethostname()} {uuid.uuid4().hex}".encode()
-        self._file.truncate(0)
-        self._file.write(text)
+        os.pwrite(self._file.fileno(), text, 0)  # over the last one: at no moment is there none, as of a lock that is free
+        self._file.truncate(len(text))
         return text
 
     def _refuse(self) -> NoReturn:

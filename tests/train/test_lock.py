@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from runs import blank_curve, interrupt_at_step  # noqa: F401  blank_curve is a fixture
@@ -73,3 +74,23 @@ def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
         Lock(tmp_path / "run").take()
     second.release()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_held_never_looks_free(tmp_path):
+    """Whoever reads the holder's sign between two of them finds one."""
+    held, path, read = Lock(tmp_path / "run"), tmp_path / "run" / lock.NAME, []
+    held.take()
+    written = threading.Event()
+
+    def look():
+        while not written.is_set():
+            read.append(path.read_bytes())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for _ in range(3000):
+        held._sign()
+    written.set()
+    reader.join()
+    assert read and all(sign.startswith(b"process ") for sign in read)
+    held.release()
