@@ -15,6 +15,8 @@ Each row is written as soon as it is there, beside those of the same kernels. Th
 some minutes; then a model's forward pass takes one, its training step two, the scan's up to seven.
 
     python benchmarks/instructions.py [--gpus H200 ...] [--only restormer_base ...] [--sizes 896x896 ...] [--backends cuda triton]
+
+The same of mamba-ssm's selective scan, from its unpacked source distribution: --mamba-ssm FOLDER.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from functools import cache
 from pathlib import Path
 
 import machine_code
+import mamba_ssm
 import tables
 import torch
 from machine_code import build
@@ -483,14 +486,20 @@ def works_of(launches: list[Recorded], architecture: str) -> Iterator[tuple[Laun
         yield launch, count, _WORKS[key]
 
 
-def predict(name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: str) -> dict:
-    """One row of the results."""
-    ops = ops_of(subject, size, mode, dtype, backend)
-    calls = tuple(ops.calls)
-    launches_of = recorded(calls, gpu.architecture, gpu.multiprocessors, backend)
+def predict(
+    name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: str, mamba: Path | None = None
+) -> dict:
+    """One row of the results. mamba: the folder of mamba-ssm, which is the backend of that name."""
+    if backend == mamba_ssm.NAME:
+        ops = Ops()
+        ops.calls[subject] = 1
+        launches_of = [mamba_ssm.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
+    else:
+        ops = ops_of(subject, size, mode, dtype, backend)
+        launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, backend)
     totals, launched = dict.fromkeys(SCENARIOS, 0.0), 0
     kernels, bounds = defaultdict(dict.fromkeys(SCENARIOS, 0.0).copy), defaultdict(Counter)
-    for call, launches in zip(calls, launches_of, strict=True):
+    for call, launches in zip(ops.calls, launches_of, strict=True):
         for launch, count, work in works_of(launches, gpu.architecture):
             count *= ops.calls[call]
             launched += count
@@ -505,7 +514,7 @@ def predict(name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str,
     by_kernel = Counter()
     bound_by = {}
     for kernel, times in kernels.items():
-        name_of = machine_code.short_name(kernel)
+        name_of = machine_code.short_name(machine_code.demangled((kernel.split("@")[0],))[0])
         by_kernel[name_of] += round(1e3 * times["middle"], 4)
         bound_by[name_of] = [by_kernel[name_of], max(bounds[kernel], key=bounds[kernel].get)]
     if ops.others:
@@ -567,20 +576,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="models and ops; default: all")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", help="default: all")
     parser.add_argument("--modes", nargs="+", default=["forward", "training"])
-    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda"])
+    parser.add_argument("--backends", nargs="*", choices=("cuda", "triton"), default=["cuda"])
+    parser.add_argument("--mamba-ssm", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    if options.mamba_ssm and not (options.mamba_ssm / mamba_ssm.HEADERS).is_dir():
+        parser.error(f"{options.mamba_ssm} is no unpacked source distribution of mamba-ssm: it has no {mamba_ssm.HEADERS}")
     constants = {"gpus": {k: asdict(v) for k, v in GPUS.items()}, "scenarios": {k: asdict(v) for k, v in SCENARIOS.items()}}
     now = {"constants": constants | {"latencies": LATENCIES}}
     now |= {"versions": {"torch": torch.__version__, "nvcc": machine_code.release()}}
     now |= {"commit": run.commit("csrc", "autohdr/kernels", "autohdr/models")}
     results = begun(json.loads(options.out.read_text()) if options.out.exists() else None, json.loads(json.dumps(now)))
-    for (subject, size, mode, dtype), name, backend in itertools.product(cases(), options.gpus, options.backends):
+    backends = [*options.backends, *[mamba_ssm.NAME] * bool(options.mamba_ssm)]
+    for (subject, size, mode, dtype), name, backend in itertools.product(cases(), options.gpus, backends):
+        if backend == mamba_ssm.NAME and subject != "selective_scan":
+            continue
         if options.only and subject not in options.only or options.sizes and "x".join(map(str, size)) not in options.sizes:
             continue
         if mode not in options.modes:
             continue
-        row = predict(name, GPUS[name], subject, size, mode, dtype, backend)
+        row = predict(name, GPUS[name], subject, size, mode, dtype, backend, options.mamba_ssm)
         results = with_row(results, row)
         run.write(results, options.out)
         heading = f"{row['ms']:.2f} ms ({row['ms_low']:.2f} to {row['ms_high']:.2f}), {row['launches']} launches"
