@@ -222,9 +222,12 @@ def evaluate(
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    max_loss: float | None = None,
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
-) -> None:
+) -> int:
     """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
+
+    With --fast or --precision bfloat16 the model is measured in full as well, and the differences, photo by photo.
 
     Args:
         pairs: JSONL file of pairs that the model was not trained on.
@@ -234,6 +237,8 @@ def evaluate(
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
+        max_loss: The most that --fast and --precision bfloat16 may lose on these pairs, in dB PSNR, such as 0.05. Where it is
+            more, the exit status is 1.
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
@@ -241,18 +246,31 @@ def evaluate(
     from autohdr.measure import pick_device
     from autohdr.models.weights import SHIPPED
     from autohdr.report import format_table
+    from autohdr.report.tables import with_interval
 
+    cheaper = ["--fast"] * model.fast + [f"--precision {precision}"] * (precision != "float32")
+    if max_loss is not None and not cheaper:
+        raise UserError("--max-loss: expected --fast or --precision bfloat16, whose loss it limits, got neither")
     where = pick_device(device)
     network = model.load()
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
     named = ", ".join(map(str, model.checkpoint or (SHIPPED,)))
-    if model.fast:
-        settings["whole"] = replace(model, fast=False).load()
+    if cheaper:
+        settings["whole"] = replace(model, fast=False).load() if model.fast else network
     results = evaluate(listed, out, model=network, checkpoint=named, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
+    if max_loss is None:
+        return 0
+    gain, half = results["summary"]["model_minus_whole"]["psnr"]
+    lost = f"{' and '.join(cheaper)} loses {with_interval((-gain, half), 3)} dB PSNR; --max-loss allows {max_loss:g}"
+    if -gain <= max_loss:
+        print(lost)
+        return 0
+    print(f"error: {lost}", file=sys.stderr)
+    return 1
 
 
 def compare(

@@ -14,7 +14,7 @@ LABELS = {
     "source": "unedited",
     "gain_and_gamma": "gain and gamma",
     "auto_tone": "auto-tone",
-    "whole": "the same, whole",
+    "whole": "the same, in full",
     "target": "target",
 }
 """What the reader calls what every evaluation has."""
