@@ -30,7 +30,7 @@ PRECISIONS = ("float32", "bfloat16")
 MEGAPIXEL = 1_000_000
 WARM_UP = 256  # pixels a side
 PASSES, PATIENCE = 3, 10.0  # where one photo alone tells the cost
-COSTS = ("seconds", "growth_bytes", "peak_bytes", "memory_source")  # of measure.Measurement
+COSTS = ("seconds", "growth_bytes", "peak_bytes", "memory_source", "joules")  # of measure.Measurement
 BASELINES = {"gain_and_gamma": gain_and_gamma, "auto_tone": auto_tone}
 
 Run = Callable[[Tensor], tuple[Tensor, dict[str, Any]]]
@@ -63,7 +63,7 @@ def evaluate(
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
     images, of which a part of the first is predicted once beforehand; "bytes_per_megapixel" the highest growth of memory during
-    a forward pass, nan where it cannot be told.
+    a forward pass, "joules_per_megapixel" the median energy; either nan where it cannot be told.
     Raises UserError where there are no pairs, for pairs that were trained on, and for a prediction that is not finite: it
     names the photo.
     """
@@ -121,7 +121,7 @@ def measured(
     models: by their names as methods, on `device` in eval mode, each with its precision. The others as in `evaluate`, also what
     is raised.
     What was found: the pair's name, src, tar, height and width; figures: {method: {metric: value}}; costs: {baseline or model:
-    seconds, growth_bytes, peak_bytes and memory_source}, as measure.Measurement has them.
+    seconds, growth_bytes, peak_bytes, memory_source and joules}, as measure.Measurement has them.
     """
     dataset = PairDataset(pairs, size, resize)
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
@@ -208,15 +208,17 @@ def means(
 
 
 def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Time and memory of a model on all images: `images` is what `evaluate` returns of each."""
+    """Time, memory and energy of a model on all images: `images` is what `evaluate` returns of each."""
     megapixels = [image["height"] * image["width"] / MEGAPIXEL for image in images]
-    seconds, growth = (
-        [image[key] / size for image, size in zip(images, megapixels, strict=True)] for key in ("seconds", "growth_bytes")
+    seconds, growth, joules = (
+        [image[key] / size for image, size in zip(images, megapixels, strict=True)]
+        for key in ("seconds", "growth_bytes", "joules")
     )
     memory_source = images[0]["memory_source"]
     return {
         "seconds_per_megapixel": statistics.median(seconds),
         "bytes_per_megapixel": math.nan if memory_source == "ru_maxrss" else max(growth),
+        "joules_per_megapixel": math.nan if any(map(math.isnan, joules)) else statistics.median(joules),
         "peak_bytes": max(image["peak_bytes"] for image in images),
         "memory_source": memory_source,
     }

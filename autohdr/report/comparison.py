@@ -90,7 +90,7 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             "differences": _difference_tables(differences),
             "forms": f"<h3>Each form, minus its model</h3>{_difference_tables(formed)}" if formed else "",
             "costs": table(
-                ["Parameters", "File", "MACs/megapixel", "s/megapixel", "Memory/megapixel"],
+                ["Parameters", "File", "MACs/megapixel", "s/megapixel", "J/megapixel", "Memory/megapixel"],
                 [[numbered[n], *_costs(methods[n])] for n in ranked if n != "source"],
             ),
             "pairs": "".join(
@@ -144,11 +144,12 @@ def _image_table(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, f
 
 
 def _costs(method: dict[str, Any]) -> list[str]:
-    memory, seconds = tables.memory(method["bytes_per_megapixel"]), f"{method['seconds_per_megapixel']:.3g}"
+    measured = [f"{method['seconds_per_megapixel']:.3g}", tables.joules(method["joules_per_megapixel"])]
+    measured += [tables.memory(method["bytes_per_megapixel"])]
     if "checkpoint" not in method:
-        return ["–", "–", "–", seconds, memory]
+        return ["–", "–", "–", *measured]
     size, macs = f"{method['file_bytes'] / 1e6:.2f} MB", f"{method['macs_per_megapixel'] / 1e9:.3g} G"
-    return [f"{method['parameters']:,}", size, macs, seconds, memory]
+    return [f"{method['parameters']:,}", size, macs, *measured]
 
 
 def _verdict(results: dict[str, Any]) -> str:
