@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -34,9 +34,9 @@ from autohdr.score import Points, pareto_front
 
 SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
-Form = Literal["bfloat16", "fast", "flips"]
+Form = Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"]
 """What a model can be measured as beside itself, by the options of `enhance`."""
-VIEWS = 8  # of the form flips
+_VIEWS = {"flips-2": 2, "flips-4": 4, "flips-8": 8}
 _FREE = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0}
 
 
@@ -58,8 +58,8 @@ def compare(
     """Measures models beside source, gain and gamma and auto-tone; writes compare.json and compare.html into out_dir.
 
     checkpoints: as load_checkpoint reads them. Differences are taken from the first, image by image.
-    forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over eight views. One that
-        a model does not have is left out, and the results' "left_out" says why. A form's differences are from its own model.
+    forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views. One
+        that a model does not have is left out, and the results' "left_out" says why. A form's differences are from its own model.
     ensemble: those of the checkpoints whose mean of outputs is measured as well.
     cost_size: height and width of the photo that costs are measured on (evaluate.measure_costs), in the place of the pairs.
     points: what the score is made of; score.Points by default. The others as in `evaluate`.
@@ -78,6 +78,8 @@ def compare(
     if len(ensemble) == 1:
         raise UserError("compare: ensemble: expected two checkpoints or more, got one")
     check_settings(pairs, precision)
+    if unknown := sorted(set(forms) - set(get_args(Form))):
+        raise UserError(f"compare: forms: expected some of {', '.join(get_args(Form))}, got {', '.join(unknown)}")
     if precision in forms:
         raise UserError(f"compare: forms: {precision} is the precision of all models as it is")
     if cost_size and min(cost_size) < 1:
@@ -147,7 +149,7 @@ def _candidates(
         found[name] = _Candidate(network, precision, [path], network.config.name)
         for form in dict.fromkeys(forms):
             try:
-                formed = combine([network], flips=VIEWS if form == "flips" else 1, fast=form == "fast")
+                formed = combine([network], flips=_VIEWS.get(form, 1), fast=form == "fast")
             except UserError as error:  # not every model has each
                 left_out.append(f"{name}: {error}")
                 continue

@@ -173,16 +173,16 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     for pair in large:  # fast sees what is smaller whole
         for file in (pair.src, pair.tar):
             Image.open(file).resize((66, 64)).save(file)
-    given = {"forms": ("bfloat16", "fast", "flips"), "ensemble": files, "cost_size": (32, 40)}
+    given = {"forms": ("bfloat16", "fast", "flips-8"), "ensemble": files, "cost_size": (32, 40)}
     results = compare([*files, SHIPPED], large, tmp_path / "out", **given)
     methods, networks = results["methods"], [load_checkpoint(file) for file in files]
-    formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips")]
-    assert list(methods) == [*FIXED, *formed, "lite", "lite, bfloat16", "lite, flips", "ensemble"]
+    formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips-8")]
+    assert list(methods) == [*FIXED, *formed, "lite", "lite, bfloat16", "lite, flips-8", "ensemble"]
     assert results["left_out"] == ["lite: fast: lite sees no more than a thumbnail as it is; expected another model"]
     source, target = (torch.from_numpy(read_rgb(file)).permute(2, 0, 1)[None] for file in (large[0].src, large[0].tar))
     with torch.inference_mode():
         outputs = {f"{second}, fast": combine([networks[1]], fast=True)(source)}
-        outputs |= {f"{second}, flips": combine([networks[1]], flips=8)(source), "ensemble": combine(networks)(source)}
+        outputs |= {f"{second}, flips-8": combine([networks[1]], flips=8)(source), "ensemble": combine(networks)(source)}
         with torch.autocast("cpu", torch.bfloat16):
             outputs[f"{second}, bfloat16"] = networks[1](source).float()
     for name, output in outputs.items():
@@ -192,23 +192,24 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
         assert figures[name]["psnr"] == pytest.approx(psnr, abs=1e-6) and abs(psnr - figures[of]["psnr"]) > 1e-5, name
         gains = [image["figures"][name]["psnr"] - image["figures"][of]["psnr"] for image in results["images"]]
         assert methods[name]["difference"]["psnr"][0] == pytest.approx(np.mean(gains)), name
-    plain, views = (methods[f"{first}{form}"]["macs_per_megapixel"] for form in ("", ", flips"))
+    plain, views = (methods[f"{first}{form}"]["macs_per_megapixel"] for form in ("", ", flips-8"))
     assert views == 8 * plain and methods[f"{first}, fast"]["macs_per_megapixel"] < plain / 8
     assert methods["ensemble"]["file_bytes"] == sum(file.stat().st_size for file in files)
     page = Page((tmp_path / "out" / "compare.html").read_text("utf-8"))
     assert [image["data-show"] for image in page.all("img")] == [*FIXED, first, second, "lite", "ensemble", "target"] * 2
-    assert page.texts["h3"] == ["Each form, minus its model"] and "a photo of 40×32 pixels" in page.text
-    assert "Not measured: lite: fast: lite sees no more" in format_comparison(results)
+    assert "Forms minus their model" in page.texts["h2"] and "a photo of 40×32 pixels" in page.text
+    said = format_comparison(results)
+    assert "Not measured: lite: fast: lite sees no more" in said and said.count("does not say which photos") == 3
 
 
 def test_a_form_never_takes_another_files_name(files, tmp_path):
-    odd = weights(tmp_path / "one" / "checkpoint_best, flips.safetensors", 2)
-    names = list(comparison._candidates([files[0], odd], ["flips"], [files[0], odd], "float32", torch.device("cpu"))[0])
+    odd = weights(tmp_path / "one" / "checkpoint_best, flips-8.safetensors", 2)
+    names = list(comparison._candidates([files[0], odd], ["flips-8"], [files[0], odd], "float32", torch.device("cpu"))[0])
     assert names == [
         "checkpoint_best",
-        "checkpoint_best, flips (2)",
-        "checkpoint_best, flips",
-        "checkpoint_best, flips, flips",
+        "checkpoint_best, flips-8 (2)",
+        "checkpoint_best, flips-8",
+        "checkpoint_best, flips-8, flips-8",
         "ensemble",
     ]
 
@@ -229,6 +230,7 @@ def test_costs_are_those_of_the_size_that_is_asked_for(pairs, files, tmp_path, m
     [
         ({"ensemble": ["one"]}, "expected two checkpoints or more, got one"),
         ({"ensemble": ["one", "three"]}, "expected some of the checkpoints that are compared, got .*three"),
+        ({"forms": ["flips"]}, "forms: expected some of bfloat16, fast, flips-2, flips-4, flips-8, got flips"),
         ({"forms": ["bfloat16"], "precision": "bfloat16"}, "forms: bfloat16 is the precision of all models as it is"),
         ({"cost_size": (0, 40)}, r"expected a height and a width above 0, got \[0, 40\]"),
     ],

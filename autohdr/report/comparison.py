@@ -88,7 +88,7 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             "quality": _quality_table(tables.COLUMNS, figures),
             "details": _quality_table(_DETAILS, figures),
             "differences": _difference_tables(differences),
-            "forms": f"<h3>Each form, minus its model</h3>{_difference_tables(formed)}" if formed else "",
+            "forms": f"<section><h2>Forms minus their model</h2>{_difference_tables(formed)}</section>" if formed else "",
             "costs": table(
                 ["Parameters", "File", "MACs/megapixel", "s/megapixel", "J/megapixel", "Memory/megapixel"],
                 [[numbered[n], *_costs(methods[n])] for n in ranked if n != "source"],
@@ -186,7 +186,7 @@ def _cautions(results: dict[str, Any]) -> list[str]:
             "memory per megapixel larger than those of a whole one."
         )
     for name, method in results["methods"].items():
-        if "checkpoint" not in method or method["trained_pairs"] == 0:
+        if "checkpoint" not in method or method["form_of"] or method["trained_pairs"] == 0:
             continue
         seen = method["trained_pairs"]
         what = "does not say which photos it was trained on." if seen is None else f"was TRAINED ON {seen} of these pairs."
