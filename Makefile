@@ -28,8 +28,7 @@ LEARN := autohdr train demo --train-pairs $(ROOMS)/train.jsonl --val-pairs $(ROO
 compare: install demo_train_run/report/report.html
 	$(BIN)/$(LEARN) --out demo_train_run/nafnet --model nafnet_nano \
 	  --model-args '{"encoder_blocks": [2, 2, 2], "middle_blocks": 4, "decoder_blocks": [2, 2, 2]}'
-	$(BIN)/$(LEARN) --out demo_train_run/swinir --model swinir_nano \
-	  --model-args '{"dim": 22, "depths": [2, 2], "heads": [2, 2]}'
+	$(BIN)/$(LEARN) --out demo_train_run/swinir --model swinir_nano --model-args '{"dim": 22}'
 	$(BIN)/autohdr compare lite $(TRAINED) --ensemble $(TRAINED) --forms bfloat16 fast flips-4 --cost-size 3297x2201 \
 	  --pairs $(ROOMS)/test.jsonl --out demo_train_run/compare
 	$(BIN)/python benchmarks/families.py demo_train_run/compare/compare.json

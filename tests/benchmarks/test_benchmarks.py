@@ -34,6 +34,7 @@ from machine_code import Resources
 from warp import Launch, Way
 
 from autohdr import create_model
+from autohdr.evaluate import count_macs
 from autohdr.kernels.gdfn.declaration import _flops
 from autohdr.models.restormer import Level
 
@@ -262,6 +263,16 @@ def test_families(tmp_path, monkeypatch):
     assert lines[5].startswith(f"| lite, flips-4 | {quality} | +0.50 ± 0.12 | 9,035 |")
     assert "on 12 photos of 384×256 pixels" in lines[-1] and "a photo of 3297×2201" in lines[-1] and " 3 threads" in lines[-1]
     assert tables.families(None).startswith("Families: not measured.")
+
+
+def test_the_families_of_make_compare_do_as_much_work_as_the_demos_model():
+    """Multiply-accumulates, within a twentieth."""
+    said = re.findall(r"--model (\w+)[\s\\]+--model-args '(.*)'", (HERE.parent / "Makefile").read_text())
+    assert [name for name, _ in said] == ["nafnet_nano", "swinir_nano"]
+    for name, settings in said:
+        assert count_macs(create_model(name, **json.loads(settings))) == pytest.approx(
+            count_macs(create_model("restormer_nano")), rel=0.05
+        )
 
 
 def test_plot(tmp_path):
