@@ -157,7 +157,7 @@ def _verdict(results: dict[str, Any]) -> str:
     methods, ranked = results["methods"], _ranked(results)
     models = [name for name in ranked if "checkpoint" in methods[name]]
     best = max(models, key=lambda name: methods[name]["figures"]["quality"][0])
-    front = ", ".join(_label(results, name) for name in ranked if methods[name]["pareto"])
+    front = "; ".join(_label(results, name) for name in ranked if methods[name]["pareto"])
     said = f"Best score: {_label(results, ranked[0])}, {_scores(methods[ranked[0]])[0]}."
     if ranked[0] not in models:
         said += f" No model has more; the best is {_label(results, models[0])}, {_scores(methods[models[0]])[0]}."
