@@ -222,9 +222,12 @@ def evaluate(
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    max_loss: float | None = None,
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
-) -> None:
+) -> int:
     """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
+
+    With --fast or --precision bfloat16 the model is measured in full as well, and the differences, photo by photo.
 
     Args:
         pairs: JSONL file of pairs that the model was not trained on.
@@ -234,6 +237,8 @@ def evaluate(
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
+        max_loss: The most that --fast and --precision bfloat16 may lose on these pairs, in dB PSNR, such as 0.05. Where it is
+            more, the exit status is 1.
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
@@ -241,18 +246,31 @@ def evaluate(
     from autohdr.measure import pick_device
     from autohdr.models.weights import SHIPPED
     from autohdr.report import format_table
+    from autohdr.report.tables import with_interval
 
+    cheaper = ["--fast"] * model.fast + [f"--precision {precision}"] * (precision != "float32")
+    if max_loss is not None and not cheaper:
+        raise UserError("--max-loss: expected --fast or --precision bfloat16, whose loss it limits, got neither")
     where = pick_device(device)
     network = model.load()
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
     named = ", ".join(map(str, model.checkpoint or (SHIPPED,)))
-    if model.fast:
-        settings["whole"] = replace(model, fast=False).load()
+    if cheaper:
+        settings["whole"] = replace(model, fast=False).load() if model.fast else network
     results = evaluate(listed, out, model=network, checkpoint=named, **settings)
     print(format_table(results))
     print(f"report: {out / 'report.html'}")
+    if max_loss is None:
+        return 0
+    gain, half = results["summary"]["model_minus_whole"]["psnr"]
+    lost = f"{' and '.join(cheaper)} loses {with_interval((-gain, half), 3)} dB PSNR; --max-loss allows {max_loss:g}"
+    if -gain <= max_loss:
+        print(lost)
+        return 0
+    print(f"error: {lost}", file=sys.stderr)
+    return 1
 
 
 def compare(
@@ -264,6 +282,9 @@ def compare(
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    forms: tuple[Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"], ...] = (),
+    ensemble: tuple[Path, ...] = (),
+    cost_size: str | None = None,
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
     """Measure several models on held-out pairs: quality, cost on this machine, a score of both. Ends in a table and compare.html.
@@ -279,6 +300,10 @@ def compare(
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 runs the models under autocast.
+        forms: Measure each model in these forms too: in bfloat16, and as `enhance` has it with --fast, --flips 2, 4 and 8.
+        ensemble: Two of the checkpoints or more, whose results' mean is measured as well.
+        cost_size: WIDTHxHEIGHT in pixels: seconds and memory are those of the first pair's source, brought to this size; by
+            default those of the pairs.
         allow_trained: Measure pairs with photos that a model was trained on too; the table and the page then say so.
     """
     from autohdr.compare import compare
@@ -287,10 +312,13 @@ def compare(
     from autohdr.models.weights import SHIPPED
     from autohdr.report import format_comparison
 
-    files = [SHIPPED if path == Path("lite") and not path.exists() else path for path in checkpoints]
+    files, members = (
+        [SHIPPED if path == Path("lite") and not path.exists() else path for path in paths] for paths in (checkpoints, ensemble)
+    )
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": pick_device(device), "precision": precision, "points": points}
+    settings |= {"forms": forms, "ensemble": members, "cost_size": _parse_size(cost_size, "--cost-size") if cost_size else None}
     print(format_comparison(compare(files, listed, out, allow_trained=allow_trained, **settings)))
     print(f"page: {out / 'compare.html'}")
 
@@ -405,6 +433,14 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def _parse_size(text: str, option: str) -> tuple[int, int]:
+    """Height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"{option}: expected a side or WIDTHxHEIGHT in pixels, such as 896 or 3297x2201, got {text!r}")
+    return int(sides[-1]), int(sides[0])
+
+
 def export(
     checkpoint: Positional[Path | None] = None,
     *,
@@ -450,12 +486,9 @@ def plan(
     from autohdr.measure import parse_bytes, pick_device
     from autohdr.plan import table
 
-    sides = size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"--size: expected a side or WIDTHxHEIGHT in pixels, such as 896 or 3297x2201, got {size!r}")
     where = pick_device(device) if device == "auto" else device
     limit = parse_bytes(max_memory) if max_memory else None
-    print(table(model, (int(sides[-1]), int(sides[0])), batch, where, limit, recompute))
+    print(table(model, _parse_size(size, "--size"), batch, where, limit, recompute))
 
 
 def watch(run: Positional[Path], html: Path | None = None, port: int = 0) -> None:

@@ -3,13 +3,12 @@
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
 
 from autohdr.data.pairs import Pair
 from autohdr.errors import UserError
@@ -18,6 +17,7 @@ from autohdr.evaluate import (
     check_settings,
     count_trained,
     means,
+    measure_costs,
     measured,
     model_facts,
     record,
@@ -26,13 +26,17 @@ from autohdr.evaluate import (
     write_json,
 )
 from autohdr.metrics import DETAILS, METRICS
-from autohdr.models import load_checkpoint
+from autohdr.models import combine, load_checkpoint
+from autohdr.models.network import Network
 from autohdr.report import encode_pictures, write_comparison
 from autohdr.report.tables import LABELS
 from autohdr.score import Points, pareto_front
 
 SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
+Form = Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"]
+"""What a model can be measured as beside itself, by the options of `enhance`."""
+_VIEWS = {"flips-2": 2, "flips-4": 4, "flips-8": 8}
 _FREE = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0}
 
 
@@ -45,50 +49,75 @@ def compare(
     resize: str = "squash",
     device: torch.device | str = "cpu",
     precision: str = "float32",
+    forms: Sequence[Form] = (),
+    ensemble: Sequence[Path] = (),
+    cost_size: tuple[int, int] | None = None,
     allow_trained: bool = False,
     points: Points | None = None,
 ) -> dict[str, Any]:
     """Measures models beside source, gain and gamma and auto-tone; writes compare.json and compare.html into out_dir.
 
     checkpoints: as load_checkpoint reads them. Differences are taken from the first, image by image.
+    forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views. One
+        that a model does not have is left out, and the results' "left_out" says why. A form's differences are from its own model.
+    ensemble: those of the checkpoints whose mean of outputs is measured as well.
+    cost_size: height and width of the photo that costs are measured on (evaluate.measure_costs), in the place of the pairs.
     points: what the score is made of; score.Points by default. The others as in `evaluate`.
 
     Returns what compare.json holds, except that a figure that is not finite is null there. "methods" has of each its costs, the
     mean of each metric with the half width of its 95% interval, the score and whether it is on the Pareto front; "told" how many
     images a metric is the mean of: those of which every method's is known (metrics.DETAILS). "worst" are the images that even the
     best of the models leaves farthest from the target, in ΔE2000.
-    Raises UserError where there are no checkpoints or pairs, for a checkpoint that can't be read, for pairs that one was trained
-    on, and for a prediction that is not finite: before anything is written.
+    Raises UserError where there are no checkpoints or pairs, for an ensemble of other checkpoints or of one, for a checkpoint
+    that can't be read, for pairs that one was trained on, and for a prediction that is not finite: before anything is written.
     """
     if not checkpoints:
         raise UserError("compare: expected at least one checkpoint, got none")
+    if strangers := [str(path) for path in ensemble if path not in checkpoints]:
+        raise UserError(f"compare: ensemble: expected some of the checkpoints that are compared, got {', '.join(strangers)}")
+    if len(ensemble) == 1:
+        raise UserError("compare: ensemble: expected two checkpoints or more, got one")
     check_settings(pairs, precision)
+    if unknown := sorted(set(forms) - set(get_args(Form))):
+        raise UserError(f"compare: forms: expected some of {', '.join(get_args(Form))}, got {', '.join(unknown)}")
+    if precision in forms:
+        raise UserError(f"compare: forms: {precision} is the precision of all models as it is")
+    if cost_size and min(cost_size) < 1:
+        raise UserError(f"compare: cost_size: expected a height and a width above 0, got {list(cost_size)}")
     points, out_dir, device = points or Points(), Path(out_dir), torch.device(device)
-    loaded = [load_checkpoint(path) for path in checkpoints]
-    models: dict[str, nn.Module] = dict(zip(_names(checkpoints), (model.to(device) for model in loaded), strict=True))
+    candidates, left_out = _candidates(checkpoints, forms, ensemble, precision, device)
+    first = next(iter(candidates))
     methods: dict[str, dict[str, Any]] = {"source": dict(_FREE)} | {name: dict(_FREE) for name in BASELINES}
-    for (name, model), path in zip(models.items(), checkpoints, strict=True):
-        trained = count_trained(trained_photos(pairs, model, str(path), allow_trained))
-        methods[name] = {"checkpoint": str(path), "file_bytes": path.stat().st_size, "trained_pairs": trained}
-        methods[name] |= model_facts(model, device)
+    for name, (model, _, files, model_name, form_of) in candidates.items():
+        named = " and ".join(map(str, files))
+        trained = count_trained(trained_photos(pairs, model, named, allow_trained))
+        methods[name] = {"checkpoint": named, "file_bytes": sum(file.stat().st_size for file in files), "trained_pairs": trained}
+        methods[name] |= model_facts(model, device) | {"name": model_name, "form_of": form_of}
+    models = {name: (candidate.model, candidate.precision) for name, candidate in candidates.items()}
+    whole = [name for name, method in methods.items() if not method.get("form_of")]
 
     images: list[dict[str, Any]] = []
     worst: list[tuple[float, int, dict[str, str]]] = []
-    setting = {"size": size, "resize": resize, "device": device, "precision": precision}
+    setting = {"size": size, "resize": resize, "device": device}
     for image, outputs in measured(pairs, models, METRICS | DETAILS, **setting):
         for figures in image["figures"].values():
             figures["quality"] = points.quality(figures)
         distance = min(image["figures"][name]["delta_e2000"] for name in models)
         if len(worst) < SHOWN_WORST or distance > worst[0][0]:
-            heapq.heappush(worst, (distance, len(images), encode_pictures(outputs)))
+            shown = {name: outputs[name] for name in (*whole, "target")}
+            heapq.heappush(worst, (distance, len(images), encode_pictures(shown)))
             if len(worst) > SHOWN_WORST:
                 heapq.heappop(worst)
         images.append(image)
 
-    _summarise(methods, next(iter(models)), images, points)
-    results = record(pairs, **setting)
-    results["settings"] |= {"checkpoint": ", ".join(map(str, checkpoints)), "points": asdict(points)}
-    results |= {"first": next(iter(models)), "methods": methods}
+    if cost_size:
+        costs = measure_costs(pairs[0], models, cost_size, device)
+    else:
+        costs = {name: [image | image["costs"][name] for image in images] for name in methods if name != "source"}
+    _summarise(methods, first, images, costs, points)
+    results = record(pairs, **setting, precision=precision)
+    results["settings"] |= {"checkpoint": ", ".join(map(str, checkpoints)), "points": asdict(points), "cost_size": cost_size}
+    results |= {"first": first, "methods": methods, "left_out": left_out}
     results |= {"told": {metric: len(kept) for metric, kept in _told(images).items()}}
     worst.sort(reverse=True)
     results |= {"worst": [images[index]["name"] for _, index, _ in worst], "images": images}
@@ -96,6 +125,40 @@ def compare(
     write_json(out_dir / "compare.json", results)
     write_comparison(out_dir / "compare.html", results, [(images[index], pictures) for _, index, pictures in worst])
     return results
+
+
+class _Candidate(NamedTuple):
+    """What is measured: a model, its name, the files of its weights and, of a form, the method that it is a form of."""
+
+    model: Network
+    precision: str
+    files: Sequence[Path]
+    model_name: str
+    form_of: str | None = None
+
+
+def _candidates(
+    checkpoints: Sequence[Path], forms: Sequence[Form], ensemble: Sequence[Path], precision: str, device: torch.device
+) -> tuple[dict[str, _Candidate], list[str]]:
+    """By their names as methods the models, each before its forms, then the ensemble; and why a form is left out."""
+    names = _names(checkpoints)
+    found: dict[str, _Candidate] = {}
+    networks, left_out = {path: load_checkpoint(path).to(device) for path in checkpoints}, []
+    for name, path in zip(names, checkpoints, strict=True):
+        network = networks[path]
+        found[name] = _Candidate(network, precision, [path], network.config.name)
+        for form in dict.fromkeys(forms):
+            try:
+                formed = combine([network], flips=_VIEWS.get(form, 1), fast=form == "fast")
+            except UserError as error:  # not every model has each
+                left_out.append(f"{name}: {error}")
+                continue
+            its_own = form if form == "bfloat16" else precision
+            found[_free(f"{name}, {form}", {*names, *found})] = _Candidate(formed, its_own, [path], network.config.name, name)
+    if ensemble:
+        mean = combine([networks[path] for path in ensemble])
+        found[_free("ensemble", {*names, *found})] = _Candidate(mean, precision, ensemble, mean.config.name)
+    return found, left_out
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -106,9 +169,14 @@ def _names(checkpoints: Sequence[Path]) -> list[str]:
         ends = [mine[-length:] for length in range(1, len(mine) + 1)]
         own = ["/".join(end) for end in ends if sum(other[-len(end) :] == end for other in set(parts)) == 1]
         name = next(name for name in own if name not in _RESERVED)
-        numbered = (f"{name} ({number})" for number in itertools.count(2))
-        names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
+        names.append(_free(name, names))
     return names
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """The name, numbered where it is taken."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
 def _told(images: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, dict[str, float]]]]:
@@ -120,8 +188,14 @@ def _told(images: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, dict[str
     }
 
 
-def _summarise(methods: dict[str, dict[str, Any]], first: str, images: Sequence[dict[str, Any]], points: Points) -> None:
-    """Adds to each method its costs, its figures, their difference from the first model's, and its scores."""
+def _summarise(
+    methods: dict[str, dict[str, Any]],
+    first: str,
+    images: Sequence[dict[str, Any]],
+    costs: Mapping[str, Sequence[dict[str, Any]]],
+    points: Points,
+) -> None:
+    """Adds to each method its costs, its figures, their difference from the first model's or from its own, and its scores."""
     told = _told(images)
 
     def summary(method: str, minus: str | None = None) -> dict[str, tuple[float, float]]:
@@ -130,12 +204,11 @@ def _summarise(methods: dict[str, dict[str, Any]], first: str, images: Sequence[
 
     for name, method in methods.items():
         if name != "source":
-            costs = summarise_costs([image | image["costs"][name] for image in images])
-            del costs["peak_bytes"]  # of the process, with all models in it
-            method |= costs
+            method |= summarise_costs(costs[name])
+            del method["peak_bytes"]  # of the process, with all models in it
         method["figures"] = summary(name)
         if name != first:
-            method["difference"] = summary(name, first)
+            method["difference"] = summary(name, method.get("form_of") or first)
         quality, half = method["figures"]["quality"]
         method["cost"] = points.cost(method)
         method["score"] = points.score(quality, method["cost"]), points.quality_weight * half

@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 PRECISIONS = ("float32", "bfloat16")
 MEGAPIXEL = 1_000_000
 WARM_UP = 256  # pixels a side
+PASSES, PATIENCE = 3, 10.0  # where one photo alone tells the cost
+COSTS = ("seconds", "growth_bytes", "peak_bytes", "memory_source", "joules")  # of measure.Measurement
 BASELINES = {"gain_and_gamma": gain_and_gamma, "auto_tone": auto_tone}
+
+Run = Callable[[Tensor], tuple[Tensor, dict[str, Any]]]
+"""Of a source (1, 3, H, W): what is made of it, and what that took."""
 
 
 def evaluate(
@@ -48,16 +54,16 @@ def evaluate(
 
     model: (1, 3, H, W) -> same shape, put on `device` in eval mode; None measures the two baselines alone.
     size, resize: as in PairDataset, without augmentation; None keeps each photo's own size.
-    precision: "float32", or "bfloat16" for autocast.
+    precision: of the model: "float32", or "bfloat16" for autocast.
     allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. The digests of
     those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
     checkpoint: the file of the model's weights, to be named in the results beside the lists of pairs and the date.
-    whole: what the model is a cheaper form of, to be measured beside it.
+    whole: what the model is a cheaper form of, to be measured beside it in float32.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
     images, of which a part of the first is predicted once beforehand; "bytes_per_megapixel" the highest growth of memory during
-    a forward pass, nan where it cannot be told.
+    a forward pass, "joules_per_megapixel" the median energy; either nan where it cannot be told.
     Raises UserError where there are no pairs, for pairs that were trained on, and for a prediction that is not finite: it
     names the photo.
     """
@@ -67,13 +73,13 @@ def evaluate(
     out_dir.mkdir(parents=True, exist_ok=True)
     facts, models = None, {}
     if model is not None:
-        models["model"] = model.to(device).eval()
+        models["model"] = model.to(device).eval(), precision
         facts = model_facts(model, device) | {"trained_pairs": count_trained(trained)}
     if whole is not None:
-        models["whole"] = whole.to(device).eval()
+        models["whole"] = whole.to(device).eval(), "float32"
 
     images, pictures = [], []
-    for image, outputs in measured(pairs, models, METRICS, size=size, resize=resize, device=device, precision=precision):
+    for image, outputs in measured(pairs, models, METRICS, size=size, resize=resize, device=device):
         costs = image.pop("costs")
         if model is not None:
             image |= costs["model"] | {"trained_on": trained and bool(trained[len(images)])}
@@ -103,19 +109,19 @@ def check_settings(pairs: Sequence[Pair], precision: str) -> None:
 
 def measured(
     pairs: Sequence[Pair],
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, tuple[nn.Module, str]],
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
     *,
     size: int | tuple[int, int] | None,
     resize: str,
     device: torch.device,
-    precision: str,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Of each pair what was found, and the pictures: {method: (1, 3, H, W) in [0, 1]} of source, baselines, models and target.
 
-    models: by their names as methods, on `device` in eval mode. The others as in `evaluate`, also what is raised.
+    models: by their names as methods, on `device` in eval mode, each with its precision. The others as in `evaluate`, also what
+    is raised.
     What was found: the pair's name, src, tar, height and width; figures: {method: {metric: value}}; costs: {baseline or model:
-    seconds, growth_bytes, peak_bytes and memory_source}, as measure.Measurement has them.
+    seconds, growth_bytes, peak_bytes, memory_source and joules}, as measure.Measurement has them.
     """
     dataset = PairDataset(pairs, size, resize)
     folder = os.path.commonpath([pair.src.absolute().parent for pair in pairs])
@@ -123,12 +129,10 @@ def measured(
         sample = dataset[index]
         source, target = sample["src"][None].to(device), sample["tar"][None].to(device)
         outputs, costs = {"source": source}, {}
-        for name, recipe in BASELINES.items():
-            outputs[name], costs[name] = _toned(recipe, source)
-        for name, model in models.items():
-            if index == 0:  # what happens once, such as memory that the kernels keep, is not counted
-                _predict(model, source[..., :WARM_UP, :WARM_UP], precision, pair.src)
-            outputs[name], costs[name] = _predict(model, source, precision, pair.src)
+        for name, run in _runs(models, pair.src).items():
+            if index == 0:
+                _warm_up(run, source)
+            outputs[name], costs[name] = run(source)
         image: dict[str, Any] = {"name": os.path.relpath(pair.src.absolute(), folder), "src": str(pair.src), "tar": str(pair.tar)}
         image |= {"height": target.shape[2], "width": target.shape[3], "costs": costs}
         image["figures"] = {
@@ -136,6 +140,25 @@ def measured(
             for method, output in outputs.items()
         }
         yield image, outputs | {"target": target}
+
+
+def measure_costs(
+    pair: Pair, models: Mapping[str, tuple[nn.Module, str]], size: tuple[int, int], device: torch.device
+) -> dict[str, list[dict[str, Any]]]:
+    """What the baselines and each model take for a photo of this height and width, which the pair's source is brought to.
+
+    models: as in `measured`. Of each up to PASSES passes, as long as they have not taken PATIENCE seconds: height and width
+    beside the figures that `measured` calls costs.
+    """
+    source = PairDataset([pair], size)[0]["src"][None].to(device)
+    costs: dict[str, list[dict[str, Any]]] = {}
+    runs = _runs(models, pair.src)
+    for name, run in tqdm(runs.items(), desc="cost", unit="model", leave=False, disable=None):
+        _warm_up(run, source)
+        costs[name] = []
+        while len(costs[name]) < PASSES and sum(cost["seconds"] for cost in costs[name]) < PATIENCE:
+            costs[name].append({"height": size[0], "width": size[1]} | run(source)[1])
+    return costs
 
 
 def record(
@@ -185,15 +208,17 @@ def means(
 
 
 def summarise_costs(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Time and memory of a model on all images: `images` is what `evaluate` returns of each."""
+    """Time, memory and energy of a model on all images: `images` is what `evaluate` returns of each."""
     megapixels = [image["height"] * image["width"] / MEGAPIXEL for image in images]
-    seconds, growth = (
-        [image[key] / size for image, size in zip(images, megapixels, strict=True)] for key in ("seconds", "growth_bytes")
+    seconds, growth, joules = (
+        [image[key] / size for image, size in zip(images, megapixels, strict=True)]
+        for key in ("seconds", "growth_bytes", "joules")
     )
     memory_source = images[0]["memory_source"]
     return {
         "seconds_per_megapixel": statistics.median(seconds),
         "bytes_per_megapixel": math.nan if memory_source == "ru_maxrss" else max(growth),
+        "joules_per_megapixel": math.nan if any(map(math.isnan, joules)) else statistics.median(joules),
         "peak_bytes": max(image["peak_bytes"] for image in images),
         "memory_source": memory_source,
     }
@@ -247,7 +272,18 @@ def _toned(recipe: Callable[[np.ndarray], np.ndarray], source: Tensor) -> tuple[
     return torch.from_numpy(toned).permute(2, 0, 1)[None].to(source.device), _cost(cost)
 
 
-def _predict(model: nn.Module, source: Tensor, precision: str, photo: Path) -> tuple[Tensor, dict[str, Any]]:
+def _runs(models: Mapping[str, tuple[nn.Module, str]], photo: Path) -> dict[str, Run]:
+    """The baselines, then the models, each as a function of a source that gives its result and what it took."""
+    runs: dict[str, Run] = {name: partial(_toned, recipe) for name, recipe in BASELINES.items()}
+    return runs | {name: partial(_predict, model, precision, photo) for name, (model, precision) in models.items()}
+
+
+def _warm_up(run: Run, source: Tensor) -> None:
+    """What happens once, such as memory that the kernels keep, is not counted."""
+    run(source[..., :WARM_UP, :WARM_UP])
+
+
+def _predict(model: nn.Module, precision: str, photo: Path, source: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The prediction clamped to [0, 1], and what it took."""
     give_back()
     with (
@@ -264,7 +300,7 @@ def _predict(model: nn.Module, source: Tensor, precision: str, photo: Path) -> t
 
 
 def _cost(measured: Measurement) -> dict[str, Any]:
-    return {name: getattr(measured, name) for name in ("seconds", "growth_bytes", "peak_bytes", "memory_source")}
+    return {name: getattr(measured, name) for name in COSTS}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

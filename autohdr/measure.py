@@ -1,6 +1,7 @@
-"""The device to work on, seconds and peak memory of a block of code, and the memory that there is."""
+"""The device to work on, seconds, peak memory and energy of a block of code, and the memory that there is."""
 
 import ctypes
+import math
 import os
 import re
 import resource
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from autohdr.errors import UserError
+
+POWERCAP = Path("/sys/class/powercap")
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,12 +55,15 @@ class Measurement:
         "VmHWM": resident memory of this process (Linux), high-water mark reset at the start of the block.
         "ru_maxrss": resident memory of this process, high-water mark of its whole life, where the system cannot reset
         it: peak_bytes is then an upper bound, and growth_bytes is 0 where an earlier moment needed more.
+    joules: energy of the whole GPU (NVML), or of all processors (Linux's powercap: RAPL), other processes' share included; nan
+        where the system does not tell.
     """
 
     seconds: float = 0.0
     start_bytes: int = 0
     peak_bytes: int = 0
     memory_source: str = ""
+    joules: float = math.nan
 
     @property
     def growth_bytes(self) -> int:
@@ -78,17 +84,54 @@ def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
         result.start_bytes, result.memory_source = _high_water_mark(), "VmHWM"  # just reset: what is resident now
     else:
         result.start_bytes, result.memory_source = _lifetime_peak(), "ru_maxrss"
-    begin = time.perf_counter()
+    energy, begin = _energy(device), time.perf_counter()
     try:
         yield result
     finally:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         result.seconds = time.perf_counter() - begin
+        result.joules = _spent(energy, _energy(device))
         if device.type == "cuda":
             result.peak_bytes = torch.cuda.max_memory_allocated(device)
         else:
             result.peak_bytes = _high_water_mark() if result.memory_source == "VmHWM" else _lifetime_peak()
+
+
+def _energy(device: torch.device) -> dict[str, tuple[int, int]]:
+    """Counters of energy: {name: (microjoules until now, where it begins again)}; none where the system does not tell."""
+    if device.type == "cuda":
+        return _gpu_energy(device)
+    found = {}
+    try:
+        for zone in POWERCAP.glob("intel-rapl:*"):  # AMD's too; a package's parts have zones of their own
+            if (zone / "name").read_text().startswith("package"):
+                found[zone.name] = int((zone / "energy_uj").read_text()), int((zone / "max_energy_range_uj").read_text())
+    except (OSError, ValueError):  # for root alone, as Linux has it
+        return {}
+    return found
+
+
+def _gpu_energy(device: torch.device) -> dict[str, tuple[int, int]]:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return {}
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+    )
+    return {} if failed else {name: (1000 * millijoules.value, 1000 << 64)}
+
+
+def _spent(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
+    """Joules between two readings of _energy; nan where one lacks what the other has."""
+    if not before or before.keys() != after.keys():
+        return math.nan
+    return sum((after[name][0] - begun) % around for name, (begun, around) in before.items()) / 1e6
 
 
 def expected_seconds(

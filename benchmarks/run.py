@@ -143,6 +143,8 @@ def main() -> int:
     if options.tables:
         put(text, README, "benchmarks")
         put(tables.predictions(json.loads((RESULTS / "instructions.json").read_text())), PERFORMANCE, "predictions")
+        compared = RESULTS / "families.json"
+        put(tables.families(json.loads(compared.read_text()) if compared.exists() else None), README, "families")
     for fault in faults:
         print(f"failed: {fault}", file=sys.stderr)
     return int(bool(faults))

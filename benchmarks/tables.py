@@ -3,6 +3,7 @@
 import floors
 
 from autohdr.kernels import OPS
+from autohdr.report.tables import LABELS
 
 MALLOCS = ("tuned", "default")
 MISSING = "not measured"
@@ -160,3 +161,47 @@ def predictions(results: dict) -> str:
         f"Commit {results['commit']}, nvcc {results['versions']['nvcc']}. Kernels of less than 2 % of the time are left out."
     )
     return "\n\n".join(parts)
+
+
+def families(results: dict | None) -> str:
+    """What benchmarks/families.py wrote: quality and cost of each model, and of its forms what they gain or lose against it."""
+    if results is None:
+        return f"Families: {MISSING}. `make compare` measures them, and their table then stands here."
+
+    def mean(figure: list, digits: int, sign: str = "") -> str:
+        return f"{figure[0]:{sign}.{digits}f} ± {figure[1]:.{digits}f}"
+
+    titles = [
+        "",
+        "PSNR dB",
+        "SSIM",
+        "ΔE2000",
+        "against itself, dB",
+        "parameters",
+        "file",
+        "MACs/MP",
+        "s/MP",
+        "memory/MP",
+        "score",
+    ]
+    lines = []
+    for row in results["rows"]:
+        form, figures = row.get("form_of") and row["method"].rsplit(", ", 1)[1], row["figures"]
+        label = f"{row['name']}, {form}" if form else row.get("name") or LABELS[row["method"]]
+        quality = [mean(figures["psnr"], 2), mean(figures["ssim"], 3), mean(figures["delta_e2000"], 2)]
+        gain = mean(row["difference"]["psnr"], 2, "+") if form else ""
+        model = ["", "", ""]
+        if "name" in row:
+            macs = f"{row['macs_per_megapixel'] / 1e9:.3g} G"
+            model = [f"{row['parameters']:,}", f"{row['file_bytes'] / 1e6:.2f} MB", macs]
+        cost = ["", ""]
+        if row["method"] != "source":
+            memory = row["bytes_per_megapixel"]
+            cost = [f"{row['seconds_per_megapixel']:.3g}", f"{memory / 1e9:.2f} GB" if memory is not None else MISSING]
+        lines.append([label, *quality, gain, *model, *cost, mean(row["score"], 3)])
+    m, v = results["machine"], results["versions"]
+    source = (
+        f"Quality: means and 95 % intervals on {results['pairs']} pixels. Seconds and memory: on a photo of {results['photo']},"
+        f" in the same run, on {m['processor']}, {m['threads']} threads, torch {v['torch']}, commit {results['commit']}."
+    )
+    return table(titles, lines) + "\n\n" + source

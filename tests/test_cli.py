@@ -479,8 +479,9 @@ def test_several_checkpoints_and_views_work_together(photos, checkpoint, capsys)
     results, said = json.loads((photos / "fast" / "results.json").read_text()), capsys.readouterr().out
     assert results["model"]["name"] == "restormer_nano, at a third"
     figures = results["images"][0]["figures"]
-    assert results["summary"]["whole"].keys() == figures["whole"].keys() and "the same, whole" in said
-    assert "model − the same, whole" in said and "model_minus_whole" in results["summary"]
+    assert results["summary"]["whole"].keys() == figures["whole"].keys() and "the same, in full" in said
+    assert "model − the same, in full" in said
+    assert "model_minus_whole" in results["summary"]
     assert run("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "--fast", "--out", photos / "fast") == 0
     assert "too small for fast: it was edited whole" in capsys.readouterr().err
     assert "lite sees no more than a thumbnail" in refusal(
@@ -488,6 +489,27 @@ def test_several_checkpoints_and_views_work_together(photos, checkpoint, capsys)
     )
     souped = (*together, "--average", "weights", "--pairs", photos / "pairs.jsonl", "--out", photos / "souped")
     assert "checkpoints of one run" in refusal(capsys, "eval", *souped)
+
+
+def test_what_is_cheaper_may_lose_so_much_and_no_more(photos, checkpoint, capsys):
+    """Both ways from what it really loses on these pairs, against the same model in float32."""
+    measure = ("eval", "--checkpoint", checkpoint, "--pairs", photos / "pairs.jsonl", "--precision", "bfloat16")
+    assert run(*measure, "--out", photos / "half") == 0
+    summary = json.loads((photos / "half" / "results.json").read_text())["summary"]
+    assert run("eval", *measure[1:5], "--out", photos / "full") == 0
+    full = json.loads((photos / "full" / "results.json").read_text())["summary"]
+    assert summary["whole"] == full["model"] and summary["model"] != full["model"]
+    loss, half = -summary["model_minus_whole"]["psnr"][0], summary["model_minus_whole"]["psnr"][1]
+    capsys.readouterr()
+    assert run(*measure, "--out", photos / "half", "--max-loss", loss + 1e-9) == 0
+    said = capsys.readouterr()
+    assert f"--precision bfloat16 loses {loss:.3f} ± {half:.3f} dB PSNR; --max-loss allows" in said.out and not said.err
+    assert run(*measure, "--out", photos / "half", "--max-loss", loss - 1e-9) == 1
+    said = capsys.readouterr()
+    assert f"error: --precision bfloat16 loses {loss:.3f} ± {half:.3f} dB PSNR" in said.err and "report: " in said.out
+    assert "expected --fast or --precision bfloat16, whose loss it limits" in refusal(
+        capsys, *measure[:5], "--max-loss", 1, "--out", photos / "x"
+    )
 
 
 def test_eval_refuses(photos, checkpoint, capsys):

@@ -11,12 +11,16 @@ from PIL import Image
 from report.test_page import Page
 
 from autohdr import compare as comparison
+from autohdr import evaluate as evaluation
 from autohdr.cli import main
 from autohdr.compare import compare
+from autohdr.data.images import read_rgb
 from autohdr.data.pairs import Pair, write_pairs
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
-from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.metrics import METRICS
+from autohdr.models import combine, create_model, load_checkpoint, save_weights
+from autohdr.models.weights import SHIPPED
 from autohdr.report import format_comparison
 from autohdr.score import Points
 
@@ -152,7 +156,7 @@ def test_command_line(pairs, tmp_path, capsys):
     options = ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
     assert main(["compare", "lite", *options, "--ssim", "0.5", "1"]) == 0
     said = capsys.readouterr().out
-    assert "These are pictures of 0.00077 megapixels" in said
+    assert "Costs were measured on pictures of 0.00077 megapixels" in said
     assert "\nlite " in said and "\nauto-tone " in said and str(tmp_path / "out" / "compare.html") in said
     assert json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))["settings"]["points"]["ssim"] == [0.5, 1]
     for wrong, reason in (
@@ -161,3 +165,79 @@ def test_command_line(pairs, tmp_path, capsys):
     ):
         assert main(["compare", *wrong, *options]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path):
+    first, second = "one/checkpoint_best", "two/checkpoint_best"
+    large = [Pair(pair.src, pair.tar, pair.line) for pair in pairs[:2]]
+    for pair in large:  # fast sees what is smaller whole
+        for file in (pair.src, pair.tar):
+            Image.open(file).resize((66, 64)).save(file)
+    given = {"forms": ("bfloat16", "fast", "flips-8"), "ensemble": files, "cost_size": (32, 40)}
+    results = compare([*files, SHIPPED], large, tmp_path / "out", **given)
+    methods, networks = results["methods"], [load_checkpoint(file) for file in files]
+    formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips-8")]
+    assert list(methods) == [*FIXED, *formed, "lite", "lite, bfloat16", "lite, flips-8", "ensemble"]
+    assert results["left_out"] == ["lite: fast: lite sees no more than a thumbnail as it is; expected another model"]
+    source, target = (torch.from_numpy(read_rgb(file)).permute(2, 0, 1)[None] for file in (large[0].src, large[0].tar))
+    with torch.inference_mode():
+        outputs = {f"{second}, fast": combine([networks[1]], fast=True)(source)}
+        outputs |= {f"{second}, flips-8": combine([networks[1]], flips=8)(source), "ensemble": combine(networks)(source)}
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs[f"{second}, bfloat16"] = networks[1](source).float()
+    for name, output in outputs.items():
+        psnr = METRICS["psnr"](output.clamp(0, 1), target).item()
+        of = second if name != "ensemble" else first
+        figures = results["images"][0]["figures"]
+        assert figures[name]["psnr"] == pytest.approx(psnr, abs=1e-6) and abs(psnr - figures[of]["psnr"]) > 1e-5, name
+        gains = [image["figures"][name]["psnr"] - image["figures"][of]["psnr"] for image in results["images"]]
+        assert methods[name]["difference"]["psnr"][0] == pytest.approx(np.mean(gains)), name
+    plain, views = (methods[f"{first}{form}"]["macs_per_megapixel"] for form in ("", ", flips-8"))
+    assert views == 8 * plain and methods[f"{first}, fast"]["macs_per_megapixel"] < plain / 8
+    assert methods["ensemble"]["file_bytes"] == sum(file.stat().st_size for file in files)
+    page = Page((tmp_path / "out" / "compare.html").read_text("utf-8"))
+    assert [image["data-show"] for image in page.all("img")] == [*FIXED, first, second, "lite", "ensemble", "target"] * 2
+    assert "Forms minus their model" in page.texts["h2"] and "a photo of 40×32 pixels" in page.text
+    said = format_comparison(results)
+    assert "Not measured: lite: fast: lite sees no more" in said and said.count("does not say which photos") == 3
+
+
+def test_a_form_never_takes_another_files_name(files, tmp_path):
+    odd = weights(tmp_path / "one" / "checkpoint_best, flips-8.safetensors", 2)
+    names = list(comparison._candidates([files[0], odd], ["flips-8"], [files[0], odd], "float32", torch.device("cpu"))[0])
+    assert names == [
+        "checkpoint_best",
+        "checkpoint_best, flips-8 (2)",
+        "checkpoint_best, flips-8",
+        "checkpoint_best, flips-8, flips-8",
+        "ensemble",
+    ]
+
+
+def test_costs_are_those_of_the_size_that_is_asked_for(pairs, files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "PASSES", 2)
+    monkeypatch.setattr(
+        type(load_checkpoint(files[0])), "forward", lambda self, image: seen.append(tuple(image.shape[2:])) or image
+    )
+    results = compare(files[:1], pairs[:1], tmp_path / "out", cost_size=(40, 60))
+    assert seen[-2:] == [(40, 60)] * 2 and seen.count((24, 32)) == 2  # one to warm up
+    assert results["settings"]["cost_size"] == (40, 60)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"ensemble": ["one"]}, "expected two checkpoints or more, got one"),
+        ({"ensemble": ["one", "three"]}, "expected some of the checkpoints that are compared, got .*three"),
+        ({"forms": ["flips"]}, "forms: expected some of bfloat16, fast, flips-2, flips-4, flips-8, got flips"),
+        ({"forms": ["bfloat16"], "precision": "bfloat16"}, "forms: bfloat16 is the precision of all models as it is"),
+        ({"cost_size": (0, 40)}, r"expected a height and a width above 0, got \[0, 40\]"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(wrong, said, pairs, files, tmp_path):
+    if "ensemble" in wrong:
+        wrong["ensemble"] = [tmp_path / run / "checkpoint_best.safetensors" for run in wrong["ensemble"]]
+    with pytest.raises(UserError, match=said):
+        compare(files, pairs, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()

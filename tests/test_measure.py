@@ -1,4 +1,6 @@
+import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,3 +158,47 @@ def test_memory_that_was_freed_before_is_seen_to_grow():
     with measure() as measured:
         again = [b"x" * 100_000 for _ in range(300)]
     assert len(again) and measured.growth_bytes > 20e6
+
+
+def test_joules_are_those_of_all_packages_and_counters_begin_again(tmp_path, monkeypatch):
+    """The parts of a package, and the platform, have counters that would count again what it counts."""
+    monkeypatch.setattr(module, "POWERCAP", tmp_path)
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
+
+    def count(**microjoules):
+        for zone, name in zones.items():
+            (tmp_path / zone).mkdir(exist_ok=True)
+            (tmp_path / zone / "name").write_text(name + "\n")
+            (tmp_path / zone / "energy_uj").write_text(f"{microjoules.get(name[:7] + name[-2:], 7)}\n")
+            (tmp_path / zone / "max_energy_range_uj").write_text("262143328850\n")
+
+    count(**{"package-0": 1_000_000, "package-1": 262143328850 - 500_000})
+    with measure() as measured:
+        count(**{"package-0": 3_000_000, "package-1": 1_000_000})
+    assert measured.joules == pytest.approx(2 + 1.5)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # as where only root may read
+    with measure() as measured:
+        pass
+    assert math.isnan(measured.joules)
+
+
+def test_joules_of_a_gpu(monkeypatch):
+    spent = iter((5_000, 12_500))  # millijoules
+
+    class Library:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, name, handle):
+            return 0 if name == b"GPU-1234" else 6
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, energy):
+            energy._obj.value = next(spent)
+            return 0
+
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    device = torch.device("cuda")
+    assert module._spent(module._energy(device), module._energy(device)) == 7.5
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="other"))
+    assert math.isnan(module._spent(module._energy(device), module._energy(device)))

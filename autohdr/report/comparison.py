@@ -46,18 +46,20 @@ def format_comparison(results: dict[str, Any]) -> str:
 def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[dict[str, Any], Mapping[str, str]]]) -> None:
     """Writes the page. worst: images of results, each with its pictures as encode_pictures gives them."""
     methods, ranked = results["methods"], _ranked(results)
-    first, best = results["first"], next(name for name in ranked if "checkpoint" in methods[name])
+    whole = [name for name in ranked if not methods[name].get("form_of")]
+    first, best = results["first"], next(name for name in whole if "checkpoint" in methods[name])
     numbered = {name: f"{number}\N{NO-BREAK SPACE}{_label(results, name)}" for number, name in enumerate(ranked, 1)}
     figures = {numbered[name]: methods[name]["figures"] for name in ranked}
-    differences = {numbered[name]: methods[name]["difference"] for name in ranked if name != first}
+    differences = {numbered[name]: methods[name]["difference"] for name in whole if name != first}
+    formed = {numbered[name]: methods[name]["difference"] for name in ranked if name not in whole}
     told = [
         f"{title.split()[0].lower()} {results['told'][metric]}"
         for metric, (title, _) in _DETAILS.items()
         if results["told"][metric] < len(results["images"])
     ]
     points = results["settings"]["points"]
-    labels = {name: tables.LABELS.get(name, name) for name in (*methods, "target")}
-    title = f"{_label(results, first)} and {len(methods) - 4} more" if len(methods) > 4 else _label(results, first)
+    labels = {name: tables.LABELS.get(name, name) for name in (*methods, "target") if name == "target" or name in whole}
+    title = f"{_label(results, first)} and {len(whole) - 4} more" if len(whole) > 4 else _label(results, first)
     body = filled(
         "compare.html",
         text={
@@ -69,6 +71,7 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             "first": _label(results, first),
             "told": f"Not every photo has all of these; so many count: {', '.join(told)}." if told else "",
             "weights": f"{points['quality_weight']:g} × quality + {1 - points['quality_weight']:g} × cost",
+            "measured": _measured(results),
             "worst": f"{len(worst)} of {len(results['images'])}",
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
@@ -84,9 +87,10 @@ def write_comparison(path: Path, results: dict[str, Any], worst: Sequence[tuple[
             ),
             "quality": _quality_table(tables.COLUMNS, figures),
             "details": _quality_table(_DETAILS, figures),
-            "differences": _quality_table(_SCORE | tables.COLUMNS, differences, "+") + _quality_table(_DETAILS, differences, "+"),
+            "differences": _difference_tables(differences),
+            "forms": f"<section><h2>Forms minus their model</h2>{_difference_tables(formed)}</section>" if formed else "",
             "costs": table(
-                ["Parameters", "File", "MACs/megapixel", "s/megapixel", "Memory/megapixel"],
+                ["Parameters", "File", "MACs/megapixel", "s/megapixel", "J/megapixel", "Memory/megapixel"],
                 [[numbered[n], *_costs(methods[n])] for n in ranked if n != "source"],
             ),
             "pairs": "".join(
@@ -130,16 +134,22 @@ def _quality_table(
     return table(titles, [[label, *_figures(figures, columns, sign)] for label, figures in rows.items()])
 
 
+def _difference_tables(rows: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    return _quality_table(_SCORE | tables.COLUMNS, rows, "+") + _quality_table(_DETAILS, rows, "+")
+
+
 def _image_table(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, float]]) -> str:
-    return table([title for title, _ in tables.COLUMNS.values()], tables.image_rows(labels, figures))
+    shown = {name: figures[name] for name in labels if name in figures}
+    return table([title for title, _ in tables.COLUMNS.values()], tables.image_rows(labels, shown))
 
 
 def _costs(method: dict[str, Any]) -> list[str]:
-    memory, seconds = tables.memory(method["bytes_per_megapixel"]), f"{method['seconds_per_megapixel']:.3g}"
+    measured = [f"{method['seconds_per_megapixel']:.3g}", tables.joules(method["joules_per_megapixel"])]
+    measured += [tables.memory(method["bytes_per_megapixel"])]
     if "checkpoint" not in method:
-        return ["–", "–", "–", seconds, memory]
+        return ["–", "–", "–", *measured]
     size, macs = f"{method['file_bytes'] / 1e6:.2f} MB", f"{method['macs_per_megapixel'] / 1e9:.3g} G"
-    return [f"{method['parameters']:,}", size, macs, seconds, memory]
+    return [f"{method['parameters']:,}", size, macs, *measured]
 
 
 def _verdict(results: dict[str, Any]) -> str:
@@ -147,24 +157,36 @@ def _verdict(results: dict[str, Any]) -> str:
     methods, ranked = results["methods"], _ranked(results)
     models = [name for name in ranked if "checkpoint" in methods[name]]
     best = max(models, key=lambda name: methods[name]["figures"]["quality"][0])
-    front = ", ".join(_label(results, name) for name in ranked if methods[name]["pareto"])
+    front = "; ".join(_label(results, name) for name in ranked if methods[name]["pareto"])
     said = f"Best score: {_label(results, ranked[0])}, {_scores(methods[ranked[0]])[0]}."
     if ranked[0] not in models:
         said += f" No model has more; the best is {_label(results, models[0])}, {_scores(methods[models[0]])[0]}."
     return f"{said} Best quality of a model: {_label(results, best)}, {_scores(methods[best])[1]}. On the Pareto front: {front}."
 
 
+def _measured(results: dict[str, Any]) -> str:
+    """How seconds and memory were found."""
+    if not (cost_size := results["settings"]["cost_size"]):
+        return "Seconds: the median over the photos, on this machine. Memory: the most that a photo took."
+    height, width = cost_size
+    return (
+        f"Seconds: the median of a few passes over a photo of {width}×{height} pixels, on this machine. Memory: the most of them."
+    )
+
+
 def _cautions(results: dict[str, Any]) -> list[str]:
-    """Why the figures may flatter a model, or what it costs may not be what a whole photo does."""
-    said = []
+    """Why the figures may flatter a model, or what it costs may not be what a whole photo does; what was not measured."""
+    said = [f"Not measured: {reason}." for reason in results["left_out"]]
     megapixels = statistics.median(image["height"] * image["width"] / 1e6 for image in results["images"])
+    if cost_size := results["settings"]["cost_size"]:
+        megapixels = math.prod(cost_size) / 1e6
     if megapixels < 1:
         said.append(
-            f"These are pictures of {megapixels:.2g} megapixels: what does not grow with a photo makes seconds and memory per "
-            "megapixel larger than those of a whole one."
+            f"Costs were measured on pictures of {megapixels:.2g} megapixels: what does not grow with a photo makes seconds and "
+            "memory per megapixel larger than those of a whole one."
         )
     for name, method in results["methods"].items():
-        if "checkpoint" not in method or method["trained_pairs"] == 0:
+        if "checkpoint" not in method or method["form_of"] or method["trained_pairs"] == 0:
             continue
         seen = method["trained_pairs"]
         what = "does not say which photos it was trained on." if seen is None else f"was TRAINED ON {seen} of these pairs."

@@ -14,7 +14,7 @@ LABELS = {
     "source": "unedited",
     "gain_and_gamma": "gain and gamma",
     "auto_tone": "auto-tone",
-    "whole": "the same, whole",
+    "whole": "the same, in full",
     "target": "target",
 }
 """What the reader calls what every evaluation has."""
@@ -123,9 +123,15 @@ def model_costs(results: dict[str, Any]) -> dict[str, str]:
         "Parameters": f"{model['parameters']:,}",
         "MACs per megapixel": f"{model['macs_per_megapixel'] / 1e9:.1f} G",
         "Seconds per megapixel": f"{model['seconds_per_megapixel']:.3g}",
+        "Joules per megapixel": joules(model["joules_per_megapixel"]),
         "Memory per megapixel": memory(model["bytes_per_megapixel"]),
         f"Peak memory ({whose})": f"{model['peak_bytes'] / 1e9:.2f} GB",
     }
+
+
+def joules(energy: float) -> str:
+    """Joules per megapixel; nan where the system does not tell."""
+    return f"{energy:.3g}" if math.isfinite(energy) else "not measured"
 
 
 def memory(growth: float) -> str:

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_restormer
 import calibrate
+import families
 import floors
 import gpu_check
 import instructions
@@ -33,6 +34,7 @@ from machine_code import Resources
 from warp import Launch, Way
 
 from autohdr import create_model
+from autohdr.evaluate import count_macs
 from autohdr.kernels.gdfn.declaration import _flops
 from autohdr.models.restormer import Level
 
@@ -233,6 +235,44 @@ def test_cpu_tables():
     text = tables.cpu(results)
     assert "| 1×192×4096 | 34.00× | not measured | 10.00× | not measured | not measured | not measured |" in text
     assert "| forward, float32: speed | not measured | not measured |" in text
+
+
+def test_families(tmp_path, monkeypatch):
+    """From what `autohdr compare` writes to the table; a figure that it does not know is null."""
+    figures = {metric: [0.5, 0.125] for metric in ("psnr", "ssim", "delta_e2000", "quality", "hue")}
+    cost = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0.5, "bytes_per_megapixel": None}
+    plain = cost | {"score": [0.75, 0.25], "pareto": True, "figures": figures, "difference": figures}
+    model = plain | {"name": "lite", "file_bytes": 40_000, "checkpoint": "a/lite.pth", "parameters": 9035, "form_of": None}
+    methods = {"source": plain, "auto_tone": plain, "a": model, "a, flips-4": model | {"form_of": "a"}}
+    compared = {
+        "methods": methods,
+        "images": [{"width": 384, "height": 256}] * 12,
+        "date": "2026-11-29",
+        "environment": {"threads": 3},
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(compared | {"settings": {"cost_size": [2201, 3297]}}))
+    monkeypatch.setattr(sys, "argv", ["families.py", str(tmp_path / "compare.json"), "--out", str(tmp_path / "families.json")])
+    families.main()
+    results = json.loads((tmp_path / "families.json").read_text())
+    assert {"machine", "versions", "commit", "date"} <= results.keys() and "checkpoint" not in results["rows"][2]
+    lines = tables.families(results).splitlines()
+    quality = "0.50 ± 0.12 | 0.500 ± 0.125 | 0.50 ± 0.12"
+    assert lines[2] == f"| unedited | {quality} |  |  |  |  |  |  | 0.750 ± 0.250 |"
+    assert lines[3] == f"| auto-tone | {quality} |  |  |  |  | 0.5 | not measured | 0.750 ± 0.250 |"
+    assert lines[4].startswith(f"| lite | {quality} |  | 9,035 | 0.04 MB | 0 G | 0.5 | not measured |")
+    assert lines[5].startswith(f"| lite, flips-4 | {quality} | +0.50 ± 0.12 | 9,035 |")
+    assert "on 12 photos of 384×256 pixels" in lines[-1] and "a photo of 3297×2201" in lines[-1] and " 3 threads" in lines[-1]
+    assert tables.families(None).startswith("Families: not measured.")
+
+
+def test_the_families_of_make_compare_do_as_much_work_as_the_demos_model():
+    """Multiply-accumulates, within a twentieth."""
+    said = re.findall(r"--model (\w+)[\s\\]+--model-args '(.*)'", (HERE.parent / "Makefile").read_text())
+    assert [name for name, _ in said] == ["nafnet_nano", "swinir_nano"]
+    for name, settings in said:
+        assert count_macs(create_model(name, **json.loads(settings))) == pytest.approx(
+            count_macs(create_model("restormer_nano")), rel=0.05
+        )
 
 
 def test_plot(tmp_path):
