@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
@@ -195,7 +195,14 @@ def extension() -> tuple[list, dict]:
         # Without --no-as-needed the linker drops libtorch, whose stream functions are weak symbols of the stable ABI.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"] if os.uname().sysname == "Linux" else [],
     )
-    return [module], {"build_ext": Build}
+    arrays = Extension(
+        "autohdr._C_arrays",
+        ["csrc/apply_edit/apply_edit_arrays.cpp", "csrc/common/cpu_isa.cpp"],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args=[*flags, "-pthread"],
+        extra_link_args=["-pthread"],
+    )
+    return [module, arrays], {"build_ext": Build}
 
 
 modules, commands = extension()

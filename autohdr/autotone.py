@@ -1,22 +1,29 @@
-"""Fixed recipes, what the "auto" button of an editor does: the baselines to beat, and what the model `lite` starts from."""
+"""Fixed recipes, what the "auto" button of an editor does: the baselines to beat, and what the model `lite` starts from.
 
-from typing import NamedTuple
+All but gain_and_gamma takes arrays of NumPy and tensors of PyTorch alike, in float32, and returns what it was given.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from autohdr.arrays import Array, apply_edit, constant, counted_up, library, ordered, single
+from autohdr.data.colour import LUMA
 from autohdr.errors import UserError
-from autohdr.kernels import apply_edit
-from autohdr.kernels.apply_edit.reference import LUMA, WHITE
-from autohdr.kernels.common import any_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE = 128
 """Of the thumbnail that says what an edit is to be."""
 
 KNOTS = 33
 """Of the curves: enough for the bends at the pins to lie where they belong."""
+KNOTS_AT = [knot / (KNOTS - 1) for knot in range(KNOTS)]
+UNMIXED = np.eye(3, 4).tolist()
+"""The matrix that changes nothing."""
 
 PINNED = ((0.75, 0.745), (0.95, 0.825), (0.99, 0.88))
 """Luma percentiles of a photo, and where an edit puts them: the mean over ten edits by professionals, whose own spread is 0.033,
@@ -44,9 +51,9 @@ def auto_tone(image: np.ndarray) -> np.ndarray:
     Raises UserError for another shape or dtype.
     """
     _check("auto_tone", image, (np.float32, np.uint8, np.uint16))
-    x = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    x = image.transpose(2, 0, 1)[None]
     recipe = pinning(thumbnail(x))
-    edited = apply_edit(x, recipe.curves, recipe.matrix)[0].permute(1, 2, 0).numpy()
+    edited = apply_edit(x, recipe.curves, recipe.matrix)[0].transpose(1, 2, 0)
     return edited.clip(0, 1) if image.dtype == np.float32 else edited
 
 
@@ -73,10 +80,16 @@ def _check(name: str, image: np.ndarray, dtypes: tuple[type, ...]) -> None:
         raise UserError(f"{name}: image must be {kinds} [H, W, 3], got {image.dtype} {list(image.shape)}")
 
 
-def thumbnail(x: Tensor) -> Tensor:
+def thumbnail(x: Array) -> Array:
     """A batch of images [B, 3, H, W] as [B, 3, SIDE, SIDE] in [0, 1], float32: means over cells of what is counted, whatever the
     aspect ratio."""
-    white = WHITE.get(x.dtype, 1)
+    if isinstance(x, np.ndarray):
+        white = np.iinfo(x.dtype).max if x.dtype.kind == "u" else 1
+        return _pooled(counted(x).astype(np.float32) / np.float32(white)).clip(0, 1)
+    import torch
+    import torch.nn.functional as F
+
+    white = {torch.uint8: 255, torch.uint16: 65535}.get(x.dtype, 1)
     height, width = x.shape[2:]
     if torch.compiler.is_compiling():  # one program for all sizes
         (rows, down), (columns, across) = _cells(height, x), _cells(width, x)
@@ -84,15 +97,36 @@ def thumbnail(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(counted(x).float() / white, SIDE).clamp(0, 1)
 
 
-def counted(x: Tensor) -> Tensor:
+def _pooled(x: np.ndarray) -> np.ndarray:
+    """PyTorch's adaptive_avg_pool2d to SIDE, to the same bits: pixels of a cell are added up in the same order."""
+    firsts, counts = [], []
+    for size in x.shape[2:]:
+        cell = np.arange(SIDE + 1) * size
+        firsts.append(cell[:-1] // SIDE)
+        counts.append(-(-cell[1:] // SIDE) - firsts[-1])
+    total = np.zeros((*x.shape[:2], SIDE, SIDE), np.float32)
+    for place in np.ndindex(*(count.max() for count in counts)):
+        (rows, down), (columns, across) = (
+            ((first + at).clip(max=size - 1), at < count)
+            for first, count, at, size in zip(firsts, counts, place, x.shape[2:], strict=True)
+        )
+        total += np.where(down[:, None] & across, x[:, :, rows[:, None], columns], 0)
+    return total / counts[0][:, None].astype(np.float32) / counts[1].astype(np.float32)
+
+
+def counted(x: Array) -> Array:
     """What a thumbnail of images [B, 3, H, W] is made of: of a large one only every n-th row and column, as many as leave four
     times as many as the thumbnail has. Of these, all count."""
     height, width = x.shape[2:]
     return x[:, :, :: max(1, height // (4 * SIDE)), :: max(1, width // (4 * SIDE))]
 
 
-def _cells(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _cells(size: int, like: "Tensor") -> "tuple[Tensor, Tensor]":
     """Which rows of an image (or columns) count in its thumbnail, and how much of each is in each cell: [SIDE, rows]."""
+    import torch
+
+    from autohdr.kernels.common import any_count
+
     step: int = torch.sym_max(1, size // (4 * SIDE))  # pyright: ignore[reportAssignmentType]  no float
     count = any_count((size + step - 1) // step)
     row, cell = torch.arange(count, device=like.device), torch.arange(SIDE, device=like.device)[:, None]
@@ -100,7 +134,7 @@ def _cells(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return row * step, inside / inside.sum(1, keepdim=True)
 
 
-def luma(x: Tensor) -> Tensor:
+def luma(x: Array) -> Array:
     """[B, 3, ...] -> [B, ...]."""
     return LUMA[0] * x[:, 0] + LUMA[1] * x[:, 1] + LUMA[2] * x[:, 2]
 
@@ -108,58 +142,64 @@ def luma(x: Tensor) -> Tensor:
 class Recipe(NamedTuple):
     """What pinning makes of a batch of thumbnails."""
 
-    curves: Tensor
+    curves: Array
     """[B, 3, KNOTS], for apply_edit, as matrix [B, 3, 4] is."""
-    matrix: Tensor
-    walls: Tensor
+    matrix: Array
+    walls: Array
     """wall_colour."""
-    needed: Tensor
+    needed: Array
     """unfinished."""
 
 
-def pinning(small: Tensor) -> Recipe:
+def pinning(small: Array) -> Recipe:
     """The recipe for a batch of thumbnails."""
-    walls = wall_colour(small)
-    gains = ((luma(walls)[:, None] / walls) ** BALANCE).clamp(1 / MOST_GAIN, MOST_GAIN)
-    shares, values = (small.new_tensor(column) for column in zip(*PINNED, strict=True))
-    knots = torch.linspace(0, 1, KNOTS, device=small.device)
-    pins = torch.quantile(luma(_balanced(small, gains[:, :, None, None])).flatten(1), shares, dim=1).T  # [B, pins]
-    apart = small.new_tensor([1, 2, 3]) / 255  # and above 0 and below white, in a photo that is flat, black or burnt out
-    pins = pins.minimum(0.94 + 3 * apart) + apart
+    xp, walls = library(small), wall_colour(small)
+    gains = ((luma(walls)[:, None] / walls) ** BALANCE).clip(1 / MOST_GAIN, MOST_GAIN)
+    shares, values = zip(*PINNED, strict=True)
+    knots = constant(KNOTS_AT, small)
+    pins = quantiles(luma(_balanced(small, gains[:, :, None, None])), shares)
+    apart = constant([1, 2, 3], small) / 255  # and above 0 and below white, in a photo that is flat, black or burnt out
+    pins = xp.minimum(pins, 0.94 + 3 * apart) + apart
     x = _balanced(knots, gains[:, :, None])
-    ends = torch.cat([pins, torch.ones_like(pins[:, :1])], 1)[:, :, None, None]
-    heights = torch.cat([values, values.new_ones(1)])
+    ends = xp.concatenate([pins, xp.ones_like(pins[:, :1])], 1)[:, :, None, None]
+    heights = (*values, 1.0)
     first = ends[:, 0]
-    y = heights[0] * (x.minimum(first) / first) ** TOE
+    y = heights[0] * (xp.minimum(x, first) / first) ** TOE
     for i in range(len(PINNED)):
         low, high = ends[:, i], ends[:, i + 1]
-        y = y + (heights[i + 1] - heights[i]) * ((x - low) / (high - low)).clamp(0, 1)
+        y = y + (heights[i + 1] - heights[i]) * ((x - low) / (high - low)).clip(0, 1)
     needed = unfinished(small)
     part = needed[:, None, None]
     less = part * (1 - SATURATION)
-    matrix = (1 - less) * torch.eye(3, device=small.device) + less * small.new_tensor(LUMA)
-    return Recipe(knots + part * (y - knots), F.pad(matrix, (0, 1)), walls, needed)
+    matrix = (1 - less) * constant(UNMIXED, small) + less * constant((*LUMA, 0), small)
+    return Recipe(knots + part * (y - knots), matrix, walls, needed)
 
 
-def _balanced(values: Tensor, gains: Tensor) -> Tensor:
+def _balanced(values: Array, gains: Array) -> Array:
     """Values times gains, which fade from FADE on, so that white stays white: what is burnt out has no tint to take out."""
-    return values * gains ** (1 - (values - FADE).clamp(min=0) / (1 - FADE))
+    return values * gains ** (1 - (values - FADE).clip(min=0) / (1 - FADE))
 
 
-def unfinished(small: Tensor) -> Tensor:
+def unfinished(small: Array) -> Array:
     """How much of an edit each photo of a batch of thumbnails needs, [B] in [0, 1]: see FINISHED."""
     share, value = PINNED[0]
-    return ((value - torch.quantile(luma(small).flatten(1), share, dim=1)) / FINISHED).clamp(0, 1)
+    return ((value - quantiles(luma(small), [share])[:, 0]) / FINISHED).clip(0, 1)
 
 
-def wall_colour(small: Tensor) -> Tensor:
+def wall_colour(small: Array) -> Array:
     """The colour of the walls, [B, 3]: the mean of the less saturated three fifths of the pixels that are bright, but not the
     brightest, which are windows and lamps."""
-    y, pixels = luma(small).flatten(1), small.flatten(2)
-    low, high = torch.quantile(y, y.new_tensor([0.6, 0.97]), dim=1)
-    bright = (y >= low[:, None]) & (y <= high[:, None])
-    saturation = torch.where(bright, pixels.amax(1) - pixels.amin(1), torch.inf)
-    counted = (bright.sum(1, keepdim=True) * 0.6).long()
-    limit = saturation.sort(1).values.gather(1, counted.clamp(max=y.shape[1] - 1))
-    chosen = (saturation <= limit).to(small.dtype)
-    return (pixels * chosen[:, None]).sum(2) / chosen.sum(1, keepdim=True) + 1e-3
+    xp, pixels = library(small), small.reshape(small.shape[0], 3, -1)
+    y = luma(pixels)
+    low, high = quantiles(y, (0.6, 0.97)).T[..., None]
+    bright = (y >= low) & (y <= high)
+    saturation = xp.where(bright, xp.amax(pixels, 1) - xp.amin(pixels, 1), math.inf)
+    last = counted_up(y.shape[1], small) == (bright.sum(1) * 3 // 5).clip(max=y.shape[1] - 1)[:, None]
+    limit = xp.where(last, ordered(saturation, 1), 0).sum(1)[:, None]
+    chosen = single(saturation <= limit)
+    return (pixels * chosen[:, None]).sum(2) / chosen.sum(1)[:, None] + 1e-3
+
+
+def quantiles(x: Array, shares: Sequence[float]) -> Array:
+    """Of each entry of a batch [B, ...], [B, shares]."""
+    return library(x).quantile(x.reshape(x.shape[0], -1), constant(shares, x), 1).T

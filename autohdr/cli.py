@@ -197,8 +197,8 @@ class ModelOptions:
 
     def load(self) -> Any:
         """The network that these options mean. UserError as load_checkpoint and combine raise it, and for wrong steps."""
+        from autohdr.edits import SHIPPED
         from autohdr.models import combine, load_checkpoint
-        from autohdr.models.weights import SHIPPED
 
         models = [self._with_steps(load_checkpoint(checkpoint)) for checkpoint in self.checkpoint or (SHIPPED,)]
         return combine(models, average=self.average, flips=self.flips, fast=self.fast, sharpen=self.sharpen)
@@ -242,9 +242,9 @@ def evaluate(
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
+    from autohdr.edits import SHIPPED
     from autohdr.evaluate import evaluate
     from autohdr.measure import pick_device
-    from autohdr.models.weights import SHIPPED
     from autohdr.report import format_table
     from autohdr.report.tables import with_interval
 
@@ -308,8 +308,8 @@ def compare(
     """
     from autohdr.compare import compare
     from autohdr.data.pairs import check_pairs, read_pairs
+    from autohdr.edits import SHIPPED
     from autohdr.measure import pick_device
-    from autohdr.models.weights import SHIPPED
     from autohdr.report import format_comparison
 
     files, members = (
@@ -379,7 +379,7 @@ def enhance(
         subsampling: Of the colours of JPEG and AVIF; by default a JPEG has its file's own.
         strip: Take the place out of what a photo says, or everything but its colour and density.
         damaged: A JPEG whose data are damaged has failed and is left out, or what there is of it is written.
-        device: auto (CUDA where there is one), cpu, cuda, ...
+        device: auto (CUDA where there is one, but the CPU for the shipped model by itself and the auto-tone), cpu, cuda, ...
         precision: bfloat16 runs the model under autocast.
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer or a NAFNet works
             in strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths
@@ -394,14 +394,18 @@ def enhance(
         raise UserError("enhance: expected photos and --out FOLDER, or - alone for standard input and output")
     # Until the model's next kernel its threads would spin, on cores that photos are read and encoded on.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from autohdr.edits import shipped
     from autohdr.enhance import Enhancer, Interrupted, enhance
     from autohdr.measure import parse_bytes, pick_device
 
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     limit = parse_bytes(max_memory) if max_memory else None
-    network = None if auto_tone else model.load()
-    settings = {"device": pick_device(device), "precision": precision, "strength": strength, "max_memory": limit}
+    if device in ("auto", "cpu") and precision == "float32" and (auto_tone or model == ModelOptions()):
+        network, where = None if auto_tone else shipped(), "cpu"  # without PyTorch, whose start takes longer than many photos
+    else:
+        network, where = None if auto_tone else model.load(), pick_device(device)
+    settings = {"device": where, "precision": precision, "strength": strength, "max_memory": limit}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:

@@ -9,11 +9,11 @@ from typing import Any
 from autohdr.data.pairs import read_pairs
 from autohdr.data.splits import write_splits
 from autohdr.data.synthetic import synthesize
+from autohdr.edits import SHIPPED
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
 from autohdr.models import load_checkpoint
-from autohdr.models.weights import SHIPPED
 from autohdr.report import format_table
 from autohdr.train.config import TrainConfig, load_config
 from autohdr.train.loop import train

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from autohdr import __version__
 from autohdr.data.images import read_rgb
+from autohdr.edits import SHIPPED
 from autohdr.errors import UserError
 from autohdr.files import replacing, sha256
 from autohdr.kernels.backends import default_backend
@@ -24,7 +25,6 @@ from autohdr.models import load_checkpoint, save_weights
 from autohdr.models.diffusion import Sampler
 from autohdr.models.network import Network
 from autohdr.models.weight_files import some
-from autohdr.models.weights import SHIPPED
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 Weights = Literal["float32", "float16", "bfloat16"]

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from autohdr.errors import UserError
+
+if TYPE_CHECKING:  # what is asked of a CPU needs no PyTorch
+    import torch
 
 POWERCAP = Path("/sys/class/powercap")
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """The device of that name; "auto": CUDA where there is one. Raises UserError where it is absent."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,11 +75,12 @@ class Measurement:
 
 
 @contextmanager
-def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
+def measure(device: "torch.device | str" = "cpu") -> Iterator[Measurement]:
     """`with measure(device) as m: ...` fills m with the seconds and peak memory of the block, also when it raises."""
-    device = torch.device(device)
-    result = Measurement()
-    if device.type == "cuda":
+    result, on_gpu = Measurement(), _is_gpu(device)
+    if on_gpu:
+        import torch
+
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         result.start_bytes, result.memory_source = torch.cuda.memory_allocated(device), "cuda"
@@ -88,19 +92,19 @@ def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
     try:
         yield result
     finally:
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
         result.seconds = time.perf_counter() - begin
         result.joules = _spent(energy, _energy(device))
-        if device.type == "cuda":
+        if on_gpu:
             result.peak_bytes = torch.cuda.max_memory_allocated(device)
         else:
             result.peak_bytes = _high_water_mark() if result.memory_source == "VmHWM" else _lifetime_peak()
 
 
-def _energy(device: torch.device) -> dict[str, tuple[int, int]]:
+def _energy(device: "torch.device | str") -> dict[str, tuple[int, int]]:
     """Counters of energy: {name: (microjoules until now, where it begins again)}; none where the system does not tell."""
-    if device.type == "cuda":
+    if _is_gpu(device):
         return _gpu_energy(device)
     found = {}
     try:
@@ -112,7 +116,9 @@ def _energy(device: torch.device) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _gpu_energy(device: torch.device) -> dict[str, tuple[int, int]]:
+def _gpu_energy(device: "torch.device | str") -> dict[str, tuple[int, int]]:
+    import torch
+
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -135,7 +141,7 @@ def _spent(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
 
 
 def expected_seconds(
-    run: Callable[[int], Any], side: int, pixels: int, device: torch.device | str = "cpu"
+    run: Callable[[int], Any], side: int, pixels: int, device: "torch.device | str" = "cpu"
 ) -> tuple[float, float]:
     """The least and the most seconds that the work of run(side), on a square image, would take on so many pixels.
 
@@ -153,6 +159,10 @@ def expected_seconds(
     added = (min(large) - min(small)) / (side**2 - half**2)
     least, most = max(added, min(large) / side**2 / 4) * pixels, max(large) * max(pixels / side**2, 1)
     return min(least, most), most
+
+
+def _is_gpu(device: "torch.device | str") -> bool:
+    return str(device).partition(":")[0] == "cuda"
 
 
 def give_back() -> None:
@@ -184,18 +194,22 @@ def _lifetime_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes(device: torch.device | str = "cpu") -> int:
+def resident_bytes(device: "torch.device | str" = "cpu") -> int:
     """What this process holds now: resident memory, or on a GPU the tensors on it."""
-    if torch.device(device).type == "cuda":
+    if _is_gpu(device):
+        import torch
+
         return torch.cuda.memory_allocated(device)
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else _lifetime_peak()
 
 
-def free_bytes(device: torch.device | str = "cpu") -> int:
+def free_bytes(device: "torch.device | str" = "cpu") -> int:
     """What this process can still take: on a GPU what is free there and what PyTorch keeps of freed tensors; else what the system
     and the process's control group leave, or, where the system does not tell, half of all memory."""
-    if torch.device(device).type == "cuda":
+    if _is_gpu(device):
+        import torch
+
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
@@ -239,4 +253,7 @@ _OUT_OF_MEMORY = re.compile(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that an allocation failed, on any device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return True
+    torch = sys.modules.get("torch")  # else nothing raises its error
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and their like, put off to where a program can stop with everything whole."""
 
+import os
 import signal
 import sys
 import threading
@@ -7,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -57,7 +57,7 @@ def deferred_signals(notice: str) -> Iterator[Deferred]:
         return
 
     def handle(number: int, frame: Any) -> None:
-        if not is_torchelastic_launched():
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's sign
             signal.signal(number, before[number])
         tqdm.write(notice, file=sys.stderr)
         deferred._note(number)

@@ -13,10 +13,10 @@ import torch
 
 from autohdr.data.images import Photo, read_photo, to_float, write_photo
 from autohdr.data.synthetic import render_pair
+from autohdr.edits import SHIPPED
 from autohdr.enhance import enhance
 from autohdr.errors import UserError
 from autohdr.models import load_checkpoint
-from autohdr.models.weights import SHIPPED
 
 
 def render(path: Path, height: int, width: int) -> Path:

@@ -19,10 +19,10 @@ import ray.data
 
 from autohdr.data.conversion import result_name
 from autohdr.data.images import SUFFIXES
+from autohdr.edits import SHIPPED
 from autohdr.enhance import Enhancer
 from autohdr.enhance.manifest import FAILED, WRITTEN, Record
 from autohdr.errors import UserError
-from autohdr.models.weights import SHIPPED
 
 MOST_TASKS = 2000
 
@@ -79,7 +79,7 @@ def enhance(source: str, out: str, enhancer: Enhancer) -> list[Record]:
     if not photos:
         raise UserError(f"expected photos in {source}, got none")
     left = [{"name": name, "result": result} for name, result in photos.items() if result not in known]
-    gpus = 1 if enhancer.device.type == "cuda" else 0
+    gpus = 0 if enhancer.on_cpu else 1
     try:
         if left:
             rows = ray.data.from_items(left, override_num_blocks=min(len(left), MOST_TASKS))

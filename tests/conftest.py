@@ -11,14 +11,14 @@ import signal
 import pytest
 import torch
 
-from autohdr import _C
+from autohdr import _C, _C_arrays
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what tests start
 if os.environ.get("AUTOHDR_TEST_ONEDNN") == "0":
     torch._C._set_mkldnn_enabled(False)
 ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
 if ISA in _C.build_info()["cpu_isas_here"]:
-    _C.use_cpu_isa(ISA)
+    _C.use_cpu_isa(ISA), _C_arrays.use_cpu_isa(ISA)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 def nan_in_empty():
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()
-    _C.poison_scratch(True)
+    _C.poison_scratch(True), _C_arrays.poison_scratch(True)
     yield
-    _C.poison_scratch(False)
+    _C.poison_scratch(False), _C_arrays.poison_scratch(False)
     torch.use_deterministic_algorithms(False)

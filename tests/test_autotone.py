@@ -116,6 +116,13 @@ def test_thumbnail_is_a_mean_over_cells():
     assert thumbnail(torch.rand(1, 3, 5000, 7)).shape == (1, 3, 128, 128)
 
 
+def test_arrays_and_tensors_get_the_same_recipe():
+    photos = np.stack([room(seed, 260, 300, tint).transpose(2, 0, 1) for seed, tint in enumerate(((1, 0.9, 0.7), (0.6, 1, 1)))])
+    for one, other in zip(pinning(thumbnail(photos)), pinning(thumbnail(torch.from_numpy(photos))), strict=True):
+        assert one.dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
+
+
 def test_wall_colour_ignores_window_and_furniture():
     small = thumbnail(torch.from_numpy(room()).permute(2, 0, 1)[None])
     walls = wall_colour(small)[0]

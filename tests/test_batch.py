@@ -166,7 +166,7 @@ from pathlib import Path
 from PIL import Image
 from autohdr.enhance import enhance
 from autohdr.enhance.manifest import Manifest
-from autohdr.models.weights import SHIPPED
+from autohdr.edits import SHIPPED
 
 def end():
     os.kill(os.getpid(), signal.SIGKILL)

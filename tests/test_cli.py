@@ -5,20 +5,24 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import autohdr
 from autohdr.cli import main
 from autohdr.data.pairs import read_pairs
-from autohdr.enhance import enhancer
+from autohdr.edits import SHIPPED
+from autohdr.enhance import enhancer, networks
 from autohdr.models import create_model, save_weights
 
+WHITE, WIDE = [0.3127, 0.329, 1.0], [0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0]
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
 VERBS = ["doctor", "data", "data split", "data audit", "data synth", "data degrade"]
 VERBS += ["train", "watch", "adapt", "eval", "compare", "enhance", "export", "plan", "demo"]
@@ -271,12 +275,38 @@ def test_enhance_with_the_model_that_ships(photos, capsysbinary, monkeypatch):
         assert captured.out == received and captured.err.startswith(said)
 
 
+def test_enhance_needs_no_pytorch_but_for_a_network(photos, tmp_path):
+    """Which takes longer to start than many photos take: the shipped model and the auto-tone go without, whatever the option."""
+    (photos / "in").mkdir()
+    profile = {"sRGB": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    profile["wide"] = imagecodecs.cms_profile("rgb", whitepoint=WHITE, primaries=WIDE, gamma=2.2)
+    for name, icc in profile.items():
+        Image.open(photos / "0_src.png").convert("RGB").save(photos / "in" / f"{name}.jpg", icc_profile=icc)
+    imagecodecs.imwrite(photos / "in" / "sixteen.png", np.full((9, 8, 3), 9000, np.uint16))
+    code = """
+import sys
+from autohdr.cli import main
+folder, out = sys.argv[1:]
+for number, options in enumerate(([], ["--auto-tone"], ["--property", "--save-edit", "--keep-white-balance"],
+                                  ["--strength", "0.5", "--depth", "16", "--format", "tiff", "--device", "cpu"])):
+    assert main(["enhance", folder, "--out", f"{out}/{number}", *options]) == 0
+    assert "torch" not in sys.modules, options
+assert main(["enhance", "-"]) == 0 and "torch" not in sys.modules
+"""
+    given = (photos / "0_src.png").read_bytes()
+    done = subprocess.run([sys.executable, "-c", code, photos / "in", tmp_path], input=given, capture_output=True, check=False)
+    assert not done.returncode, done.stderr.decode()
+    made = (photos / "0" / "sRGB.jpg").read_bytes()
+    assert run("enhance", photos / "in", "--checkpoint", SHIPPED, "--out", tmp_path / "0", "--on-exists", "error") == 0
+    assert (photos / "0" / "sRGB.jpg").read_bytes() == made  # the network knows what its twin for arrays did
+
+
 def test_enhance_verbose_prints_the_plan_of_what_needs_one(photos, checkpoint, caplog, monkeypatch):
     # Under pytest the root logger has handlers already, and basicConfig would leave it as it is.
     monkeypatch.setattr(logging, "basicConfig", lambda level, format: caplog.set_level(level))
     args = ("enhance", photos / "0_src.png", "--checkpoint", checkpoint, "-v", "--max-memory")
     assert run(*args, "64GB", "--out", photos / "whole") == 0 and "strips" not in caplog.text
-    monkeypatch.setattr(enhancer.Enhancer, "_fits", lambda *arguments: False)
+    monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments: False)
     assert run(*args, "64GB", "--out", photos / "strips") == 0
     assert re.search(r"40×32: strips of 32 rows, expected peak \d+", caplog.text)
     assert run(*args, "1MB", "--out", photos / "none") == 1

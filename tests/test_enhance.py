@@ -18,14 +18,14 @@ from autohdr import measure as measuring
 from autohdr.autotone import auto_tone
 from autohdr.data.colour import decode_srgb
 from autohdr.data.images import Photo, from_float, photo_layout, read_photo, read_rgb, read_samples, to_float, write_photo
-from autohdr.enhance import Enhancer, enhance, enhancer
+from autohdr.edits import SHIPPED
+from autohdr.enhance import Enhancer, enhance, enhancer, networks
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
 from autohdr.metrics import srgb_to_lab
 from autohdr.models import combine, create_model, load_checkpoint, save_weights
 from autohdr.models.tiling import in_strips, rows_in_strips
-from autohdr.models.weights import SHIPPED
 from autohdr.plan import plan
 
 
@@ -424,7 +424,7 @@ def test_a_memory_limit_is_kept_to_and_changes_no_pixel(tmp_path, monkeypatch):
     result = run([tmp_path / "in"], tmp_path / "whole", model)
     assert len(result.written) == 2
     limit = resident_bytes() + 10**9
-    monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
+    monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments: False)
     run([tmp_path / "in"], tmp_path / "limited", model, max_memory=limit)
     monkeypatch.undo()
     for name in ("small.png", "tall.png"):
@@ -445,8 +445,8 @@ def test_each_view_of_a_photo_goes_in_strips_where_it_must(tmp_path, monkeypatch
     torch.manual_seed(0)
     model, limit, made = combine([create_model("restormer_nano", dim=8)], flips=8), resident_bytes() + 10**9, []
     run([tmp_path / "in"], tmp_path / "whole", model)
-    monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
-    monkeypatch.setattr(enhancer, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
+    monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments: False)
+    monkeypatch.setattr(networks, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
     run([tmp_path / "in"], tmp_path / "limited", model, max_memory=limit)
     assert made == [(1, 3, 21, 13)] * 4 + [(1, 3, 13, 21)] * 4
     whole, limited = (read_samples(tmp_path / folder / "photo.png").astype(int) for folder in ("whole", "limited"))
@@ -477,11 +477,11 @@ def test_an_edit_is_carried_up_by_rows_as_to_the_whole_photo(tmp_path, monkeypat
     model = combine([create_model("restormer_nano", dim=8)], fast=True)
     by_rows, whole, made = Enhancer(model, **settings), Enhancer(Plain(model), **settings), []
     limited = Enhancer(model, max_memory=resident_bytes() + 10**9, **settings)
-    monkeypatch.setattr(enhancer, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
+    monkeypatch.setattr(networks, "in_strips", lambda *arguments: made.append(arguments[1].shape) or in_strips(*arguments))
     for photo in sorted(tmp_path.iterdir()):
         files = [by_rows.file(photo), whole.file(photo)]
         with monkeypatch.context() as without:
-            without.setattr(Enhancer, "_fits", lambda *arguments: False)
+            without.setattr(networks.Networks, "_fits", lambda *arguments: False)
             files.append(limited.file(photo))
         pixels = []
         for name, (file, notes, reason) in zip("abc", files, strict=True):
@@ -539,7 +539,7 @@ def test_a_photo_in_strips_has_the_same_file(tmp_path, monkeypatch, settings, ki
     with monkeypatch.context() as patch:
         patch.setattr(worker, "by_rows", kind == "restormer_nano")
         whole = [worker.file(photo) for photo in photos]
-    monkeypatch.setattr(Enhancer, "_fits", lambda *arguments: False)
+    monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments: False)
     for photo, (expected, *said) in zip(photos, whole, strict=True):
         got, *others = worker.file(photo)
         assert others == said and not said[1]
@@ -726,8 +726,8 @@ def test_a_restormer_works_in_strips_only_where_a_photo_does_not_fit(tmp_path, m
     torch.manual_seed(0)
     model = create_model("restormer_nano", dim=8)
     calls = []
-    monkeypatch.setattr(enhancer, "rows_in_strips", lambda *args: calls.append("strips") or rows_in_strips(*args))
-    monkeypatch.setattr(enhancer, "plan", lambda *args, **options: calls.append("plan") or plan(*args, **options))
+    monkeypatch.setattr(networks, "rows_in_strips", lambda *args: calls.append("strips") or rows_in_strips(*args))
+    monkeypatch.setattr(networks, "plan", lambda *args, **options: calls.append("plan") or plan(*args, **options))
 
     def samples(worker):
         work = worker.read(tmp_path / "a.png")
@@ -737,15 +737,15 @@ def test_a_restormer_works_in_strips_only_where_a_photo_does_not_fit(tmp_path, m
     worker = Enhancer(model)
     whole = samples(worker)
     assert not calls
-    monkeypatch.setattr(enhancer, "most_bytes", lambda model, image: 2**60)
+    monkeypatch.setattr(networks, "most_bytes", lambda model, image: 2**60)
     for _ in range(2):
         np.testing.assert_array_equal(samples(worker), whole)
     assert calls == ["plan"]
-    monkeypatch.setattr(enhancer, "PLANNED_TOO_LITTLE", 10**9)
+    monkeypatch.setattr(networks, "PLANNED_TOO_LITTLE", 10**9)
     worker = Enhancer(model)
     np.testing.assert_allclose(samples(worker), whole.astype(int), atol=1)
     assert calls == ["plan", "plan", "strips"]
-    monkeypatch.setattr(enhancer, "most_bytes", lambda model, image: 0)
+    monkeypatch.setattr(networks, "most_bytes", lambda model, image: 0)
     monkeypatch.setattr(type(model), "forward", lambda self, image: raises(MemoryError())())
     np.testing.assert_allclose(samples(worker), whole.astype(int), atol=1)
     assert calls == ["plan", "plan", "strips", "strips"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from again import ROOT, unless_passed
 
-from autohdr import _C
+from autohdr import _C, _C_arrays
 
 MANYLINUX = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8, 0)}  # 2_28: AlmaLinux 8
 EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
@@ -103,7 +103,8 @@ def installed(unpacked: Path, folder: Path, kernels: str) -> Path:
     held = {str(file.relative_to(target)) for file in target.glob("autohdr/**/*") if file.is_file() and file.suffix != ".pyc"}
     package = {name for name in tracked() if name.startswith("autohdr/") and name != "autohdr/configs"}
     package |= {f"autohdr/{name}" for name in tracked() if name.startswith("configs/")}
-    assert held - package == (set() if kernels == "none" else {f"autohdr/_C{EXTENSION}"}) and not package - held
+    compiled = set() if kernels == "none" else {f"autohdr/{module}{EXTENSION}" for module in ("_C", "_C_arrays")}
+    assert held - package == compiled and not package - held
     return target
 
 
@@ -168,8 +169,8 @@ class TestSymbols:
         return folder / "code.so"
 
     def test_nothing_of_torch_but_the_stable_abi_of_2_11(self, system):
-        assert self.shim & needed(_C.__file__)
-        assert not self.unknown(_C.__file__, system)
+        assert self.shim & needed(_C.__file__) and not self.shim & needed(_C_arrays.__file__)
+        assert not self.unknown(_C.__file__, system) | self.unknown(_C_arrays.__file__, system)
 
     def test_nothing_newer_than_manylinux(self, system, tmp_path):
         """But for what the compiler's own headers bring, of which manylinux's compiler links its own copies."""
@@ -189,7 +190,7 @@ class TestSymbols:
               return both.str();
             }"""
         own = self.too_new(self.compiled(headers, tmp_path), system)
-        assert self.too_new(_C.__file__, system) <= own
+        assert self.too_new(_C.__file__, system) | self.too_new(_C_arrays.__file__, system) <= own
 
     def test_what_is_unknown_or_too_new_is_found(self, system, tmp_path):
         code = """

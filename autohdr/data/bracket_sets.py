@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import ExifTags
 
-from autohdr.data.brackets import lay, merge, tone
 from autohdr.data.images import Photo, from_float, photo_layout, read_exif, read_photo, read_samples
 from autohdr.errors import UserError
 
@@ -107,6 +104,8 @@ def glimpse(paths: Sequence[str | Path], at_least: int) -> np.ndarray:
 
 
 def _merged(samples: list[np.ndarray], paths: Sequence[str | Path]) -> np.ndarray:
+    from autohdr.data.brackets import merge, tone
+
     return tone(merge(samples, _stops([Shot.of(Path(path)) for path in paths])))
 
 
@@ -148,6 +147,8 @@ def _sets_in(run: list[Shot], count: int | None) -> tuple[list[tuple[Path, ...]]
 
 def _as_set(shots: list[Shot], shown: Callable[[Path], np.ndarray]) -> list[Shot] | None:
     """The shots from the darkest to the brightest, or None if they are no set. shown: see _shown."""
+    from autohdr.data.brackets import lay  # with PyTorch, which single photos need not wait for
+
     stops = _stops(shots)
     exposed = [shot.light is not None or shot.bias is not None for shot in shots]
     try:
@@ -173,6 +174,9 @@ def _as_set(shots: list[Shot], shown: Callable[[Path], np.ndarray]) -> list[Shot
 
 def _shown(path: Path) -> np.ndarray:
     """A photo's pixels, reduced, uint16. UserError as read_photo."""
+    import torch
+    import torch.nn.functional as F
+
     samples = read_samples(path, at_least=_SHOWN // 2)
     cell = min(math.ceil(max(samples.shape[:2]) / _SHOWN), *samples.shape[:2])
     values = torch.from_numpy(samples / np.float32(np.iinfo(samples.dtype).max)).permute(2, 0, 1)

@@ -242,7 +242,7 @@ def _hats(values: Tensor) -> Tensor:
 def light_table(dtype: np.dtype, response: np.ndarray) -> np.ndarray:
     """The light of each stored value, rising, 1 for white as sRGB has it."""
     stored = np.linspace(0, 1, np.iinfo(dtype).max + 1)
-    light = decode_srgb(torch.from_numpy(stored)).numpy() * np.exp(np.interp(stored, np.linspace(0, 1, KNOTS), response))
+    light = decode_srgb(stored) * np.exp(np.interp(stored, np.linspace(0, 1, KNOTS), response))
     return np.maximum.accumulate(light).astype(np.float32)
 
 

@@ -2,13 +2,13 @@
 
 import functools
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import imagecodecs
 import numpy as np
-import torch
-from torch import Tensor
 
+from autohdr.arrays import Array, library, threads_wanted
 from autohdr.errors import UserError
 
 STEPS = 65536
@@ -31,7 +31,7 @@ _GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
 _BT709 = (1, 6, 14, 15)
 _SRGB_TRANSFER, _PQ, _HLG = 13, 16, 18
 _PAPER = 203 / 10_000  # of PQ's most light: the white of a page, ITU-R BT.2408
-_ROWS = 128
+_ROWS = 32  # so few that what a step makes of them is still in the cache for the next
 
 
 class ColourSpace:
@@ -44,10 +44,10 @@ class ColourSpace:
         to linear sRGB's. white: what light of the most that can be stored is the white of sRGB."""
         rising = [np.maximum.accumulate(curve) for curve in curves]
         stored = np.linspace(0, 1, STEPS)
-        self._decode = torch.from_numpy(np.stack(rising).astype(np.float32))
-        self._encode = torch.from_numpy(np.stack([np.interp(stored**2, curve, stored) for curve in rising]).astype(np.float32))
-        self._matrix = torch.from_numpy((matrix / white).astype(np.float32))
-        self._inverse = torch.from_numpy((np.linalg.inv(matrix) * white).astype(np.float32))
+        self._decode = np.stack(rising).astype(np.float32)
+        self._encode = np.stack([np.interp(stored**2, curve, stored) for curve in rising]).astype(np.float32)
+        self._matrix = (matrix / white).astype(np.float32)
+        self._inverse = (np.linalg.inv(matrix) * white).astype(np.float32)
 
     def to_srgb(self, pixels: np.ndarray) -> np.ndarray:
         """(H, W, 3) float in [0, 1], uint8 or uint16, as sRGB-encoded float32; below 0 or above 1 where sRGB lacks the colour."""
@@ -68,19 +68,19 @@ class ColourSpace:
         return _in_bands(band, pixels, before, after)
 
     def _decoded(self, pixels: np.ndarray) -> np.ndarray:
+        step = {np.uint8: (STEPS - 1) // 255, np.uint16: 1}.get(pixels.dtype.type)
         planes = []
         for channel, table in enumerate(self._decode):
-            stored = torch.from_numpy(np.ascontiguousarray(pixels[..., channel])).flatten()
-            step = {torch.uint8: (STEPS - 1) // 255, torch.uint16: 1}.get(stored.dtype)
-            planes.append(table.index_select(0, stored.int() * step) if step else _between(table, stored.float()))
-        return encode_srgb(self._matrix @ torch.stack(planes)).T.reshape(pixels.shape).numpy()
+            stored = pixels[..., channel].reshape(-1)
+            planes.append(table[::step][stored] if step else _between(table, stored.astype(np.float32)))
+        return encode_srgb(_mixed(self._matrix, planes)).T.reshape(pixels.shape)
 
     def _encoded(self, pixels: np.ndarray, own: np.ndarray, old: np.ndarray) -> np.ndarray:
         """sRGB, also beyond [0, 1], in this space. own, old: the pixels before the edit, for spaces whose way back is rough."""
-        light = self._inverse @ decode_srgb(torch.from_numpy(pixels).view(-1, 3).T.contiguous())
-        roots = light.clamp_(0, 1).sqrt_()
-        stored = torch.stack([_between(table, roots[i]) for i, table in enumerate(self._encode)])
-        return stored.T.reshape(pixels.shape).numpy()
+        light = _mixed(self._inverse, decode_srgb(np.ascontiguousarray(pixels.reshape(-1, 3).T)))
+        roots = np.sqrt(light.clip(0, 1))
+        stored = np.stack([_between(table, roots[i]) for i, table in enumerate(self._encode)])
+        return stored.T.reshape(pixels.shape)
 
 
 class _TableSpace(ColourSpace):
@@ -90,14 +90,14 @@ class _TableSpace(ColourSpace):
         self._profile = profile
 
     def _decoded(self, pixels: np.ndarray) -> np.ndarray:
-        return encode_srgb(torch.from_numpy(_transform(_unit(pixels), self._profile, _linear_srgb()))).numpy()
+        return encode_srgb(_transform(_unit(pixels), self._profile, _linear_srgb()))
 
     def _encoded(self, pixels: np.ndarray, own: np.ndarray, old: np.ndarray) -> np.ndarray:
         new, was = (self._back(srgb) for srgb in (pixels, old))
         return _unit(own) + new - was  # the tables to and fro are no inverses: the difference is much nearer
 
     def _back(self, pixels: np.ndarray) -> np.ndarray:
-        return _transform(decode_srgb(torch.from_numpy(pixels)).numpy(), _linear_srgb(), self._profile)
+        return _transform(decode_srgb(pixels), _linear_srgb(), self._profile)
 
 
 def colour_space(icc_profile: bytes | None, chunks: Mapping[bytes, bytes] | None = None) -> ColourSpace | None:
@@ -226,7 +226,7 @@ def _curve(transfer: int) -> np.ndarray:
         return _hlg(value)
     if transfer in _BT709:
         return np.where(value < 0.081, value / 4.5, ((value + 0.099) / 1.099) ** (1 / 0.45))
-    return decode_srgb(torch.from_numpy(value)).numpy()
+    return decode_srgb(value)
 
 
 def _hlg(value: np.ndarray) -> np.ndarray:
@@ -246,11 +246,21 @@ def _transform(pixels: np.ndarray, profile: bytes, to: bytes) -> np.ndarray:
     return imagecodecs.cms_transform(np.ascontiguousarray(pixels), profile, to, **options)
 
 
+def _mixed(matrix: np.ndarray, planes: Sequence[np.ndarray]) -> np.ndarray:
+    """matrix @ planes, [3, N], without the threads of a library for matrices: _in_bands has its own."""
+    red, green, blue = planes
+    return np.stack([row[0] * red + row[1] * green + row[2] * blue for row in matrix])
+
+
 def _in_bands(function: Callable[..., np.ndarray], *images: np.ndarray) -> np.ndarray:
-    """function(*images) in bands of rows, so that a large photo needs no more copies in floating point than it must."""
+    """function(*images) in bands of rows, in threads: a large photo needs no more copies in floating point than it must."""
     result = np.empty(images[0].shape, np.float32)
-    for row in range(0, len(result), _ROWS):
+
+    def band(row: int) -> None:
         result[row : row + _ROWS] = function(*(image[row : row + _ROWS] for image in images))
+
+    with ThreadPoolExecutor(threads_wanted()) as pool:
+        list(pool.map(band, range(0, len(result), _ROWS)))
     return result
 
 
@@ -258,19 +268,20 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32, copy=False) if pixels.dtype.kind == "f" else pixels / np.float32(np.iinfo(pixels.dtype).max)
 
 
-def _between(table: Tensor, x: Tensor) -> Tensor:
+def _between(table: np.ndarray, x: np.ndarray) -> np.ndarray:
     """A table's values at x in [0, 1], one-dimensional, linear between its steps."""
-    at = x * (STEPS - 1)
-    below = at.int().clamp_(max=STEPS - 2)
-    return torch.lerp(table.index_select(0, below), table.index_select(0, below + 1), at - below)
+    at = x * np.float32(STEPS - 1)
+    below = at.astype(np.int32).clip(0, STEPS - 2)
+    low, part = table[below], at - below.astype(np.float32)
+    return low + part * (table[below + 1] - low)
 
 
-def decode_srgb(encoded: Tensor) -> Tensor:
-    """sRGB's curve to light; below 0 it is mirrored, above 1 it goes on."""
-    size = encoded.abs()
-    return torch.where(size <= 0.04045, size / 12.92, ((size + 0.055) / 1.055) ** 2.4).copysign_(encoded)
+def decode_srgb(encoded: Array) -> Array:
+    """sRGB's curve to light, of arrays or tensors; below 0 it is mirrored, above 1 it goes on."""
+    xp, size = library(encoded), abs(encoded)
+    return xp.copysign(xp.where(size <= 0.04045, size / 12.92, ((size + 0.055) / 1.055) ** 2.4), encoded)
 
 
-def encode_srgb(light: Tensor) -> Tensor:
-    size = light.abs()
-    return torch.where(size <= 0.0031308, size * 12.92, 1.055 * size ** (1 / 2.4) - 0.055).copysign_(light)
+def encode_srgb(light: Array) -> Array:
+    xp, size = library(light), abs(light)
+    return xp.copysign(xp.where(size <= 0.0031308, size * 12.92, 1.055 * size ** (1 / 2.4) - 0.055), light)

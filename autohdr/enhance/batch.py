@@ -10,22 +10,25 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
+from autohdr.arrays import Array
 from autohdr.data.bracket_sets import bracket_sets
 from autohdr.data.conversion import result_name
 from autohdr.data.images import KINDS, photo_layout, photos_in
-from autohdr.enhance.enhancer import EDIT_SUFFIXES, Enhancer, Work, edit_files, failure
+from autohdr.edits import ArrayLite, Prediction, of_property
+from autohdr.enhance.enhancer import EDIT_SUFFIXES, Enhancer, edit_files, failure
 from autohdr.enhance.manifest import FAILED, PENDING, SKIPPED, WRITTEN, Manifest, Record, now
 from autohdr.enhance.overlap import overlap
 from autohdr.enhance.progress import Progress
+from autohdr.enhance.work import Work
 from autohdr.errors import UserError
 from autohdr.files import clear_abandoned, replacing, sha256, write_text
 from autohdr.measure import check_workers, cores, free_bytes
-from autohdr.models.lite import Prediction, of_property
 from autohdr.signals import Abandoned, Deferred, deferred_signals
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BRACKETS = ("off", "auto", "3", "5")
 ON_EXISTS = ("skip", "overwrite", "rename", "error")
@@ -84,7 +87,7 @@ class _Job:
 def enhance(
     paths: Iterable[str | Path],
     out_dir: str | Path,
-    model: nn.Module | str | Path | None = None,
+    model: "nn.Module | ArrayLite | str | Path | None" = None,
     *,
     brackets: str = "off",
     property: bool = False,
@@ -110,7 +113,7 @@ def enhance(
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
     result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
     property: the photos of a folder of results are of one property: each edit is changed so that the photo's walls come nearer,
-    in tint and lightness, to what the folder's become in the median (lite.of_property, lite.shared). Where another photo
+    in tint and lightness, to what the folder's become in the median (edits.of_property, edits.shared). Where another photo
     changes that, all of them are made anew.
     on_exists: what to do where a result exists that was not done before. "skip": what the manifest knows and nobody has changed
     since, but whose photo, model or options have changed, is made anew with a note; any other photo is skipped. "overwrite":
@@ -160,7 +163,7 @@ def enhance(
     manifest.begin([*records, *(job.record for job in found if job.record.status != PENDING)])
 
     todo = [job for job in found if job.record.status == PENDING]
-    on_cpu = enhancer.device.type == "cpu"
+    on_cpu = enhancer.on_cpu
     budget = 0 if on_cpu and enhancer.max_memory is not None else free_bytes() // SHARE
     enhancer.reserved = budget if on_cpu and len(todo) > 1 else 0
     try:
@@ -206,7 +209,7 @@ class _Stages:
 
     enhancer: Enhancer
     manifest: Manifest
-    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
+    looks: Mapping[Path, Array]  # of a folder of results, its property's: edits.of_property
     signalled: Deferred
 
     def bytes(self, job: _Job) -> int:
@@ -269,7 +272,7 @@ class _Fates:
     targets: Mapping[Path, Path]  # of each result, the photo
     sets: Mapping[Path, tuple[Path, ...]]  # of a photo, the exposures of its bracket
     words: Mapping[Path, str]  # on a photo that may be of a bracket
-    looks: Mapping[Path, Tensor]  # of a folder of results, its property's: lite.of_property
+    looks: Mapping[Path, Array]  # of a folder of results, its property's: edits.of_property
     out_dir: Path
     identity: Mapping[str, Any]
     save_edit: bool
@@ -357,7 +360,7 @@ def _gather(targets: dict[Path, Path], brackets: str, pool: Executor) -> tuple[d
 
 def _property_looks(
     targets: Mapping[Path, Path], sets: Mapping[Path, tuple[Path, ...]], enhancer: Enhancer, pool: Executor
-) -> dict[Path, Tensor]:
+) -> dict[Path, Array]:
     """Of each folder of results, where there is one."""
     places = sorted(targets)
     predictions = pool.map(enhancer.glimpse, [sets.get(targets[place], (targets[place],)) for place in places])

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from autohdr.edits import SHIPPED
 from autohdr.errors import UserError
 from autohdr.files import replacing
 from autohdr.models.diffusion import STEPS, Bridge, Sampler
@@ -26,9 +27,6 @@ from autohdr.models.registry import CONFIGS, FAMILIES, create_model
 from autohdr.models.weight_files import FLOATS, HEADER, WeightFile, oddity, read, some
 
 log = logging.getLogger(__name__)
-
-SHIPPED = Path(__file__).with_name("lite.safetensors")
-"""The weights that `make model` makes."""
 
 WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."

@@ -16,11 +16,12 @@ from torch import Tensor
 from autohdr.data.audit import audit
 from autohdr.data.pairs import PairDataset, photo_digests
 from autohdr.data.splits import linked_groups
+from autohdr.edits import CHANGES, TRUST, changed, hedged, mean
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
 from autohdr.metrics import mean_interval
 from autohdr.models import load_checkpoint, save_weights
-from autohdr.models.lite import CHANGES, TRUST, Lite, changed, hedged, mean
+from autohdr.models.lite import Lite
 
 LEAST = 8  # pictures: of fewer no interval says anything
 SHRINKAGE = (1, 4, 16, 64)  # the pairs that the shipped weights count for

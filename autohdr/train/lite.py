@@ -21,10 +21,10 @@ from torch import Tensor
 from autohdr.data.synthetic.camera import photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.scene import render_scene
+from autohdr.edits import SHIPPED, Inputs
 from autohdr.kernels import apply_edit
 from autohdr.models import create_model, save_weights
-from autohdr.models.lite import Inputs, Lite
-from autohdr.models.weights import SHIPPED
+from autohdr.models.lite import Lite
 from autohdr.train.config import RECIPES
 
 RECIPE = SimpleNamespace(**tomllib.loads((RECIPES / "lite.toml").read_text("utf-8")))

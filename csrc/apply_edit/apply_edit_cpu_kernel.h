@@ -173,7 +173,7 @@ static void run(const EditForward<T>& a) {
   Scratch scratch;
   const Table tables = make_tables(scratch, s, a.parameters);
   const Between* across = make_across(scratch, s);
-  v4* rows = scratch.take<v4>(row_size * torch::stable::get_num_threads());
+  v4* rows = scratch.take<v4>(row_size * thread_count());
   parallel_ranges(count, [&](int64_t worker, int64_t first, int64_t end) {
     v4* row = rows + worker * row_size;
     for (int64_t line = first; line < end; ++line) {
@@ -254,7 +254,7 @@ static void run(const EditBackward<T>& a) {
   Scratch scratch;
   const Table tables = make_tables(scratch, s, a.parameters);
   const Between* across = make_across(scratch, s);
-  v4* rows = scratch.take<v4>(2 * row_size * torch::stable::get_num_threads());
+  v4* rows = scratch.take<v4>(2 * row_size * thread_count());
   float* slots = scratch.zeros<float>(pieces * size);  // [piece][curves, matrix, grid]
   parallel_ranges(pieces, [&](int64_t worker, int64_t first, int64_t end) {
     v4 *row = s.columns ? rows + 2 * worker * row_size : nullptr, *d_row = row + row_size;

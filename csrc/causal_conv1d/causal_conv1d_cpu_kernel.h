@@ -25,7 +25,7 @@ template <bool ChannelLast, class F>
 static void each_line(const ConvShape& s, int64_t line_floats, const F& f) {
   constexpr int64_t kTokens = tokens_of(ChannelLast);
   const int64_t chunks = ceil_div(s.seqlen, kTokens), strips = ceil_div(s.dim, kStrip), count = s.batch * chunks * strips;
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()));
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(count, thread_count()));
   Scratch scratch;
   float* memory = scratch.take<float>(workers * line_floats);
   parallel_ranges(count, [&](int64_t worker, int64_t first, int64_t end) {

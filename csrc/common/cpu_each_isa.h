@@ -57,6 +57,7 @@ namespace autohdr::avx512 {
 #define AUTOHDR_CALL(function, ...) return ::autohdr::baseline::function(__VA_ARGS__)
 #endif
 
+#ifndef AUTOHDR_WITHOUT_TORCH
 namespace autohdr {
 namespace {
 
@@ -74,3 +75,4 @@ struct CpuKernels {
 
 }  // namespace
 }  // namespace autohdr
+#endif

@@ -46,7 +46,7 @@ struct Steps {
     tiles_across = ceil_div(width, std::clamp<int64_t>(kBudget / (kHeldRows * bytes_a_pixel), kNarrow, kWide));
     const int64_t fitting = kBudget / (most_columns() * bytes_a_pixel) - 2;
     rows = std::clamp<int64_t>(std::max(fitting, kPixels / most_columns()), 1, kMostRows);
-    const int64_t threads = torch::stable::get_num_threads(), most_bands = ceil_div(all_rows.size(), kBandRows);
+    const int64_t threads = thread_count(), most_bands = ceil_div(all_rows.size(), kBandRows);
     bands = 1;
     while (bands < most_bands && tiles() % threads != 0 && tiles() < kTilesEach * threads) ++bands;
     workers = std::clamp<int64_t>(tiles(), 1, threads);

@@ -206,7 +206,7 @@ struct Split {
 
   explicit Split(const ScanShape& s) {
     const int64_t blocks = ceil_div(s.channels, W), units = s.batch * s.groups * blocks;
-    workers = std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads()));
+    workers = std::max<int64_t>(1, std::min<int64_t>(units, thread_count()));
     for (int64_t w = 0; w < workers; ++w) {
       first.push_back(segments.size());
       for (int64_t unit = units * w / workers, stop = units * (w + 1) / workers; unit < stop;) {

@@ -8,26 +8,28 @@ import torch
 
 from autohdr.autotone import luma, pinning, thumbnail, wall_colour
 from autohdr.data.synthetic import photograph, render_scene
-from autohdr.errors import UserError
-from autohdr.kernels import apply_edit
-from autohdr.metrics import delta_e2000, srgb_to_lab
-from autohdr.models import create_model, load_checkpoint, save_weights
-from autohdr.models.lite import (
+from autohdr.edits import (
     LOST,
     MOST_SHARED,
     SHARED,
     SHARES,
+    SHIPPED,
     SURE,
     TRUST,
+    ArrayLite,
     Edit,
-    Lite,
     Prediction,
     edited_walls,
     neutral,
     of_property,
     shared,
+    shipped,
 )
-from autohdr.models.weights import SHIPPED
+from autohdr.errors import UserError
+from autohdr.kernels import apply_edit
+from autohdr.metrics import delta_e2000, srgb_to_lab
+from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.models.lite import Lite
 from autohdr.train import lite
 
 
@@ -178,6 +180,38 @@ def test_the_shipped_one():
     assert SHIPPED.stat().st_size <= 1_000_000 and model.config.name == "lite" and model.metadata["trained_on"] == []
     dim = photo()
     assert model(dim).isfinite().all() and model(dim).mean() > dim.mean() + 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("size", [(41, 56), (130, 700), (1100, 64)], ids=str)
+def test_the_shipped_one_predicts_the_same_of_arrays(dtype, size):
+    """All that becomes of a photo, by the network and by its twin for arrays, and the same thumbnail to the bit."""
+    white = torch.iinfo(dtype).max if dtype != torch.float32 else 1
+    x = (photo(2, *size) * white).to(dtype).contiguous(memory_format=torch.channels_last)
+    by_network, by_arrays = [model.predict(image) for model, image in ((load_checkpoint(), x), (shipped(), x.numpy()))]
+    assert torch.equal(thumbnail(x), torch.from_numpy(thumbnail(x.numpy())))
+    for one, other in zip([*by_network.edit, *by_network[1:]], [*by_arrays.edit, *by_arrays[1:]], strict=True):
+        assert other.dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(other), one, rtol=1e-5, atol=2e-6)
+    assert by_network.needed.max() == 1
+    look = torch.tensor([0.8, 0.7, 0.75])
+    edits = [
+        (neutral(prediction.edit), shared(prediction, colour), edited_walls(prediction))
+        for prediction, colour in ((by_network, look), (by_arrays, look.numpy()))
+    ]
+    for one, other in zip(sum(edits[0], ()), sum(edits[1], ()), strict=True):
+        torch.testing.assert_close(torch.from_numpy(other), one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_twin_for_arrays_of_any_lite():
+    model, x = trained(members=2, width=3), photo()
+    model.centre.normal_(generator=torch.Generator().manual_seed(1))
+    model.spread.fill_(0.13)
+    twin = ArrayLite({name: value.numpy() for name, value in model.state_dict().items()})
+    prediction, of_twin = model.predict(x), twin.predict(x.numpy())
+    assert prediction.share < 1
+    for one, other in zip(prediction.edit, of_twin.edit, strict=True):
+        torch.testing.assert_close(torch.from_numpy(other), one.detach(), rtol=1e-4, atol=1e-5)
 
 
 @functools.cache
