@@ -141,6 +141,22 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolve(x, weight, bias, dtype, 1, 0, 1, False)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, in half precision as Conv2d."""
+    if (dtype := _half_on_cpu(x)) is None:
+        return F.linear(x, weight, bias)
+    column = x.reshape(-1, x.shape[-1]).mT[None, :, :, None]
+    y = _convolve(column, weight[:, :, None, None], bias, dtype, 1, 0, 1, False)
+    return y[0, :, :, 0].mT.reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """nn.Linear, in half precision as Conv2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 _as_on_a_gpu = False
 
 
@@ -214,6 +230,10 @@ class _HalfConvolution(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
             for first, end in _strips(small, large, weight):
                 rows = _rows_under(large, weight, first, end, stride, padding)
+                if _is_pointwise(weight, stride, padding, groups):
+                    of_small, of_large = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (small[:, :, first:end].float(), rows))
+                    d_weight += (of_small.mT @ of_large)[:, :, None, None]
+                    continue
                 d_weight += conv2d_weight(
                     rows,
                     weight.shape,
@@ -229,6 +249,11 @@ class _HalfConvolution(torch.autograd.Function):
         return d_x, d_weight, d_bias, None, None, None, None, None
 
 
+def _is_pointwise(weight: Tensor, stride: int, padding: int, groups: int) -> bool:
+    """A product of matrices, of which PyTorch makes a slow convolution where there is one thread."""
+    return weight.shape[2:] == (1, 1) and stride == groups == 1 and padding == 0
+
+
 def _new_image(like: Tensor, channels: int, shape, dtype: torch.dtype) -> Tensor:
     size = (len(like), channels, *shape)
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=torch.channels_last)
@@ -237,7 +262,7 @@ def _new_image(like: Tensor, channels: int, shape, dtype: torch.dtype) -> Tensor
 def _strips(a: Tensor, b: Tensor, weight: Tensor):
     """[first, end) of the rows of a, where b is the convolution's other image."""
     height = a.shape[2]
-    bytes_a_row = 4 * max(a.numel(), b.numel()) / height
+    bytes_a_row = 4 * max(a.numel(), b.numel(), 1) / max(height, 1)
     rows = max(int(max(STRIP_BYTES, 4 * weight.numel()) / bytes_a_row), 1)
     if isinstance(a, FakeTensor):  # while planning: one strip takes what each of them takes
         height = min(height, rows)
@@ -255,6 +280,8 @@ def _rows_under(x: Tensor, weight: Tensor, first: int, end: int, stride: int, pa
 def _rows(x: Tensor, weight: Tensor, bias, first: int, end: int, stride: int, padding: int, groups: int) -> Tensor:
     """Rows [first, end) of the convolution of x."""
     rows = _rows_under(x, weight, first, end, stride, padding)
+    if _is_pointwise(weight, stride, padding, groups):
+        return F.linear(rows.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
     return F.conv2d(rows, weight, bias, stride, (0, padding), 1, groups)
 
 
@@ -262,5 +289,7 @@ def _transposed_rows(x: Tensor, weight: Tensor, bias, first: int, end: int, stri
     """Rows [first, end) of the transposed convolution of x."""
     top = max(-(-(first + padding - weight.shape[-1] + 1) // stride), 0)
     rows = x[:, :, top : (end - 1 + padding) // stride + 1].float()
+    if _is_pointwise(weight, stride, padding, groups):
+        return F.linear(rows.permute(0, 2, 3, 1), weight[:, :, 0, 0].mT, bias).permute(0, 3, 1, 2)
     begins = top * stride - padding
     return F.conv_transpose2d(rows, weight, bias, stride, (0, padding), 0, groups)[:, :, first - begins : end - begins]

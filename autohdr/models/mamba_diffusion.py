@@ -25,9 +25,11 @@ from autohdr.models.diffusion import STEPS, cosine_schedule
 from autohdr.models.layers import (
     Conv2d,
     ConvTranspose2d,
+    Linear,
     Mean,
     crop,
     from_windows,
+    linear,
     pad_to_multiple,
     pointwise,
     reach,
@@ -85,7 +87,7 @@ def _image(tokens: Tensor, like: Tensor) -> Tensor:
 
 def _feed_forward(channels: int) -> nn.Sequential:
     # The third module stands where the layout has a dropout.
-    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Identity(), nn.Linear(4 * channels, channels))
+    return nn.Sequential(Linear(channels, 4 * channels), nn.GELU(), nn.Identity(), Linear(4 * channels, channels))
 
 
 def _scaled(conv: Conv2d) -> Conv2d:
@@ -108,11 +110,11 @@ class SSM(nn.Module):
         inner, self.reverse = 2 * channels, reverse
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, config.dstate + 1)))  # A = -1 ... -dstate, in every channel
         self.D = nn.Parameter(torch.ones(inner))
-        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.in_proj = Linear(channels, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_size, groups=inner)
-        self.x_proj = nn.Linear(inner, 1 + 2 * config.dstate, bias=False)
-        self.dt_proj = nn.Linear(1, inner)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.x_proj = Linear(inner, 1 + 2 * config.dstate, bias=False)
+        self.dt_proj = Linear(1, inner)
+        self.out_proj = Linear(inner, channels, bias=False)
         low, high = map(math.log, DELTA)
         with torch.no_grad():
             delta = torch.empty(inner).uniform_(low, high).exp()
@@ -120,17 +122,17 @@ class SSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Two products, not one cut in half: the backward pass then need not put the halves' gradients together.
-        u_weight, z_weight = reach(self.in_proj, nn.Linear, bias=None).weight.chunk(2)
+        u_weight, z_weight = reach(self.in_proj, Linear, bias=None).weight.chunk(2)
         conv1d = reach(self.conv1d, nn.Conv1d, stride=(1,), padding=(0,), dilation=(1,), groups=len(self.D))
-        x_proj, dt_proj = reach(self.x_proj, nn.Linear, bias=None), reach(self.dt_proj, nn.Linear)
-        u = F.linear(x, u_weight)
+        x_proj, dt_proj = reach(self.x_proj, Linear, bias=None), reach(self.dt_proj, Linear)
+        u = linear(x, u_weight)
         u = kernels.causal_conv1d(u, conv1d.weight[:, 0], conv1d.bias, reverse=self.reverse, layout="bld")
         dstate = self.A_log.shape[0]
         # B and C begin at multiples of 8 elements, so that kernels load them in pieces of 16 bytes.
         gap, zeros = -dstate % 8, x_proj.weight.new_zeros(8, len(self.D))
         delta_row, B_rows, C_rows = x_proj.weight.split((1, dstate, dstate))
         rows = torch.cat((B_rows, zeros[:gap], C_rows, zeros[:gap], delta_row, zeros[1:]))
-        B, _, C, _, delta, _ = F.linear(u, rows).split((dstate, gap, dstate, gap, 1, 7), dim=-1)
+        B, _, C, _, delta, _ = linear(u, rows).split((dstate, gap, dstate, gap, 1, 7), dim=-1)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         A = -self.A_log.to(wide).exp().expand(self.D.shape[0], dstate)
         y = kernels.selective_scan(
@@ -140,7 +142,7 @@ class SSM(nn.Module):
             B,
             C,
             self.D,
-            z=F.linear(x, z_weight),
+            z=linear(x, z_weight),
             delta_bias=dt_proj.bias,
             delta_softplus=True,
             reverse=self.reverse,
@@ -173,9 +175,9 @@ class Block(nn.Module):
         self.channel_attn = nn.Sequential(
             Mean(),
             nn.Flatten(),
-            nn.Linear(channels, channels // 4),
+            Linear(channels, channels // 4),
             nn.GELU(),
-            nn.Linear(channels // 4, channels),
+            Linear(channels // 4, channels),
             nn.Sigmoid(),
         )
         self.norm2 = nn.LayerNorm(channels)
@@ -224,8 +226,8 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_positions(WINDOW))
         self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -256,8 +258,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(_tokens(x)))
@@ -315,8 +317,8 @@ class MambaDiffusion(Network):
             self.register_buffer("alphas_cumprod", alphas_cumprod.float())
             self.register_buffer("sqrt_alphas_cumprod", alphas_cumprod.sqrt().float())
             self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt().float())
-            self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
-            self.time_proj = nn.Linear(dim, dim)
+            self.time_embed = nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
+            self.time_proj = Linear(dim, dim)
         self.encoder_groups = nn.ModuleList(Group(c, config) for c in channels)
         self.downsamplers = nn.ModuleList(Conv2d(c, 2 * c, 4, stride=2, padding=1) for c in channels[:-1])
         self.middle = nn.ModuleList([Group(bottom, config)])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autohdr.models.layers import Conv2d, crop, from_windows, pad_to_multiple, reach, relative_positions, to_windows
+from autohdr.models.layers import Conv2d, Linear, crop, from_windows, pad_to_multiple, reach, relative_positions, to_windows
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 MEAN = (0.4488, 0.4371, 0.4040)
@@ -68,8 +68,8 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_positions(window))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, shift: int) -> Tensor:
         qkv, (height, width) = self.qkv(torch.roll(x, (-shift, -shift), (1, 2)) if shift else x), x.shape[1:3]
@@ -112,8 +112,8 @@ class WindowAttention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from autohdr.measure import _reset_high_water_mark, measure
 from autohdr.models import layers
-from autohdr.models.layers import Conv2d, ConvTranspose2d, crop, pad_to_multiple, pointwise
+from autohdr.models.layers import Conv2d, ConvTranspose2d, Linear, crop, pad_to_multiple, pointwise
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
@@ -70,6 +70,19 @@ def test_a_pointwise_convolution_is_conv2d():
     assert torch.equal(pointwise(x, weight, bias), F.conv2d(x, weight, bias))
     half = [t.bfloat16() for t in (x, weight, bias)]
     assert torch.equal(pointwise(*half), F.conv2d(*(t.float() for t in half)).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 4, 3, 5), (0, 5)], ids=str)
+def test_a_linear_layer_in_half_precision_is_float32_rounded_once(shape):
+    torch.manual_seed(0)
+    layer, x = Linear(5, 7).bfloat16(), torch.rand(shape).bfloat16()
+    wide = copy.deepcopy(layer).float()
+    factor = torch.rand(*shape[:-1], 7).bfloat16().float()
+    for actual, exact in zip(results(layer, x, factor), results(wide, x.float(), factor), strict=True):
+        assert actual.dtype == torch.bfloat16 and actual.shape == exact.shape
+        torch.testing.assert_close(actual.float(), exact, rtol=2**-8, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(x.float()).dtype == torch.bfloat16
 
 
 def test_autocast_rounds_the_output_alone(conv):
