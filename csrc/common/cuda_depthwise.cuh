@@ -1,5 +1,6 @@
 // The depthwise 3×3 convolution, and its backward pass. Lanes own pairs of channels; a warp walks a segment of some rows from left to
-// right, every column's loads under way while the one before is multiplied.
+// right, every column's loads under way while the one before is multiplied. Or, in half precision, tiles lie in shared memory, and the
+// tensor cores multiply them.
 #pragma once
 #include "common/cuda_async.cuh"
 #include "common/cuda_mma.cuh"
@@ -184,6 +185,135 @@ void launch_walk(void (*kernel)(Walk<kRows>, Parameters...), const Walk<kRows>& 
   launch(kernel, grid, dim3(32, kWalkWarps), 0, stream, walk, arguments...);
 }
 
+constexpr int kTileColumns = 16;  // of a tile in shared memory
+
+// Tiles of kRows × kColumns pixels.
+template <int kRows, int kColumns>
+struct Tiles {
+  Range rows;
+  int width, channels;
+  int64_t images;
+  __host__ __device__ int across() const { return (width + kColumns - 1) / kColumns; }
+  __host__ __device__ uint32_t of_image() const { return (rows.end - rows.first + kRows - 1) / kRows * across(); }
+};
+
+// A tile of kTileRows × 16 pixels by kChannels channels from (y, x) on, and its kHalo neighbours on each side, by kThreads threads;
+// zeros where the view has no pixels or channels.
+template <int kTileRows, int kChannels, int kThreads, int kHalo, class T>
+__device__ __forceinline__ void copy_tile(unsigned char* to, const View<const T>& from, int64_t image, int y, int x, int rows_end,
+                                          int channel, int channels) {
+  constexpr int kSize = Piece<T>::kSize, kPieces = kChannels / kSize, kAtOnce = kThreads / kPieces,
+                kRowsAtOnce = kAtOnce / kTileColumns, kAcross = kTileColumns + 2 * kHalo, kRows = kTileRows + 2 * kHalo;
+  const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+  const T* at = from.at(image, y, x) + channel + piece * kSize;
+  to += piece * 16;
+  const auto copy = [&](int row, int column, bool there) {
+    there = there && y + row >= from.rows.first && y + row < rows_end;
+    copy_async_or_zero(to + ((row + kHalo) * kAcross + column + kHalo) * row_of_columns<T>(kChannels),
+                       at + (row * from.width + column) * from.channels, there);
+  };
+  const auto has = [&](int column) { return channel + piece * kSize < channels && x + column >= 0 && x + column < from.width; };
+  const int column = first % kTileColumns, row = first / kTileColumns;
+  const bool there = has(column);
+#pragma unroll
+  for (int r = -kHalo; r < kTileRows + kHalo; r += kRowsAtOnce) copy(row + r, column, there);
+  if constexpr (kHalo > 0)
+    for (int i = first; i < 2 * kRows; i += kAtOnce) copy(i / 2 - 1, i % 2 ? kTileColumns : -1, has(i % 2 ? kTileColumns : -1));
+}
+
+// 16 pixels across by 8 channels of a tile, whose pixels are kRow and its rows kOfRow bytes, as left operands of mma() for pairs of
+// taps: (i, 0) and (i, 1) of one row, and of an even row the taps of column 2 on it and the next one. So no operand has to be put
+// together in registers. kTurned: of taps turned by 180 degrees, so that the columns are 2 - j, and the next row's tap comes first.
+// kAlong: pixels run along the products' k.
+template <class T, int kRow, int kOfRow, bool kTurned, bool kAlong>
+struct TapPixels {
+  const unsigned char *one_row, *two_rows;
+  uint32_t own[4], both[4];
+
+  // tile: the left neighbour of the first pixel, in the row above, and its first channel of these.
+  __device__ __forceinline__ explicit TapPixels(const unsigned char* tile) {
+    const int matrix = threadIdx.x % 32 / 8, second = kAlong ? matrix % 2 : matrix / 2, right = kAlong ? matrix / 2 : matrix % 2;
+    const unsigned char* from = tile + (right * 8 + threadIdx.x % 8) * kRow;
+    one_row = from + (kTurned ? 2 - second : second) * kRow;
+    two_rows = from + (kTurned ? 1 - second : second) * kOfRow + (kTurned ? 0 : 2) * kRow;
+  }
+  __device__ __forceinline__ void load(int row) {
+    const auto get = [](uint32_t (&v)[4], const unsigned char* at) {
+      kAlong ? load_matrices_transposed(v, at) : load_matrices(v, at);
+    };
+    get(own, one_row + row * kOfRow);
+    if (row % 2 == 0) get(both, two_rows + row * kOfRow);
+  }
+};
+// The pairs of taps: own[i] of (i, 0) and (i, 1); both[e] of (e - 1, 2) and (e, 2), where there are such.
+template <class V>
+struct TapPairs {
+  V own[3], both[4];
+};
+
+// The taps of 8 channels, the first of which is at `taps`, as diagonal matrices; none where this set of lanes has no channels. Of an
+// 8 × 8 matrix a lane holds elements (lane % 4 · 2, lane / 4) and the one below.
+template <class T>
+__device__ __forceinline__ TapPairs<uint32_t[2]> load_tap_pairs(const float* taps, int stride, bool has) {
+  const int lane = threadIdx.x % 32;
+  uint32_t tap[9];
+#pragma unroll
+  for (int t = 0; t < 9; ++t) {
+    const float value = has && lane % 4 == lane / 8 ? taps[t * stride + lane / 4] : 0.0f;
+    const Pair<T> pair = to_pair<T>(lane / 4 % 2 ? make_float2(0, value) : make_float2(value, 0));
+    tap[t] = reinterpret_cast<const uint32_t&>(pair);
+  }
+  TapPairs<uint32_t[2]> pairs;
+#pragma unroll
+  for (int i = 0; i < 6; ++i) pairs.own[i / 2][i % 2] = tap[i / 2 * 3 + i % 2];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = i / 2 - 1 + i % 2;
+    pairs.both[i / 2][i % 2] = row >= 0 && row < 3 ? tap[row * 3 + 2] : 0;
+  }
+  return pairs;
+}
+
+// own(output row y, i) and both(y, e) for the pairs with which row r of the tile gives to rows below `rows`.
+template <bool kTurned, class Own, class Both>
+__device__ __forceinline__ void for_each_pair(int r, int rows, const Own& own, const Both& both) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int y = kTurned ? r - 2 + i : r - i;
+    if (y >= 0 && y < rows) own(y, i);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int y = kTurned ? r - 2 + e : r + 1 - e;
+    if (r % 2 == 0 && y >= 0 && y < rows) both(y, e);
+  }
+}
+
+// f(row, 3×3 convolutions of both groups of 8 channels, as mma() gives them) for the first `count` rows, of kRows.
+template <class T, int kRow, int kOfRow, bool kTurned, int kRows, class F>
+__device__ __forceinline__ void convolve_on_tensor_cores(const unsigned char* tile, const TapPairs<uint32_t[2]> (&taps)[2],
+                                                         int count, const F& f) {
+  using Pixels = TapPixels<T, kRow, kOfRow, kTurned, false>;
+  Pixels pixels[2] = {Pixels(tile), Pixels(tile + 16)};
+  float sums[4][2][4];  // of rows in turns
+#pragma unroll
+  for (int r = 0; r < kRows + 2; ++r) {
+    if (r >= count + 2) break;
+#pragma unroll
+    for (int y = r == 0 ? 0 : r + 1; y <= r + 1; ++y)  // whose first products these are
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[y % 4][i / 4][i % 4] = 0;
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      pixels[group].load(r);
+      for_each_pair<kTurned>(
+          r, kRows, [&](int y, int i) { mma(sums[y % 4][group], pixels[group].own, taps[group].own[i], T{}); },
+          [&](int y, int e) { mma(sums[y % 4][group], pixels[group].both, taps[group].both[e], T{}); });
+    }
+    if (r >= 2) f(r - 2, sums[(r - 2) % 4][0], sums[(r - 2) % 4][1]);
+  }
+}
+
 // out = 3×3 convolution of in.
 constexpr int kDepthwiseRows = 4;
 template <class T>
@@ -195,44 +325,62 @@ __global__ void __launch_bounds__(128)
   convolve<1>(walk, s, in, taps, stride, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); });
 }
 
+// The same in half precision: a block owns a tile of 32 channels, a warp 16 of them in half of its rows.
+constexpr int kDepthwiseTileRows = 16, kDepthwiseChannels = 32, kDepthwiseThreads = 128;
+using DepthwiseTiles = Tiles<kDepthwiseTileRows, kTileColumns>;
+template <class T>
+__global__ void __launch_bounds__(kDepthwiseThreads, 4)
+    depthwise_on_tensor_cores(DepthwiseTiles tiles, View<const T> in, const float* taps, int stride, View<T> out) {
+  AUTOHDR_DYNAMIC_SHARED(unsigned char, tile);
+  constexpr int kRow = row_of_columns<T>(kDepthwiseChannels), kOfRow = (kTileColumns + 2) * kRow, kRows = kDepthwiseTileRows / 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, set = warp % 2, row = warp / 2 * kRows,
+            first = blockIdx.y * kDepthwiseChannels, own = first + set * 16, down = blockIdx.x / tiles.across(),
+            y0 = tiles.rows.first + down * kDepthwiseTileRows,
+            x0 = static_cast<int>(blockIdx.x - down * tiles.across()) * kTileColumns;
+  copy_tile<kDepthwiseTileRows, kDepthwiseChannels, kDepthwiseThreads, 1>(tile, in, blockIdx.z, y0, x0, in.rows.end, first,
+                                                                          tiles.channels);
+  const bool has[2] = {own < tiles.channels, own + 8 < tiles.channels};
+  const TapPairs<uint32_t[2]> w[2] = {load_tap_pairs<T>(taps + own, stride, has[0]),
+                                      load_tap_pairs<T>(taps + own + 8, stride, has[1])};
+  T* to = out.at(blockIdx.z, y0 + row, x0 + lane / 4) + own + lane % 4 * 2;
+  wait_for_copies();
+  __syncthreads();
+  const auto store = [&](int, const float (&a)[4], const float (&b)[4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (x0 + h * 8 + lane / 4 >= out.width) continue;
+      const float2 of_a[1] = {make_float2(a[h * 2], a[h * 2 + 1])}, of_b[1] = {make_float2(b[h * 2], b[h * 2 + 1])};
+      if (has[0]) store_pairs(to + h * 8 * out.channels, of_a);
+      if (has[1]) store_pairs(to + h * 8 * out.channels + 8, of_b);
+    }
+    to += out.width * out.channels;
+  };
+  convolve_on_tensor_cores<T, kRow, kOfRow, false, kRows>(tile + row * kOfRow + set * 32, w,
+                                                          min(kRows, tiles.rows.end - y0 - row), store);
+}
+
+// taps: `stride` from one to the next. in reaches a row further than out, where the image does.
+template <class T>
+void convolve_depthwise(View<const T> in, const float* taps, int stride, View<T> out, int height, int64_t images,
+                        cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    const DepthwiseTiles tiles{out.rows, out.width, out.channels, images};
+    launch(depthwise_on_tensor_cores<T>, dim3(tiles.of_image(), ceil_div(out.channels, kDepthwiseChannels), images),
+           dim3(kDepthwiseThreads), (kDepthwiseTileRows + 2) * (kTileColumns + 2) * row_of_columns<T>(kDepthwiseChannels), stream,
+           tiles, in, taps, stride, out);
+  } else {
+    launch_walk(depthwise<T>, Walk<kDepthwiseRows>(out, height, out.channels, images), stream, in, taps, stride, out);
+  }
+}
+
 // The backward pass, by blocks that own 64 channels, and 8 × 16 pixels at a time: they lie in shared memory, those of d with their
 // neighbours. A thread makes d_in of two channels of 2 × 8 pixels. The taps' gradients are products over the pixels on the tensor
 // cores, of which the diagonal is wanted: 8 channels of `in` with the same ones of d, at two shifts at a time.
-constexpr int kTapsRows = 8, kTapsColumns = 16, kTapsChannels = 64, kTapsThreads = 256, kTapsAcross = kTapsColumns + 2,
+constexpr int kTapsRows = 8, kTapsColumns = kTileColumns, kTapsChannels = 64, kTapsThreads = 256, kTapsAcross = kTapsColumns + 2,
               kTapsPixels = kTapsRows * kTapsColumns, kTapsNear = (kTapsRows + 2) * kTapsAcross;
 template <class T>
 constexpr int kTapsRow = row_of_columns<T>(kTapsChannels);  // bytes of a pixel in shared memory
-
-struct Tiles {
-  Range rows;
-  int width, channels;
-  int64_t images;
-  __host__ __device__ int across() const { return (width + kTapsColumns - 1) / kTapsColumns; }
-  __host__ __device__ uint32_t of_image() const { return (rows.end - rows.first + kTapsRows - 1) / kTapsRows * across(); }
-};
-
-// The tile from (y, x) on and its kHalo neighbours on each side; zeros where the view has no pixels or channels.
-template <int kHalo, class T>
-__device__ __forceinline__ void copy_tile(unsigned char* to, const View<const T>& from, int64_t image, int y, int x, int rows_end,
-                                          int channel, int channels) {
-  constexpr int kSize = Piece<T>::kSize, kPieces = kTapsChannels / kSize, kAtOnce = kTapsThreads / kPieces,
-                kRowsAtOnce = kAtOnce / kTapsColumns, kAcross = kTapsColumns + 2 * kHalo, kRows = kTapsRows + 2 * kHalo;
-  const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
-  const T* at = from.at(image, y, x) + channel + piece * kSize;
-  to += piece * 16;
-  const auto copy = [&](int row, int column, bool there) {
-    there = there && y + row >= from.rows.first && y + row < rows_end;
-    copy_async_or_zero(to + ((row + kHalo) * kAcross + column + kHalo) * kTapsRow<T>,
-                       at + (row * from.width + column) * from.channels, there);
-  };
-  const auto has = [&](int column) { return channel + piece * kSize < channels && x + column >= 0 && x + column < from.width; };
-  const int column = first % kTapsColumns, row = first / kTapsColumns;
-  const bool there = has(column);
-#pragma unroll
-  for (int r = -kHalo; r < kTapsRows + kHalo; r += kRowsAtOnce) copy(row + r, column, there);
-  if constexpr (kHalo > 0)
-    for (int i = first; i < 2 * kRows; i += kAtOnce) copy(i / 2 - 1, i % 2 ? kTapsColumns : -1, has(i % 2 ? kTapsColumns : -1));
-}
+using TapsTiles = Tiles<kTapsRows, kTapsColumns>;
 
 // Sums over the pixels of a tile, of 8 channels a warp: of lanes on the diagonal, those of one channel.
 template <class T>
@@ -278,7 +426,7 @@ __device__ __forceinline__ void add_tap_products(const unsigned char* d_tile, co
 // gradients, of what d_in's pixels give to them.
 template <class T>
 __global__ void __launch_bounds__(kTapsThreads, 2)
-    differentiate_depthwise(Tiles tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* slots,
+    differentiate_depthwise(TapsTiles tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* slots,
                             bool add) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   constexpr int kRow = kTapsRow<T>;
@@ -299,8 +447,9 @@ __global__ void __launch_bounds__(kTapsThreads, 2)
     const int y0 = tiles.rows.first + static_cast<int>(of_rows) * kTapsRows,
               x0 = static_cast<int>(tile - image * of_image - of_rows * across) * kTapsColumns;
     __syncthreads();
-    copy_tile<1>(d_tile, d, image, y0, x0, d.rows.end, first_channel, tiles.channels);
-    copy_tile<0>(in_tile, in, image, y0, x0, tiles.rows.end, first_channel, tiles.channels);
+    copy_tile<kTapsRows, kTapsChannels, kTapsThreads, 1>(d_tile, d, image, y0, x0, d.rows.end, first_channel, tiles.channels);
+    copy_tile<kTapsRows, kTapsChannels, kTapsThreads, 0>(in_tile, in, image, y0, x0, tiles.rows.end, first_channel,
+                                                         tiles.channels);
     wait_for_copies();
     __syncthreads();
     const unsigned char *near = d_tile + (unit_y * kTapsAcross + unit_x) * kRow + lane * 2 * sizeof(T),
@@ -371,8 +520,8 @@ inline int64_t depthwise_slots(int64_t channels, int64_t pixels) {
 }
 
 template <class T>
-void depthwise_backward(const Tiles& tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in, float* sums,
-                        int64_t slots, bool add, cudaStream_t stream) {
+void depthwise_backward(const TapsTiles& tiles, View<const T> in, View<const T> d, const float* flipped, View<T> d_in,
+                        float* sums, int64_t slots, bool add, cudaStream_t stream) {
   launch(differentiate_depthwise<T>, dim3(slots, ceil_div(tiles.channels, kTapsChannels)), dim3(kTapsThreads),
          (kTapsNear + kTapsPixels) * kTapsRow<T>, stream, tiles, in, d, flipped, d_in, sums, add);
 }

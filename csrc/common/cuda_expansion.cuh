@@ -34,10 +34,15 @@ struct Expansion {
             w.norm_bias ? repack.template make<float>(memory, vector, w.norm_bias) : nullptr, w.eps, channels};
     const int64_t size = int64_t{hidden} * columns;
     weight = repack.template make<T>(memory, {rows, Axis::plain(c, 1), size, columns}, w.weight);
-    taps = repack.template make<float>(memory, {Axis::plain(9, 1), each, 9 * hidden, hidden}, w.dwconv);
+    const auto make_taps = [&](const Axis& order, const float* from) {  // as T has them: some kernels take them so
+      Gather gather{order, each, 9 * hidden, hidden};
+      gather.rounds = true;
+      return repack.template make<float>(memory, gather, from);
+    };
+    taps = make_taps(Axis::plain(9, 1), w.dwconv);
     if (!backward) return;
     transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
-    flipped = repack.template make<float>(memory, {Axis::plain(9, -1), each, 9 * hidden, hidden}, w.dwconv + 8);
+    flipped = make_taps(Axis::plain(9, -1), w.dwconv + 8);
   }
   // Of `count` of the hidden channels, groups that lie one after the other, from `first` on.
   Expansion part(int first, int count) const {
@@ -62,11 +67,13 @@ struct ExpansionBackward {
   Buffer<T> d_hidden, d_normal;
   float *d_weight, *d_taps, *d_norm;  // of splits and slots
 
-  ExpansionBackward(Workspace& memory, const Expansion<T>& op_, const Steps& steps, const ImageShape& s)
+  // slots: of the taps' gradients, given the pixels of a step.
+  ExpansionBackward(Workspace& memory, const Expansion<T>& op_, const Steps& steps, const ImageShape& s,
+                    int64_t (*slots)(int64_t channels, int64_t pixels) = depthwise_slots)
       : op(op_), height(s.height), d_hidden(memory, steps, s, op.hidden, 0), d_normal(memory, steps, s, op.columns, 0) {
     const int64_t pixels = steps.images * steps.rows * s.width;
     splits = splits_of<T>(op.hidden, op.columns, 1, pixels);
-    tap_slots = depthwise_slots(op.hidden, pixels);
+    tap_slots = slots(op.hidden, pixels);
     norm_slots = image::norm_slots<T>(op.columns, pixels);
     d_weight = memory.take<float>(splits * op.hidden * op.columns);
     d_taps = memory.take<float>(tap_slots * 9 * op.hidden);
@@ -74,11 +81,16 @@ struct ExpansionBackward {
   }
   static int64_t pixel_bytes(int64_t hidden, int64_t columns) { return (hidden + columns) * static_cast<int64_t>(sizeof(T)); }
 
-  // dx of its rows, and the sums. hidden and d reach a row further.
-  void step(View<const T> x, View<const T> dy, View<T> dx, View<const T> normal, View<const T> hidden, View<const T> d,
-            int64_t images, bool first, cudaStream_t stream) const {
+  // d_hidden of these rows, and the taps' gradients. hidden and d reach a row further.
+  void through_taps(const Range& rows, View<const T> hidden, View<const T> d, int64_t images, bool first,
+                    cudaStream_t stream) const {
+    const View<T> dh = d_hidden.view(rows);
+    depthwise_backward<T>({rows, dh.width, op.hidden, images}, hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
+  }
+  // After that, dx and the other sums.
+  void through_product(View<const T> x, View<const T> dy, View<T> dx, View<const T> normal, int64_t images, bool first,
+                       cudaStream_t stream) const {
     const View<T> dh = d_hidden.view(dx.rows), dn = d_normal.view(dx.rows);
-    depthwise_backward<T>({dx.rows, dh.width, op.hidden, images}, hidden, d, op.flipped, dh, d_taps, tap_slots, !first, stream);
     outer<T>({dh.matrices(), normal.of(dx.rows).matrices(), d_weight, images, dh.pixels(), op.hidden, op.columns, 1, !first}, 1,
              splits, stream);
     product<T, T>({dh.matrices(), {op.transposed, 0, op.hidden, 0}, dh.pixels(), op.hidden, op.columns, 1}, dn.matrices(), images,

@@ -49,7 +49,8 @@ struct Gather {
   int64_t count, width;  // elements and columns of the copy
   int64_t slot = 0;
   int slots = 1;
-  bool roots = false;  // of the sums
+  bool roots = false;   // of the sums
+  bool rounds = false;  // to the kernels' T, whatever the copy is of
 };
 
 // A thread makes some neighbouring elements of a row, or, where there are many slots, a warp.
@@ -104,6 +105,8 @@ struct GatherTask {
     const int64_t at = row * gather.width + column;
     if (element == 8)
       store_as(static_cast<double*>(to) + at, column, v);
+    else if (element == 4 && gather.rounds)
+      store_as<T>(static_cast<float*>(to) + at, column, v);
     else if (element == 4)
       store_as(static_cast<float*>(to) + at, column, v);
     else
@@ -111,7 +114,7 @@ struct GatherTask {
   }
 
  private:
-  template <class To, class Sum>
+  template <class Rounded = float, class To, class Sum>
   __device__ __forceinline__ void store_as(To* at, int column, const Sum (&v)[kGathered]) const {
     if constexpr (sizeof(To) == 8) {
 #pragma unroll
@@ -120,7 +123,7 @@ struct GatherTask {
     } else {
       float rounded[kGathered];
 #pragma unroll
-      for (int e = 0; e < kGathered; ++e) rounded[e] = static_cast<float>(v[e]);
+      for (int e = 0; e < kGathered; ++e) rounded[e] = to_float(from_float<Rounded>(static_cast<float>(v[e])));
       if (stores_pieces) return store_floats(at, rounded);
 #pragma unroll
       for (int e = 0; e < kGathered; ++e)

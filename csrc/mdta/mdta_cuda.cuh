@@ -324,8 +324,7 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
       const View<const T> x = x_image.read(b, images, near, stream);
       const View<T> h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
       expansion.expand(x, normal.view(near), h, images, stream);
-      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, hidden, images), stream, h, expansion.taps,
-                  expansion.taps_stride, v);
+      convolve_depthwise<T>(h, expansion.taps, expansion.taps_stride, v, s.height, images, stream);
       product<T, T>({v.matrices(), w_out, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
                     Plus<T>{x.of(rows).matrices()});
       y_image.written(b, images, rows, stream);
@@ -422,8 +421,7 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
       const Range near = steps.around(rows, 1);
       const View<T> h = hidden_rows.view(near, third), v = qk_rows.view(rows, third);
       expansion.expand(x_image.read(b, images, near, stream), normal_rows.view(near), h, images, stream, 2 * third);
-      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(v, s.height, third, images), stream, h, expansion.taps + 2 * third, hidden,
-                  v);
+      convolve_depthwise<T>(h, expansion.taps + 2 * third, hidden, v, s.height, images, stream);
       const View<const T> dy = dy_image.read(b, images, rows, stream);
       outer<T>({v.matrices(), dy.matrices(), combined_slots, 1, v.pixels(), third, columns, 1, rows.first > 0}, images, splits,
                stream);
@@ -455,7 +453,7 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
                     dx = dx_image.write(b, rows);
       const int64_t of_image = int64_t{third} * padded, of_head = int64_t{padded} * padded;
       expansion.expand(x, normal, h, images, stream);
-      launch_walk(depthwise<T>, Walk<kDepthwiseRows>(qk, s.height, 2 * third, images), stream, h, expansion.taps, hidden, qk);
+      convolve_depthwise<T>(h, expansion.taps, hidden, qk, s.height, images, stream);
       const Matrices<const T> q = qk.matrices(padded), k = q.shifted(third);
       const Matrices<T> dq = d.matrices(padded);
       const auto through = [&](const Matrices<const T>& from, const T* matrix, const Matrices<const T>& own,
@@ -467,7 +465,8 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
       through(q, grad.to_k, k, dq.shifted(third), grad.k_factor, grad.k_scale);
       product<T, T>({dy.matrices(), {to_v, combined_size, columns, 0}, d.pixels(), columns, third, 1},
                     d.matrices().shifted(2 * third), images, stream);
-      backward.step(x, dy, dx, normal, h, d, images, first, stream);
+      backward.through_taps(rows, h, d, images, first, stream);
+      backward.through_product(x, dy, dx, normal, images, first, stream);
       dx_image.written(b, images, rows, stream);
       first = false;
     });

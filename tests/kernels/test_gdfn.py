@@ -21,9 +21,9 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
         (1, 192, 510, 6, 6, True),
     ],
     "slow": [
-        (1, 48, 127, 11, 9, True),
+        (1, 48, 127, 11, 13, True),
         (2, 27, 37, 5, 7, True),
-        (1, 16, 32, 19, 14, True),  # neither is padded
+        (1, 16, 32, 17, 30, True),  # neither is padded
         (1, 32, 85, 1, 1, True),
         (1, 30, 21, 1, 250, False),
         (1, 23, 33, 63, 2, True),
