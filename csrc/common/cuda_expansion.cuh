@@ -16,6 +16,9 @@ struct ExpansionWeights {
   Groups groups;
 };
 
+// A channel's three taps of each row, and a zero after them, on 16 bytes.
+constexpr int kBand = 16;
+
 // The same as the kernels want them; columns: channels of x's view.
 template <class T>
 struct Expansion {
@@ -24,6 +27,7 @@ struct Expansion {
   Norm norm;
   const T *weight, *transposed = nullptr;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only
   const float *taps, *flipped = nullptr;   // [9][hidden], likewise
+  const T* bands = nullptr;                // [hidden + 64][kBand], of half precision; not for the backward pass
 
   Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
       : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()), taps_stride(hidden) {
@@ -40,7 +44,12 @@ struct Expansion {
       return repack.template make<float>(memory, gather, from);
     };
     taps = make_taps(Axis::plain(9, 1), w.dwconv);
-    if (!backward) return;
+    if (!backward) {
+      const int64_t most = hidden + 64;  // a block takes so many at a time, and finds zeros beyond the last
+      if constexpr (sizeof(T) == 2)
+        bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
+      return;
+    }
     transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
     flipped = make_taps(Axis::plain(9, -1), w.dwconv + 8);
   }
@@ -48,6 +57,7 @@ struct Expansion {
   Expansion part(int first, int count) const {
     Expansion e = *this;
     e.hidden = count, e.weight += int64_t{first} * columns, e.taps += first;
+    if (bands) e.bands += first * kBand;
     return e;
   }
   // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.

@@ -1,171 +1,182 @@
 // Norm, 1×1 and 3×3, and the product after them as one kernel, for few channels of half precision: between x and the result nothing
 // leaves the multiprocessor.
 //
-// A block owns 8 × 16 pixels at a time. It normalises them and those around them, and then goes through the hidden channels, those of
-// 32 of the product at a time: 1×1 of the pixels and their neighbours, 3×3 (and gate) into a tile in shared memory, product.
+// A block owns 14 × 14 pixels at a time. It normalises them and those around them, 16 × 16, in registers, and then goes through the
+// hidden channels, some at a time: 1×1 of all these pixels, 3×3 (and gate) into a tile in shared memory, product. All three are
+// products on tensor cores: the 3×3 is one of each channel, with a matrix of three bands. So its taps are rounded as the other weights
+// are, and a pixel that is infinite or no number makes those of its block's rows around it no numbers, not its neighbours alone.
 #pragma once
 #include "common/cuda_expansion.cuh"
 
 namespace autohdr {
 namespace image {
 
-// kTiles: of 16 channels of x, at least; kParts of the 3×3's channels make one of the product's; kRow: bytes of a pixel's in the tile
-// for the product. Rows in shared memory are odd numbers of pieces, against bank conflicts.
-template <class T, int kTiles_, int kParts_, int kRow_>
+// kTiles: of 16 channels of x, at least; kHidden channels of the 3×3 at a time, of which kParts make one of its result; kResults
+// channels that the tile has.
+//
+// A channel's pixels lie in pieces of 8 along x. `hidden` has (x / 8, y % 2, y / 2) in turn. The tile has what a lane makes in turn:
+// see pixel_of.
+template <class T, int kTiles_, int kHidden_, int kParts_, int kResults>
 struct FusedTile {
-  static constexpr int kTiles = kTiles_, kParts = kParts_, kRow = kRow_;
-  static constexpr int kRows = 8, kColumns = 16, kPixels = kRows * kColumns, kAcross = kColumns + 2,
-                       kNear = (kRows + 2) * kAcross, kNearTile = 192, kThreads = 256;
-  static constexpr int kChannels = kTiles * 16, kMiddle = 32, kHidden = kMiddle * kParts;
-  static constexpr int kNormalRow = kChannels * 2 + 16, kHiddenRow = kHidden * 2 + 16;
-  static constexpr int kNormalBytes = kNearTile * kNormalRow, kHiddenBytes = kNearTile * kHiddenRow, kBytes = kPixels * kRow,
-                       kInBytes = kHidden * kNormalRow, kShared = kNormalBytes + kHiddenBytes + kBytes + kInBytes;
-  static constexpr int kInTiles = kHidden / 16;                                       // of 8 hidden channels that a warp makes
-  static constexpr int kAtOnce = kTiles > 3 && kParts > 1 ? 2 : 4;                    // columns of the 3×3, likewise
-  static constexpr int kMade = kTiles > 3 && kInTiles > 2 ? kInTiles / 2 : kInTiles;  // of them that registers have room for
+  static constexpr int kTiles = kTiles_, kHidden = kHidden_, kParts = kParts_;
+  static constexpr int kSide = 14, kNear = 256, kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kChannels = kTiles * 16, kMade = kHidden / kParts, kOwn = kMade / kWarps;  // of the result; a warp's
+  static constexpr int kHiddenRow = kNear * 2, kRow = kNear * 2 + 16,
+                       kInRow = kChannels * 2 + 16;  // bytes; odd numbers of pieces
+  static constexpr int kShared = kHidden * kHiddenRow + kResults * kRow + kHidden * kInRow;
 
   const View<const T>& x;  // the images as a whole
-  unsigned char *normal, *hidden, *in, *tile;
+  unsigned char *hidden, *tile, *in;
   int64_t image;
   int y0, x0;
-  uint32_t made_inside;  // which of the six pixels that this thread makes hidden channels of are in the image
+  uint32_t normal[4][kTiles * 2];  // the norm of 32 pixels, as right operands of the 1×1
 
-  __device__ FusedTile(const View<const T>& x_, unsigned char* shared)
-      : x(x_), normal(shared), hidden(normal + kNormalBytes), in(hidden + kHiddenBytes), tile(in + kInBytes), image(blockIdx.y),
-        y0(0), x0(0), made_inside(0) {}
-  static int64_t count(const View<const T>& x, const Range& rows) {
-    return ceil_div(x.width, kColumns) * ceil_div(rows.size(), kRows);
-  }
-  // Goes to a tile of the rows from `first` on.
-  __device__ __forceinline__ void start(int index, int first) {
-    const int across = (x.width + kColumns - 1) / kColumns;
-    y0 = first + index / across * kRows, x0 = index % across * kColumns;
-    made_inside = 0;
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      const int r = made_row(i);
-      made_inside |= uint32_t{r < kNear && in_image(y0 - 1 + r / kAcross, x0 - 1 + r % kAcross)} << i;
-    }
-  }
-  static __device__ __forceinline__ int made_row(int i) {
-    return static_cast<int>(threadIdx.x) / 32 % 4 * 48 + i * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
-  }
-  __device__ __forceinline__ bool in_image(int y, int x_) const { return y >= 0 && y < x.rows.end && x_ >= 0 && x_ < x.width; }
+  // Of a tile whose first pixel is (y0, x0).
+  __device__ FusedTile(const View<const T>& x_, unsigned char* shared, int64_t image_, int y0_, int x0_)
+      : x(x_), hidden(shared), tile(hidden + kHidden * kHiddenRow), in(tile + kResults * kRow), image(image_), y0(y0_), x0(x0_) {}
 
-  // This thread copies pieces of a row of the 1×1's weight for hidden channel copied_row() of the next ones.
+  // This thread copies every fourth piece of a row of weights from copied_piece() on.
   static __device__ __forceinline__ int copied_row() { return threadIdx.x / 4; }
   static __device__ __forceinline__ int copied_piece() { return threadIdx.x % 4; }
-  __device__ __forceinline__ void load_in(const T* row, bool there) const {
-    const int piece = copied_piece();
-    unsigned char* to = in + place_of(copied_row(), kInTiles) * kNormalRow + piece * 16;
+  // The 1×1's weight for the next channels, of which there are `count`. from: this thread's first piece.
+  __device__ __forceinline__ void load_in(const T* from, int count) const {
+    unsigned char* to = in + copied_row() * kInRow + copied_piece() * 16;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; i += 4)
-      if (copied_row() < kHidden && piece + i < kTiles * 2)
-        copy_async_or_zero(to + i * 16, row + (piece + i) * 8, there && (piece + i) * 8 < x.channels);
+      if (copied_row() < kHidden && copied_piece() + i < kTiles * 2)
+        copy_async_or_zero(to + i * 16, from + i * 8, copied_row() < count && (copied_piece() + i) * 8 < x.channels);
   }
 
-  // The norm of the pixels and those around them. Of pixels outside of the image it is the nearest one's, which is not used.
-  __device__ __forceinline__ void normalise(const Norm& norm) const {
-    if (x.channels < kChannels)
-      for (int i = threadIdx.x; i < kNearTile * kTiles * 2; i += kThreads)
-        if (i % (kTiles * 2) * 8 >= x.channels)
-          *reinterpret_cast<uint4*>(normal + i / (kTiles * 2) * kNormalRow + i % (kTiles * 2) * 16) = make_uint4(0, 0, 0, 0);
-    constexpr NormLanes<T> lanes(kChannels);
+  static __device__ __forceinline__ int warp() { return thread() / 32; }
+  static __device__ __forceinline__ int lane() { return thread() % 32; }
+  // threadIdx.x, read anew: places in shared memory are found again in every round, rather than spilled.
+  static __device__ __forceinline__ unsigned thread() {
+#ifdef AUTOHDR_EMULATION
+    return threadIdx.x;
+#else
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+#endif
+  }
+
+  // The norm of the pixels and those around them; zeros outside of the image.
+  __device__ __forceinline__ void normalise(const Norm& norm) {
+    using Lanes = NormLanes<T, kTiles * 2, 2>;  // a lane's channels are those of its registers of an operand
+    constexpr Lanes lanes(kChannels);
+    const int piece = warp() * 4 + lane() / 8, y = y0 - 1 + piece % 8 * 2 + piece / 8 % 2,
+              first = x0 - 1 + piece / 16 * 8 + lane() / 4 % 2, at_y = min(max(y, 0), x.rows.end - 1);
+    const T* row = x.at(image, at_y, 0);
     const auto run = [&](int channels) {
+      using P = NormPixel<T, Lanes>;
       Norm own = norm;
       own.channels = channels;
-      for (int r = lanes.group(); r < kNearTile; r += kThreads >> lanes.log_lanes) {
-        const int at_y = min(max(y0 - 1 + r / kAcross, 0), x.rows.end - 1), at_x = min(max(x0 - 1 + r % kAcross, 0), x.width - 1);
-        normalize(own, lanes, x.at(image, at_y, at_x), channels, [&](int channel, const float (&v)[8]) {
-          store_floats(reinterpret_cast<T*>(normal + r * kNormalRow) + channel, v);
-        });
+      P pixels[4];
+      float2 stats[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        stats[j] = pixels[j].statistics(lanes, row + min(max(first + j * 2, 0), x.width - 1) * channels, channels, own);
+#pragma unroll
+      for (int i = 0; i < kTiles * 2; ++i) {
+        const int channel = P::channel(lanes, 0, i);
+        float weight[2] = {}, bias[2] = {};
+        if (channel < channels) load_floats(norm.weight + channel, weight);
+        if (norm.bias && channel < channels) load_floats(norm.bias + channel, bias);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float v[2] = {bias[0], bias[1]};
+          pixels[j].normalize(i, stats[j].y, norm.bias ? stats[j].x : 0.0f, weight, v);
+          const Pair<T> rounded = to_pair<T>(make_float2(v[0], v[1]));
+          normal[j][i] = reinterpret_cast<const uint32_t&>(rounded);
+        }
       }
     };
     x.channels == kChannels ? run(kChannels) : run(x.channels);  // as a constant, it takes no branches
+    if (y0 > 0 && x0 > 0 && y0 + kSide < x.rows.end && x0 + kSide < x.width) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (at_y != y || first + j * 2 < 0 || first + j * 2 >= x.width)
+#pragma unroll
+        for (int i = 0; i < kTiles * 2; ++i) normal[j][i] = 0;
   }
 
-  // kHidden channels of the 1×1, zeros outside of the image.
+  // Where `hidden` has a piece of a channel: odd ones in another order, against bank conflicts.
+  static __device__ __forceinline__ int place(int piece, int channel) { return (piece ^ channel % 2 * 4) * 16; }
+
+  // kHidden channels of the 1×1.
   __device__ __forceinline__ void expand() const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 4 * 48, n0 = warp / 4 * kHidden / 2;
+    unsigned char* to = hidden + lane() / 4 * kHiddenRow + place(warp() * 4 + lane() % 4, lane() / 4);
+    const unsigned char* from = in + left_lane().row * kInRow + left_lane().piece * 16;
 #pragma unroll
-    for (int from = 0; from < kInTiles; from += kMade) {
-      float sums[3][kMade][4] = {};
+    for (int m = 0; m < kHidden; m += 16) {
+      float sums[4][4] = {};
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
-        uint32_t right[kMade / 2][4];
+        uint32_t left[4];
+        load_matrices(left, from + m * kInRow + k * 32);
 #pragma unroll
-        for (int j = 0; j < kMade / 2; ++j)
-          load_matrices(right[j],
-                        in + (n0 + from * 8 + j * 16 + right_lane().row) * kNormalRow + (k * 2 + right_lane().piece) * 16);
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          uint32_t left[4];
-          load_matrices(left, normal + (m0 + i * 16 + left_lane().row) * kNormalRow + (k * 2 + left_lane().piece) * 16);
-#pragma unroll
-          for (int j = 0; j < kMade; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
-        }
+        for (int j = 0; j < 4; ++j) mma(sums[j], left, {normal[j][k * 2], normal[j][k * 2 + 1]}, T{});
       }
 #pragma unroll
-      for (int i = 0; i < 6; ++i) {
-        Pairs<T, kMade> pairs = {};
-        if (made_inside >> i & 1)
+      for (int half = 0; half < 2; ++half) {
+        Pairs<T, 4> piece;
 #pragma unroll
-          for (int j = 0; j < kMade; ++j)
-            pairs.v[j] = to_pair<T>(make_float2(sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]));
-        unsigned char* to = hidden + made_row(i) * kHiddenRow + (n0 + lane % 4 * 2 * kInTiles + from * 2) * 2;
-        *reinterpret_cast<Pairs<T, kMade>*>(to) = pairs;
+        for (int j = 0; j < 4; ++j) piece.v[j] = to_pair<T>(make_float2(sums[j][half * 2], sums[j][half * 2 + 1]));
+        *reinterpret_cast<Pairs<T, 4>*>(to + (m + half * 8) * kHiddenRow) = piece;
       }
     }
   }
 
-  // A thread owns a pair of channels of 2 × 4 pixels.
-  static __device__ __forceinline__ int pair() { return threadIdx.x % 16; }
-  static __device__ __forceinline__ int unit_row() { return static_cast<int>(threadIdx.x) / 64 * 2; }
-  static __device__ __forceinline__ int unit_column() { return static_cast<int>(threadIdx.x) / 16 % 4 * 4; }
-  // The tile's columns from `column` on = f(row, column of the pixel, its 3×3) for every pixel. taps: of this lane's channels, `stride`
-  // apart; zeros where they are not there.
+  // The column and row of a lane's pixels: pair j of four, the first or second of it.
+  static __device__ __forceinline__ int2 pixel_of(int lane, int j, int second) {
+    return make_int2(j / 2 * 8 + lane % 4 * 2 + second, lane / 4 * 2 + j % 2);
+  }
+
+  // Rows of the tile from `row` on = f(which of this warp's, pair of pixels, its 3×3 of each part), of kMade channels. bands: of
+  // their hidden channels, row by row the taps w0, w1, w2 and 0. Sums of pixels that are none (beyond 14) are any.
+  //
+  // Of 16 pixels of a row, the right operand makes 14 that are the 3×3's sums over it: column n has w0, w1, w2 in the rows from n on.
+  // A lane's two elements of its first 8 columns are two of one channel's four; its last 8 are the first ones, 8 rows further down.
   template <class F>
-  __device__ __forceinline__ void convolve(const float* taps, int stride, bool there, int column, const F& f) const {
-    unsigned char* to = tile + (unit_row() * kColumns + unit_column()) * kRow + (column + pair() * 2) * 2;
-    if (!there) {
+  __device__ __forceinline__ void convolve(const T* bands, int row, const F& f) const {
+    const auto selector = [&](int offset) {  // of elements `offset` and the next
+      const auto bytes = [](int element) { return element >= 0 && element < 3 ? element * 0x22 + 0x10 : 0x76; };
+      return bytes(offset) | bytes(offset + 1) << 8;
+    };
+    const int offset = lane() % 4 * 2 - lane() / 4, near = selector(offset), far = selector(offset + 8), first = warp() * kOwn;
+    const unsigned char* from = hidden + first * kParts * kHiddenRow;
+    unsigned char* to = tile + (row + first) * kRow + lane() * 16;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) *reinterpret_cast<uint32_t*>(to + (i / 4 * kColumns + i % 4) * kRow) = 0;
-      return;
-    }
-    float2 w[9][kParts];
+    for (int i = 0; i < kOwn; ++i) {
+      float sums[kParts][2][4] = {};  // of the first 8 columns, and the last; of even rows and odd ones
 #pragma unroll
-    for (int t = 0; t < 9; ++t) {
-      const auto pairs = load_pairs<kParts>(taps + t * stride);
+      for (int part = 0; part < kParts; ++part) {
+        const int channel = i / 2 * 2 * kParts + part * 2 + i % 2;
+        uint32_t left[3][4];  // of even and odd rows, shifted by dy: of their first 8 pixels, and their last
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) w[t][part] = to_float2(pairs.v[part]);
-    }
-    const unsigned char* from = hidden + (unit_row() * kAcross + unit_column()) * kHiddenRow + pair() * 4 * kParts;
-#pragma unroll 1
-    for (int first = 0; first < 4; first += kAtOnce, from += kAtOnce * kHiddenRow, to += kAtOnce * kRow) {
-      float2 sums[kAtOnce][2][kParts] = {};  // column, row
+        for (int dy = 0; dy < 3; dy += 2) load_matrices(left[dy], from + channel * kHiddenRow + place(lane() + dy / 2, channel));
 #pragma unroll
-      for (int x = 0; x < kAtOnce + 2; ++x) {
+        for (int k = 0; k < 4; k += 2) left[1][k] = left[0][k + 1], left[1][k + 1] = left[2][k];
+        const uint2* taps = reinterpret_cast<const uint2*>(bands + (first * kParts + channel) * kBand);
+        const uint4 two = *reinterpret_cast<const uint4*>(taps);
+        const uint2 rows[3] = {make_uint2(two.x, two.y), make_uint2(two.z, two.w), taps[2]};
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const auto pairs = load_pairs<kParts>(reinterpret_cast<const T*>(from + (r * kAcross + x) * kHiddenRow));
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const float2 v = to_float2(pairs.v[part]);
-#pragma unroll
-            for (int o = 0; o < 2; ++o)
-#pragma unroll
-              for (int c = 0; c < kAtOnce; ++c) {
-                const int i = r - o, j = x - c;
-                if (i >= 0 && i < 3 && j >= 0 && j < 3) add_product(sums[c][o][part], w[i * 3 + j][part], v);
-              }
-          }
+        for (int dy = 0; dy < 3; ++dy) {
+          const uint32_t inner = __byte_perm(rows[dy].x, rows[dy].y, near), outer = __byte_perm(rows[dy].x, rows[dy].y, far);
+          mma(sums[part][0], left[dy], {inner, outer}, T{});
+          mma_half(sums[part][1], {left[dy][2], left[dy][3]}, inner, T{});
         }
-        if (x < 2) continue;
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-          *reinterpret_cast<Pair<T>*>(to + (o * kColumns + x - 2) * kRow) =
-              f(unit_row() + o, unit_column() + first + x - 2, sums[x - 2][o]);
       }
+      Pairs<T, 4> result;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float2 v[kParts];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          v[part] = make_float2(sums[part][j / 2][j % 2 * 2], sums[part][j / 2][j % 2 * 2 + 1]);
+        result.v[j] = f(i, j, v);
+      }
+      *reinterpret_cast<Pairs<T, 4>*>(to + i * kRow) = result;
     }
   }
 };
@@ -175,14 +186,14 @@ struct FusedTile {
 
 // The 3×3 alone, and gelu(a) ⊙ b of its two parts.
 struct Convolved {
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kHidden = 48;
   template <class T>
   static __device__ __forceinline__ float2 of(const float2 (&v)[1]) {
     return v[0];
   }
 };
 struct Gated {
-  static constexpr int kParts = 2;
+  static constexpr int kParts = 2, kHidden = 64;
   template <class T>
   static __device__ __forceinline__ float2 of(const float2 (&v)[2]) {
     return make_float2(gelu<T>(v[0].x) * v[1].x, gelu<T>(v[0].y) * v[1].y);
@@ -191,86 +202,94 @@ struct Gated {
 
 template <class T, int kTiles, class Middle>
 struct Fused {
-  static constexpr int kParts = Middle::kParts, kRow = 32 * 2 + 16;
-  using Tile = FusedTile<T, kTiles, kParts, kRow>;
-  static constexpr int kShared = Tile::kShared + Tile::kChannels * kRow;
+  static constexpr int kParts = Middle::kParts, kMade = Middle::kHidden / kParts, kRow = kMade * 2 + 16;
+  using Tile = FusedTile<T, kTiles, Middle::kHidden, kParts, kMade>;
+  static constexpr int kShared = Tile::kShared + Tile::kChannels * kRow, kBlocks = kTiles <= 3 ? 2 : 1;
 
   View<const T> x;  // the images as a whole, as y
   View<T> y;
   Norm norm;
-  const T* w_in;            // [hidden][channels]
-  const float* taps;        // [9][taps_stride], parts pair by pair
+  const T* w_in;            // [hidden][channels], parts pair by pair, as bands
+  const T* bands;           // [hidden + 64][kBand]
   Matrices<const T> w_out;  // [channels][hidden / parts]
-  int hidden, taps_stride;
+  int hidden;
 
   __device__ __forceinline__ void run(unsigned char* shared) const {
-    Tile t(x, shared);
-    t.start(blockIdx.x, 0);
+    Tile t(x, shared, blockIdx.z, blockIdx.y * Tile::kSide, blockIdx.x * Tile::kSide);
     unsigned char* out = shared + Tile::kShared;
     const int row = Tile::copied_row(), piece = Tile::copied_piece();
-    const auto load_in = [&](int first) { t.load_in(w_in + int64_t{first + row} * x.channels, first + row < hidden); };
-    const auto load_out = [&](int first) {
-      const T* from = w_out.of(t.image, 0) + row * w_out.of_row + first / kParts + piece * 8;
+    const int own = row % 8 / 2 * kTiles * 4 + row / 8 * 2 + row % 2;  // of rows so laid out, a lane's sums are of neighbours
+    const T *in_from = w_in + row * x.channels + piece * 8, *out_from = w_out.of(t.image, 0) + own * w_out.of_row + piece * 8;
+    const auto load_out = [&](int left) {
 #pragma unroll
       for (int i = 0; i < Tile::kChannels; i += Tile::kThreads / 4)
-        if (row + i < Tile::kChannels)
-          copy_async_or_zero(out + place_of(row + i, kTiles) * kRow + piece * 16, from + i * w_out.of_row,
-                             row + i < x.channels && first + piece * 8 * kParts < hidden);
+#pragma unroll
+        for (int k = 0; k < kMade / 8; k += 4)
+          if (row + i < Tile::kChannels && piece + k < kMade / 8)
+            copy_async_or_zero(out + (row + i) * kRow + (piece + k) * 16, out_from + i / 4 * w_out.of_row + k * 8,
+                               own + i / 4 < x.channels && (piece + k) * 8 * kParts < left);
     };
-    load_in(0);
+    t.load_in(in_from, hidden);
     t.normalise(norm);
     wait_for_copies();
     __syncthreads();
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 4 * 32, n0 = warp / 4 * kTiles * 8;
-    float sums[2][kTiles][4] = {};
+    const int m0 = Tile::warp() * 32;
+    float sums[2][kTiles * 2][4] = {};
 #pragma unroll 1
     for (int first = 0; first < hidden; first += Tile::kHidden) {
       t.expand();
       __syncthreads();
-      load_out(first);
-      if (first + Tile::kHidden < hidden) load_in(first + Tile::kHidden);
-      const int channel = first + Tile::pair() * 2 * kParts;
-      t.convolve(taps + channel, taps_stride, channel < hidden, 0,
+      load_out(hidden - first);
+      in_from += Tile::kHidden * x.channels, out_from += kMade;
+      if (first + Tile::kHidden < hidden) t.load_in(in_from, hidden - first - Tile::kHidden);
+      t.convolve(bands + first * kBand, 0,
                  [](int, int, const float2(&v)[kParts]) { return to_pair<T>(Middle::template of<T>(v)); });
       wait_for_copies();
       __syncthreads();
+      const unsigned char* from = t.tile + columns_lane<T, false>(Tile::kRow) + m0 * 2;
 #pragma unroll
-      for (int k = 0; k < Tile::kMiddle / 16; ++k) {
-        uint32_t left[2][4];
+      for (int k = 0; k < kMade; k += 16) {
+        uint32_t pixels[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          load_matrices(left[i], t.tile + (m0 + i * 16 + left_lane().row) * kRow + (k * 2 + left_lane().piece) * 16);
+        for (int i = 0; i < 2; ++i) load_columns<T, false>(pixels[i], from + k * Tile::kRow + i * 32, Tile::kRow);
 #pragma unroll
-        for (int j = 0; j < kTiles; j += 2) {
+        for (int j = 0; j < kTiles * 2; j += 2) {
           uint32_t right[4];
-          const int column = min(n0 + j * 8 + right_lane().row, Tile::kChannels - 1);
-          load_matrices(right, out + column * kRow + (k * 2 + right_lane().piece) * 16);
+          load_matrices(right, out + (j * 8 + right_lane().row) * kRow + k * 2 + right_lane().piece * 16);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            mma(sums[i][j], left[i], {right[0], right[1]}, T{});
-            if (j + 1 < kTiles) mma(sums[i][j + 1], left[i], {right[2], right[3]}, T{});
+            mma(sums[i][j], pixels[i], {right[0], right[1]}, T{});
+            mma(sums[i][j + 1], pixels[i], {right[2], right[3]}, T{});
           }
         }
       }
     }
 
+    const int p = Tile::lane() / 4;  // of the 8 that lanes 4 · warp + i made
+    const int2 at = Tile::pixel_of(Tile::warp() * 4, p / 2, p % 2);
+    const int columns = min(Tile::kSide, x.width - t.x0) - at.x, channel = Tile::lane() % 4 * kTiles * 4;
+    if (at.y >= min(Tile::kSide, x.rows.end - t.y0)) return;
+    const int64_t place = x.at(t.image, t.y0 + at.y, t.x0 + at.x) - x.data + channel;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int p = m0 + i * 8 + lane / 4, at_y = t.y0 + p / Tile::kColumns, at_x = t.x0 + p % Tile::kColumns;
-      const int channel = n0 + lane % 4 * kTiles * 2;
-      if (!t.in_image(at_y, at_x)) continue;
-      const T* from = x.at(t.image, at_y, at_x) + channel;
-      T* to = y.at(t.image, at_y, at_x) + channel;
-      Pairs<T, 1> added[kTiles];
+      if (i * 2 >= columns) continue;
+      const T* from = x.data + place + i * 2 * x.channels;
+      T* to = y.data + place + i * 2 * x.channels;
+      Pairs<T, 2> added[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        if (channel + j * 2 < x.channels) added[j] = load_pairs<1>(from + j * 2);
+        if (channel + j * 4 < x.channels) added[j] = load_pairs<2>(from + j * 4);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const float2 old = to_float2(added[j].v[0]);
-        const float2 sum[1] = {make_float2(old.x + sums[i / 2][j][i % 2 * 2], old.y + sums[i / 2][j][i % 2 * 2 + 1])};
-        if (channel + j * 2 < x.channels) store_pairs(to + j * 2, sum);
+        float2 sum[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 old = to_float2(added[j].v[e]);
+          const float (&own)[4] = sums[i / 2][j * 2 + e];
+          sum[e] = make_float2(old.x + own[i % 2 * 2], old.y + own[i % 2 * 2 + 1]);
+        }
+        if (channel + j * 4 < x.channels) store_pairs(to + j * 4, sum);
       }
     }
   }
@@ -284,9 +303,10 @@ constexpr int kSharedOfMultiprocessor = 100 << 10;
 constexpr int kSharedOfMultiprocessor = 228 << 10;
 #endif
 
-// Registers are shared out among as many blocks as shared memory has room for.
+// Registers are shared out among the blocks that can do with so few of them, where shared memory has room for these.
 template <class T, class Kernel>
-__global__ void __launch_bounds__(256, 2 * Kernel::kShared <= kSharedOfMultiprocessor ? 2 : 1) run_fused(Kernel kernel) {
+__global__ void __launch_bounds__(256, Kernel::kBlocks* Kernel::kShared <= kSharedOfMultiprocessor ? Kernel::kBlocks : 1)
+    run_fused(Kernel kernel) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   kernel.run(shared);
 }
@@ -305,8 +325,9 @@ void fused(const Expansion<T>& e, View<const T> x, const Matrices<const T>& w_ou
            cudaStream_t stream) {
   const auto run = [&](auto tiles) {
     using F = Fused<T, decltype(tiles)::value, Middle>;
-    launch(run_fused<T, F>, dim3(F::Tile::count(x, x.rows), images), dim3(F::Tile::kThreads), F::kShared, stream,
-           F{x, y, e.norm, e.weight, e.taps, w_out, e.hidden, e.taps_stride});
+    constexpr int kSide = F::Tile::kSide;
+    launch(run_fused<T, F>, dim3(ceil_div(x.width, kSide), ceil_div(x.rows.size(), kSide), images), dim3(F::Tile::kThreads),
+           F::kShared, stream, F{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
   };
   if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 6>{});
 }

@@ -144,6 +144,23 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 }
 #undef AUTOHDR_MMA
 
+// The same of half a step: of the first two registers of a, and the first of b.
+#ifdef AUTOHDR_EMULATION
+#define AUTOHDR_MMA_HALF(instruction, T) mma(d, {a[0], a[1], 0, 0}, {b, 0}, T{})
+#else
+#define AUTOHDR_MMA_HALF(instruction, T)                                          \
+  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(b))
+#endif
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b, __nv_bfloat16) {
+  AUTOHDR_MMA_HALF("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", __nv_bfloat16);
+}
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b, __half) {
+  AUTOHDR_MMA_HALF("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", __half);
+}
+#undef AUTOHDR_MMA_HALF
+
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll

@@ -21,9 +21,10 @@ __device__ __forceinline__ V sum_over(int lanes, V v) {
   return v;
 }
 
-template <class T>
+// kSize: channels of a piece.
+template <class T, int kPieces_ = 3, int kSize_ = Piece<T>::kSize>
 struct NormLanes {
-  static constexpr int kPieces = 3, kSize = Piece<T>::kSize;
+  static constexpr int kPieces = kPieces_, kSize = kSize_;
   int lanes, log_lanes, rounds;
   __host__ __device__ constexpr explicit NormLanes(int channels) : lanes(1), log_lanes(0), rounds(1) {
     while (lanes < 32 && lanes * kPieces * kSize < channels) lanes *= 2, ++log_lanes;
@@ -34,15 +35,16 @@ struct NormLanes {
 };
 
 // What a lane holds of a pixel of `view` channels, of which the norm's are real.
-template <class T>
+template <class T, class Lanes = NormLanes<T>>
 struct NormPixel {
-  static constexpr int kPieces = NormLanes<T>::kPieces, kSize = Piece<T>::kSize;
+  static constexpr int kPieces = Lanes::kPieces, kSize = Lanes::kSize;
+  static constexpr bool kAtOnce = sizeof(T) < 4;  // both sums
   float v[kPieces][kSize];
 
-  static __device__ __forceinline__ int channel(const NormLanes<T>& l, int round, int i) {
+  static __device__ __forceinline__ int channel(const Lanes& l, int round, int i) {
     return ((round * kPieces + i) * l.lanes + l.lane()) * kSize;
   }
-  __device__ __forceinline__ void load(const NormLanes<T>& l, int round, const T* x, int view) {
+  __device__ __forceinline__ void load(const Lanes& l, int round, const T* x, int view) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       if (channel(l, round, i) < view) {
@@ -54,7 +56,7 @@ struct NormPixel {
     }
   }
   // Gives those of a piece's channels that there are not the value of `rest`.
-  __device__ __forceinline__ void set_rest(const NormLanes<T>& l, int round, int channels, float rest) {
+  __device__ __forceinline__ void set_rest(const Lanes& l, int round, int channels, float rest) {
     if (channels % kSize == 0) return;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -66,8 +68,9 @@ struct NormPixel {
     }
   }
   // The pixel's mean and 1 / sqrt(variance + eps); afterwards v holds the last round, and finite numbers where no channels are.
-  // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply.
-  __device__ __forceinline__ float2 statistics(const NormLanes<T>& l, const T* x, int view, const Norm& norm) {
+  // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply. And
+  // the variance is at least the channels' part of the squares of these, so that for half precision it can be made of both sums.
+  __device__ __forceinline__ float2 statistics(const Lanes& l, const T* x, int view, const Norm& norm) {
     const float origin = to_float(x[0]);
     float sum = 0, squares = 0;
     for (int round = 0; round < l.rounds; ++round) {
@@ -77,7 +80,16 @@ struct NormPixel {
       for (int i = 0; i < kPieces; ++i)
         if (channel(l, round, i) < norm.channels)
 #pragma unroll
-          for (int e = 0; e < kSize; ++e) sum += v[i][e] - origin;
+          for (int e = 0; e < kSize; ++e) {
+            const float difference = v[i][e] - origin;
+            sum += difference;
+            if (kAtOnce) squares += difference * difference;
+          }
+    }
+    if (kAtOnce) {
+      sum = sum_over(l.lanes, sum), squares = sum_over(l.lanes, squares);
+      const float part = divide<T>(1, norm.channels), mean = sum * part;
+      return make_float2(origin + mean, inverse_root<T>((squares - sum * mean) * part + norm.eps));
     }
     const float mean = origin + divide<T>(sum_over(l.lanes, sum), norm.channels);
     for (int round = 0; round < l.rounds; ++round) {
@@ -91,9 +103,16 @@ struct NormPixel {
     }
     return make_float2(mean, inverse_root<T>(divide<T>(sum_over(l.lanes, squares), norm.channels) + norm.eps));
   }
+  // out (the norm's bias, or zeros) += piece i, normalised; zeros in channels that x has not. shift: the mean, without a bias 0.
+  __device__ __forceinline__ void normalize(int i, float factor, float shift, const float (&weight)[kSize],
+                                            float (&out)[kSize]) const {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e)
+      out[e] += (kAtOnce ? v[i][e] * factor - shift * factor : (v[i][e] - shift) * factor) * weight[e];
+  }
 };
 
-// put(channel, the normalised piece of x from there on) for this lane's pieces of a pixel; zeros in channels that x has not.
+// put(channel, the normalised piece of x from there on) for this lane's pieces of a pixel.
 template <class T, class Put>
 __device__ __forceinline__ void normalize(const Norm& norm, const NormLanes<T>& l, const T* x, int view, const Put& put) {
   using P = NormPixel<T>;
@@ -109,8 +128,7 @@ __device__ __forceinline__ void normalize(const Norm& norm, const NormLanes<T>& 
       float weight[P::kSize], result[P::kSize] = {};
       load_floats(norm.weight + channel, weight);
       if (norm.bias) load_floats(norm.bias + channel, result);
-#pragma unroll
-      for (int e = 0; e < P::kSize; ++e) result[e] += (p.v[i][e] - shift) * stats.y * weight[e];
+      p.normalize(i, stats.y, shift, weight, result);
       put(channel, result);
     }
   }

@@ -58,16 +58,17 @@ __device__ __forceinline__ void store_pairs(T* p, const float2 (&v)[kCount]) {
   *reinterpret_cast<Pairs<T, kCount>*>(p) = pairs;
 }
 
-// N floats from elements, and back; N a whole number of pieces.
+// N floats from elements, and back; N a whole number of pieces, or a pair.
 template <int N, class T>
 __device__ __forceinline__ void load_floats(const T* from, float (&v)[N]) {
+  constexpr int kCount = N < Piece<T>::kSize ? N / 2 : Piece<T>::kSize / 2;
 #pragma unroll
-  for (int i = 0; i < N; i += Piece<T>::kSize) {
-    const Piece<T> piece = *reinterpret_cast<const Piece<T>*>(from + i);
+  for (int i = 0; i < N; i += 2 * kCount) {
+    const auto pairs = load_pairs<kCount>(from + i);
 #pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; e += 2) {
-      const float2 both = to_float2(Pair<T>{piece.v[e], piece.v[e + 1]});
-      v[i + e] = both.x, v[i + e + 1] = both.y;
+    for (int e = 0; e < kCount; ++e) {
+      const float2 both = to_float2(pairs.v[e]);
+      v[i + 2 * e] = both.x, v[i + 2 * e + 1] = both.y;
     }
   }
 }

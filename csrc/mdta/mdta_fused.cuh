@@ -1,4 +1,4 @@
-// mdta's statistics as one kernel, for few channels of half precision (common/cuda_fused.cuh): q and k of a head are made for 8 × 16
+// mdta's statistics as one kernel, for few channels of half precision (common/cuda_fused.cuh): q and k of a head are made for 14 × 14
 // pixels at a time, and what they add to its Gram matrix and to their squares' sums.
 #pragma once
 #include "common/cuda_fused.cuh"
@@ -9,81 +9,78 @@ namespace image {
 // kHeads heads of up to 48 channels each; x has up to 48 · kHeads.
 template <class T, int kHeads>
 struct FusedStatistics {
-  static constexpr int kSize = 48, kRow = 2 * kSize * 2 + 16;
-  using Tile = FusedTile<T, kHeads * 3, 1, kRow>;
-  static constexpr int kWarps = Tile::kThreads / 32, kSquares = kHeads * 2 * kSize;  // floats of a warp
-  static constexpr int kShared = Tile::kShared + kWarps * kSquares * 4;
+  static constexpr int kSize = 48;
+  using Tile = FusedTile<T, kHeads * 3, kSize, 1, 2 * kSize>;
+  static constexpr int kShared = Tile::kShared, kRow = Tile::kRow, kBlocks = 1;
 
   View<const T> x;  // the images as a whole
   Range rows;       // that are summed
   Norm norm;
-  const T* w_in;      // [hidden][channels]: q of all heads, k of all heads
-  const float* taps;  // [9][taps_stride]
-  int hidden, taps_stride, heads, size, padded;
+  const T* w_in;   // [hidden][channels]: q of all heads, k of all heads
+  const T* bands;  // [hidden + 64][kBand]
+  int hidden, heads, size, padded;
   float *gram, *squares;  // [slot][image][head][size][size], [image][slot][hidden]
 
-  // The hidden channel of q's and k's channel c of a head.
-  __device__ __forceinline__ int channel_of(int head, int c) const {
-    return head * padded + (c < padded ? c : hidden / 2 - padded + c);
-  }
+  // The first hidden channel of a head's q or k.
+  __device__ __forceinline__ int first_of(int head, int which) const { return which * (hidden / 2) + head * padded; }
 
   __device__ __forceinline__ void run(unsigned char* shared) const {
-    Tile t(x, shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, both = 2 * padded;
-    float* own_squares = reinterpret_cast<float*>(shared + Tile::kShared) + warp * kSquares;
-    const int across = (x.width + Tile::kColumns - 1) / Tile::kColumns,
-              tiles = across * ((rows.end - rows.first + Tile::kRows - 1) / Tile::kRows);
-    const auto load_in = [&](int head, int c) {
-      c += Tile::copied_row();
-      t.load_in(w_in + int64_t{channel_of(head, c)} * x.channels, c < both);
-    };
+    Tile t(x, shared, blockIdx.y, 0, 0);
+    const int warp = Tile::warp(), lane = Tile::lane();
+    const unsigned across = (x.width + Tile::kSide - 1) / Tile::kSide,
+                   tiles = across * ((rows.end - rows.first + Tile::kSide - 1) / Tile::kSide);
+    const T* in_from = w_in + Tile::copied_row() * x.channels + Tile::copied_piece() * 8;
+    const auto load_in = [&](int head, int which) { t.load_in(in_from + first_of(head, which) * x.channels, padded); };
     const int m0 = warp % 3 * 16, n0 = warp / 3 * 24;  // of the Gram matrix, by six warps
-    float total[kHeads][3][4] = {};
+    float total[kHeads][3][4] = {}, own_squares[kHeads][2][Tile::kOwn] = {};
 #pragma unroll 1
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      t.start(index, rows.first);
+    for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+      t.y0 = rows.first + index / across * Tile::kSide, t.x0 = index % across * Tile::kSide;
       load_in(0, 0);
       t.normalise(norm);
+      uint32_t inside[4];  // of pairs of pixels, as masks
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        inside[j] = 0;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int2 at = Tile::pixel_of(lane, j, e);
+          if (at.x < min(Tile::kSide, x.width - t.x0) && at.y < min(Tile::kSide, rows.end - t.y0)) inside[j] |= 0xffffu << e * 16;
+        }
+      }
       wait_for_copies();
       __syncthreads();
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) {
         if (head >= heads) break;
-#pragma unroll 1
-        for (int c = 0; c < both; c += Tile::kHidden) {
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
           t.expand();
           __syncthreads();
-          if (c + Tile::kHidden < both)
-            load_in(head, c + Tile::kHidden);
+          if (which == 0)
+            load_in(head, 1);
           else if (head + 1 < heads)
             load_in(head + 1, 0);
-          float2 sum = make_float2(0, 0);
-          const int own = c + Tile::pair() * 2;
-          if (own < both)
-            t.convolve(taps + channel_of(head, own), taps_stride, true, c, [&](int y, int x_, const float2(&v)[1]) {
-              const bool inside = t.y0 + y < rows.end && t.x0 + x_ < x.width;
-              const Pair<T> rounded = to_pair<T>(inside ? v[0] : make_float2(0, 0));
-              add_product(sum, to_float2(rounded), to_float2(rounded));
-              return rounded;
-            });
-          sum.x += __shfl_xor_sync(~0u, sum.x, 16), sum.y += __shfl_xor_sync(~0u, sum.y, 16);
-          if (lane < 16 && own < both) {
-            float2& to = *reinterpret_cast<float2*>(own_squares + head * both + own);
-            to = index == static_cast<int>(blockIdx.x) ? sum : make_float2(to.x + sum.x, to.y + sum.y);
-          }
+          t.convolve(bands + first_of(head, which) * kBand, which * kSize, [&](int i, int j, const float2(&v)[1]) {
+            Pair<T> rounded = to_pair<T>(v[0]);
+            reinterpret_cast<uint32_t&>(rounded) &= inside[j];
+            const float2 both = to_float2(rounded);
+            own_squares[head][which][i] += both.x * both.x + both.y * both.y;
+            return rounded;
+          });
           wait_for_copies();
           __syncthreads();
         }
         if (warp >= 6) continue;
         float sums[3][4] = {};
-        const unsigned char *q = t.tile + columns_lane<T, false>(kRow) + m0 * 2,
-                            *k = t.tile + columns_lane<T, true>(kRow) + (padded + n0) * 2;
+        const unsigned char *q = t.tile + (m0 + left_lane().row) * kRow + left_lane().piece * 16,
+                            *k = t.tile + (kSize + n0 + right_lane().row) * kRow + right_lane().piece * 16;
 #pragma unroll
-        for (int p = 0; p < Tile::kPixels; p += 16) {
+        for (int p = 0; p < Tile::kNear; p += 16) {
           uint32_t left[4], right[2][4];
-          load_columns<T, false>(left, q + p * kRow, kRow);
-          load_columns<T, true>(right[0], k + p * kRow, kRow);
-          load_columns<T, true>(right[1], k + p * kRow + 32, kRow);
+          load_matrices(left, q + p * 2);
+          load_matrices(right[0], k + p * 2);
+          load_matrices(right[1], k + 16 * kRow + p * 2);
 #pragma unroll
           for (int j = 0; j < 3; ++j) mma(sums[j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
         }
@@ -91,12 +88,12 @@ struct FusedStatistics {
         for (int i = 0; i < 12; ++i) total[head][i / 4][i % 4] += sums[i / 4][i % 4];
       }
     }
-    __syncthreads();
-    const float* all = reinterpret_cast<const float*>(shared + Tile::kShared);
-    for (int i = threadIdx.x; i < heads * both; i += Tile::kThreads) {
-      float sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += all[w * kSquares + i];
-      squares[(t.image * gridDim.x + blockIdx.x) * hidden + channel_of(i / both, i % both)] = sum;
+#pragma unroll
+    for (int i = 0; i < kHeads * 2 * Tile::kOwn; ++i) {
+      const int head = i / (2 * Tile::kOwn), which = i / Tile::kOwn % 2, own = i % Tile::kOwn, c = warp * Tile::kOwn + own;
+      const float sum = sum_over(32, own_squares[head][which][own]);
+      if (lane == 0 && head < heads && c < padded)
+        squares[(t.image * gridDim.x + blockIdx.x) * hidden + first_of(head, which) + c] = sum;
     }
     if (warp >= 6) return;
 #pragma unroll
@@ -119,7 +116,8 @@ inline bool can_fuse_statistics(int channels, int heads, int padded) { return pa
 // Blocks that share the tiles of an image: enough to fill a device, and as many on every one, so that results are the same.
 template <class T>
 int64_t fused_statistics_slots(const View<const T>& x, const Range& rows) {
-  return std::min<int64_t>(512, FusedTile<T, 3, 1, 16>::count(x, rows));
+  constexpr int kSide = FusedStatistics<T, 1>::Tile::kSide;
+  return std::min<int64_t>(512, ceil_div(x.width, kSide) * ceil_div(rows.size(), kSide));
 }
 
 template <class T>
@@ -128,8 +126,8 @@ void fused_statistics(const Expansion<T>& e, View<const T> x, const Range& rows,
   const auto run = [&](auto count) {
     using F = FusedStatistics<T, decltype(count)::value>;
     launch(run_fused<T, F>, dim3(slots, images), dim3(F::Tile::kThreads), F::kShared, stream,
-           F{x, rows, e.norm, e.weight, e.taps, e.hidden, e.taps_stride, heads, static_cast<int>(e.groups.size),
-             e.groups.padded(), gram, squares});
+           F{x, rows, e.norm, e.weight, e.bands, e.hidden, heads, static_cast<int>(e.groups.size), e.groups.padded(), gram,
+             squares});
   };
   if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 }
