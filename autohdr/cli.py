@@ -119,20 +119,29 @@ def audit(pairs: Positional[list[Path]], out: Path | None = None) -> int:
     return 1 if found.crossing else 0
 
 
-def synth(out: Path, count: int = 64, height: int = 384, width: int = 576, seed: int = 0, workers: int | None = None) -> None:
+def synth(
+    out: Path,
+    count: int = 64,
+    height: int = 384,
+    width: int = 576,
+    seed: int = 0,
+    workers: int | None = None,
+    exteriors: int = 0,
+) -> None:
     """Render synthetic rooms as pairs: a photo with a bright window, and its edit. No assets needed.
 
     Args:
         out: Folder for the images and their pairs.jsonl.
-        count: Number of rooms, one pair each.
+        count: Number of pairs, each of a room of its own.
         height: Pixels.
         width: Pixels.
         seed: Seed of the rooms.
         workers: Processes that render; one a core by default.
+        exteriors: How many of the pairs, the last, show a house from its street instead, by day or at dusk.
     """
     from autohdr.data.synthetic import synthesize
 
-    print(synthesize(out, count, height, width, seed, workers))
+    print(synthesize(out, count, height, width, seed, workers, exteriors=exteriors))
 
 
 def degrade(finished: Positional[Path], out: Path, size: int = 2048, seed: int = 0, workers: int | None = None) -> int:

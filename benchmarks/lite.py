@@ -1,6 +1,6 @@
-"""The figures of docs/lite.md that `make model` and `autohdr eval` don't print, on rooms that the weights were not fitted to.
+"""The figures of docs/lite.md that `make model` and `autohdr eval` don't print, on scenes that the weights were not fitted to.
 
-    python benchmarks/lite.py [--rooms 60] [--pairs PAIRS.jsonl]
+    python benchmarks/lite.py [--rooms 60] [--exteriors 20] [--pairs PAIRS.jsonl]
 
 How far finished photos are changed (mean ΔE2000); how far photographs are from what the model was fitted to; how often `adapt`
 takes for a look: edits that a known change made warmer, edits as they are, and edits with another change each. With --pairs, the
@@ -59,6 +59,7 @@ def looks(model: Lite, sources: Tensor, targets: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", type=int, default=60)
+    parser.add_argument("--exteriors", type=int, default=20)
     parser.add_argument("--pairs", type=Path)
     options = parser.parse_args()
     model = load_checkpoint()
@@ -67,13 +68,16 @@ def main() -> None:
         dataset = PairDataset(read_pairs(options.pairs), SIZE)
         print(identity(model, [dataset[index]["tar"] for index in range(len(dataset))]))
         return
-    sources, targets = lite.rooms(options.rooms, SEED)
-    print(identity(model, list(targets)))
-    with torch.inference_mode():
-        prediction = model.predict(sources)
-    farthest, full = prediction.distances.max(), (prediction.share == 1).sum()
-    print(f"{len(sources)} photographs: {farthest:.2f} standard deviations at most, {full} get all of the edit", flush=True)
-    looks(model, sources, targets)
+    exteriors, rooms = (
+        lite.scenes(count, SEED, outdoors) for count, outdoors in ((options.exteriors, True), (options.rooms, False))
+    )
+    for name, (sources, targets) in (("exteriors", exteriors), ("rooms", rooms)):
+        print(f"{name}: {identity(model, list(targets))}")
+        with torch.inference_mode():
+            prediction = model.predict(sources)
+        farthest, full = prediction.distances.max(), (prediction.share == 1).sum()
+        print(f"{len(sources)} photographs: {farthest:.2f} standard deviations at most, {full} get all of the edit", flush=True)
+    looks(model, *rooms)
 
 
 if __name__ == "__main__":

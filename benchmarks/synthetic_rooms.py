@@ -1,6 +1,6 @@
 """Synthetic rooms beside their statistics, and those beside ten real pairs': a page to look at, and the rate of rendering.
 
-    python benchmarks/synthetic_rooms.py --out rooms [--count 24] [--height 256] [--width 384] [--seed 0]
+    python benchmarks/synthetic_rooms.py --out rooms [--count 24] [--height 256] [--width 384] [--seed 0] [--exterior]
 
 Writes OUT/index.html. Prints the seconds of processor time that a scene, and a photo and an edit of it, took.
 """
@@ -34,12 +34,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     for name, value in (("count", 24), ("height", 256), ("width", 384), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--exterior", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     real, found, figures, seconds = json.loads(REAL.read_text("utf-8")), [], [], np.zeros(2)
     for seed in range(options.seed, options.seed + options.count):
         begun = time.process_time()
-        scene = render_scene(seed, options.height, options.width)
+        scene = render_scene(seed, options.height, options.width, exterior=options.exterior)
         rendered = time.process_time()
         pair = photograph(np.random.default_rng([seed, 1]), scene), edit(np.random.default_rng([seed, 2]), scene)
         seconds += rendered - begun, time.process_time() - rendered

@@ -142,7 +142,7 @@ def test_names_that_are_not_utf8(photos, checkpoint, capsys):
 
 
 def test_data_synth(tmp_path, capsys):
-    args = ("--count", 1, "--height", 32, "--width", 48, "--workers", 1)
+    args = ("--count", 1, "--height", 32, "--width", 48, "--workers", 1, "--exteriors", 1)
     assert run("data", "synth", "--out", tmp_path / "rooms", *args) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "rooms" / "pairs.jsonl")
 

@@ -1,4 +1,4 @@
-"""Makes the weights that ship: `make model` renders rooms, photographs and edits each several times, and fits Lite to the pairs.
+"""Makes the weights that ship: `make model` renders rooms and exteriors, photographs and edits each several times, and fits Lite.
 
 How many, and how it is fitted, is in configs/lite.toml. No real photo is in it. The members are fitted one after the other, each
 by its own draw of batches; the recipe that Lite starts from and what its members see are computed once.
@@ -8,6 +8,7 @@ import math
 import time
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,14 +31,17 @@ from autohdr.train.config import RECIPES
 RECIPE = SimpleNamespace(**tomllib.loads((RECIPES / "lite.toml").read_text("utf-8")))
 
 
-def fit(model: Lite, sources: Tensor, targets: Tensor, steps: int = RECIPE.steps, seed: int = 0) -> None:
+def fit(
+    model: Lite, sources: Tensor, targets: Tensor, steps: int = RECIPE.steps, seed: int = 0, usual: int | None = None
+) -> None:
     """Fits each member to pairs [N, 3, H, W] in [0, 1] by the mean logarithm of their error, squared.
 
-    H and W are multiples of the recipe's side. The same arguments give the same weights on the same machine.
+    H and W are multiples of the recipe's side. From the first `usual` pairs, all by default, Lite.distances are counted. The same
+    arguments give the same weights on the same machine.
     """
     inputs = _inputs(model, sources)
-    model.centre.copy_(inputs.features.mean(0))
-    model.spread.copy_(inputs.features.std(0) + 1e-3)
+    model.centre.copy_(inputs.features[:usual].mean(0))
+    model.spread.copy_(inputs.features[:usual].std(0) + 1e-3)
     noise = RECIPE.noise * model.spread
     small = [F.adaptive_avg_pool2d(images, RECIPE.side) for images in (sources, targets)]
     for number, member in enumerate(model.members):
@@ -72,10 +76,11 @@ def psnr(model: Lite, sources: Tensor, targets: Tensor) -> float:
 
 
 def takes(
-    seed: int, count: int = RECIPE.takes, height: int = RECIPE.height, width: int = RECIPE.width
+    seed: int, count: int = RECIPE.takes, height: int = RECIPE.height, width: int = RECIPE.width, exterior: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Photographs and edits of the room that `seed` makes, each uint8 [count, 128, 128, 3]: as many cameras and retouchers."""
-    scene = render_scene(seed, height, width)
+    """Photographs and edits of the room that `seed` makes, or of the exterior, each uint8 [count, 128, 128, 3]: as many cameras
+    and retouchers."""
+    scene = render_scene(seed, height, width, exterior=exterior)
     sources = [photograph(np.random.default_rng([seed, 1, take]), scene) for take in range(count)]
     targets = [edit(np.random.default_rng([seed, 2, take]), scene) for take in range(count)]
 
@@ -85,31 +90,43 @@ def takes(
     return np.stack([*map(small, sources)]), np.stack([*map(small, targets)])
 
 
-def rooms(count: int, first_seed: int, workers: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sources and targets [N, 3, 128, 128] in [0, 1], room by room."""
+def scenes(count: int, first_seed: int, exterior: bool = False, workers: int | None = None) -> tuple[Tensor, Tensor]:
+    """Sources and targets [N, 3, 128, 128] in [0, 1] of so many rooms, or exteriors, one after the other."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        made = list(pool.map(takes, range(first_seed, first_seed + count), chunksize=4))
+        made = list(pool.map(partial(takes, exterior=exterior), range(first_seed, first_seed + count), chunksize=4))
     sources, targets = (np.concatenate(pictures).transpose(0, 3, 1, 2) for pictures in zip(*made, strict=True))
     return torch.from_numpy(sources) / 255, torch.from_numpy(targets) / 255
 
 
 def main(out: Path = SHIPPED) -> None:
     started = time.perf_counter()
-    sources, targets = rooms(RECIPE.rooms + RECIPE.held_out, RECIPE.first_seed)
-    print(f"{RECIPE.rooms + RECIPE.held_out} rooms, {len(sources)} pairs  ({time.perf_counter() - started:.0f} s)", flush=True)
+    learnt, held_out = [], {}
+    for name, count, more in (
+        ("rooms", RECIPE.rooms, RECIPE.rooms_held_out),
+        ("exteriors", RECIPE.exteriors, RECIPE.exteriors_held_out),
+    ):
+        sources, targets = scenes(count + more, RECIPE.first_seed, exterior=name == "exteriors")
+        print(f"{count + more} {name}, {len(sources)} pairs  ({time.perf_counter() - started:.0f} s)", flush=True)
+        first = count * RECIPE.takes
+        held_out[name] = sources[first:], targets[first:]
+        sources, targets = sources[:first], targets[:first]
+        finished = targets[:: RECIPE.finished_every]
+        learnt.append((torch.cat([sources, finished]), torch.cat([targets, finished])))
     torch.manual_seed(0)
-    model, count = create_model("lite"), RECIPE.rooms * RECIPE.takes
+    model = create_model("lite")
     assert isinstance(model, Lite)
-    before = psnr(model, sources[count:], targets[count:])
-    every = RECIPE.finished_every
-    fit(model, torch.cat([sources[:count], targets[:count:every]]), torch.cat([targets[:count], targets[:count:every]]))
+    before = {name: psnr(model, *pairs) for name, pairs in held_out.items()}
+    sources, targets = (torch.cat(side) for side in zip(*learnt, strict=True))
+    # Exteriors are learnt, but don't count as usual: they would widen what does until nights are in it.
+    fit(model, sources, targets, usual=len(learnt[0][0]))
     halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.load_state_dict(halves)
-    after = psnr(model, sources[count:], targets[count:])
-    save_weights(out, model, {"trained_on": [], "rooms": RECIPE.rooms, "takes": RECIPE.takes, "psnr": round(after, 2)}, halves)
-    took = time.perf_counter() - started
-    print(f"{RECIPE.held_out} rooms held out: auto-tone {before:.2f} dB, lite {after:.2f} dB  ({took:.0f} s)")
-    print(f"{out}: {out.stat().st_size:,} bytes")
+    after = {name: psnr(model, *pairs) for name, pairs in held_out.items()}
+    metadata = {"trained_on": [], "rooms": RECIPE.rooms, "exteriors": RECIPE.exteriors, "takes": RECIPE.takes}
+    save_weights(out, model, metadata | {"psnr": round(after["rooms"], 2)}, halves)
+    for name, reached in after.items():
+        print(f"{len(held_out[name][0])} pairs of {name} held out: auto-tone {before[name]:.2f} dB, lite {reached:.2f} dB")
+    print(f"{out}: {out.stat().st_size:,} bytes  ({time.perf_counter() - started:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from PIL import Image
 from autohdr.data.images import from_float, read_rgb
 from autohdr.data.pairs import check_pairs, read_pairs
 from autohdr.data.synthetic import degrade, edit, photograph, render_pair, render_scene, statistics, synthesize
-from autohdr.data.synthetic.look import PERCENTILES, TARGET, pin, walls_of
+from autohdr.data.synthetic.house import House
+from autohdr.data.synthetic.look import PERCENTILES, SOURCE_OUTDOORS, TARGET, TARGET_OUTDOORS, pin, walls_of
 from autohdr.data.synthetic.pixels import to_lab
 from autohdr.errors import UserError
 
@@ -73,22 +74,63 @@ def test_target_is_no_global_curve_of_source(scenes):
     assert 17 < np.mean(reached) < 21.5
 
 
-def test_a_scene_is_kept_and_photographed_again(tmp_path):
+@pytest.mark.parametrize("exterior", [False, True])
+def test_a_scene_is_kept_and_photographed_again(tmp_path, exterior):
     """From the folder come the bits that were rendered; another generator makes another photo and edit of them."""
-    first = render_scene(3, 40, 48, tmp_path)
+    first = render_scene(3, 40, 48, tmp_path, exterior)
     (kept,) = tmp_path.iterdir()
-    again = render_scene(3, 40, 48, tmp_path)
-    for name in ("radiance", "outside", "neutral", "tones"):
+    again = render_scene(3, 40, 48, tmp_path, exterior)
+    for name in ("radiance", "outside", "neutral", "tones", "exterior"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     assert first.radiance.dtype == np.float16 and first.radiance.shape == (40, 48, 3)
     whole = kept.read_bytes()
     for damaged in (b"", b"scene", whole[: len(whole) // 2]):  # it is this file that is read
         kept.write_bytes(damaged)
         with pytest.raises(UserError, match="got a damaged file"):
-            render_scene(3, 40, 48, tmp_path)
+            render_scene(3, 40, 48, tmp_path, exterior)
     for develop in (photograph, edit):
         one, same, other = (develop(np.random.default_rng(seed), first) for seed in (1, 1, 2))
         assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def houses():
+    """Exteriors, each with its photo and its edit."""
+    made = []
+    for seed in range(10):
+        scene = render_scene(seed, 40, 56, exterior=True)
+        made.append((scene, photograph(np.random.default_rng([seed, 1]), scene), edit(np.random.default_rng([seed, 2]), scene)))
+    return made
+
+
+def test_an_exterior_has_its_sky_above_and_its_lawn_below(houses):
+    for scene, *_ in houses:
+        assert scene.exterior and np.isfinite(scene.radiance).all()
+        assert scene.outside[:3].mean() > 0.3 and not scene.outside[-12:].any()
+    skies = [(target / 255)[scene.outside == 1].mean(0) for scene, _, target in houses]
+    lawns = [np.median(target[-8:] / 255, (0, 1)) for _, _, target in houses]
+    assert np.mean(skies, 0) @ LUMA > np.mean(lawns, 0) @ LUMA + 0.03
+    assert np.mean([sky[2] - sky[0] for sky in skies]) > 0.02 > np.mean([lawn[2] - lawn[1] for lawn in lawns])
+
+
+def test_houses_are_lit_at_dusk():
+    """Where the sky is dim their windows and lamps are what shines, in warm light."""
+    found = []
+    for seed in range(16):
+        stage = House(seed)
+        lit = [shape for shape in stage.shapes if shape.emit is not None and shape.emit.any()]
+        assert bool(lit) == stage.evening == bool(stage.lamps) and not (stage.evening and stage.sunlight.any())
+        found += [shape.emit for shape in lit]
+    assert found and all(red > blue for red, _, blue in found)
+
+
+def test_exteriors_are_brought_to_their_own_luma(houses):
+    for pictures, look in (
+        ([source for _, source, _ in houses], SOURCE_OUTDOORS),
+        ([target for *_, target in houses], TARGET_OUTDOORS),
+    ):
+        reached = np.mean([np.percentile(picture / 255 @ LUMA, PERCENTILES) for picture in pictures], 0)
+        assert (abs(reached - look.luma) < 0.7 * np.array(look.luma_sd)).all(), reached
 
 
 def test_pin_reaches_the_luma_and_the_walls_it_is_given(scenes):
@@ -134,6 +176,18 @@ def test_synthesize_writes_the_same_files_with_any_number_of_workers(tmp_path):
         for name in pair.values():
             assert (one.parent / name).read_bytes() == (two.parent / name).read_bytes()
             assert Image.open(one.parent / name).size == (48, 32)
+
+
+def test_exteriors_are_the_last_pairs(tmp_path):
+    """The rooms before them are those that a call without exteriors makes."""
+    rooms, mixed = (synthesize(tmp_path / str(n), 3, 32, 48, seed=4, workers=1, progress=False, exteriors=n) for n in (0, 2))
+    for number, same in ((0, True), (1, False), (2, False)):
+        images = [(path.parent / f"images/000{number}_tar.jpg").read_bytes() for path in (rooms, mixed)]
+        assert (images[0] == images[1]) == same
+    for exteriors in (-1, 4):
+        with pytest.raises(UserError, match=f"exteriors must be from 0 to count, 3, got {exteriors}"):
+            synthesize(tmp_path / "none", 3, 32, 48, exteriors=exteriors)
+    assert not (tmp_path / "none").exists()
 
 
 def test_synthesize_starts_anew_in_its_own_folder(tmp_path, monkeypatch):

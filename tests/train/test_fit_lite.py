@@ -30,8 +30,18 @@ def test_fit_learns_and_gives_the_same_twice():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+def test_pairs_after_the_usual_ones_do_not_change_what_is_usual():
+    torch.manual_seed(0)
+    alone, among = create_model("lite", members=1), create_model("lite", members=1)
+    sources, targets = pairs()
+    lite.fit(alone, sources[:16], targets[:16], 1)
+    lite.fit(among, torch.cat([sources[:16], 0.2 * sources[16:]]), targets, 1, usual=16)
+    assert torch.equal(alone.centre, among.centre) and torch.equal(alone.spread, among.spread)
+
+
 def test_takes_differ_and_are_the_same_twice():
     sources, targets = lite.takes(3, count=2, height=32, width=48)
     assert sources.shape == targets.shape == (2, 128, 128, 3) and sources.dtype == np.uint8
     assert (sources[0] != sources[1]).any() and (targets[0] != targets[1]).any()
     assert all(np.array_equal(a, b) for a, b in zip((sources, targets), lite.takes(3, 2, 32, 48), strict=True))
+    assert (lite.takes(3, 2, 32, 48, exterior=True)[1] != targets).any()

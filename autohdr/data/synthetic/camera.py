@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from autohdr.data.images import from_float
-from autohdr.data.synthetic.look import SOURCE, draw_luma, pin
+from autohdr.data.synthetic.look import SOURCE, SOURCE_OUTDOORS, draw_luma, pin
 from autohdr.data.synthetic.pixels import encode, levels_of, luma, surround
 from autohdr.data.synthetic.scene import Scene
 from autohdr.data.synthetic.textures import Array, Rng
@@ -19,11 +19,13 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     x = x + rng.uniform(0.003, 0.03) * surround(x, levels_of(x.shape) - 1)  # the lens spreads some light over all of it
     across, down = np.meshgrid(np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32))
     x *= (1 - rng.uniform(0, 0.28) * ((across * across + down * down) / 2))[..., None]
-    lean, turn = rng.normal(0, 0.09, 3).astype(np.float32), rng.uniform(0, 2 * np.pi)  # other light from one side
+    mixed = 0.02 if scene.exterior else 0.09
+    lean, turn = rng.normal(0, mixed, 3).astype(np.float32), rng.uniform(0, 2 * np.pi)  # other light from one side
     lean -= lean.mean()
     x *= np.exp((across * np.float32(np.cos(turn)) + down * np.float32(np.sin(turn)))[..., None] * lean)
-    levels = draw_luma(rng, SOURCE, scene.tones)
-    cast = rng.normal(SOURCE.walls, SOURCE.walls_sd)
+    look = SOURCE_OUTDOORS if scene.exterior else SOURCE
+    levels = draw_luma(rng, look, scene.tones)
+    cast = rng.normal(look.walls, look.walls_sd)
     x = np.maximum(x + _noise(rng, x), 0)
     x = merge(x, rng.uniform(0.1, 0.6))
     shoulder, toe = rng.uniform(0.4, 1.2), rng.uniform(0.95, 1.2)
@@ -36,7 +38,7 @@ def photograph(rng: Rng, scene: Scene) -> Array:
     x *= np.float32(np.interp(levels[4], response(gains), gains) / bright)
     y = luma(x)[..., None]
     x = np.maximum(y + (x - y) * np.float32(rng.normal(1.42, 0.12)), 0)
-    picture = pin(response(x), SOURCE, levels, cast)
+    picture = pin(response(x), look, levels, cast)
     stream = io.BytesIO()
     Image.fromarray(from_float(picture)).save(stream, "JPEG", quality=int(rng.integers(84, 97)))
     return np.asarray(Image.open(stream).convert("RGB"))

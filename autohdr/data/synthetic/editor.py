@@ -3,7 +3,7 @@
 import numpy as np
 
 from autohdr.data.images import from_float
-from autohdr.data.synthetic.look import TARGET, draw_luma, pin
+from autohdr.data.synthetic.look import TARGET, TARGET_OUTDOORS, draw_luma, pin
 from autohdr.data.synthetic.pixels import encode, fuse, levels_of, luma, surround
 from autohdr.data.synthetic.scene import Scene
 from autohdr.data.synthetic.textures import Array, Rng
@@ -16,7 +16,8 @@ def edit(rng: Rng, scene: Scene) -> Array:
     x = scene.radiance.astype(np.float32)
     outside = scene.outside.astype(np.float32)
     even, view, saturation = rng.uniform(0.0, 0.3), rng.uniform(0.5, 1.0), rng.normal(1.14, 0.1)
-    levels, walls = draw_luma(rng, TARGET, scene.tones), rng.normal(TARGET.walls, TARGET.walls_sd)
+    look = TARGET_OUTDOORS if scene.exterior else TARGET
+    levels, walls = draw_luma(rng, look, scene.tones), rng.normal(look.walls, look.walls_sd)
     y = luma(x)
     indoors = outside < 0.5
     gain = _MIDDLE / np.exp(np.log(y[indoors] + 1e-5).mean()) if indoors.any() else 1.0
@@ -31,4 +32,4 @@ def edit(rng: Rng, scene: Scene) -> Array:
     vivid = np.float32(saturation) * np.array([1.06, 1, 0.92], np.float32)  # yellow is what clients see first
     colour = np.maximum(1 + (x / y[..., None] - 1) * vivid, 0)  # ratios in linear light
     ratio = colour ** np.float32(1 / 2.4)
-    return from_float(pin(ratio * (fused / luma(ratio))[..., None], TARGET, levels, walls))
+    return from_float(pin(ratio * (fused / luma(ratio))[..., None], look, levels, walls))

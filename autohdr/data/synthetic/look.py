@@ -1,6 +1,6 @@
 """What real pairs look like in numbers, and how a picture is brought to such numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,19 +38,25 @@ SOURCE = Look(luma=(.075, .142, .269, .380, .465, .610, .763), luma_sd=(.056, .0
 TARGET = Look(luma=(.162, .267, .473, .640, .746, .831, .892), luma_sd=(.108, .125, .130, .080, .036, .039, .039),
               together=(.8, .85, .85, .75, .65, .65, .65), walls=(0, 4.4), walls_sd=(.7, 3.5),
               pinned=(.7, .7, .7, .8, 1, 1, 1), walls_pinned=.6)
+# Of exteriors there were no pairs to measure: rooms' spread, in light that is even already, and no walls whose colour is known.
+SOURCE_OUTDOORS = replace(SOURCE, luma=(.08, .14, .27, .39, .51, .68, .77), walls_pinned=0, pinned=(.6, .6, .6, .7, .9, .9, .9))
+TARGET_OUTDOORS = replace(TARGET, luma=(.12, .2, .39, .56, .7, .83, .9), walls_pinned=0, pinned=(.6, .6, .6, .7, .9, .9, .9))
 # fmt: on
 
 
-# What `tones_of_light` and `tones_of_edit` are measured by: mean and standard deviation over 60 rooms, and over the ten edits.
-_SCENES, _SCENES_SD = np.array([-1.0, -0.44, 0.92]), np.array([0.36, 0.18, 0.42])
+# What `tones_of_light` and `tones_of_edit` are measured by: mean and standard deviation over 60 rooms, over 60 exteriors, and
+# over the ten edits.
+_ROOMS, _ROOMS_SD = np.array([-1.0, -0.44, 0.92]), np.array([0.36, 0.18, 0.42])
+_EXTERIORS, _EXTERIORS_SD = np.array([-1.58, -0.8, 0.21]), np.array([0.39, 0.51, 0.18])
 _EDITS, _EDITS_SD = np.array([-0.273, -0.106, 0.085]), np.array([0.11, 0.06, 0.03])
 
 
-def tones_of_light(light: Array) -> Array:
-    """How much lighter shadows, middle and highlights of linear (H, W, 3) are beside its bright walls than in most rooms, in
-    standard deviations (3,)."""
+def tones_of_light(light: Array, exterior: bool = False) -> Array:
+    """How much lighter shadows, middle and highlights of linear (H, W, 3) are beside its bright walls, or its sky, than in most
+    rooms, or exteriors, in standard deviations (3,)."""
+    usual, spread = (_EXTERIORS, _EXTERIORS_SD) if exterior else (_ROOMS, _ROOMS_SD)
     low, middle, bright, high = np.log(np.percentile(luma(light), (25, 50, 75, 95)) + 1e-4)
-    return np.clip((np.array([low, middle, high]) - bright - _SCENES) / _SCENES_SD, -2.5, 2.5)
+    return np.clip((np.array([low, middle, high]) - bright - usual) / spread, -2.5, 2.5)
 
 
 def tones_of_edit(picture: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Pairs of rooms, one in memory or many in a folder, and pairs made from finished photos."""
+"""Pairs of rooms and exteriors, one in memory or many in a folder, and pairs made from finished photos."""
 
 import json
 import re
@@ -28,34 +28,46 @@ from autohdr.measure import check_workers, cores
 _MARKER, _DEGRADED = "synth.json", "degrade.json"
 
 
-def render_pair(seed: int, height: int, width: int) -> tuple[Array, Array]:
-    """Photograph and edit of the room that `seed` makes, each uint8 (height, width, 3), sRGB, pixel-aligned.
+def render_pair(seed: int, height: int, width: int, exterior: bool = False) -> tuple[Array, Array]:
+    """Photograph and edit of the room that `seed` makes, or of the exterior, each uint8 (height, width, 3), sRGB, pixel-aligned.
 
     The same arguments give the same bits on the same machine. Raises UserError for a side under 32 pixels or a negative seed.
     """
-    scene = render_scene(seed, height, width)
+    scene = render_scene(seed, height, width, exterior=exterior)
     return photograph(np.random.default_rng([seed, 1]), scene), edit(np.random.default_rng([seed, 2]), scene)
 
 
 def synthesize(
-    out_dir: str | Path, count: int, height: int, width: int, seed: int = 0, workers: int | None = None, progress: bool = True
+    out_dir: str | Path,
+    count: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+    exteriors: int = 0,
 ) -> Path:
     """Write `count` pairs as images/NNNN_src.jpg, images/NNNN_tar.jpg and, last of all, pairs.jsonl, whose path it returns.
 
-    `workers` processes render (default: one a core); the files don't depend on how many. A folder that an earlier call made is
-    made anew. Raises UserError for a count under 1, a side under 32 pixels, or a folder with anything else in it.
+    `workers` processes render (default: one a core); the files don't depend on how many. The last `exteriors` of the pairs show
+    houses from their street, the others rooms. A folder that an earlier call made is made anew. Raises UserError for a count
+    under 1, fewer than 0 or more than `count` exteriors, a side under 32 pixels, or a folder with anything else in it.
     """
     if count < 1:
         raise UserError(f"synthetic pairs: count must be at least 1, got {count}")
+    if not 0 <= exteriors <= count:
+        raise UserError(f"synthetic pairs: exteriors must be from 0 to count, {count}, got {exteriors}")
     check_size(height, width)
     check_seed(seed)
     processes = _processes(workers, count)
     out = Path(out_dir)
     images = _claim(out, _MARKER)
-    (out / _MARKER).write_text(json.dumps({"count": count, "height": height, "width": width, "seed": seed}) + "\n")
+    settings = {"count": count, "height": height, "width": width, "seed": seed, "exteriors": exteriors}
+    (out / _MARKER).write_text(json.dumps(settings) + "\n")
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
     job = partial(_write_pair, images=images, height=height, width=width, digits=max(4, len(str(count - 1))))
-    for _ in _work(job, list(enumerate(seeds)), processes, "rooms", progress):
+    work = [(number, made, number >= count - exteriors) for number, made in enumerate(seeds)]
+    for _ in _work(job, work, processes, "scenes", progress):
         pass
     return _list_pairs(out)
 
@@ -154,8 +166,8 @@ def _claim(out: Path, marker: str) -> Path:
     return images
 
 
-def _write_pair(number: int, seed: int, images: Path, height: int, width: int, digits: int) -> None:
-    for picture, kind in zip(render_pair(seed, height, width), ("src", "tar"), strict=True):
+def _write_pair(number: int, seed: int, exterior: bool, images: Path, height: int, width: int, digits: int) -> None:
+    for picture, kind in zip(render_pair(seed, height, width, exterior), ("src", "tar"), strict=True):
         Image.fromarray(picture).save(images / f"{number:0{digits}}_{kind}.jpg", quality=95)
 
 

@@ -1,6 +1,6 @@
 """The room: shell, openings, furniture, lamps, sun, and the light that its surfaces throw on one another."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,19 +8,8 @@ from autohdr.data.synthetic import furniture, textures
 from autohdr.data.synthetic.geometry import ALONG_X, Plane, Shape, ball, box, cone, dot, extent, shift, yaw
 from autohdr.data.synthetic.lights import Lamp, Window, form_factors, sun_strength, unshadowed
 from autohdr.data.synthetic.outside import outside
+from autohdr.data.synthetic.place import Place
 from autohdr.data.synthetic.textures import Array, Texture, draw_seed
-
-_WARM = np.array([1.25, 0.95, 0.55])  # a 3000 K lamp beside daylight
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Shapes that block light together, behind one bounding box."""
-
-    shapes: list[Shape]
-    low: Array
-    high: Array
-
 
 # fmt: off
 _PAINTS = [(.72, .71, .68), (.7, .66, .58), (.64, .6, .54), (.7, .61, .43), (.55, .61, .54), (.52, .58, .63), (.64, .53, .41),
@@ -36,21 +25,20 @@ _FLOOR_ODDS = {"bathroom": [.1, .9, 0], "kitchen": [.5, .5, 0], "bedroom": [.4, 
 # fmt: on
 
 
-class Room:
+class Room(Place):
     """A furnished room with its lights, its view outside and the camera in it."""
 
+    sun_reach = 12.0
+
     def __init__(self, seed: int):
-        self.rng = rng = np.random.default_rng(seed)
+        super().__init__(np.random.default_rng(seed))
+        rng = self.rng
         self.style = furniture.Style(rng)
         self.kind = str(rng.choice(list(_FLOOR_ODDS), p=[0.12, 0.18, 0.2, 0.1, 0.32, 0.08]))
         small = self.kind in ("bathroom", "office")
         self.width = rng.uniform(2.8, 3.8) if small else rng.uniform(3.6, 5.4)
         self.depth = rng.uniform(3.0, 4.0) if small else rng.uniform(4.2, 6.0)
         self.height = self.top = rng.uniform(2.4, 2.9)
-        self.shapes: list[Shape] = []
-        self.groups: list[_Group] = []
-        self.windows: list[Window] = []
-        self.lamps: list[Lamp] = []
         self.footprints: list[tuple] = []  # (x0, x1, y0, y1) on the floor
         self.warmth = rng.choice([rng.uniform(0.7, 1.3), rng.uniform(0.1, 0.7), rng.uniform(-0.3, 0.1)], p=[0.65, 0.25, 0.1])
         self.evening = rng.random() < 0.1
@@ -164,13 +152,6 @@ class Room:
 
     def attach(self, wall: Plane, u: float, shapes: list[Shape], casts: bool = True) -> None:
         self.add([s.moved(wall.frame(), wall.origin + wall.u_axis * np.float32(u)) for s in shapes], casts)
-
-    def add(self, shapes: list[Shape], casts: bool = True) -> None:
-        self.shapes += shapes
-        blockers = [s for s in shapes if s.casts] if casts else []
-        if blockers:
-            low, high = extent(blockers)
-            self.groups.append(_Group(blockers, low, high))
 
     def add_window(self, wall: Plane, centre: float, width: float) -> bool:
         rng, style, h, top = self.rng, self.style, width / 2, self.height - 0.22
@@ -307,10 +288,6 @@ class Room:
                 wall.used.append((u + low[0], u + high[0], 0, high[2]))
                 return wall.frame(), offset
         return None
-
-    def bulb(self, power: float, spread: float = 0.12) -> Array:
-        """Intensity of a lamp: the room's have one colour, more or less, from warmer than 3000 K to cooler than daylight."""
-        return (_WARM ** (self.warmth + self.rng.normal(0, spread)) * power).astype(np.float32)
 
     def light(self, position: Array) -> None:
         """Switch on, mostly, the lamp whose shade is the last shape added."""
@@ -534,7 +511,7 @@ class Room:
             )
         p, n, (area,), albedo = (np.concatenate(x, 1) for x in zip(*patches, strict=True))
         direct = sum((colour[:, None] * unshadowed(light, p, n) for light, colour in self.lights(False)), np.zeros_like(p))
-        direct += self.sunlight[:, None] * sun_strength(self.windows, p, n, self.sun[:, None])
+        direct += self.sunlight[:, None] * self.sunlit(p, n, self.sun[:, None])
         form = form_factors(p, n, p, n, area)
         radiosity = total = albedo * direct
         for _ in range(5):
@@ -556,9 +533,8 @@ class Room:
         """Whether points are in this room, reveals included, and not in the next one."""
         return (p[0] > -0.2) & (p[0] < self.width + 0.2) & (p[1] > -0.2) & (p[1] < self.depth + 0.2)
 
-    def lights(self, beyond: bool = True) -> list[tuple]:
-        lamps = [(lamp, lamp.intensity) for lamp in self.lamps if beyond or not lamp.beyond]
-        return [(window, window.radiance) for window in self.windows] + lamps
+    def sunlit(self, p: Array, n: Array, towards: Array) -> Array:
+        return sun_strength(self.windows, p, n, towards)
 
     def ambient(self, p: Array, n: Array) -> Array:
         """Bounced irradiance (3, N) at points with normals."""
