@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autohdr.errors import UserError
+from autohdr.kernels.backends import as_on_a_gpu
 from autohdr.measure import expected_seconds, format_bytes, format_seconds, free_bytes, measure, resident_bytes
 from autohdr.models import create_model, tiling
-from autohdr.models.layers import as_on_a_gpu
 from autohdr.models.network import Network
 from autohdr.models.registry import build
 
@@ -202,6 +202,8 @@ class _Ledger(TorchDispatchMode):
                 self.add(tensor)
         if self.on_cpu and function is torch.ops.aten.convolution_backward.default:
             self.note(args[1].numel() * args[1].element_size())  # oneDNN's copy of the image
+        if function is torch.ops.autohdr.nafblock_backward.default:
+            self.note(args[0].numel() * args[0].element_size())  # the gradient between the block's halves
         return result
 
     def add(self, tensor: Tensor) -> None:

@@ -126,6 +126,14 @@ def gdfn(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]
     )
 
 
+def nafblock(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]:
+    """Forward and backward. x is read twice, since attention needs means over the whole image; x and dy too on the way back."""
+    pixels = height * width
+    e = size * channels * pixels
+    products, fma = 6 * channels**2 * pixels, 18 * channels * pixels
+    return Work(3 * e, products, fma), Work(5 * e, 2 * products, 2 * fma)
+
+
 def apply_edit(height: int, width: int, bins: int, size: int) -> tuple[Work, Work]:
     """Forward and backward: x in, y out; x and dy in, dx out. Curves and matrix; with a grid its matrix between four points, of a
     row that lies between the grid's, and the product with it."""

@@ -41,7 +41,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PARTS = ("build", "tests", "sanitizer", "kernels", "bench", "compiled")
 MODELS = ("restormer", "mamba_diffusion")  # measured after the ops
-FILES = sorted((file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py")), key=lambda f: (f in MODELS, f))
+CPU_ALONE = ("nafblock",)
+FILES = {file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py")}.difference(CPU_ALONE)
+FILES = sorted(FILES, key=lambda f: (f in MODELS, f))
 BACKENDS = ("cuda", "triton")
 NEEDED = ("einops", "ninja", "pybind11", "pytest", "pytest_benchmark", "safetensors", "setuptools")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -1,4 +1,4 @@
-"""The benchmark of an image op, mdta or gdfn, at restormer_base's levels."""
+"""The benchmark of an image op at the levels of a network: mdta and gdfn at restormer_base's, nafblock at nafnet_32's."""
 
 import functools
 from collections.abc import Callable
@@ -16,11 +16,11 @@ IMAGES = {  # of the whole network: height, width, dtypes
 }
 
 
-def cases(op: str) -> list:
+def cases(op: str, levels: tuple[int, ...] = LEVELS) -> list:
     """(channels, height, width, dtype, mode, column) of every case, those of one size beside each other."""
     found = []
     for height, width, dtypes in IMAGES[DEVICE]:
-        for level, channels in enumerate(LEVELS):
+        for level, channels in enumerate(levels):
             for dtype in dtypes:
                 for mode in ("forward", "training"):
                     names = columns(op)

@@ -157,7 +157,7 @@ def ops_of(subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: 
     import problems
 
     from autohdr import create_model, kernels
-    from autohdr.models.layers import as_on_a_gpu
+    from autohdr.kernels.backends import as_on_a_gpu
 
     kernels.backends  # noqa: B018
     resolving = sys.modules["autohdr.kernels.backends"]

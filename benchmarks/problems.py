@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ SCAN_SHAPES = [(1, 192, 4096), (2, 96, 9216), (1, 192, 147456), (8, 1536, 4096)]
 DSTATE = 16
 COMPILED = "max-autotune-no-cudagraphs"  # graphs would copy x at every call, and hide their memory
 LEVELS = (48, 96, 192, 384)  # channels of restormer_base's levels, each at half the resolution of the one before
+NAFNET_LEVELS = (32, 64, 128, 256, 512)  # nafnet_32's
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,22 @@ def gdfn(channels: int, height: int, width: int, dtype: torch.dtype, device: str
         randn(channels, hidden, 1, 1) / hidden**0.5,
     ]
     return _image_problem("gdfn", kernels.gdfn, randn(1, channels, height, width), weights, dtype)
+
+
+def nafblock(channels: int, height: int, width: int, dtype: torch.dtype, device: str) -> Problem:
+    """One image, as in a NAFNet."""
+    randn = _generator(device)
+
+    def norm() -> list[Tensor]:
+        return [0.5 + torch.rand(channels, device=device), randn(channels) * 0.1]
+
+    def convolution(channels_out: int, *shape: int) -> list[Tensor]:
+        return [randn(channels_out, *shape) / math.prod(shape) ** 0.5, randn(channels_out) * 0.1]
+
+    pointwise, double, scale = (channels, channels, 1, 1), (2 * channels, channels, 1, 1), (1, channels, 1, 1)
+    first = norm() + convolution(*double) + convolution(2 * channels, 1, 3, 3) + 2 * convolution(*pointwise) + [randn(*scale)]
+    second = norm() + convolution(*double) + convolution(*pointwise) + [randn(*scale)]
+    return _image_problem("nafblock", kernels.nafblock, randn(1, channels, height, width), first + second, dtype)
 
 
 @_awkward((2, 33, 300), (1, 5, 1), (1, 192, 1030))

@@ -9,6 +9,7 @@ from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
 from autohdr.kernels.gdfn import gdfn
 from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
+from autohdr.kernels.nafblock import nafblock, nafblock_apply, nafblock_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "mdta",
     "mdta_apply",
     "mdta_statistics",
+    "nafblock",
+    "nafblock_apply",
+    "nafblock_statistics",
     "selective_scan",
     "set_backend",
 ]

@@ -93,6 +93,11 @@ def set_backend(name: str) -> None:
     _default = name
 
 
+def preferred(name: str) -> str:
+    """What "auto" stands for where an op prefers a backend: this one, unless set_backend has named another."""
+    return name if _default == "auto" else _default
+
+
 @contextmanager
 def default_backend(name: str) -> Iterator[None]:
     """``set_backend(name)`` for a while."""
@@ -102,6 +107,25 @@ def default_backend(name: str) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+_as_on_a_gpu = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Ops and convolutions on the CPU save and take what those of a GPU do: to plan for one where there is none."""
+    global _as_on_a_gpu
+    _as_on_a_gpu = True
+    try:
+        yield
+    finally:
+        _as_on_a_gpu = False
+
+
+def is_as_on_a_gpu() -> bool:
+    """Whether as_on_a_gpu holds."""
+    return _as_on_a_gpu
 
 
 def _check(name: str) -> None:
@@ -114,6 +138,8 @@ def _unfit(op: str, backend: str, x: torch.Tensor) -> str:
     reason = _absent(op, backend) or _REASONS[backend]
     if reason or backend == "reference":
         return reason
+    if _as_on_a_gpu and backend == "cpu" and "cuda" not in OPS[op]:
+        return f"on a GPU {op} has its reference alone"
     if x.device.type not in (_DEVICES[backend], "meta"):  # on meta nothing runs: shapes and dtypes follow from the declaration
         return f"x is on {x.device.type}"
     if x.dtype not in OPS[op][backend]:

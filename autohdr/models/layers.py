@@ -1,7 +1,5 @@
 """What the networks share below the level of a block: padding, convolutions, and modules that are used without being called."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv2d_weight
 
 from autohdr.errors import UserError
+from autohdr.kernels.backends import is_as_on_a_gpu
 from autohdr.kernels.common import any_count
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -157,23 +156,9 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-_as_on_a_gpu = False
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Convolutions on the CPU save and take what those of a GPU do: to plan for one where there is none."""
-    global _as_on_a_gpu
-    _as_on_a_gpu = True
-    try:
-        yield
-    finally:
-        _as_on_a_gpu = False
-
-
 def _half_on_cpu(x: Tensor) -> torch.dtype | None:
     """The half-precision dtype that a convolution of x is to return, where it is to compute in float32; None elsewhere."""
-    if x.device.type != "cpu" or _as_on_a_gpu:
+    if x.device.type != "cpu" or is_as_on_a_gpu():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 else x.dtype
     return dtype if dtype.itemsize == 2 else None

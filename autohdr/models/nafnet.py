@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autohdr.models.layers import Conv2d, Mean, reach
+from autohdr import kernels
+from autohdr.models.layers import Conv2d, Mean, Uncalled, reach
 from autohdr.models.network import Blocks, Down, Embed, Half, NetworkConfig, Output, Stage, StagedNetwork, Up, count, is_whole
 
 EPS = 1e-6
@@ -45,15 +45,12 @@ def _counts(value: Any) -> bool:
 
 
 class Norm(nn.Module):
-    """Layer norm over the channels of each pixel of an image (B, C, H, W)."""
+    """The weights of a layer norm over channels; the kernels apply it."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, EPS).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -76,49 +73,47 @@ class Block(nn.Module):
         self.norm1 = Norm(channels)
         self.norm2 = Norm(channels)
 
+    def _weights(self) -> tuple[Tensor, ...]:
+        """As kernels.nafblock takes them."""
+        mean, attention = reach(self.sca, nn.Sequential)
+        reach(mean, Mean)
+        norm1, norm2 = reach(self.norm1, Norm), reach(self.norm2, Norm)
+        return (
+            norm1.weight,
+            norm1.bias,
+            *_parameters(self.conv1, 1),
+            *_parameters(self.conv2, 3, groups=2 * len(norm1.weight)),
+            *_parameters(attention, 1),
+            *_parameters(self.conv3, 1),
+            self.beta,
+            norm2.weight,
+            norm2.bias,
+            *_parameters(self.conv4, 1),
+            *_parameters(self.conv5, 1),
+            self.gamma,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        local = self._local(x)
-        return self._combine(x, local, self.sca(local))
+        return kernels.nafblock(x, *self._weights(), eps=EPS)
 
     def statistics(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
-        """Of rows [first, end) of x: the sums over pixels (B, C, 1, 1) that channels are weighed by, and the number of pixels."""
-        self._check_reads()
-        local = self._local(x)[:, :, first:end]
-        wide = torch.promote_types(local.dtype, torch.float32)
-        pixels = torch.tensor(local.shape[2] * local.shape[3], device=x.device)
-        return local.sum((2, 3), keepdim=True, dtype=wide), pixels
+        """Of rows [first, end) of x: the sums over pixels (B, C) that channels are weighed by, and the number of pixels."""
+        pixels = torch.tensor((end - first) * x.shape[3], device=x.device)
+        return kernels.nafblock_statistics(x, self._weights(), first, end, eps=EPS), pixels
 
     def attend(self, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
         """forward(x) with the statistics of the image that x is a strip of."""
-        local, (total, pixels) = self._local(x), statistics
-        return self._combine(x, local, self.sca[1]((total / pixels).to(local.dtype)))
-
-    def _check_reads(self) -> None:
-        """Raises Uncalled where a layer may read more of an image than one pixel around each, or takes other means."""
-        for norm in (self.norm1, self.norm2):
-            reach(norm, Norm)
-        for conv in (self.conv1, self.conv3, self.conv4, self.conv5):
-            reach(conv, Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
-        reach(self.conv2, Conv2d, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), padding_mode="zeros")
-        mean, _ = reach(self.sca, nn.Sequential)
-        reach(mean, Mean)
-
-    def _local(self, x: Tensor) -> Tensor:
-        return _gate(self.conv2(self.conv1(self.norm1(x))))
-
-    def _combine(self, x: Tensor, local: Tensor, weight: Tensor) -> Tensor:
-        x = _add_scaled(x, self.conv3(local * weight), self.beta)
-        return _add_scaled(x, self.conv5(_gate(self.conv4(self.norm2(x)))), self.gamma)
+        total, pixels = statistics
+        return kernels.nafblock_apply(x, self._weights(), total / pixels, eps=EPS)
 
 
-def _gate(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=1)
-    return a * b
-
-
-def _add_scaled(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """x + scale · y, in their dtype under autocast too."""
-    return torch.addcmul(x, y, scale.to(y.dtype))
+def _parameters(conv: nn.Module, size: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a convolution, for who computes it otherwise."""
+    geometry = {"kernel_size": (size, size), "stride": (1, 1), "padding": (size // 2, size // 2), "dilation": (1, 1)}
+    conv = reach(conv, Conv2d, **geometry, groups=groups, padding_mode="zeros")
+    if conv.bias is None:
+        raise Uncalled(conv, "expected a bias, got none")
+    return conv.weight, conv.bias
 
 
 class NAFNet(StagedNetwork):
@@ -158,6 +153,12 @@ class NAFNet(StagedNetwork):
         for up, blocks, c in zip(ups, decoders, channels[::-1], strict=True):
             found += Up(list(reach(up, nn.Sequential)), torch.add, c), _stage(blocks)
         return [*found, Output([self.ending])]
+
+    def scratch_bytes(self) -> int:
+        """Rows of hidden channels, pixels between the convolutions, and sums of weight gradients
+        (csrc/nafblock/nafblock_cpu_kernel.h), at the widest level."""
+        channels = max(m.conv1.in_channels for m in self.modules() if isinstance(m, Block))
+        return 4 * 2 * channels * (4000 + 8 * channels)
 
     @classmethod
     def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:

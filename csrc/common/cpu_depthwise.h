@@ -1,4 +1,4 @@
-// The depthwise 3×3 convolution of a panel of channels, and the gradient of its taps.
+// The depthwise 3×3 convolution of a panel of channels, that of two panels and their gate, and the gradient of the taps.
 // Compiled per instruction set: common/cpu_each_isa.h.
 
 // Columns that a depthwise convolution takes at a time, so that three rows of them stay in the first-level cache while it goes
@@ -44,6 +44,28 @@ static void depthwise(const Ring& in, int64_t panel, const Range& rows, const Ra
       depthwise_row<Squares>(window, taps, width, std::min(block, columns.end - x),
                              out + ((y - rows.first) * columns.size() + x - columns.first) * width, squares);
     }
+}
+
+// The same of two panels along a row, out = gate(c, a, b) of the channels from c on.
+template <class Gate>
+AUTOHDR_INLINE void gated_row(const float* const* a_rows, const float* const* b_rows, const float* a_taps, const float* b_taps,
+                              int64_t width, int64_t pixels, float* out, const Gate& gate) {
+  for (int64_t c = 0; c < width; c += W) {
+    vf wa[9], wb[9];
+  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);
+    const float *a0 = a_rows[0] + c, *a1 = a_rows[1] + c, *a2 = a_rows[2] + c;
+    const float *b0 = b_rows[0] + c, *b1 = b_rows[1] + c, *b2 = b_rows[2] + c;
+    for (int64_t o = 0; o < pixels * width; o += width) {
+      const int64_t o1 = o + width, o2 = o1 + width;
+      const vf va = (load(a0 + o) * wa[0] + load(a0 + o1) * wa[1] + load(a0 + o2) * wa[2]) +
+                    (load(a1 + o) * wa[3] + load(a1 + o1) * wa[4] + load(a1 + o2) * wa[5]) +
+                    (load(a2 + o) * wa[6] + load(a2 + o1) * wa[7] + load(a2 + o2) * wa[8]);
+      const vf vb = (load(b0 + o) * wb[0] + load(b0 + o1) * wb[1] + load(b0 + o2) * wb[2]) +
+                    (load(b1 + o) * wb[3] + load(b1 + o1) * wb[4] + load(b1 + o2) * wb[5]) +
+                    (load(b2 + o) * wb[6] + load(b2 + o1) * wb[7] + load(b2 + o2) * wb[8]);
+      store(out + o + c, gate(c, va, vb));
+    }
+  }
 }
 
 // The gradient of the taps: d_taps[t][c] += Σ input(p + tap t) d(p).

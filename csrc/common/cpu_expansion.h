@@ -1,19 +1,20 @@
-// The expansion that both blocks begin with: layer norm, and a 1×1 convolution to the hidden channels that a 3×3 convolution reads.
+// The expansion that networks' blocks begin with: layer norm, and a 1×1 convolution to the hidden channels that a 3×3 one reads.
 // Compiled per instruction set: common/cpu_each_isa.h.
 
 // As the tensors hold it.
 struct ExpansionWeights {
   Norm norm;
-  const float* weight;  // [rows][channels]
-  const float* dwconv;  // [rows][3][3]
+  const float* weight;          // [rows][channels]
+  const float* dwconv;          // [rows][3][3], or null: the 1×1 convolution alone
+  const float* bias = nullptr;  // [rows], the 1×1 convolution's, or null
 };
 
 // The same, packed once a call.
 struct Expansion {
   const int32_t* rows;  // Groups::rows
   Packed weight;        // the 1×1 convolution with the norm's weight folded in
-  const float* bias;    // its share of the norm's bias
-  const float* taps;    // [panel][9][width]
+  const float* bias;    // its own, and its share of the norm's
+  const float* taps;    // [panel][9][width], zero without a 3×3 convolution
   float eps;
   bool centre;
 };
@@ -22,14 +23,20 @@ static Expansion make_expansion(Scratch& scratch, const Groups& groups, int64_t 
   const int32_t* rows = groups.rows(scratch);
   const int64_t width = groups.width();
   Packed packed{scratch.take<float>(groups.channels() * channels), groups.panels(), groups.vecs, channels};
-  pack(packed, [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0.0f : w.weight[rows[n] * channels + k] * w.norm.weight[k]; });
+  pack<64>(packed,
+           [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0.0f : w.weight[rows[n] * channels + k] * w.norm.weight[k]; });
   float* bias = scratch.zeros<float>(groups.channels());
   float* taps = scratch.zeros<float>(groups.channels() * 9);
   for (int64_t n = 0; n < groups.channels(); ++n) {
     if (rows[n] < 0) continue;
-    for (int64_t t = 0; t < 9; ++t) taps[(n / width * 9 + t) * width + n % width] = w.dwconv[rows[n] * 9 + t];
-    if (w.norm.bias)
-      for (int64_t k = 0; k < channels; ++k) bias[n] += w.weight[rows[n] * channels + k] * w.norm.bias[k];
+    if (w.dwconv)
+      for (int64_t t = 0; t < 9; ++t) taps[(n / width * 9 + t) * width + n % width] = w.dwconv[rows[n] * 9 + t];
+    if (w.bias) bias[n] = w.bias[rows[n]];
+    if (!w.norm.bias) continue;
+    vf share = {};
+    for (int64_t k = 0; k < channels; k += W)
+      share += load_at(w.weight + rows[n] * channels, k, channels) * load_at(w.norm.bias, k, channels);
+    bias[n] += sum(share);
   }
   return {rows, packed, bias, taps, w.norm.eps, w.norm.bias != nullptr};
 }
@@ -96,6 +103,43 @@ struct Hidden {
 // ---------------------------------------------------------------------------------------------------------------------
 // The backward pass, from the gradient behind the 3×3 convolution to dx and the parameters' gradients.
 
+// The folded 1×1 weight from hidden channels to channels.
+static Packed transpose(Scratch& scratch, const Groups& groups, const Expansion& op, const ExpansionWeights& w,
+                        int64_t channels) {
+  const Packed transposed = Packed::make(scratch, channels, groups.channels());
+  pack<1>(transposed, [&](int64_t k, int64_t n) {
+    return op.rows[k] < 0 || n >= channels ? 0.0f : w.weight[op.rows[k] * channels + n] * w.norm.weight[n];
+  });
+  return transposed;
+}
+
+// As the tensors hold them.
+struct ExpansionGrads {
+  float *norm_weight, *norm_bias, *weight;
+  float* bias = nullptr;  // or null
+};
+
+// The gradients of the 1×1 convolution and of the norm from those of the folded weight [hidden][padded channels] and bias [hidden].
+// With W' = W·diag(w) and b' = W·b + a: dW = dW'·diag(w) + db'·bᵀ, dw = diag(Wᵀ dW'), db = Wᵀ db', da = db'.
+static void unfold(const Groups& groups, const Expansion& op, const ExpansionWeights& w, int64_t channels, const float* weight,
+                   const float* bias, const ExpansionGrads& d) {
+  std::fill_n(d.norm_weight, channels, 0.0f);
+  if (w.norm.bias) std::fill_n(d.norm_bias, channels, 0.0f);
+  for (int64_t n = 0; n < groups.channels(); ++n) {
+    const int64_t row = op.rows[n];
+    if (row < 0) continue;
+    if (d.bias) d.bias[row] = bias[n];
+    for (int64_t k = 0; k < channels; ++k) {
+      const float folded = weight[n * round_up(channels, 16) + k], original = w.weight[row * channels + k];
+      d.weight[row * channels + k] = folded * w.norm.weight[k];
+      d.norm_weight[k] += folded * original;
+      if (!w.norm.bias) continue;
+      d.weight[row * channels + k] += bias[n] * w.norm.bias[k];
+      d.norm_bias[k] += bias[n] * original;
+    }
+  }
+}
+
 // Sums over pixels, one set a worker, added up at the end.
 struct ExpansionSums {
   float* weight;  // [hidden][padded channels], the gradient of the folded 1×1 weight
@@ -108,7 +152,7 @@ struct ExpansionBackward {
   const Expansion& op;
   ImageShape shape;
   Steps steps;
-  Packed transposed;     // folded 1×1 weight, from hidden channels to channels
+  Packed transposed;     // the folded 1×1 weight's
   const float* flipped;  // taps turned by 180 degrees, [panel][9][width]
   const float* zeros;    // as many as the widest product has columns
   int64_t sums_size;
@@ -119,11 +163,8 @@ struct ExpansionBackward {
       : groups(groups_), op(op_), shape(shape_),
         // Hidden rows and their gradients are held: twice the bytes of the forward pass.
         steps(shape_.batch, shape_.rows(), shape_.width, 2 * groups_.channels() * static_cast<int64_t>(sizeof(float))),
-        transposed(Packed::make(scratch, shape_.channels, groups_.channels())) {
+        transposed(transpose(scratch, groups_, op_, w, shape_.channels)) {
     const int64_t hidden = groups.channels(), width = groups.width(), channels = shape.channels;
-    pack(transposed, [&](int64_t k, int64_t n) {
-      return op.rows[k] < 0 || n >= channels ? 0.0f : w.weight[op.rows[k] * channels + n] * w.norm.weight[n];
-    });
     float* taps = scratch.take<float>(hidden * 9);
     for (int64_t p = 0; p < groups.panels(); ++p)
       for (int64_t t = 0; t < 9; ++t)
@@ -207,26 +248,14 @@ struct ExpansionBackward {
     });
   }
 
-  // The parameters' gradients from the sums. With W' = W·diag(w) and b' = W·b: dW = dW'·diag(w) + db'·bᵀ, dw = diag(Wᵀ dW'),
-  // db = Wᵀ db'.
-  void finish(const ExpansionWeights& w, float* d_norm_weight, float* d_norm_bias, float* d_weight, float* d_dwconv) const {
+  // The parameters' gradients from the sums.
+  void finish(const ExpansionWeights& w, const ExpansionGrads& d, float* d_dwconv) const {
     add_up(sums, steps.workers, sums_size);
     const ExpansionSums total = sums_of(0);
-    const int64_t channels = shape.channels, ld = round_up(channels, 16), width = groups.width();
-    std::fill_n(d_norm_weight, channels, 0.0f);
-    if (w.norm.bias) std::fill_n(d_norm_bias, channels, 0.0f);
-    for (int64_t n = 0; n < groups.channels(); ++n) {
-      const int64_t row = op.rows[n];
-      if (row < 0) continue;
-      for (int64_t t = 0; t < 9; ++t) d_dwconv[row * 9 + t] = total.taps[(n / width * 9 + t) * width + n % width];
-      for (int64_t k = 0; k < channels; ++k) {
-        const float folded = total.weight[n * ld + k], original = w.weight[row * channels + k];
-        d_weight[row * channels + k] = folded * w.norm.weight[k];
-        d_norm_weight[k] += folded * original;
-        if (!w.norm.bias) continue;
-        d_weight[row * channels + k] += total.bias[n] * w.norm.bias[k];
-        d_norm_bias[k] += total.bias[n] * original;
-      }
-    }
+    const int64_t width = groups.width();
+    unfold(groups, op, w, shape.channels, total.weight, total.bias, d);
+    for (int64_t n = 0; n < groups.channels(); ++n)
+      for (int64_t t = 0; t < 9; ++t)
+        if (op.rows[n] >= 0) d_dwconv[op.rows[n] * 9 + t] = total.taps[(n / width * 9 + t) * width + n % width];
   }
 };

@@ -28,17 +28,18 @@ struct Packed {
   Packed slice(int64_t first, int64_t end) const { return {data + first * depth * panel_width(), end - first, vecs, depth}; }
 };
 
-// value(k, n): row k, column n, zero where padded.
-template <class F>
+// value(k, n): row k, column n, zero where padded. kRun rows of a column are taken before the next column's: many where a column's
+// values lie one after the other in memory, one where a row's do.
+template <int64_t kRun, class F>
 void pack(const Packed& out, const F& value) {
-  const int64_t width = out.panel_width(), lanes = block_vecs(out.vecs) * W;
-  constexpr int64_t kBlock = 16;  // both sides of the transposition stay in the first-level cache
-  parallel_ranges(out.panels, [&](int64_t, int64_t first, int64_t end) {
-    for (int64_t p = first; p < end; ++p)
-      for (int64_t block = 0; block < out.depth; block += kBlock)
-        for (int64_t n = 0; n < width; ++n)
-          for (int64_t k = block; k < std::min(block + kBlock, out.depth); ++k)
-            out.data[p * out.depth * width + (n / lanes * out.depth + k) * lanes + n % lanes] = value(k, p * width + n);
+  const int64_t lanes = block_vecs(out.vecs) * W;
+  parallel_ranges(out.columns() / lanes, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t block = first; block < end; ++block) {
+      float* data = out.data + block * out.depth * lanes;
+      for (int64_t run = 0; run < out.depth; run += kRun)
+        for (int64_t n = 0; n < lanes; ++n)
+          for (int64_t k = run; k < std::min(run + kRun, out.depth); ++k) data[k * lanes + n] = value(k, block * lanes + n);
+    }
   });
 }
 

@@ -27,9 +27,9 @@ static void read_pixels(const T* x, int64_t pixels, int64_t channels, float* out
     for (int64_t c = 0; c < padded; c += W) store(out + p * ld + c, c < channels ? load_at(x + p * channels, c, channels) : vf{});
 }
 
-// out = base + add, T [pixels][channels] from add [pixels][ld].
-template <class T>
-static void add_pixels(const T* base, const float* add, int64_t ld, int64_t pixels, int64_t channels, T* out) {
+// out = base + add, [pixels][channels] from add [pixels][ld].
+template <class T, class Out>
+static void add_pixels(const T* base, const float* add, int64_t ld, int64_t pixels, int64_t channels, Out* out) {
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < channels; c += W)
       store_at(out + p * channels, c, channels, load_at(base + p * channels, c, channels) + load(add + p * ld + c));

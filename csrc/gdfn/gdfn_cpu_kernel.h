@@ -17,27 +17,6 @@ static ExpansionWeights expansion_weights(const GdfnWeights& w, float eps) {
 
 static ImageShape image_shape(const GdfnShape& s) { return {s.batch, s.height, s.width, s.channels}; }
 
-// Both halves' 3×3 convolution of one panel and their gate: out = gelu(a) ⊙ b.
-static void gate_row(const float* const* a_rows, const float* const* b_rows, const float* a_taps, const float* b_taps,
-                     int64_t width, int64_t pixels, float* out) {
-  for (int64_t c = 0; c < width; c += W) {
-    vf wa[9], wb[9];
-  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);
-    const float *a0 = a_rows[0] + c, *a1 = a_rows[1] + c, *a2 = a_rows[2] + c;
-    const float *b0 = b_rows[0] + c, *b1 = b_rows[1] + c, *b2 = b_rows[2] + c;
-    for (int64_t o = 0; o < pixels * width; o += width) {
-      const int64_t o1 = o + width, o2 = o1 + width;
-      const vf va = (load(a0 + o) * wa[0] + load(a0 + o1) * wa[1] + load(a0 + o2) * wa[2]) +
-                    (load(a1 + o) * wa[3] + load(a1 + o1) * wa[4] + load(a1 + o2) * wa[5]) +
-                    (load(a2 + o) * wa[6] + load(a2 + o1) * wa[7] + load(a2 + o2) * wa[8]);
-      const vf vb = (load(b0 + o) * wb[0] + load(b0 + o1) * wb[1] + load(b0 + o2) * wb[2]) +
-                    (load(b1 + o) * wb[3] + load(b1 + o1) * wb[4] + load(b1 + o2) * wb[5]) +
-                    (load(b2 + o) * wb[6] + load(b2 + o1) * wb[7] + load(b2 + o2) * wb[8]);
-      store(out + o + c, va * normal_cdf(va) * vb);
-    }
-  }
-}
-
 template <class T>
 static void run(const GdfnForward<T>& a) {
   Scratch scratch;
@@ -49,9 +28,8 @@ static void run(const GdfnForward<T>& a) {
   const int64_t half = groups.panels_each, width = groups.width();
   const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(a.weights, s.eps));
   const Packed project_out = Packed::make(scratch, s.channels, groups.padded());
-  pack(project_out, [&](int64_t k, int64_t n) {
-    return k < s.hidden && n < s.channels ? a.weights.project_out[n * s.hidden + k] : 0.0f;
-  });
+  pack<64>(project_out,
+           [&](int64_t k, int64_t n) { return k < s.hidden && n < s.channels ? a.weights.project_out[n * s.hidden + k] : 0.0f; });
   const int64_t out_width = project_out.columns();
   const float* zeros = scratch.zeros<float>(out_width);
 
@@ -64,8 +42,8 @@ static void run(const GdfnForward<T>& a) {
   steps.for_each([&](int64_t worker, const Tile& tile) {
     float* mine = memory + worker * worker_size;
     Hidden<T> hidden(op, op.weight, op.bias, in, steps.rows + 2, most + 2, mine);
-    float* gated = mine + hidden_size;       // [panel][pixel of the step][width]
-    float* projected = gated + half * panel; // [pixel of the step][out_width]
+    float* gated = mine + hidden_size;        // [panel][pixel of the step][width]
+    float* projected = gated + half * panel;  // [pixel of the step][out_width]
     const Range& columns = tile.columns;
     hidden.start(tile.image, tile.rows.first - 1, columns.around(1));
     for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
@@ -77,9 +55,10 @@ static void run(const GdfnForward<T>& a) {
             const float *a_rows[3], *b_rows[3];
             hidden.ring.window(y, p, x, a_rows);
             hidden.ring.window(y, half + p, x, b_rows);
-            gate_row(a_rows, b_rows, op.taps + p * 9 * width, op.taps + (half + p) * 9 * width, width,
-                     std::min(block, columns.end - x),
-                     gated + p * panel + ((y - first) * columns.size() + x - columns.first) * width);
+            gated_row(a_rows, b_rows, op.taps + p * 9 * width, op.taps + (half + p) * 9 * width, width,
+                      std::min(block, columns.end - x),
+                      gated + p * panel + ((y - first) * columns.size() + x - columns.first) * width,
+                      [](int64_t, vf u, vf v) { return u * normal_cdf(u) * v; });
           }
       const Left left{gated, width, (end - first) * columns.size(), half, panel};
       product(project_out, &left, 1, zeros, 0, &projected, out_width, project_out.panel_width());
@@ -102,7 +81,7 @@ static void run(const GdfnBackward<T>& a) {
   const Expansion op = make_expansion(scratch, groups, channels, weights);
   ExpansionBackward expansion(scratch, groups, op, weights, shape);
   const Packed project_out{scratch.take<float>(channels * padded), half, groups.vecs, channels};  // from dy to the gate
-  pack(project_out, [&](int64_t k, int64_t n) { return n < s.hidden ? a.weights.project_out[k * s.hidden + n] : 0.0f; });
+  pack<1>(project_out, [&](int64_t k, int64_t n) { return n < s.hidden ? a.weights.project_out[k * s.hidden + n] : 0.0f; });
 
   const int64_t most = expansion.most_pixels(), panel = most * width, ldd = pixel_stride(channels);
   const int64_t middle_size = 3 * half * panel + most * ldd, sums_size = channels * padded, workers = expansion.steps.workers;
@@ -141,7 +120,7 @@ static void run(const GdfnBackward<T>& a) {
                 d_project_out + worker * sums_size + p * width, padded);
         }
       });
-  expansion.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_project_in, a.d_dwconv);
+  expansion.finish(weights, {a.d_norm_weight, a.d_norm_bias, a.d_project_in}, a.d_dwconv);
   add_up(d_project_out, workers, sums_size);
   for (int64_t c = 0; c < channels; ++c) std::copy_n(d_project_out + c * padded, s.hidden, a.d_project_out + c * s.hidden);
 }

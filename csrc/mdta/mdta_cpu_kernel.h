@@ -151,7 +151,7 @@ static void run(const MdtaApply<T>& a) {
   float* memory = scratch.take<float>(steps.workers * worker_size);
   for (int64_t b = 0; b < s.batch; ++b) {
     attention.solve(a.attention, b, a.weights);
-    pack(combined, [&](int64_t k, int64_t n) {
+    pack<64>(combined, [&](int64_t k, int64_t n) {
       return op.rows[k] < 0 || n >= s.channels ? 0.0f : attention.combined[n * s.channels + op.rows[k]];
     });
     steps.for_each([&](int64_t worker, const Tile& tile) {
@@ -286,9 +286,9 @@ static void run(const MdtaBackward<T>& a) {
     const auto entry = [&](int64_t h, int64_t i, int64_t j, const float* norm, int64_t of) {
       return i < size && j < size && !attention.constant(norm[h * size + of]) ? d_gram[(h * size + i) * size + j] : 0.0f;
     };
-    pack(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k, attention.q_norm, n % padded); });
-    pack(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded, attention.k_norm, n % padded); });
-    pack(g.to_v, [&](int64_t k, int64_t n) {
+    pack<1>(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k, attention.q_norm, n % padded); });
+    pack<64>(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded, attention.k_norm, n % padded); });
+    pack<1>(g.to_v, [&](int64_t k, int64_t n) {
       const int64_t c = op.rows[n];  // the rows of q, the first group of heads, are the channels themselves
       return c < 0 ? 0.0f : attention.combined[k * channels + c];
     });
@@ -341,5 +341,5 @@ static void run(const MdtaBackward<T>& a) {
                   }
                   into_grad(g.to_v, 2 * part);
                 });
-  expansion.finish(weights, a.d_norm_weight, a.d_norm_bias, a.d_qkv, a.d_dwconv);
+  expansion.finish(weights, {a.d_norm_weight, a.d_norm_bias, a.d_qkv}, a.d_dwconv);
 }

@@ -229,10 +229,10 @@ class ImageOpTests:
             (0, torch.zeros(8, 6, 5), r"x must be a floating \[batch, channels, height, width\].*got torch.float32 \[8, 6, 5\]"),
             (0, torch.zeros(1, 8, 0, 5), "x must be a floating.*no empty image"),
             (0, [1.0], "x must be a floating.* got list"),
-            (1, None, r"norm_weight must be a tensor \[8\], got NoneType"),
-            (1, torch.zeros(7), r"norm_weight must be \[8\], got \[7\]"),
-            (2, torch.zeros(8, dtype=torch.int32), "norm_bias must be floating, got torch.int32"),
-            (2, torch.zeros(8, device="meta"), f"norm_bias must be on {PLACE} as x is, got meta"),
+            (1, None, r"norm1?_weight must be a tensor \[8\], got NoneType"),
+            (1, torch.zeros(7), r"norm1?_weight must be \[8\], got \[7\]"),
+            (2, torch.zeros(8, dtype=torch.int32), "norm1?_bias must be floating, got torch.int32"),
+            (2, torch.zeros(8, device="meta"), f"norm1?_bias must be on {PLACE} as x is, got meta"),
         ],
     )
     def test_rejects_arguments(self, index, value, message):

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autohdr import kernels
 from autohdr.errors import UserError
+from autohdr.kernels.backends import as_on_a_gpu
 from autohdr.models import create_model, list_models, load_checkpoint, load_weights, save_weights
 from autohdr.models.diffusion import cosine_schedule
-from autohdr.models.layers import as_on_a_gpu
 from autohdr.models.mamba_diffusion import (
     SSM,
     Block,
