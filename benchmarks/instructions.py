@@ -40,7 +40,7 @@ from functools import cache
 from pathlib import Path
 
 import machine_code
-import mamba_ssm
+import mamba_launches
 import tables
 import torch
 from machine_code import build
@@ -490,10 +490,10 @@ def predict(
     name: str, gpu: GPU, subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: str, mamba: Path | None = None
 ) -> dict:
     """One row of the results. mamba: the folder of mamba-ssm, which is the backend of that name."""
-    if backend == mamba_ssm.NAME:
+    if backend == mamba_launches.NAME:
         ops = Ops()
         ops.calls[subject] = 1
-        launches_of = [mamba_ssm.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
+        launches_of = [mamba_launches.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
     else:
         ops = ops_of(subject, size, mode, dtype, backend)
         launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, backend)
@@ -580,16 +580,16 @@ def main() -> None:
     parser.add_argument("--mamba-ssm", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    if options.mamba_ssm and not (options.mamba_ssm / mamba_ssm.HEADERS).is_dir():
-        parser.error(f"{options.mamba_ssm} is no unpacked source distribution of mamba-ssm: it has no {mamba_ssm.HEADERS}")
+    if options.mamba_ssm and not (options.mamba_ssm / mamba_launches.HEADERS).is_dir():
+        parser.error(f"{options.mamba_ssm} is no unpacked source distribution of mamba-ssm: it has no {mamba_launches.HEADERS}")
     constants = {"gpus": {k: asdict(v) for k, v in GPUS.items()}, "scenarios": {k: asdict(v) for k, v in SCENARIOS.items()}}
     now = {"constants": constants | {"latencies": LATENCIES}}
     now |= {"versions": {"torch": torch.__version__, "nvcc": machine_code.release()}}
     now |= {"commit": run.commit("csrc", "autohdr/kernels", "autohdr/models")}
     results = begun(json.loads(options.out.read_text()) if options.out.exists() else None, json.loads(json.dumps(now)))
-    backends = [*options.backends, *[mamba_ssm.NAME] * bool(options.mamba_ssm)]
+    backends = [*options.backends, *[mamba_launches.NAME] * bool(options.mamba_ssm)]
     for (subject, size, mode, dtype), name, backend in itertools.product(cases(), options.gpus, backends):
-        if backend == mamba_ssm.NAME and subject != "selective_scan":
+        if backend == mamba_launches.NAME and subject != "selective_scan":
             continue
         if options.only and subject not in options.only or options.sizes and "x".join(map(str, size)) not in options.sizes:
             continue
