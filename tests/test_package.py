@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -85,8 +84,7 @@ def unpacked(clone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     run([sys.executable, "-c", BUILD, "sdist", folder], cwd=clone, env=os.environ | {"AUTOHDR_BUILD": "none"})
     (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(sdist, folder)
     return folder / sdist.name.removesuffix(".tar.gz")
 
 

@@ -62,7 +62,7 @@ CASES = [
     ("mamba_diffusion_nano", 384, "float32", "inference", "auto"),
     ("mamba_diffusion_nano", 160, "float32", "training", "auto"),
     ("mamba_diffusion_nano", 160, "bfloat16", "training", "auto"),
-    ("nafnet_nano", 512, "float32", "inference", "auto"),
+    ("nafnet_nano", 768, "float32", "inference", "auto"),  # the scratch that earlier ones left is a small part of it
     ("nafnet_nano", 640, "bfloat16", "training", "auto"),
     ("swinir_nano", 384, "float32", "inference", "auto"),
     ("swinir_nano", 128, "bfloat16", "training", "auto"),
