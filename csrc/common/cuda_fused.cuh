@@ -47,18 +47,9 @@ struct FusedTile {
         copy_async_or_zero(to + i * 16, from + i * 8, copied_row() < count && (copied_piece() + i) * 8 < x.channels);
   }
 
-  static __device__ __forceinline__ int warp() { return thread() / 32; }
-  static __device__ __forceinline__ int lane() { return thread() % 32; }
-  // threadIdx.x, read anew: places in shared memory are found again in every round, rather than spilled.
-  static __device__ __forceinline__ unsigned thread() {
-#ifdef AUTOHDR_EMULATION
-    return threadIdx.x;
-#else
-    unsigned x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-#endif
-  }
+  // Places in shared memory are found again in every round, rather than spilled.
+  static __device__ __forceinline__ int warp() { return thread_read_anew() / 32; }
+  static __device__ __forceinline__ int lane() { return thread_read_anew() % 32; }
 
   // The norm of the pixels and those around them; zeros outside of the image.
   __device__ __forceinline__ void normalise(const Norm& norm) {

@@ -34,6 +34,17 @@ inline void cuda_check(cudaError_t error, const char* what) {
 #endif
 }
 
+// threadIdx.x, which the compiler does not keep in a register from one use to the next.
+__device__ __forceinline__ unsigned thread_read_anew() {
+#ifdef AUTOHDR_EMULATION
+  return threadIdx.x;
+#else
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#endif
+}
+
 // A size that host code chooses for a GPU, and the one in the emulation, which takes several steps of its small images so.
 inline int64_t size_for(int64_t gpu, [[maybe_unused]] int64_t emulated) {
 #ifdef AUTOHDR_EMULATION
