@@ -27,6 +27,13 @@ static void read_pixels(const T* x, int64_t pixels, int64_t channels, float* out
     for (int64_t c = 0; c < padded; c += W) store(out + p * ld + c, c < channels ? load_at(x + p * channels, c, channels) : vf{});
 }
 
+// The same of these rows and columns of an image.
+template <class T>
+static void read_pixels(const View<const T>& x, int64_t image, const Range& rows, const Range& columns, float* out, int64_t ld) {
+  for (int64_t y = rows.first; y < rows.end; ++y, out += columns.size() * ld)
+    read_pixels(x.at(image, y, columns.first), columns.size(), x.shape.channels, out, ld);
+}
+
 // out = base + add, [pixels][channels] from add [pixels][ld].
 template <class T, class Out>
 static void add_pixels(const T* base, const float* add, int64_t ld, int64_t pixels, int64_t channels, Out* out) {

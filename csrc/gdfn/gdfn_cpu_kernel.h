@@ -92,8 +92,7 @@ static void run(const GdfnBackward<T>& a) {
       [&](int64_t worker, const Hidden<T>& hidden, const Range& rows, const Range& columns, const Ring& grad, const Tile& tile) {
         const int64_t count = columns.size();
         float *halves = middles + worker * middle_size, *d_gate = halves + 2 * half * panel, *dy = d_gate + half * panel;
-        for (int64_t y = rows.first; y < rows.end; ++y)
-          read_pixels(d_out.at(tile.image, y, columns.first), count, channels, dy + (y - rows.first) * count * ldd, ldd);
+        read_pixels(d_out, tile.image, rows, columns, dy, ldd);
         const Left left{dy, ldd, rows.size() * count};
         product(project_out, &left, 1, expansion.zeros, 0, &d_gate, width, panel);
         for (int64_t p = 0; p < half; ++p) {

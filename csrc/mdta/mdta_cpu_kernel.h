@@ -219,8 +219,7 @@ static void run(const MdtaBackward<T>& a) {
       for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
         const Range rows{first, std::min(first + steps.rows, tile.rows.end)};
         hidden.advance(rows.end + 1);
-        for (int64_t y = rows.first; y < rows.end; ++y)
-          read_pixels(d_out.at(image, y, tile.columns.first), columns, channels, dy + (y - rows.first) * columns * ldd, ldd);
+        read_pixels(d_out, image, rows, tile.columns, dy, ldd);
         for (int64_t p = 0; p < part; ++p) {
           depthwise<false>(hidden.ring, p, rows, tile.columns, op.taps + (2 * part + p) * 9 * width, v, nullptr);
           outer(channels, width, rows.size() * columns, dy, ldd, v, width, d_combined + worker * sums_size + p * width,
@@ -335,10 +334,8 @@ static void run(const MdtaBackward<T>& a) {
                       }
                     }
                   }
-                  for (int64_t r = 0; r < height; ++r) {
-                    lefts[r] = {dy + r * count * ldd, ldd, count};
-                    read_pixels(d_out.at(tile.image, rows.first + r, columns.first), count, channels, dy + r * count * ldd, ldd);
-                  }
+                  read_pixels(d_out, tile.image, rows, columns, dy, ldd);
+                  for (int64_t r = 0; r < height; ++r) lefts[r] = {dy + r * count * ldd, ldd, count};
                   into_grad(g.to_v, 2 * part);
                 });
   expansion.finish(weights, {a.d_norm_weight, a.d_norm_bias, a.d_qkv}, a.d_dwconv);

@@ -341,8 +341,7 @@ static void run(const NafblockBackward<T>& a) {
       [&](int64_t worker, const Hidden<T>& hidden, const Range& rows, const Range& columns, const Ring& grad, const Tile& tile) {
         const int64_t count = columns.size();
         float *halves = middles + worker * middle_size, *d_local = halves + 2 * half * reach, *read = d_local + half * reach;
-        for (int64_t y = rows.first; y < rows.end; ++y)
-          read_pixels(d_middle.at(tile.image, y, columns.first), count, channels, read + (y - rows.first) * count * ld, ld);
+        read_pixels(d_middle, tile.image, rows, columns, read, ld);
         const Left left{read, ld, rows.size() * count};
         product(conv3_back, &left, 1, zeros, 0, &d_local, width, reach);
         for (int64_t p = 0; p < half; ++p)
