@@ -3,7 +3,7 @@
 import floors
 
 from autohdr.kernels import OPS
-from autohdr.report.tables import LABELS
+from autohdr.report.tables import LABELS, with_interval
 
 MALLOCS = ("tuned", "default")
 MISSING = "not measured"
@@ -168,9 +168,6 @@ def families(results: dict | None) -> str:
     if results is None:
         return f"Families: {MISSING}. `make compare` measures them, and their table then stands here."
 
-    def mean(figure: list, digits: int, sign: str = "") -> str:
-        return f"{figure[0]:{sign}.{digits}f} ± {figure[1]:.{digits}f}"
-
     titles = [
         "",
         "PSNR dB",
@@ -188,8 +185,8 @@ def families(results: dict | None) -> str:
     for row in results["rows"]:
         form, figures = row.get("form_of") and row["method"].rsplit(", ", 1)[1], row["figures"]
         label = f"{row['name']}, {form}" if form else row.get("name") or LABELS[row["method"]]
-        quality = [mean(figures["psnr"], 2), mean(figures["ssim"], 3), mean(figures["delta_e2000"], 2)]
-        gain = mean(row["difference"]["psnr"], 2, "+") if form else ""
+        quality = [with_interval(figures["psnr"], 2), with_interval(figures["ssim"], 3), with_interval(figures["delta_e2000"], 2)]
+        gain = with_interval(row["difference"]["psnr"], 2, "+") if form else ""
         model = ["", "", ""]
         if "name" in row:
             macs = f"{row['macs_per_megapixel'] / 1e9:.3g} G"
@@ -198,7 +195,7 @@ def families(results: dict | None) -> str:
         if row["method"] != "source":
             memory = row["bytes_per_megapixel"]
             cost = [f"{row['seconds_per_megapixel']:.3g}", f"{memory / 1e9:.2f} GB" if memory is not None else MISSING]
-        lines.append([label, *quality, gain, *model, *cost, mean(row["score"], 3)])
+        lines.append([label, *quality, gain, *model, *cost, with_interval(row["score"], 3)])
     m, v = results["machine"], results["versions"]
     source = (
         f"Quality: means and 95 % intervals on {results['pairs']} pixels. Seconds and memory: on a photo of {results['photo']},"
