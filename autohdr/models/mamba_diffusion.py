@@ -189,8 +189,8 @@ class Block(nn.Module):
         both = self.ssm_forward(normed) + self.ssm_backward(normed)
         weight = self.channel_attn(_image(both, x))[:, None]
         local = _tokens(self.local_enhance(_image(normed, x)))
-        tokens = tokens + self.gamma1 * (both * weight + local)
-        tokens = tokens + self.gamma2 * self.ffn(self.norm2(tokens))
+        tokens = torch.addcmul(tokens, self.gamma1, torch.addcmul(local, both, weight))
+        tokens = torch.addcmul(tokens, self.gamma2, self.ffn(self.norm2(tokens)))
         return _image(tokens, x)
 
 
@@ -283,10 +283,10 @@ class DualAttention(nn.Module):
         self.ffn = _feed_forward(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.gamma1[:, None, None] * self.spatial_attn(x)
-        x = x + self.gamma2[:, None, None] * self.channel_attn(x)
+        x = torch.addcmul(x, self.gamma1[:, None, None], self.spatial_attn(x))
+        x = torch.addcmul(x, self.gamma2[:, None, None], self.channel_attn(x))
         tokens = _tokens(x)
-        return _image(tokens + self.gamma3 * self.ffn(self.norm(tokens)), x)
+        return _image(torch.addcmul(tokens, self.gamma3, self.ffn(self.norm(tokens))), x)
 
 
 class MambaDiffusion(Network):
