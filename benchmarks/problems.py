@@ -108,6 +108,7 @@ def gdfn(channels: int, height: int, width: int, dtype: torch.dtype, device: str
     return _image_problem("gdfn", kernels.gdfn, randn(1, channels, height, width), weights, dtype)
 
 
+@_awkward((32, 13, 21), (37, 9, 34))
 def nafblock(channels: int, height: int, width: int, dtype: torch.dtype, device: str) -> Problem:
     """One image, as in a NAFNet."""
     randn = _generator(device)

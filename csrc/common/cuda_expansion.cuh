@@ -1,4 +1,4 @@
-// The expansion that both ops begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads. And its
+// The expansion that networks' blocks begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads. And its
 // backward pass. Every sum has a fixed order: a block adds to its own slot, and slots are added up in order.
 #pragma once
 #include "common/cuda_depthwise.cuh"
@@ -11,7 +11,7 @@ namespace image {
 
 // Its parameters as the caller has them.
 struct ExpansionWeights {
-  const float *norm_weight, *norm_bias /* [C] */, *weight /* [groups·size, C] */, *dwconv /* [groups·size, 9] */;
+  const float *norm_weight, *norm_bias /* [C] */, *weight /* [groups·size, C] */, *dwconv /* [groups·size, 9], or null */;
   float eps;
   Groups groups;
 };
@@ -38,6 +38,8 @@ struct Expansion {
             w.norm_bias ? repack.template make<float>(memory, vector, w.norm_bias) : nullptr, w.eps, channels};
     const int64_t size = int64_t{hidden} * columns;
     weight = repack.template make<T>(memory, {rows, Axis::plain(c, 1), size, columns}, w.weight);
+    if (backward) transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
+    if (!w.dwconv) return;
     const auto make_taps = [&](const Axis& order, const float* from) {  // as T has them: some kernels take them so
       Gather gather{order, each, 9 * hidden, hidden};
       gather.rounds = true;
@@ -50,7 +52,6 @@ struct Expansion {
         bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
       return;
     }
-    transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
     flipped = make_taps(Axis::plain(9, -1), w.dwconv + 8);
   }
   // Of `count` of the hidden channels, groups that lie one after the other, from `first` on.
@@ -62,9 +63,15 @@ struct Expansion {
   }
   // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.
   void expand(View<const T> x, View<T> normal, View<T> out, int64_t images, cudaStream_t stream, int first = 0) const {
+    expand(x, normal, out, out.channels, first, Plain{}, images, stream);
+  }
+  // The same, of which an epilogue makes out.
+  template <class Epilogue>
+  void expand(View<const T> x, View<T> normal, View<T> out, int count, int first, const Epilogue& epilogue, int64_t images,
+              cudaStream_t stream) const {
     image::norm<T>(norm, x, normal, images, stream);
-    product<T, T>({normal.matrices(), {weight + int64_t{first} * columns, 0, columns, 0}, out.pixels(), columns, out.channels, 1},
-                  out.matrices(), images, stream);
+    product<T, T>({normal.matrices(), {weight + int64_t{first} * columns, 0, columns, 0}, out.pixels(), columns, count, 1},
+                  out.matrices(), images, stream, epilogue);
   }
 };
 

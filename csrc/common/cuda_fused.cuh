@@ -12,11 +12,11 @@ namespace autohdr {
 namespace image {
 
 // kTiles: of 16 channels of x, at least; kHidden channels of the 3×3 at a time, of which kParts make one of its result; kResults
-// channels that the tile has.
+// channels that the tile has. kBiased: the 1×1 has a bias, which is none outside of the image.
 //
 // A channel's pixels lie in pieces of 8 along x. `hidden` has (x / 8, y % 2, y / 2) in turn. The tile has what a lane makes in turn:
 // see pixel_of.
-template <class T, int kTiles_, int kHidden_, int kParts_, int kResults>
+template <class T, int kTiles_, int kHidden_, int kParts_, int kResults, bool kBiased = false>
 struct FusedTile {
   static constexpr int kTiles = kTiles_, kHidden = kHidden_, kParts = kParts_;
   static constexpr int kSide = 14, kNear = 256, kThreads = 256, kWarps = kThreads / 32;
@@ -38,13 +38,19 @@ struct FusedTile {
   // This thread copies every fourth piece of a row of weights from copied_piece() on.
   static __device__ __forceinline__ int copied_row() { return threadIdx.x / 4; }
   static __device__ __forceinline__ int copied_piece() { return threadIdx.x % 4; }
-  // The 1×1's weight for the next channels, of which there are `count`. from: this thread's first piece.
-  __device__ __forceinline__ void load_in(const T* from, int count) const {
+  // The 1×1's weight for the next channels, of which there are `count`. from: this thread's first piece. biases: theirs.
+  __device__ __forceinline__ void load_in(const T* from, int count, const float* biases = nullptr) const {
     unsigned char* to = in + copied_row() * kInRow + copied_piece() * 16;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; i += 4)
       if (copied_row() < kHidden && copied_piece() + i < kTiles * 2)
         copy_async_or_zero(to + i * 16, from + i * 8, copied_row() < count && (copied_piece() + i) * 8 < x.channels);
+    if (kBiased && threadIdx.x < kHidden)
+      *bias_of(threadIdx.x) = static_cast<int>(threadIdx.x) < count ? biases[threadIdx.x] : 0.0f;
+  }
+  // It lies behind the row of the weight.
+  __device__ __forceinline__ float* bias_of(int channel) const {
+    return reinterpret_cast<float*>(in + channel * kInRow + kChannels * 2);
   }
 
   // Places in shared memory are found again in every round, rather than spilled.
@@ -58,15 +64,16 @@ struct FusedTile {
     const int piece = warp() * 4 + lane() / 8, y = y0 - 1 + piece % 8 * 2 + piece / 8 % 2,
               first = x0 - 1 + piece / 16 * 8 + lane() / 4 % 2, at_y = min(max(y, 0), x.rows.end - 1);
     const T* row = x.at(image, at_y, 0);
-    const auto run = [&](int channels) {
+    constexpr int kAtOnce = kBiased ? 2 : 4;  // of a lane's four pixels
+    const auto run = [&](int channels, int begin) {
       using P = NormPixel<T, Lanes>;
       Norm own = norm;
       own.channels = channels;
-      P pixels[4];
-      float2 stats[4];
+      P pixels[kAtOnce];
+      float2 stats[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        stats[j] = pixels[j].statistics(lanes, row + min(max(first + j * 2, 0), x.width - 1) * channels, channels, own);
+      for (int j = 0; j < kAtOnce; ++j)
+        stats[j] = pixels[j].statistics(lanes, row + min(max(first + (begin + j) * 2, 0), x.width - 1) * channels, channels, own);
 #pragma unroll
       for (int i = 0; i < kTiles * 2; ++i) {
         const int channel = P::channel(lanes, 0, i);
@@ -74,21 +81,28 @@ struct FusedTile {
         if (channel < channels) load_floats(norm.weight + channel, weight);
         if (norm.bias && channel < channels) load_floats(norm.bias + channel, bias);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kAtOnce; ++j) {
           float v[2] = {bias[0], bias[1]};
           pixels[j].normalize(i, stats[j].y, norm.bias ? stats[j].x : 0.0f, weight, v);
           const Pair<T> rounded = to_pair<T>(make_float2(v[0], v[1]));
-          normal[j][i] = reinterpret_cast<const uint32_t&>(rounded);
+          normal[begin + j][i] = reinterpret_cast<const uint32_t&>(rounded);
         }
       }
     };
-    x.channels == kChannels ? run(kChannels) : run(x.channels);  // as a constant, it takes no branches
-    if (y0 > 0 && x0 > 0 && y0 + kSide < x.rows.end && x0 + kSide < x.width) return;
+#pragma unroll
+    for (int begin = 0; begin < 4; begin += kAtOnce)
+      x.channels == kChannels ? run(kChannels, begin) : run(x.channels, begin);  // as a constant, it takes no branches
+    if (is_inside()) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (at_y != y || first + j * 2 < 0 || first + j * 2 >= x.width)
 #pragma unroll
         for (int i = 0; i < kTiles * 2; ++i) normal[j][i] = 0;
+  }
+
+  // Whether all of these pixels are in the image.
+  __device__ __forceinline__ bool is_inside() const {
+    return y0 > 0 && x0 > 0 && y0 + kSide < x.rows.end && x0 + kSide < x.width;
   }
 
   // Where `hidden` has a piece of a channel: odd ones in another order, against bank conflicts.
@@ -101,6 +115,7 @@ struct FusedTile {
 #pragma unroll
     for (int m = 0; m < kHidden; m += 16) {
       float sums[4][4] = {};
+      if constexpr (kBiased) begin_with_bias(sums, m + lane() / 4);
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
         uint32_t left[4];
@@ -115,6 +130,19 @@ struct FusedTile {
         for (int j = 0; j < 4; ++j) piece.v[j] = to_pair<T>(make_float2(sums[j][half * 2], sums[j][half * 2 + 1]));
         *reinterpret_cast<Pairs<T, 4>*>(to + (m + half * 8) * kHiddenRow) = piece;
       }
+    }
+  }
+
+  // The sums of channels `channel` and the eighth after it, of a piece.
+  __device__ __forceinline__ void begin_with_bias(float (&sums)[4][4], int channel) const {
+    const bool all = is_inside();
+    const int piece = warp() * 4 + lane() % 4, y = y0 - 1 + piece % 8 * 2 + piece / 8 % 2, first = x0 - 1 + piece / 16 * 8,
+              there = y >= 0 && y < x.rows.end ? x.width : 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int pixel = i / 4 * 2 + i % 2;
+      const float bias = *bias_of(channel + i % 4 / 2 * 8);
+      sums[i / 4][i % 4] = all || first + pixel >= 0 && first + pixel < there ? bias : 0.0f;
     }
   }
 

@@ -30,8 +30,9 @@ struct Product {
 
 // Epilogues: what becomes of the sums of 8 neighbouring columns of a pixel. Held is what they need from memory, which is loaded for
 // kAtOnce of a thread's 8 pixels together; columns beyond n are not touched. kGoesOn: whether it leaves enough registers for a block to
-// go on to other pixels.
+// go on to other pixels. kResults: how many of the 8 it leaves in front, as so many columns of the output.
 struct Plain {
+  static constexpr int kResults = 8;
   static constexpr bool kGoesOn = true;
   static constexpr int kAtOnce = 8;
   struct Held {};
@@ -44,6 +45,7 @@ struct Plain {
 // + residual.
 template <class T>
 struct Plus {
+  static constexpr int kResults = 8;
   static constexpr bool kGoesOn = false;
   static constexpr int kAtOnce = 4, kSize = Piece<T>::kSize;
   Matrices<const T> residual;
@@ -74,6 +76,7 @@ struct Plus {
 // · factor, + scale · residual; factor and scale are [image][head][n].
 template <class T>
 struct ScaledPlus {
+  static constexpr int kResults = 8;
   static constexpr bool kGoesOn = false;
   static constexpr int kAtOnce = 2;
   Plus<T> plus;
@@ -192,8 +195,9 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
     }
     const int pixels = static_cast<int>(p.pixels) - pixel;
     const auto columns = epilogue.columns(image, head, pixel + first_row, column, p.n);
-    Out* to = out.of(image, head) + (int64_t{pixel} + first_row) * out.of_row + column;
-    constexpr int kAtOnce = Epilogue::kAtOnce, kOut = Piece<Out>::kSize;
+    constexpr int kAtOnce = Epilogue::kAtOnce, kResults = Epilogue::kResults,
+                  kOut = Piece<Out>::kSize < kResults ? Piece<Out>::kSize : kResults;
+    Out* to = out.of(image, head) + (int64_t{pixel} + first_row) * out.of_row + column / (8 / kResults);
 #pragma unroll
     for (int first = 0; first < 8; first += kAtOnce) {
       typename Epilogue::Held held[kAtOnce];
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
         for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][c / 2][i % 2 * 2 + c % 2];
         Epilogue::apply(columns, held[i - first], v);
 #pragma unroll
-        for (int c = 0; c < 8; c += kOut)
+        for (int c = 0; c < kResults; c += kOut)
           if (c < count) store_floats<kOut>(to + i * 8 * out.of_row + c, reinterpret_cast<float (&)[kOut]>(v[c]));
       }
     }

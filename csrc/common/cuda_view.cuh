@@ -74,13 +74,13 @@ __device__ __forceinline__ void load_floats(const T* from, float (&v)[N]) {
 }
 template <int N, class T>
 __device__ __forceinline__ void store_floats(T* to, const float (&v)[N]) {
+  constexpr int kCount = N < Piece<T>::kSize ? N / 2 : Piece<T>::kSize / 2;
 #pragma unroll
-  for (int i = 0; i < N; i += Piece<T>::kSize) {
-    Piece<T> piece;
+  for (int i = 0; i < N; i += 2 * kCount) {
+    Pairs<T, kCount> pairs;
 #pragma unroll
-    for (int e = 0; e < Piece<T>::kSize; e += 2)
-      reinterpret_cast<Pair<T>&>(piece.v[e]) = to_pair<T>(make_float2(v[i + e], v[i + e + 1]));
-    *reinterpret_cast<Piece<T>*>(to + i) = piece;
+    for (int e = 0; e < kCount; ++e) pairs.v[e] = to_pair<T>(make_float2(v[i + 2 * e], v[i + 2 * e + 1]));
+    *reinterpret_cast<Pairs<T, kCount>*>(to + i) = pairs;
   }
 }
 

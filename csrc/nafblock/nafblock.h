@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/stream.h"
+
 namespace autohdr {
 
 struct NafblockShape {
@@ -62,5 +64,14 @@ struct NafblockBackward {
   T* dx;               // [B, H, W, C]
   NafblockTensors<float> grads;
 };
+
+template <class T>
+int64_t queue(const NafblockForward<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const NafblockStatistics<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const NafblockApply<T>& a, void* memory, Stream stream);
+template <class T>
+int64_t queue(const NafblockBackward<T>& a, void* memory, Stream stream);
 
 }  // namespace autohdr

@@ -2,7 +2,7 @@
 
 import torch
 
-from autohdr.kernels.common import channels_last
+from autohdr.kernels.common import HALVES, channels_last
 from autohdr.kernels.declare import declare, declare_pass
 from autohdr.kernels.nafblock import reference
 
@@ -18,7 +18,7 @@ def _flops(x, *_) -> int:
 
 nafblock = declare(
     reference.nafblock,
-    dtypes={"cpu": (torch.float32, torch.bfloat16)},
+    dtypes={"cuda": HALVES, "cpu": (torch.float32, torch.bfloat16)},
     outputs=("y", "means"),
     fake=lambda x, *_: (torch.empty_like(x), _fake_means(x, torch.float32)),
     flops=_flops,
