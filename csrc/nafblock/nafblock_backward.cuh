@@ -138,7 +138,7 @@ int64_t queue(const NafblockBackward<T>& a, void* memory, cudaStream_t stream) {
   const NafblockTensors<float>& d = a.grads;
   const ImageShape s = image_of(a.shape);
   const Layout layout = Layout::of<T>(s, {a.x, a.dy, a.dx, a.middle});
-  const int channels = s.channels, columns = layout.channels, hidden = first_of(a.shape, a.weights, 2).groups.channels(),
+  const int channels = s.channels, columns = layout.channels, hidden = first_of(a.shape, a.weights).groups.channels(),
             padded = hidden / 2;
   const int64_t square = int64_t{channels} * channels;
   const int64_t pixel_bytes = (3 * columns + 2 * hidden + 2 * padded) * static_cast<int64_t>(sizeof(T)) +

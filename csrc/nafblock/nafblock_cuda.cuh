@@ -11,9 +11,9 @@
 namespace autohdr {
 namespace image {
 
-// The halves in turns of so many channels.
-inline ExpansionWeights first_of(const NafblockShape& s, const NafblockWeights& w, int64_t turn) {
-  return {w.norm1_weight, w.norm1_bias, w.conv1_weight, w.conv2_weight, s.eps, {2, s.channels, turn}};
+// The halves in turns of two channels, or of four.
+inline ExpansionWeights first_of(const NafblockShape& s, const NafblockWeights& w) {
+  return {w.norm1_weight, w.norm1_bias, w.conv1_weight, w.conv2_weight, s.eps, {2, s.channels, 2}};
 }
 inline ExpansionWeights second_of(const NafblockShape& s, const NafblockWeights& w) {
   return {w.norm2_weight, w.norm2_bias, w.conv4_weight, nullptr, s.eps, {2, s.channels, 4}};
@@ -173,7 +173,7 @@ struct FirstHalf {
   const float *bias, *local_bias;  // of the 1×1 and the 3×3
 
   FirstHalf(Workspace& memory, const NafblockShape& s, const NafblockWeights& w, int columns, bool backward, Repack<T>& repack)
-      : op(memory, first_of(s, w, 2), static_cast<int>(s.channels), columns, backward, repack),
+      : op(memory, first_of(s, w), static_cast<int>(s.channels), columns, backward, repack),
         bias(hidden_bias<T>(memory, op.groups, w.conv1_bias, repack)),
         local_bias(hidden_bias<T>(memory, op.groups, w.conv2_bias, repack)) {}
   void expand(View<const T> x, View<T> normal, View<T> hidden, int64_t images, cudaStream_t stream) const {
@@ -307,7 +307,7 @@ int64_t run_block(const NafblockShape& shape, const NafblockWeights& weights, co
   Workspace workspace(memory);
   const ImageShape s = image_of(shape);
   const Layout layout = Layout::of<T>(s, {x_, y_});
-  const int columns = layout.channels, hidden = first_of(shape, weights, 2).groups.channels(), padded = hidden / 2;
+  const int columns = layout.channels, hidden = first_of(shape, weights).groups.channels(), padded = hidden / 2;
   Repack<T> repack(stream);
   const FirstHalf<T> first(workspace, shape, weights, columns, false, repack);
   if constexpr (kFuses<T>)
