@@ -232,6 +232,7 @@ def evaluate(
     device: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     max_loss: float | None = None,
+    lpips: tuple[Path, ...] = (),
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
     """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
@@ -248,6 +249,8 @@ def evaluate(
         precision: bfloat16 runs the model under autocast.
         max_loss: The most that --fast and --precision bfloat16 may lose on these pairs, in dB PSNR, such as 0.05. Where it is
             more, the exit status is 1.
+        lpips: Measure LPIPS too, by the weights in these files: torchvision's alexnet-owt-7be5be79.pth and lpips'
+            weights/v0.1/alex.pth, or both in one.
         allow_trained: Measure pairs with photos that the model was trained on too; the table and the report then say so.
     """
     from autohdr.data.pairs import check_pairs, read_pairs
@@ -265,6 +268,7 @@ def evaluate(
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": where, "precision": precision, "allow_trained": allow_trained}
+    settings["lpips"] = lpips
     named = ", ".join(map(str, model.checkpoint or (SHIPPED,)))
     if cheaper:
         settings["whole"] = replace(model, fast=False).load() if model.fast else network
@@ -294,6 +298,7 @@ def compare(
     forms: tuple[Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"], ...] = (),
     ensemble: tuple[Path, ...] = (),
     cost_size: str | None = None,
+    lpips: tuple[Path, ...] = (),
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> None:
     """Measure several models on held-out pairs: quality, cost on this machine, a score of both. Ends in a table and compare.html.
@@ -313,6 +318,8 @@ def compare(
         ensemble: Two of the checkpoints or more, whose results' mean is measured as well.
         cost_size: WIDTHxHEIGHT in pixels: seconds and memory are those of the first pair's source, brought to this size; by
             default those of the pairs.
+        lpips: Measure LPIPS too, by the weights in these files: torchvision's alexnet-owt-7be5be79.pth and lpips'
+            weights/v0.1/alex.pth, or both in one. The score leaves it out.
         allow_trained: Measure pairs with photos that a model was trained on too; the table and the page then say so.
     """
     from autohdr.compare import compare
@@ -328,7 +335,7 @@ def compare(
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": pick_device(device), "precision": precision, "points": points}
     settings |= {"forms": forms, "ensemble": members, "cost_size": _parse_size(cost_size, "--cost-size") if cost_size else None}
-    print(format_comparison(compare(files, listed, out, allow_trained=allow_trained, **settings)))
+    print(format_comparison(compare(files, listed, out, lpips=lpips, allow_trained=allow_trained, **settings)))
     print(f"page: {out / 'compare.html'}")
 
 

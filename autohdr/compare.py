@@ -20,6 +20,7 @@ from autohdr.evaluate import (
     measure_costs,
     measured,
     model_facts,
+    perceptual,
     record,
     summarise_costs,
     trained_photos,
@@ -54,6 +55,7 @@ def compare(
     cost_size: tuple[int, int] | None = None,
     allow_trained: bool = False,
     points: Points | None = None,
+    lpips: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Measures models beside source, gain and gamma and auto-tone; writes compare.json and compare.html into out_dir.
 
@@ -96,10 +98,11 @@ def compare(
     models = {name: (candidate.model, candidate.precision) for name, candidate in candidates.items()}
     whole = [name for name, method in methods.items() if not method.get("form_of")]
 
+    metrics = METRICS | perceptual(lpips, device) | DETAILS
     images: list[dict[str, Any]] = []
     worst: list[tuple[float, int, dict[str, str]]] = []
     setting = {"size": size, "resize": resize, "device": device}
-    for image, outputs in measured(pairs, models, METRICS | DETAILS, **setting):
+    for image, outputs in measured(pairs, models, metrics, **setting):
         for figures in image["figures"].values():
             figures["quality"] = points.quality(figures)
         distance = min(image["figures"][name]["delta_e2000"] for name in models)
@@ -116,7 +119,8 @@ def compare(
         costs = {name: [image | image["costs"][name] for image in images] for name in methods if name != "source"}
     _summarise(methods, first, images, costs, points)
     results = record(pairs, **setting, precision=precision)
-    results["settings"] |= {"checkpoint": ", ".join(map(str, checkpoints)), "points": asdict(points), "cost_size": cost_size}
+    results["settings"] |= {"checkpoint": ", ".join(map(str, checkpoints)), "lpips": [*map(str, lpips)]}
+    results["settings"] |= {"points": asdict(points), "cost_size": cost_size}
     results |= {"first": first, "methods": methods, "left_out": left_out}
     results |= {"told": {metric: len(kept) for metric, kept in _told(images).items()}}
     worst.sort(reverse=True)

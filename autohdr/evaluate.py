@@ -22,6 +22,7 @@ from autohdr.autotone import auto_tone, gain_and_gamma
 from autohdr.data.pairs import Pair, PairDataset, photo_digests
 from autohdr.errors import UserError
 from autohdr.files import finite, write_text
+from autohdr.lpips import LPIPS
 from autohdr.measure import Measurement, give_back, measure
 from autohdr.metrics import METRICS, mean_interval
 from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
@@ -49,6 +50,7 @@ def evaluate(
     allow_trained: bool = False,
     checkpoint: str | Path | None = None,
     whole: nn.Module | None = None,
+    lpips: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Measures source, gain and gamma, auto-tone and model against the targets; writes results.json and report.html into out_dir.
 
@@ -59,6 +61,7 @@ def evaluate(
     those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
     checkpoint: the file of the model's weights, to be named in the results beside the lists of pairs and the date.
     whole: what the model is a cheaper form of, to be measured beside it in float32.
+    lpips: files of weights for lpips.LPIPS, which is then one of the metrics.
 
     Predictions are clamped to [0, 1] first. Returns what results.json holds, except that a figure that is not finite is
     null there: the PSNR of equal images, the interval of a single one. "seconds_per_megapixel" is the median over the
@@ -68,6 +71,7 @@ def evaluate(
     names the photo.
     """
     check_settings(pairs, precision)
+    metrics = METRICS | perceptual(lpips, device)
     trained = trained_photos(pairs, model, "the model", allow_trained)
     out_dir, device = Path(out_dir), torch.device(device)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -79,7 +83,7 @@ def evaluate(
         models["whole"] = whole.to(device).eval(), "float32"
 
     images, pictures = [], []
-    for image, outputs in measured(pairs, models, METRICS, size=size, resize=resize, device=device):
+    for image, outputs in measured(pairs, models, metrics, size=size, resize=resize, device=device):
         costs = image.pop("costs")
         if model is not None:
             image |= costs["model"] | {"trained_on": trained and bool(trained[len(images)])}
@@ -88,7 +92,7 @@ def evaluate(
             pictures.append(encode_pictures(outputs))
 
     results = record(pairs, size=size, resize=resize, device=device, precision=precision)
-    results["settings"]["checkpoint"] = None if checkpoint is None else str(checkpoint)
+    results["settings"] |= {"checkpoint": None if checkpoint is None else str(checkpoint), "lpips": [*map(str, lpips)]}
     results |= {
         "model": facts and facts | summarise_costs(images),
         "summary": summarise([image["figures"] for image in images], (*BASELINES, *models.keys() - {"model"})),
@@ -105,6 +109,11 @@ def check_settings(pairs: Sequence[Pair], precision: str) -> None:
         raise UserError("evaluate: expected at least one pair, got none")
     if precision not in PRECISIONS:
         raise UserError(f"evaluate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def perceptual(files: Sequence[str | Path], device: torch.device | str) -> dict[str, LPIPS]:
+    """The metrics that need files of weights: LPIPS where there are any. UserError as LPIPS raises it."""
+    return {"lpips": LPIPS(files).to(device)} if files else {}
 
 
 def measured(
@@ -191,9 +200,9 @@ def summarise(
     Where there is a model, "model_minus_X" for each X of `against` holds the mean of the differences image by image and its
     interval. Images differ more than methods do, so that the differences can tell two methods apart whose own intervals overlap.
     """
-    summary = {method: means(figures, METRICS, method) for method in figures[0]}
+    summary = {method: means(figures, metrics, method) for method, metrics in figures[0].items()}
     for other in against if "model" in summary else ():
-        summary["model_minus_" + other] = means(figures, METRICS, "model", other)
+        summary["model_minus_" + other] = means(figures, figures[0]["model"], "model", other)
     return summary
 
 

@@ -25,7 +25,7 @@ _GREY = 1  # an image of less mean chroma than is just visible has neither satur
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error. Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32, float64 for float64 images."""
-    prediction, target = _checked("l1", prediction, target)
+    prediction, target = checked("l1", prediction, target)
     return (prediction - target).abs().mean(dim=(1, 2, 3))
 
 
@@ -34,7 +34,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
     Two float tensors (B, 3, H, W) in [0, 1] -> (B,) float32, float64 for float64 images.
     """
-    prediction, target = _checked("psnr", prediction, target)
+    prediction, target = checked("psnr", prediction, target)
     return -10 * (prediction - target).square().mean(dim=(1, 2, 3)).log10()
 
 
@@ -46,7 +46,7 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     Raises UserError for a smaller image.
     Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """
-    prediction, target = _checked("ssim", prediction, target)
+    prediction, target = checked("ssim", prediction, target)
     batch, _, height, width = target.shape
     if min(height, width) < SSIM_WINDOW:
         raise UserError(f"ssim: both sides must be at least {SSIM_WINDOW} pixels, got {height}x{width}")
@@ -74,7 +74,7 @@ def delta_e2000(prediction: Tensor, target: Tensor) -> Tensor:
 
     Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images.
     """
-    prediction, target = _checked("delta_e2000", prediction, target)
+    prediction, target = checked("delta_e2000", prediction, target)
     height, width = target.shape[-2:]
     total = target.new_zeros(target.shape[0], dtype=torch.float64)
     for rows in _bands(height, width):
@@ -96,7 +96,7 @@ def tone_l1(prediction: Tensor, target: Tensor, third: int) -> Tensor:
     Two float tensors (B, 3, H, W), sRGB-encoded in [0, 1] -> (B,) float32, float64 for float64 images; nan where there is no such
     pixel. Luma is Rec. 709's.
     """
-    prediction, target = _checked("tone_l1", prediction, target)
+    prediction, target = checked("tone_l1", prediction, target)
     luma = torch.einsum("bchw,c->bhw", target, target.new_tensor(LUMA))
     inside = (luma * 3).floor().clamp(0, 2) == third
     return ((prediction - target).abs().mean(1) * inside).sum((1, 2)) / inside.sum((1, 2))
@@ -132,7 +132,7 @@ DETAILS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _chroma_means(name: str, prediction: Tensor, target: Tensor) -> Tensor:
     """Over the pixels, (4, B): chroma, the target's chroma, their geometric mean, and that times the angle between the hues."""
-    prediction, target = _checked(name, prediction, target)
+    prediction, target = checked(name, prediction, target)
     sums = target.new_zeros(4, target.shape[0], dtype=torch.float64)
     for rows in _bands(*target.shape[-2:]):
         (_, a1, b1), (_, a2, b2) = srgb_to_lab(prediction[:, :, rows]).unbind(1), srgb_to_lab(target[:, :, rows]).unbind(1)
@@ -201,7 +201,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, _t_quantile(n - 1) * deviation / math.sqrt(n)
 
 
-def _checked(name: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def checked(name: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or float64 where one is. UserError, in the name of a metric, unless they are two batches of images."""
     if prediction.shape != target.shape or target.ndim != 4 or target.shape[1] != 3 or target.numel() == 0:
         shapes = f"{list(prediction.shape)} and {list(target.shape)}"
         raise UserError(f"{name}: prediction and target must both be [B, 3, H, W], got {shapes}")

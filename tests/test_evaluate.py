@@ -64,6 +64,7 @@ def test_figures_equal_recomputed_ones(pairs, tmp_path):
     stored = json.loads((out / "results.json").read_text("utf-8"))
     assert stored["model"]["parameters"] == 84 and stored["model"]["macs_per_megapixel"] == 81e6
     settings = {"size": None, "resize": None, "device": "cpu", "precision": "float32", "checkpoint": None, "pairs": []}
+    settings["lpips"] = []
     assert stored["settings"] == settings
     assert {"autohdr", "torch", "python", "cpu", "threads", "gpu"} <= stored["environment"].keys()
     for pair, image in zip(pairs, stored["images"], strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 from autohdr.files import write_text
 from autohdr.report import tables
-from autohdr.report.page import document, filled, pair, table
+from autohdr.report.page import document, filled, image_table, pair, table
 from autohdr.score import COST, QUALITY
 
 _SCORE = {"quality": ("Quality ↑", 3)}
@@ -33,12 +33,12 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 40, 10, 410, 260  # of the chart's area, in a pic
 
 def format_comparison(results: dict[str, Any]) -> str:
     """Scores, quality and costs, best first, as aligned text for a terminal."""
-    titles = ["Score ↑", "Quality ↑", "Cost ↑", *(title for title, _ in tables.COLUMNS.values()), "Parameters", "s/MP"]
-    rows = [["", *titles]]
+    columns = tables.columns(results["methods"]["source"]["figures"])
+    rows = [["", "Score ↑", "Quality ↑", "Cost ↑", *(title for title, _ in columns.values()), "Parameters", "s/MP"]]
     for name in _ranked(results):
         method = results["methods"][name]
         costs = [f"{method['parameters']:,}", f"{method['seconds_per_megapixel']:.3g}"]
-        rows.append([_label(results, name), *_scores(method), *_figures(method["figures"], tables.COLUMNS), *costs])
+        rows.append([_label(results, name), *_scores(method), *_figures(method["figures"], columns), *costs])
     said = [_verdict(results), *_cautions(results)]
     return "\n".join([tables.setting(results), tables.origin(results), "", *tables.aligned(rows), "", *said])
 
@@ -130,6 +130,8 @@ def _figures(figures: Mapping[str, tuple[float, float]], columns: Mapping[str, t
 def _quality_table(
     columns: Mapping[str, tuple[str, int]], rows: Mapping[str, Mapping[str, tuple[float, float]]], sign: str = ""
 ) -> str:
+    """Of the columns that the rows have."""
+    columns = {metric: column for metric, column in columns.items() if all(metric in figures for figures in rows.values())}
     titles = [title for title, _ in columns.values()]
     return table(titles, [[label, *_figures(figures, columns, sign)] for label, figures in rows.items()])
 
@@ -140,7 +142,7 @@ def _difference_tables(rows: Mapping[str, Mapping[str, tuple[float, float]]]) ->
 
 def _image_table(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, float]]) -> str:
     shown = {name: figures[name] for name in labels if name in figures}
-    return table([title for title, _ in tables.COLUMNS.values()], tables.image_rows(labels, shown))
+    return image_table(labels, shown)
 
 
 def _costs(method: dict[str, Any]) -> list[str]:

@@ -18,7 +18,6 @@ from autohdr.report import tables
 
 SHOWN_PAIRS = 24  # a page with the pictures of hundreds of pairs would not open
 _PICTURE_SIDE = 1280
-_TITLES = [title for title, _ in tables.COLUMNS.values()]
 
 
 def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[str, str]]) -> None:
@@ -38,7 +37,7 @@ def write_page(path: Path, results: dict[str, Any], pictures: Sequence[Mapping[s
             "versions": f"autohdr {results['environment']['autohdr']}, torch {results['environment']['torch']}",
         },
         markup={
-            "table": table(_TITLES, tables.summary_rows(results)),
+            "table": table(tables.titles(results["summary"]["source"]), tables.summary_rows(results)),
             "costs": f"<dl>{costs}</dl>" if costs else "",
             "shown": "" if shown == count else f"<p>The first {shown} of {count} pairs; results.json has the figures of all.</p>",
             "pairs": "".join(_pair(results, *item) for item in zip(results["images"], pictures, strict=False)),
@@ -76,7 +75,12 @@ def data_uri(picture: Image.Image) -> str:
 def _pair(results: dict[str, Any], image: dict[str, Any], pictures: Mapping[str, str]) -> str:
     labels = {method: tables.label(results, method) for method in pictures}
     right = "model" if "model" in pictures else "auto_tone"
-    return pair(image, pictures, labels, right, table(_TITLES, tables.image_rows(labels, image["figures"])))
+    return pair(image, pictures, labels, right, image_table(labels, image["figures"]))
+
+
+def image_table(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The figures of one image, {method: {metric: value}}."""
+    return table(tables.titles(figures["source"]), tables.image_rows(labels, figures))
 
 
 def pair(image: dict[str, Any], pictures: Mapping[str, str], labels: Mapping[str, str], right: str, figures: str) -> str:

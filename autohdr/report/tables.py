@@ -8,8 +8,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-COLUMNS = {"l1": ("L1 ↓", 4), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "delta_e2000": ("ΔE2000 ↓", 2)}
-"""Each metric's title and the digits that it is given after the point."""
+COLUMNS = {
+    "l1": ("L1 ↓", 4),
+    "psnr": ("PSNR dB ↑", 2),
+    "ssim": ("SSIM ↑", 3),
+    "delta_e2000": ("ΔE2000 ↓", 2),
+    "lpips": ("LPIPS ↓", 4),
+}
+"""Each metric's title and the digits that it is given after the point. Not every evaluation has them all."""
 LABELS = {
     "source": "unedited",
     "gain_and_gamma": "gain and gamma",
@@ -24,10 +30,20 @@ MINUS = "model_minus_"
 
 def format_table(results: dict[str, Any]) -> str:
     """The summary, the costs of the model and what to know about them, as aligned text for a terminal."""
-    lines = aligned([["", *(title for title, _ in COLUMNS.values())], *summary_rows(results)])
+    lines = aligned([["", *titles(results["summary"]["source"])], *summary_rows(results)])
     costs = [f"{name + ':':<23} {value}" for name, value in model_costs(results).items()]
     said = filter(None, [verdict(results), caution(results)])
     return "\n".join([setting(results), origin(results), "", *lines, "", *said, *costs]).rstrip()
+
+
+def columns(figures: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """COLUMNS of the metrics that figures, {metric: ...}, have."""
+    return {metric: column for metric, column in COLUMNS.items() if metric in figures}
+
+
+def titles(figures: Mapping[str, Any]) -> list[str]:
+    """Those columns' titles."""
+    return [title for title, _ in columns(figures).values()]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -41,7 +57,7 @@ def summary_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for method, figures in results["summary"].items():
         sign = "+" if method.startswith(MINUS) else ""
-        cells = (with_interval(figures[metric], digits, sign) for metric, (_, digits) in COLUMNS.items())
+        cells = (with_interval(figures[metric], digits, sign) for metric, (_, digits) in columns(figures).items())
         rows.append([label(results, method), *cells])
     return rows
 
@@ -55,7 +71,7 @@ def with_interval(figure: tuple[float, float], digits: int, sign: str = "") -> s
 def image_rows(labels: Mapping[str, str], figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """A row for each method: its label, then the metrics of one image. figures: {method: {metric: value}}."""
     return [
-        [labels[method], *(f"{values[metric]:.{digits}f}" for metric, (_, digits) in COLUMNS.items())]
+        [labels[method], *(f"{values[metric]:.{digits}f}" for metric, (_, digits) in columns(values).items())]
         for method, values in figures.items()
     ]
 
