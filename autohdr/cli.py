@@ -230,14 +230,14 @@ def evaluate(
     size: int | None = None,
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     max_loss: float | None = None,
     lpips: tuple[Path, ...] = (),
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
     """Measure a model on held-out pairs, beside the unedited source and two fixed recipes. Ends in a table and report.html.
 
-    With --fast or --precision bfloat16 the model is measured in full as well, and the differences, photo by photo.
+    With --fast or a half --precision the model is measured in full as well, and the differences, photo by photo.
 
     Args:
         pairs: JSONL file of pairs that the model was not trained on.
@@ -246,8 +246,8 @@ def evaluate(
         size: Side of the square that every pair is brought to; by default they keep their own size.
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
-        precision: bfloat16 runs the model under autocast.
-        max_loss: The most that --fast and --precision bfloat16 may lose on these pairs, in dB PSNR, such as 0.05. Where it is
+        precision: bfloat16 and float16 run the model under autocast. float16 rounds less, ends at 65504, and is for a GPU.
+        max_loss: The most that --fast and a half --precision may lose on these pairs, in dB PSNR, such as 0.05. Where it is
             more, the exit status is 1.
         lpips: Measure LPIPS too, by the weights in these files: torchvision's alexnet-owt-7be5be79.pth and lpips'
             weights/v0.1/alex.pth, or both in one.
@@ -262,7 +262,7 @@ def evaluate(
 
     cheaper = ["--fast"] * model.fast + [f"--precision {precision}"] * (precision != "float32")
     if max_loss is not None and not cheaper:
-        raise UserError("--max-loss: expected --fast or --precision bfloat16, whose loss it limits, got neither")
+        raise UserError("--max-loss: expected --fast or --precision bfloat16 or float16, whose loss it limits, got none")
     where = pick_device(device)
     network = model.load()
     listed = read_pairs(pairs)
@@ -294,8 +294,8 @@ def compare(
     size: int | None = None,
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
-    forms: tuple[Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"], ...] = (),
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    forms: tuple[Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8"], ...] = (),
     ensemble: tuple[Path, ...] = (),
     cost_size: str | None = None,
     lpips: tuple[Path, ...] = (),
@@ -313,8 +313,8 @@ def compare(
         size: Side of the square that every pair is brought to; by default they keep their own size.
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
-        precision: bfloat16 runs the models under autocast.
-        forms: Measure each model in these forms too: in bfloat16, and as `enhance` has it with --fast, --flips 2, 4 and 8.
+        precision: bfloat16 and float16 run the models under autocast.
+        forms: Measure each model in these forms too: in half precision, and as `enhance` has it with --fast, --flips 2, 4 and 8.
         ensemble: Two of the checkpoints or more, whose results' mean is measured as well.
         cost_size: WIDTHxHEIGHT in pixels: seconds and memory are those of the first pair's source, brought to this size; by
             default those of the pairs.
@@ -359,7 +359,7 @@ def enhance(
     strip: Literal["gps", "all"] | None = None,
     damaged: Literal["skip", "keep"] = "skip",
     device: str = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     max_memory: str | None = None,
     json: Annotated[bool, FlagCreatePairsOff] = False,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
@@ -396,7 +396,7 @@ def enhance(
         strip: Take the place out of what a photo says, or everything but its colour and density.
         damaged: A JPEG whose data are damaged has failed and is left out, or what there is of it is written.
         device: auto (CUDA where there is one, but the CPU for the shipped model by itself and the auto-tone), cpu, cuda, ...
-        precision: bfloat16 runs the model under autocast.
+        precision: bfloat16 and float16 run the model under autocast. float16 rounds less, ends at 65504, and is for a GPU.
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer or a NAFNet works
             in strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths
             of what is free.

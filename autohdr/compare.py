@@ -14,6 +14,7 @@ from autohdr.data.pairs import Pair
 from autohdr.errors import UserError
 from autohdr.evaluate import (
     BASELINES,
+    PRECISIONS,
     check_settings,
     count_trained,
     means,
@@ -35,7 +36,7 @@ from autohdr.score import Points, pareto_front
 
 SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
-Form = Literal["bfloat16", "fast", "flips-2", "flips-4", "flips-8"]
+Form = Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8"]
 """What a model can be measured as beside itself, by the options of `enhance`."""
 _VIEWS = {"flips-2": 2, "flips-4": 4, "flips-8": 8}
 _FREE = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0}
@@ -157,7 +158,7 @@ def _candidates(
             except UserError as error:  # not every model has each
                 left_out.append(f"{name}: {error}")
                 continue
-            its_own = form if form == "bfloat16" else precision
+            its_own = form if form in PRECISIONS else precision
             found[_free(f"{name}, {form}", {*names, *found})] = _Candidate(formed, its_own, [path], network.config.name, name)
     if ensemble:
         mean = combine([networks[path] for path in ensemble])

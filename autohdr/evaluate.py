@@ -27,7 +27,7 @@ from autohdr.measure import Measurement, give_back, measure
 from autohdr.metrics import METRICS, mean_interval
 from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 MEGAPIXEL = 1_000_000
 WARM_UP = 256  # pixels a side
 PASSES, PATIENCE = 3, 10.0  # where one photo alone tells the cost
@@ -56,7 +56,7 @@ def evaluate(
 
     model: (1, 3, H, W) -> same shape, put on `device` in eval mode; None measures the two baselines alone.
     size, resize: as in PairDataset, without augmentation; None keeps each photo's own size.
-    precision: of the model: "float32", or "bfloat16" for autocast.
+    precision: of the model: "float32", or "bfloat16" or "float16" for autocast.
     allow_trained: measure pairs with a photo that the model was trained on too; the results say which they are. The digests of
     those photos (pairs.photo_digests) are the model's metadata["trained_on"], which `train` saves.
     checkpoint: the file of the model's weights, to be named in the results beside the lists of pairs and the date.
@@ -297,7 +297,7 @@ def _predict(model: nn.Module, precision: str, photo: Path, source: Tensor) -> t
     give_back()
     with (
         torch.inference_mode(),
-        torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        torch.autocast(source.device.type, getattr(torch, precision), enabled=precision != "float32"),
         measure(source.device) as cost,
     ):
         prediction = model(source)

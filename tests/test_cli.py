@@ -537,7 +537,7 @@ def test_what_is_cheaper_may_lose_so_much_and_no_more(photos, checkpoint, capsys
     assert run(*measure, "--out", photos / "half", "--max-loss", loss - 1e-9) == 1
     said = capsys.readouterr()
     assert f"error: --precision bfloat16 loses {loss:.3f} ± {half:.3f} dB PSNR" in said.err and "report: " in said.out
-    assert "expected --fast or --precision bfloat16, whose loss it limits" in refusal(
+    assert "expected --fast or --precision bfloat16 or float16, whose loss it limits" in refusal(
         capsys, *measure[:5], "--max-loss", 1, "--out", photos / "x"
     )
 

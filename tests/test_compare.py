@@ -230,7 +230,7 @@ def test_costs_are_those_of_the_size_that_is_asked_for(pairs, files, tmp_path, m
     [
         ({"ensemble": ["one"]}, "expected two checkpoints or more, got one"),
         ({"ensemble": ["one", "three"]}, "expected some of the checkpoints that are compared, got .*three"),
-        ({"forms": ["flips"]}, "forms: expected some of bfloat16, fast, flips-2, flips-4, flips-8, got flips"),
+        ({"forms": ["flips"]}, "forms: expected some of bfloat16, float16, fast, flips-2, flips-4, flips-8, got flips"),
         ({"forms": ["bfloat16"], "precision": "bfloat16"}, "forms: bfloat16 is the precision of all models as it is"),
         ({"cost_size": (0, 40)}, r"expected a height and a width above 0, got \[0, 40\]"),
     ],

@@ -317,6 +317,42 @@ def test_bfloat16_runs_under_autocast(tmp_path):
     assert np.abs(read_rgb(tmp_path / "out/a.png") - read_rgb(tmp_path / "a.png")).max() < 0.01
 
 
+@pytest.mark.parametrize("name", ["restormer_nano", "nafnet_nano", "swinir_nano", "mamba_diffusion_nano"])
+def test_every_family_is_nearer_to_float32_in_float16_than_in_bfloat16(tmp_path, monkeypatch, name):
+    """Whole and, where it works in strips, in these."""
+    torch.manual_seed(0)
+    model, pixels = create_model(name).eval(), np.random.default_rng(0).integers(0, 65536, (34, 45, 3), np.uint16)
+    with torch.no_grad():  # some of these begin as the identity
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    write_photo(tmp_path / "a.png", Photo(pixels, "PNG", 16))
+
+    def edited(precision):
+        result = run([tmp_path / "a.png"], tmp_path / precision, model, precision=precision, on_exists="overwrite")
+        assert not result.failed
+        return read_rgb(tmp_path / precision / "a.png")
+
+    exact, rough = edited("float32"), edited("bfloat16")
+    assert np.abs(exact - to_float(pixels)).max() > 0.01
+    for _ in range(2):
+        assert 0 < np.abs(edited("float16") - exact).mean() < 0.4 * np.abs(rough - exact).mean()
+        monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments: False)
+
+
+def test_what_overflows_in_float16_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    torch.manual_seed(0)
+    model = create_model("restormer_nano", dim=8).eval()
+    with torch.no_grad():
+        model.output.weight.mul_(1e8)
+    assert run([tmp_path / "a.png"], tmp_path / "out", model, precision="bfloat16").written
+    for fits in (True, False):
+        monkeypatch.setattr(networks.Networks, "_fits", lambda *arguments, fits=fits: fits)
+        result = run([tmp_path / "a.png"], tmp_path / "half", model, precision="float16")
+        assert not result.written and not list((tmp_path / "half").glob("*.png"))
+        assert "not finite in float16; its largest number is 65504: take bfloat16 or float32" in result.failed[0][1]
+
+
 def test_folders_are_searched_and_keep_their_structure(tmp_path):
     for name in ("b.png", "a.PNG", "sub/deep/c.png", "._b.png", ".cache/d.png"):
         save(tmp_path / "in" / name)
@@ -677,8 +713,8 @@ def test_refusals_come_before_any_work(tmp_path):
     ]:
         with pytest.raises(UserError, match=reason):
             run(paths, folder)
-    with pytest.raises(UserError, match="float32, bfloat16, got 'float16'"):
-        run([tmp_path / "x"], out, precision="float16")
+    with pytest.raises(UserError, match="float32, bfloat16, float16, got 'int8'"):
+        run([tmp_path / "x"], out, precision="int8")
     assert not out.exists()
 
 

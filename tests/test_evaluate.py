@@ -176,12 +176,12 @@ def test_equal_images_are_valid_json(pairs, tmp_path):
     assert stored["images"][0]["figures"]["source"]["psnr"] is None
 
 
-def test_bfloat16_differs_from_float32_a_little(pairs, tmp_path):
-    full, half = (
+def test_half_precision_differs_from_float32_a_little(pairs, tmp_path):
+    full, rough, half = (
         evaluate(pairs, tmp_path, model=Brighten(), precision=precision)["summary"]["model"]["psnr"][0]
-        for precision in ("float32", "bfloat16")
+        for precision in ("float32", "bfloat16", "float16")
     )
-    assert full != half and full == pytest.approx(half, abs=0.1)
+    assert full != rough and full == pytest.approx(rough, abs=0.1) and 0 < abs(half - full) < abs(rough - full)
 
 
 def trained_on(*photos):
@@ -240,7 +240,7 @@ def test_rejects_a_prediction_that_is_not_finite(pairs, tmp_path):
 def test_rejects_bad_calls(pairs, tmp_path):
     with pytest.raises(UserError, match="at least one pair"):
         evaluate([], tmp_path)
-    with pytest.raises(UserError, match="precision must be one of float32, bfloat16, got 'half'"):
+    with pytest.raises(UserError, match="precision must be one of float32, bfloat16, float16, got 'half'"):
         evaluate(pairs, tmp_path, precision="half")
     with pytest.raises(UserError, match=r"a_src\.png: expected a prediction \[1, 3, 24, 40\], got \[1, 3, 12, 20\]"):
         evaluate(pairs, tmp_path, model=nn.AvgPool2d(2))

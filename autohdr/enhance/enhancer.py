@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # for networks alone
     import torch
     from torch import nn
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 CUBE_SIDE = 33
 EDIT_SUFFIXES = (".json", ".cube")
 BAND = 256  # rows of a photo that are edited at once where it is not whole
@@ -40,7 +40,7 @@ class Enhancer(Settings):
     that of a checkpoint; None is the auto-tone. It sees sRGB, and the result goes back to the photo's own colour space. One that
     takes samples gets an sRGB photo's own, uint8 or uint16, in place of float32. edits.shipped() is the model that ships, on the
     CPU in float32. It imports no PyTorch, and neither does the auto-tone there.
-    precision: float32, or bfloat16 under autocast.
+    precision: float32, or bfloat16 or float16 under autocast.
     strength: how much of the edit is made, from 0, none of it, to 1; above 1, up to 2, it is exaggerated.
     quality: of JPEG, AVIF and lossy WebP, 1 to 100; by default that of the file, 90 at least.
     format: jpeg, png, tiff, webp or avif; same, of HEIC, JPEG XL and raw, is jpeg. depth: 8 or 16 bits a channel, by default

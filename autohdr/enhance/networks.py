@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autohdr.data.images import to_float
 from autohdr.enhance.work import PhotoRows, Settings, Work
+from autohdr.errors import UserError
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models.combined import LEAST, Combined, Reduced
 from autohdr.models.network import Network
@@ -41,7 +42,10 @@ class Networks:
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
 
     def pixels(self, image: Tensor) -> np.ndarray:
-        """The way back, floating point in float32."""
+        """The way back, floating point in float32. UserError where a value is not finite, which a file would have as black."""
+        if image.is_floating_point() and not image.sum(dtype=torch.float32).isfinite():  # without a mask as large as the image
+            why = "; its largest number is 65504: take bfloat16 or float32" if self.settings.precision == "float16" else ""
+            raise UserError(f"the network's result is not finite in {self.settings.precision}{why}")
         rows = image[0].permute(1, 2, 0)
         return (rows.float() if rows.is_floating_point() else rows).cpu().numpy()
 
@@ -117,9 +121,10 @@ class Networks:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
+        precision = self.settings.precision
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"),
+            torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32"),
         ):
             yield
 
