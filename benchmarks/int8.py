@@ -1,11 +1,16 @@
 """What 8-bit products gain on a CPU, by the runtimes that have them, against our float32. Prints JSON.
 
-    python benchmarks/int8.py [--models restormer_nano restormer_tiny] [--size 384] [--threads 1 2] [--rounds 5]
+    python benchmarks/int8.py [--models restormer_nano restormer_tiny] [--size 384] [--threads 1 2] [--rounds 5] [--inner-loops]
 
 models: ONNX Runtime (of the extra `onnx`) and, where it is installed, OpenVINO run a model's ONNX program of one size in float32,
 with its 1×1 convolutions in 8 bits, and with all of its convolutions: weights per channel, activations calibrated on the sample
 photos, the first and the last layer kept. Eager PyTorch runs channels-last. `difference`: the mean from float32, of 255.
 parts: ONNX Runtime's own profile of its programs on one thread, milliseconds a pass by kind of operator.
+inner loops: `rates`, multiply-accumulates a second of a product's inner loop on one core (int8_products.cpp, compiled by g++). Of
+each model's passes in float32 on one thread, by the samples of Linux' perf: `share`, what our products take, `pytorch`, what
+PyTorch's own layers do, dense 3×3 convolutions most of all, and `rate`, that of our products. How many times as fast the model
+could be, if making 8 bits of numbers took no time, by 1 / (1 - share + share / times), of its products and `with pytorch`: `like
+float32`, if those in 8 bits gain what the inner loop does; `full rate`, if they reach its rate; `free`, if they take no time.
 products: a 1×1 product of [pixels, C] to 3·C channels alone, as the levels of restormer_base have it: from float32 to float32,
 8 bits within, and from 8 bits to int32 or 8 bits, which a layer between float32 ones never is.
 
@@ -17,7 +22,12 @@ import argparse
 import importlib.util
 import json
 import logging
+import math
+import os
+import re
+import signal
 import statistics
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +35,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import floors
 import numpy as np
 import onnx
 import onnxruntime
@@ -129,6 +140,51 @@ def of_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def inner_loops() -> dict[str, float]:
+    with TemporaryDirectory() as folder:
+        program, source = Path(folder) / "int8_products", Path(__file__).with_name("int8_products.cpp")
+        subprocess.run(["g++", "-O3", "-mavx2", "-mfma", "-std=c++17", source, "-o", program], check=True)
+        return json.loads(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+
+
+def of_inner_loops(name: str, rates: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """What the best rate in 8 bits could make of a model."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, image = create_model(name).eval().requires_grad_(False), photos(options.size)[0]
+    image, passes = image.contiguous(memory_format=torch.channels_last), 0
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        file = Path(folder) / "perf.data"
+        model(image)
+        record = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "997", "-p", str(os.getpid()), "-o", file]
+        with subprocess.Popen(record) as running:
+            while not file.exists() or not file.stat().st_size:
+                time.sleep(0.1)
+            begin = time.process_time()
+            while (spent := time.process_time() - begin) < 3 or not passes:
+                model(image)
+                passes += 1
+            running.send_signal(signal.SIGINT)
+        report = ["perf", "report", "-i", file, "--stdio", "-t", "\t", "-F", "sample,dso,symbol"]
+        lines = subprocess.run(report, check=True, capture_output=True, text=True).stdout.splitlines()
+    samples: Counter[str] = Counter()
+    for count, library, symbol in (line.split("\t") for line in lines if line.strip() and not line.startswith("#")):
+        ours = "_C." in library and re.search(r"::(product_vecs|outer|outer_few)\b", symbol)
+        kind = "share" if ours else "pytorch" if re.search(r"libtorch_cpu|JIT|\[unknown|anon", library) else "rest"
+        samples[kind] += int(count)
+    share, pytorch = (samples[kind] / samples.total() for kind in ("share", "pytorch"))
+    row = {"op": name, "shape": f"1×{options.size}×{options.size}", "dtype": "float32", "mode": "inference"}
+    rate = passes * sum(work.products for work in floors.work(row)) / (share * spent)
+    best = max(rates[kind] for kind in rates.keys() - {"float32", "int16"})
+    times = {"like float32": best / rates["float32"], "full rate": best / rate, "free": math.inf}
+
+    def bounds(part: float) -> dict[str, float]:
+        return {case: round(1 / (1 - part + part / gain), 2) for case, gain in times.items()}
+
+    found: dict[str, Any] = {"share": round(share, 3), "pytorch": round(pytorch, 3), "rate": float(f"{rate:.3g}")}
+    return found | {"products": bounds(share), "with pytorch": bounds(share + pytorch)}
+
+
 def quantized_product(weight: np.ndarray, x: Tensor, scale: float) -> bytes:
     """ONNX of x [pixels, C] · weight [C, N] in 8 bits: from float32 to float32, or from uint8 to uint8."""
     node, inputs = onnx.helper.make_node, {"s": np.float32(scale), "z": np.uint8(128), "ys": np.float32(4 * scale)}
@@ -191,17 +247,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--inner-loops", action="store_true", help="these alone")
     options = parser.parse_args()
     under_tuned_malloc(OMP_WAIT_POLICY="passive")
     for name in ("torch.onnx", "root"):  # what they lack that is not needed
         logging.getLogger(name).setLevel(logging.ERROR)
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers quantized_decomposed
-    side = options.size
-    with torch.inference_mode():
-        products = [of_product(c, side**2 >> 2 * i, options) for i, c in enumerate(LEVELS)]
     about = {"processor": processor(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "commit": commit()}
-    models = [of_model(name, options) for name in options.models]
-    print(json.dumps(about | {"models": models, "products": products}, indent=1, ensure_ascii=False))
+    rates = inner_loops()
+    about["inner loops"] = {"rates": rates} | {name: of_inner_loops(name, rates, options) for name in options.models}
+    if not options.inner_loops:
+        side = options.size
+        with torch.inference_mode():
+            about["products"] = [of_product(c, side**2 >> 2 * i, options) for i, c in enumerate(LEVELS)]
+        about["models"] = [of_model(name, options) for name in options.models]
+    print(json.dumps(about, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":
