@@ -98,8 +98,17 @@ def _read(files: Sequence[str | Path]) -> dict[str, Tensor]:
         if name not in found:
             whose = "lpips' weights/v0.1/alex.pth" if name.startswith("lin") else "torchvision's alexnet-owt-7be5be79.pth"
             raise UserError(f"lpips: {named}: expected {name} {list(shape)}, as {whose} has it, got no such tensor")
-        if odd := oddity(found[name]) or (found[name].shape != shape and str(list(found[name].shape))):
+        if odd := _odd(found[name], shape):
             raise UserError(f"lpips: {named}: expected {name} {list(shape)} of AlexNet, got {odd}")
         if not found[name].isfinite().all():
             raise UserError(f"lpips: {named}: {name} is not finite")
     return found
+
+
+def _odd(tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """What it is, if not the weights that are expected."""
+    if odd := oddity(tensor):
+        return odd
+    if not tensor.is_floating_point():
+        return f"a tensor of {tensor.dtype}"
+    return "" if tensor.shape == shape else str(list(tensor.shape))

@@ -124,6 +124,8 @@ def test_refuses_files_that_are_not_its_weights(files, tmp_path):
     refused(r"other\.pth.*expected features\.0\.weight \[64, 3, 11, 11\] of AlexNet, got \[64, 3, 3, 3\]", vgg, LINEAR)
     refused(r"features\.3\.bias is not finite", changed(features_3_bias=torch.full((192,), math.nan)), LINEAR)
     refused(r"expected features\.3\.bias .* got a tensor of torch\.bool", changed(features_3_bias=torch.ones(192) > 0), LINEAR)
+    whole = changed(features_3_bias=torch.ones(192, dtype=torch.int64))
+    refused(r"expected features\.3\.bias \[192\] of AlexNet, got a tensor of torch\.int64", whole, LINEAR)
     refused(r"alexnet\.pth: has features\.0\.weight a second time", *files, files[0])
     refused(r"none\.pth: cannot be read", tmp_path / "none.pth")
 
