@@ -140,6 +140,16 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolve(x, weight, bias, dtype, 1, 0, 1, False)
 
 
+def add_pointwise(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    """x + pointwise(skip, weight), in x's memory; on a GPU one product, which reads and writes x once."""
+    pixels = x.permute(0, 2, 3, 1)
+    if (x.device.type == "cpu" and not is_as_on_a_gpu()) or not pixels.is_contiguous():
+        return x.add_(pointwise(skip, weight))
+    rows = skip.permute(0, 2, 3, 1).reshape(-1, skip.shape[1])
+    pixels.view(-1, x.shape[1]).addmm_(rows.to(x.dtype), weight[:, :, 0, 0].mT.to(x.dtype))
+    return x
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, in half precision as Conv2d."""
     if (dtype := _half_on_cpu(x)) is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autohdr import kernels
-from autohdr.models.layers import Conv2d, pointwise, reach
+from autohdr.models.layers import Conv2d, add_pointwise, pointwise, reach
 from autohdr.models.network import Blocks, Down, Embed, Half, NetworkConfig, Output, Stage, StagedNetwork, Up, count, is_whole
 
 
@@ -215,7 +215,7 @@ class Restormer(StagedNetwork):
                 channels *= 2
             else:  # reduce(cat(x, skip)) without the concatenated image
                 for_x, for_skip = _weight(reduce, 1).chunk(2, dim=1)
-                layers, join = [*layers, partial(pointwise, weight=for_x)], partial(_add_pointwise, weight=for_skip)
+                layers, join = [*layers, partial(pointwise, weight=for_x)], partial(add_pointwise, weight=for_skip)
             found += Up(layers, join, channels), Level.stage(level)
         return [*found, Level.stage(self.refinement), Output([self.output])]
 
@@ -239,7 +239,3 @@ class Restormer(StagedNetwork):
 
 def _concatenate(x: Tensor, skip: Tensor) -> Tensor:
     return torch.cat((x, skip), dim=1)
-
-
-def _add_pointwise(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
-    return x.add_(pointwise(skip, weight))

@@ -1,14 +1,16 @@
 """Padding, and the half-precision convolutions that a CPU computes in float32."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from autohdr.kernels.backends import as_on_a_gpu
 from autohdr.measure import _reset_high_water_mark, measure
 from autohdr.models import layers
-from autohdr.models.layers import Conv2d, ConvTranspose2d, Linear, crop, pad_to_multiple, pointwise
+from autohdr.models.layers import Conv2d, ConvTranspose2d, Linear, add_pointwise, crop, pad_to_multiple, pointwise
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
@@ -70,6 +72,25 @@ def test_a_pointwise_convolution_is_conv2d():
     assert torch.equal(pointwise(x, weight, bias), F.conv2d(x, weight, bias))
     half = [t.bfloat16() for t in (x, weight, bias)]
     assert torch.equal(pointwise(*half), F.conv2d(*(t.float() for t in half)).bfloat16())
+
+
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_pointwise_convolution_is_added_in_place(on_a_gpu, layout):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 7, generator=g).contiguous(memory_format=layout).requires_grad_()
+    skip = torch.randn(2, 4, 5, 7, generator=g).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(6, 4, 1, 1, generator=g).requires_grad_()
+    expected = 2 * x + F.conv2d(skip, weight)
+    with as_on_a_gpu() if on_a_gpu else nullcontext():
+        there = 2 * x
+        actual = add_pointwise(there, skip, weight)
+    assert actual.data_ptr() == there.data_ptr() and actual.stride() == x.stride()
+    torch.testing.assert_close(actual, expected)
+    dy = torch.randn(expected.shape, generator=g)
+    grads = (torch.autograd.grad(y, (x, skip, weight), dy) for y in (actual, expected))
+    for a, e in zip(*grads, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 4, 3, 5), (0, 5)], ids=str)
