@@ -325,10 +325,11 @@ __global__ void __launch_bounds__(128)
   convolve<1>(walk, s, in, taps, stride, [&](int o, int, const float2(&v)[1]) { to.store(o, v), to.next(o); });
 }
 
-// The same in half precision: a block owns a tile of 32 channels, a warp 16 of them in half of its rows.
+// The same in half precision: a block owns a tile of 32 channels, a warp 16 of them in half of its rows. kGates: out is
+// gelu(a) ⊙ b, where `in` has 8 channels of a and 8 of b in turns.
 constexpr int kDepthwiseTileRows = 16, kDepthwiseChannels = 32, kDepthwiseThreads = 128;
 using DepthwiseTiles = Tiles<kDepthwiseTileRows, kTileColumns>;
-template <class T>
+template <class T, bool kGates>
 __global__ void __launch_bounds__(kDepthwiseThreads, 4)
     depthwise_on_tensor_cores(DepthwiseTiles tiles, View<const T> in, const float* taps, int stride, View<T> out) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, tile);
@@ -342,13 +343,19 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
   const bool has[2] = {own < tiles.channels, own + 8 < tiles.channels};
   const TapPairs<uint32_t[2]> w[2] = {load_tap_pairs<T>(taps + own, stride, has[0]),
                                       load_tap_pairs<T>(taps + own + 8, stride, has[1])};
-  T* to = out.at(blockIdx.z, y0 + row, x0 + lane / 4) + own + lane % 4 * 2;
+  T* to = out.at(blockIdx.z, y0 + row, x0 + lane / 4) + own / (kGates ? 2 : 1) + lane % 4 * 2;
   wait_for_copies();
   __syncthreads();
   const auto store = [&](int, const float (&a)[4], const float (&b)[4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (x0 + h * 8 + lane / 4 >= out.width) continue;
+      if constexpr (kGates) {
+        const float2 gated[1] = {make_float2(kGateUnit<T> * gelu_times<T>(a[h * 2], b[h * 2]),
+                                             kGateUnit<T> * gelu_times<T>(a[h * 2 + 1], b[h * 2 + 1]))};
+        if (has[0]) store_pairs(to + h * 8 * out.channels, gated);
+        continue;
+      }
       const float2 of_a[1] = {make_float2(a[h * 2], a[h * 2 + 1])}, of_b[1] = {make_float2(b[h * 2], b[h * 2 + 1])};
       if (has[0]) store_pairs(to + h * 8 * out.channels, of_a);
       if (has[1]) store_pairs(to + h * 8 * out.channels + 8, of_b);
@@ -359,18 +366,22 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
                                                           min(kRows, tiles.rows.end - y0 - row), store);
 }
 
+template <class T, bool kGates = false>
+void launch_depthwise(View<const T> in, const float* taps, int stride, View<T> out, int64_t images, cudaStream_t stream) {
+  const DepthwiseTiles tiles{out.rows, out.width, out.channels * (kGates ? 2 : 1), images};
+  launch(depthwise_on_tensor_cores<T, kGates>, dim3(tiles.of_image(), ceil_div(tiles.channels, kDepthwiseChannels), images),
+         dim3(kDepthwiseThreads), (kDepthwiseTileRows + 2) * (kTileColumns + 2) * row_of_columns<T>(kDepthwiseChannels), stream,
+         tiles, in, taps, stride, out);
+}
+
 // taps: `stride` from one to the next. in reaches a row further than out, where the image does.
 template <class T>
 void convolve_depthwise(View<const T> in, const float* taps, int stride, View<T> out, int height, int64_t images,
                         cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    const DepthwiseTiles tiles{out.rows, out.width, out.channels, images};
-    launch(depthwise_on_tensor_cores<T>, dim3(tiles.of_image(), ceil_div(out.channels, kDepthwiseChannels), images),
-           dim3(kDepthwiseThreads), (kDepthwiseTileRows + 2) * (kTileColumns + 2) * row_of_columns<T>(kDepthwiseChannels), stream,
-           tiles, in, taps, stride, out);
-  } else {
+  if constexpr (sizeof(T) == 2)
+    launch_depthwise<T>(in, taps, stride, out, images, stream);
+  else
     launch_walk(depthwise<T>, Walk<kDepthwiseRows>(out, height, out.channels, images), stream, in, taps, stride, out);
-  }
 }
 
 // The backward pass, by blocks that own 64 channels, and 8 × 16 pixels at a time: they lie in shared memory, those of d with their

@@ -35,15 +35,21 @@ struct FusedTile {
   __device__ FusedTile(const View<const T>& x_, unsigned char* shared, int64_t image_, int y0_, int x0_)
       : x(x_), hidden(shared), tile(hidden + kHidden * kHiddenRow), in(tile + kResults * kRow), image(image_), y0(y0_), x0(x0_) {}
 
-  // This thread copies every fourth piece of a row of weights from copied_piece() on.
-  static __device__ __forceinline__ int copied_row() { return threadIdx.x / 4; }
+  // This thread copies every fourth piece of a row of weights from copied_piece() on. Of eight threads that write at once, rows lie
+  // four apart, which begin in other halves of the banks.
+  static __device__ __forceinline__ int copied_row() {
+    const int row = threadIdx.x / 4;
+    return (row & ~7) | (row & 1) << 2 | (row >> 1 & 3);
+  }
   static __device__ __forceinline__ int copied_piece() { return threadIdx.x % 4; }
   // The 1×1's weight for the next channels, of which there are `count`. from: this thread's first piece. biases: theirs.
   __device__ __forceinline__ void load_in(const T* from, int count, const float* biases = nullptr) const {
+    // That every thread has a row is used where there are registers: without the branch addresses are kept from round to round.
+    constexpr bool kEveryThread = kTiles > 3 && kHidden * 4 == kThreads;
     unsigned char* to = in + copied_row() * kInRow + copied_piece() * 16;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; i += 4)
-      if (copied_row() < kHidden && copied_piece() + i < kTiles * 2)
+      if ((kEveryThread || copied_row() < kHidden) && copied_piece() + i < kTiles * 2)
         copy_async_or_zero(to + i * 16, from + i * 8, copied_row() < count && (copied_piece() + i) * 8 < x.channels);
     if (kBiased && threadIdx.x < kHidden)
       *bias_of(threadIdx.x) = static_cast<int>(threadIdx.x) < count ? biases[threadIdx.x] : 0.0f;
@@ -151,34 +157,55 @@ struct FusedTile {
     return make_int2(j / 2 * 8 + lane % 4 * 2 + second, lane / 4 * 2 + j % 2);
   }
 
-  // Rows of the tile from `row` on = f(which of this warp's, pair of pixels, its 3×3 of each part), of kMade channels. bands: of
-  // their hidden channels, row by row the taps w0, w1, w2 and 0. Sums of pixels that are none (beyond 14) are any.
+  // Of a warp's channels of the 3×3, row by row the taps w0, w1, w2 and 0. What the first ones have is loaded at once.
+  struct Taps {
+    const T* from;
+    uint4 two[kParts];
+    uint2 third[kParts];
+    // bands: of all warps' channels.
+    __device__ __forceinline__ explicit Taps(const T* bands) : from(bands + warp() * kOwn * kParts * kBand) { load(0); }
+    __device__ __forceinline__ void load(int i) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        two[part] = *reinterpret_cast<const uint4*>(from + channel(i, part) * kBand);
+        third[part] = *reinterpret_cast<const uint2*>(from + channel(i, part) * kBand + 8);
+      }
+    }
+    // The hidden channel, of the warp's, of a part of one of its results.
+    static __device__ __forceinline__ int channel(int i, int part) { return i / 2 * 2 * kParts + part * 2 + i % 2; }
+  };
+
+  // Rows of the tile from `row` on = f(which of this warp's, pair of pixels, its 3×3 of each part), of kMade channels. Sums of
+  // pixels that are none (beyond 14) are any.
   //
   // Of 16 pixels of a row, the right operand makes 14 that are the 3×3's sums over it: column n has w0, w1, w2 in the rows from n on.
   // A lane's two elements of its first 8 columns are two of one channel's four; its last 8 are the first ones, 8 rows further down.
   template <class F>
-  __device__ __forceinline__ void convolve(const T* bands, int row, const F& f) const {
-    const auto selector = [&](int offset) {  // of elements `offset` and the next
-      const auto bytes = [](int element) { return element >= 0 && element < 3 ? element * 0x22 + 0x10 : 0x76; };
-      return bytes(offset) | bytes(offset + 1) << 8;
+  __device__ __forceinline__ void convolve(Taps taps, int row, const F& f) const {
+    // Selectors of the taps `offset` and the next, and of 8 further ones: two bytes a tap, those of the zero where there is none.
+    const unsigned offset = lane() % 4 * 2 - lane() / 4, near = __funnelshift_rc(0x54321076, 0x76767676, (offset + 1) * 8),
+                   far = __funnelshift_rc(0x76765432, 0x76767676, (offset + 7) * 8);
+    const int first = warp() * kOwn;
+    const auto from = [&, begin = hidden + first * kParts * kHiddenRow](int dy, int channel) {  // of an even one, or an odd one
+      const int at = place(lane() + dy / 2, channel);
+      return begin + (kTiles > 3 ? without_known_bits(at) : at);  // which takes registers
     };
-    const int offset = lane() % 4 * 2 - lane() / 4, near = selector(offset), far = selector(offset + 8), first = warp() * kOwn;
-    const unsigned char* from = hidden + first * kParts * kHiddenRow;
+    const unsigned char *even = from(0, 0), *odd[2] = {from(0, 1), from(2, 1)};
     unsigned char* to = tile + (row + first) * kRow + lane() * 16;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float sums[kParts][2][4] = {};  // of the first 8 columns, and the last; of even rows and odd ones
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const int channel = i / 2 * 2 * kParts + part * 2 + i % 2;
+        const int channel = Taps::channel(i, part);
         uint32_t left[3][4];  // of even and odd rows, shifted by dy: of their first 8 pixels, and their last
 #pragma unroll
-        for (int dy = 0; dy < 3; dy += 2) load_matrices(left[dy], from + channel * kHiddenRow + place(lane() + dy / 2, channel));
+        for (int dy = 0; dy < 3; dy += 2)
+          load_matrices(left[dy], (channel % 2 ? odd[dy / 2] : even + dy * 8) + channel * kHiddenRow);
 #pragma unroll
         for (int k = 0; k < 4; k += 2) left[1][k] = left[0][k + 1], left[1][k + 1] = left[2][k];
-        const uint2* taps = reinterpret_cast<const uint2*>(bands + (first * kParts + channel) * kBand);
-        const uint4 two = *reinterpret_cast<const uint4*>(taps);
-        const uint2 rows[3] = {make_uint2(two.x, two.y), make_uint2(two.z, two.w), taps[2]};
+        const uint4& two = taps.two[part];
+        const uint2 rows[3] = {make_uint2(two.x, two.y), make_uint2(two.z, two.w), taps.third[part]};
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
           const uint32_t inner = __byte_perm(rows[dy].x, rows[dy].y, near), outer = __byte_perm(rows[dy].x, rows[dy].y, far);
@@ -186,6 +213,7 @@ struct FusedTile {
           mma_half(sums[part][1], {left[dy][2], left[dy][3]}, inner, T{});
         }
       }
+      if (i + 1 < kOwn) taps.load(i + 1);
       Pairs<T, 4> result;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -203,9 +231,11 @@ struct FusedTile {
 // ---------------------------------------------------------------------------------------------------------------------
 // y = x + w_out · Middle(3×3 of w_in · norm of x).
 
-// The 3×3 alone, and gelu(a) ⊙ b of its two parts.
+// The 3×3 alone, and gelu(a) ⊙ b of its two parts; in kUnit.
 struct Convolved {
   static constexpr int kParts = 1, kHidden = 48;
+  template <class T>
+  static constexpr float kUnit = 1;
   template <class T>
   static __device__ __forceinline__ float2 of(const float2 (&v)[1]) {
     return v[0];
@@ -214,8 +244,10 @@ struct Convolved {
 struct Gated {
   static constexpr int kParts = 2, kHidden = 64;
   template <class T>
+  static constexpr float kUnit = kGateUnit<T>;
+  template <class T>
   static __device__ __forceinline__ float2 of(const float2 (&v)[2]) {
-    return make_float2(gelu<T>(v[0].x) * v[1].x, gelu<T>(v[0].y) * v[1].y);
+    return make_float2(gelu_times<T>(v[0].x, v[1].x), gelu_times<T>(v[0].y, v[1].y));
   }
 };
 
@@ -236,17 +268,18 @@ struct Fused {
   __device__ __forceinline__ void run(unsigned char* shared) const {
     Tile t(x, shared, blockIdx.z, blockIdx.y * Tile::kSide, blockIdx.x * Tile::kSide);
     unsigned char* out = shared + Tile::kShared;
-    const int row = Tile::copied_row(), piece = Tile::copied_piece();
-    const int own = row % 8 / 2 * kTiles * 4 + row / 8 * 2 + row % 2;  // of rows so laid out, a lane's sums are of neighbours
-    const T *in_from = w_in + row * x.channels + piece * 8, *out_from = w_out.of(t.image, 0) + own * w_out.of_row + piece * 8;
-    const auto load_out = [&](int left) {
+    const T* in_from = w_in + Tile::copied_row() * x.channels + Tile::copied_piece() * 8;
+    const auto load_out = [&](int first) {
+      const int row = Tile::copied_row(), piece = Tile::copied_piece(), left = hidden - first;
+      const int own = row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;  // so laid out, a lane has sums of neighbours
+      const T* from = w_out.of(t.image, 0) + own * w_out.of_row + first / kParts + piece * 8;
 #pragma unroll
       for (int i = 0; i < Tile::kChannels; i += Tile::kThreads / 4)
 #pragma unroll
         for (int k = 0; k < kMade / 8; k += 4)
           if (row + i < Tile::kChannels && piece + k < kMade / 8)
-            copy_async_or_zero(out + (row + i) * kRow + (piece + k) * 16, out_from + i / 4 * w_out.of_row + k * 8,
-                               own + i / 4 < x.channels && (piece + k) * 8 * kParts < left);
+            copy_async_or_zero(out + (row + i) * kRow + (piece + k) * 16, from + i * w_out.of_row + k * 8,
+                               own + i < x.channels && (piece + k) * 8 * kParts < left);
     };
     t.load_in(in_from, hidden);
     t.normalise(norm);
@@ -258,12 +291,12 @@ struct Fused {
 #pragma unroll 1
     for (int first = 0; first < hidden; first += Tile::kHidden) {
       t.expand();
+      const typename Tile::Taps taps(bands + first * kBand);
       __syncthreads();
-      load_out(hidden - first);
-      in_from += Tile::kHidden * x.channels, out_from += kMade;
+      load_out(first);
+      in_from += Tile::kHidden * x.channels;
       if (first + Tile::kHidden < hidden) t.load_in(in_from, hidden - first - Tile::kHidden);
-      t.convolve(bands + first * kBand, 0,
-                 [](int, int, const float2(&v)[kParts]) { return to_pair<T>(Middle::template of<T>(v)); });
+      t.convolve(taps, 0, [](int, int, const float2(&v)[kParts]) { return to_pair<T>(Middle::template of<T>(v)); });
       wait_for_copies();
       __syncthreads();
       const unsigned char* from = t.tile + columns_lane<T, false>(Tile::kRow) + m0 * 2;
@@ -287,30 +320,31 @@ struct Fused {
 
     const int p = Tile::lane() / 4;  // of the 8 that lanes 4 · warp + i made
     const int2 at = Tile::pixel_of(Tile::warp() * 4, p / 2, p % 2);
-    const int columns = min(Tile::kSide, x.width - t.x0) - at.x, channel = Tile::lane() % 4 * kTiles * 4;
+    const int columns = min(Tile::kSide, x.width - t.x0) - at.x, channel = Tile::lane() % 4 * 4;
     if (at.y >= min(Tile::kSide, x.rows.end - t.y0)) return;
     const int64_t place = x.at(t.image, t.y0 + at.y, t.x0 + at.x) - x.data + channel;
+    const auto has = [&](int i, int j) { return i * 2 < columns && channel + j * 16 < x.channels; };
+    const auto at_pixel = [&](int i, int j) { return place + i * 2 * x.channels + j * 16; };
+    Pairs<T, 2> added[4][kTiles];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i * 2 >= columns) continue;
-      const T* from = x.data + place + i * 2 * x.channels;
-      T* to = y.data + place + i * 2 * x.channels;
-      Pairs<T, 2> added[kTiles];
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        if (channel + j * 4 < x.channels) added[j] = load_pairs<2>(from + j * 4);
+        if (has(i, j)) added[i][j] = load_pairs<2>(x.data + at_pixel(i, j));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float2 sum[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float2 old = to_float2(added[j].v[e]);
+          const float2 old = to_float2(added[i][j].v[e]);
           const float (&own)[4] = sums[i / 2][j * 2 + e];
-          sum[e] = make_float2(old.x + own[i % 2 * 2], old.y + own[i % 2 * 2 + 1]);
+          constexpr float kUnit = Middle::template kUnit<T>;
+          sum[e] = make_float2(fmaf(own[i % 2 * 2], kUnit, old.x), fmaf(own[i % 2 * 2 + 1], kUnit, old.y));
         }
-        if (channel + j * 4 < x.channels) store_pairs(to + j * 4, sum);
+        if (has(i, j)) store_pairs(y.data + at_pixel(i, j), sum);
       }
-    }
   }
 };
 

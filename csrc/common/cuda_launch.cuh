@@ -45,6 +45,14 @@ __device__ __forceinline__ unsigned thread_read_anew() {
 #endif
 }
 
+// The same number. Where the compiler knows an offset's bits it joins constants to it with OR, and an address takes only sums.
+__device__ __forceinline__ int without_known_bits(int offset) {
+#ifndef AUTOHDR_EMULATION
+  asm volatile("" : "+r"(offset));
+#endif
+  return offset;
+}
+
 // A size that host code chooses for a GPU, and the one in the emulation, which takes several steps of its small images so.
 inline int64_t size_for(int64_t gpu, [[maybe_unused]] int64_t emulated) {
 #ifdef AUTOHDR_EMULATION

@@ -16,7 +16,7 @@ inline ExpansionWeights expansion_of(const GdfnShape& s, const GdfnWeights& w, i
   return {w.norm_weight, w.norm_bias, w.project_in, w.dwconv, s.eps, {2, s.hidden, turn}};
 }
 
-// gated = gelu(a) ⊙ b.
+// gated = gelu(a) ⊙ b, in float32.
 template <class T>
 __global__ void __launch_bounds__(128) gate(Walk<2> walk, View<const T> hidden, const float* taps, View<T> gated) {
   const Segment<2> s(walk);
@@ -56,7 +56,8 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   Workspace workspace(memory);
   const ImageShape s = image_of(a.shape);
   const Layout layout = Layout::of<T>(s, {a.x, a.y});
-  const ExpansionWeights w = expansion_of(a.shape, a.weights, 2);
+  const bool fuses = can_fuse<T>(layout);
+  const ExpansionWeights w = expansion_of(a.shape, a.weights, kFuses<T> && !fuses ? 8 : 2);
   const int hidden = w.groups.channels(), padded = w.groups.padded(), columns = layout.channels;
   const Steps steps(s, s.rows(), (columns + hidden + padded) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget, kMostImages);
   Repack<T> repack(stream);
@@ -64,7 +65,7 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   const int64_t real = a.shape.hidden;
   const Gather gather{Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded};
   const Matrices<const T> w_out{repack.template make<T>(workspace, gather, a.weights.project_out), 0, padded, 0};
-  if (can_fuse<T>(layout)) {
+  if (fuses) {
     if (workspace.counts_only()) return workspace.used();
     repack.run();
     for (int64_t b = 0; b < s.batch; b += kMostImages)
@@ -83,7 +84,10 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
     const View<const T> x = x_image.read(b, images, near, stream);
     const View<T> h = hidden_rows.view(near), gated = gated_rows.view(rows), y = y_image.write(b, rows);
     expansion.expand(x, normal.view(near), h, images, stream);
-    launch_walk(gate<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated);
+    if constexpr (kFuses<T>)
+      launch_depthwise<T, true>(h, expansion.taps, expansion.taps_stride, gated, images, stream);
+    else
+      launch_walk(gate<T>, Walk<2>(gated, s.height, padded, images), stream, h, expansion.taps, gated);
     product<T, T>({gated.matrices(), w_out, y.pixels(), padded, columns, 1}, y.matrices(), images, stream,
                   Plus<T>{x.of(rows).matrices()});
     y_image.written(b, images, rows, stream);

@@ -56,12 +56,13 @@ struct FusedStatistics {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           t.expand();
+          const typename Tile::Taps taps(bands + first_of(head, which) * kBand);
           __syncthreads();
           if (which == 0)
             load_in(head, 1);
           else if (head + 1 < heads)
             load_in(head + 1, 0);
-          t.convolve(bands + first_of(head, which) * kBand, which * kSize, [&](int i, int j, const float2(&v)[1]) {
+          t.convolve(taps, which * kSize, [&](int i, int j, const float2(&v)[1]) {
             Pair<T> rounded = to_pair<T>(v[0]);
             reinterpret_cast<uint32_t&>(rounded) &= inside[j];
             const float2 both = to_float2(rounded);

@@ -54,7 +54,7 @@ struct FusedHalves {
         __syncthreads();
         if (first + kHidden < hidden) load_in(first + kHidden);
         const int own = first / 2 + Tile::warp() * Tile::kOwn;
-        t.convolve(bands + first * kBand, 0, [&](int i, int, const float2(&v)[2]) {
+        t.convolve(typename Tile::Taps(bands + first * kBand), 0, [&](int i, int, const float2(&v)[2]) {
           const float* more = local_bias + own * 2 + i / 2 * 4 + i % 2;  // of the channel's first half
           const float of_a = more[0], of_b = more[2];
           return to_pair<T>(make_float2((v[0].x + of_a) * (v[1].x + of_b), (v[0].y + of_a) * (v[1].y + of_b)));
