@@ -11,7 +11,7 @@ template <class T, int kHeads>
 struct FusedStatistics {
   static constexpr int kSize = 48;
   using Tile = FusedTile<T, kHeads * 3, kSize, 1, 2 * kSize>;
-  static constexpr int kShared = Tile::kShared, kRow = Tile::kRow, kBlocks = 1;
+  static constexpr int kShared = Tile::kShared, kRow = Tile::kRow, kBlocks = kHeads == 1 ? 2 : 1;
 
   View<const T> x;  // the images as a whole
   Range rows;       // that are summed
@@ -20,6 +20,21 @@ struct FusedStatistics {
   const T* bands;  // [hidden + 64][kBand]
   int hidden, heads, size, padded;
   float *gram, *squares;  // [slot][image][head][size][size], [image][slot][hidden]
+
+  // What a warp multiplies of a head's q and k, in groups of 8 channels: q's six, then k's. Two of them by four others: of all warps
+  // together q kᵀ, and of q qᵀ and k kᵀ the diagonals.
+  struct Groups8 {
+    int left, right[4];
+    __device__ __forceinline__ explicit Groups8(int warp) {
+      const int u = warp - 3, of_q = u % 2 * 3;
+      if (warp < 3)
+        left = warp * 2, right[0] = 6, right[1] = 7, right[2] = left, right[3] = left + 1;
+      else if (warp < 7)
+        left = 8 + u / 2 * 2, right[0] = of_q, right[1] = of_q + 1, right[2] = of_q + 2, right[3] = left + u % 2;
+      else
+        left = 6, right[0] = right[2] = 6, right[1] = right[3] = 7;
+    }
+  };
 
   // The first hidden channel of a head's q or k.
   __device__ __forceinline__ int first_of(int head, int which) const { return which * (hidden / 2) + head * padded; }
@@ -31,8 +46,7 @@ struct FusedStatistics {
                    tiles = across * ((rows.end - rows.first + Tile::kSide - 1) / Tile::kSide);
     const T* in_from = w_in + Tile::copied_row() * x.channels + Tile::copied_piece() * 8;
     const auto load_in = [&](int head, int which) { t.load_in(in_from + first_of(head, which) * x.channels, padded); };
-    const int m0 = warp % 3 * 16, n0 = warp / 3 * 24;  // of the Gram matrix, by six warps
-    float total[kHeads][3][4] = {}, own_squares[kHeads][2][Tile::kOwn] = {};
+    float total[kHeads][4][4] = {};
 #pragma unroll 1
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
       t.y0 = rows.first + index / across * Tile::kSide, t.x0 = index % across * Tile::kSide;
@@ -62,51 +76,50 @@ struct FusedStatistics {
             load_in(head, 1);
           else if (head + 1 < heads)
             load_in(head + 1, 0);
-          t.convolve(taps, which * kSize, [&](int i, int j, const float2(&v)[1]) {
+          t.convolve(taps, which * kSize, [&](int, int j, const float2(&v)[1]) {
             Pair<T> rounded = to_pair<T>(v[0]);
             reinterpret_cast<uint32_t&>(rounded) &= inside[j];
-            const float2 both = to_float2(rounded);
-            own_squares[head][which][i] += both.x * both.x + both.y * both.y;
             return rounded;
           });
           wait_for_copies();
           __syncthreads();
         }
-        if (warp >= 6) continue;
-        float sums[3][4] = {};
-        const unsigned char *q = t.tile + (m0 + left_lane().row) * kRow + left_lane().piece * 16,
-                            *k = t.tile + (kSize + n0 + right_lane().row) * kRow + right_lane().piece * 16;
+        float sums[4][4] = {};
+        const Groups8 own(Tile::warp());
+        const auto row = [&](int group, int within) { return t.tile + (group * 8 + within) * kRow; };
+        const unsigned char* left_row = row(own.left, left_lane().row) + left_lane().piece * 16;
+        const unsigned char* right_rows[2];
 #pragma unroll
-        for (int p = 0; p < Tile::kNear; p += 16) {
+        for (int i = 0; i < 2; ++i)
+          right_rows[i] = row(right_lane().row < 8 ? own.right[i * 2] : own.right[i * 2 + 1], right_lane().row % 8) + right_lane().piece * 16;
+#pragma unroll
+        for (int p = 0; p < Tile::kSide * 16; p += 16) {  // the last pixels are none
           uint32_t left[4], right[2][4];
-          load_matrices(left, q + p * 2);
-          load_matrices(right[0], k + p * 2);
-          load_matrices(right[1], k + 16 * kRow + p * 2);
+          load_matrices(left, left_row + p * 2);
 #pragma unroll
-          for (int j = 0; j < 3; ++j) mma(sums[j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+          for (int i = 0; i < 2; ++i) load_matrices(right[i], right_rows[i] + p * 2);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma(sums[j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
         }
 #pragma unroll
-        for (int i = 0; i < 12; ++i) total[head][i / 4][i % 4] += sums[i / 4][i % 4];
+        for (int i = 0; i < 16; ++i) total[head][i / 4][i % 4] += sums[i / 4][i % 4];
       }
     }
-#pragma unroll
-    for (int i = 0; i < kHeads * 2 * Tile::kOwn; ++i) {
-      const int head = i / (2 * Tile::kOwn), which = i / Tile::kOwn % 2, own = i % Tile::kOwn, c = warp * Tile::kOwn + own;
-      const float sum = sum_over(32, own_squares[head][which][own]);
-      if (lane == 0 && head < heads && c < padded)
-        squares[(t.image * gridDim.x + blockIdx.x) * hidden + first_of(head, which) + c] = sum;
-    }
-    if (warp >= 6) return;
+    const Groups8 own(Tile::warp());
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       if (head >= heads) break;
-      float* to = gram + ((static_cast<int64_t>(blockIdx.x) * gridDim.y + t.image) * heads + head) * size * size;
+      const int64_t slot = blockIdx.x;
+      float *gram_to = gram + ((slot * gridDim.y + t.image) * heads + head) * size * size,
+            *squares_to = squares + (t.image * gridDim.x + slot) * hidden;
 #pragma unroll
-      for (int j = 0; j < 3; ++j)
+      for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int m = m0 + e / 2 * 8 + lane / 4, n = n0 + j * 8 + lane % 4 * 2 + e % 2;
-          if (m < size && n < size) to[m * size + n] = total[head][j][e];
+          const int row = own.left * 8 + e / 2 * 8 + lane / 4, column = own.right[j] * 8 + lane % 4 * 2 + e % 2,
+                    m = min(row, column), n = max(row, column) - kSize;
+          if (row == column && row % kSize < padded) squares_to[first_of(head, row / kSize) + row % kSize] = total[head][j][e];
+          if (m < size && n >= 0 && n < size) gram_to[m * size + n] = total[head][j][e];
         }
     }
   }
