@@ -102,30 +102,35 @@ struct ScaledPlus {
   }
 };
 
-// A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 × 32 at a time. A tile's rows are 64 bytes along k,
+// A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 ×
+// kWarpColumns at a time. A tile's rows are 64 bytes along k,
 // whose pieces change places by row so that no two that are read together share banks. Rows of w are stored in an order that leaves 8
 // neighbouring columns in a thread. w_tiles: of w that shared memory holds: all, which are then loaded once, or kStages.
 constexpr int kProductRows = 128, kTileBytes = 64;
+template <class T, int kN>
+constexpr int kWarpColumns = sizeof(T) == 2 && kN > 64 ? 64 : 32;
+template <class T, int kN>
+constexpr int kProductThreads = kProductRows / 64 * kN / kWarpColumns<T, kN> * 32;
 template <class T, class Out, int kN, class Epilogue>
-__global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN))
+__global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN == 64 ? 512 : 256) / kProductThreads<T, kN>)
     multiply(Product<T> p, Matrices<Out> out, Epilogue epilogue, int w_tiles) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kThreads = 2 * kN, kTile = kProductRows * kTileBytes, kRight = kN * kTileBytes, kLoadRows = kThreads / 4,
-                kLoads = kProductRows / kLoadRows;
+  constexpr int kColumns = kWarpColumns<T, kN>, kTile = kProductRows * kTileBytes, kRight = kN * kTileBytes,
+                kLoadRows = kProductThreads<T, kN> / 4;  // that are loaded at once
   constexpr int kChunk = kTileBytes / static_cast<int>(sizeof(T)), kSize = Piece<T>::kSize;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 2 * 64, n0 = warp / 2 * 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 2 * 64, n0 = warp / 2 * kColumns;
   const int tiles = (p.n + kN - 1) / kN, first_n = blockIdx.x % tiles * kN, first_pixel = blockIdx.x / tiles * kProductRows,
             stride = gridDim.x / tiles * kProductRows, chunks = (p.k + kChunk - 1) / kChunk;
   const int64_t image = blockIdx.z / p.heads, head = blockIdx.z % p.heads;
 
-  // What this thread copies: a piece of kLoads rows of a, and of two of w.
+  // What this thread copies: a piece of some rows of a and of w.
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
   const auto place = [](int row, int piece) { return row * kTileBytes + (piece ^ row / 2 % 4) * 16; };
   const T* a = p.a.of(image, head) + (int64_t{first_pixel} + row) * p.a.of_row + piece * kSize;
-  const int columns_left = p.n - first_n, w_row = min(row, columns_left - 1);
-  const T* w = p.w.of(image, head) + int64_t{first_n + w_row} * p.w.of_row + piece * kSize;
+  const int columns_left = p.n - first_n;
+  const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
   const int64_t a_step = p.a.of_row * kLoadRows;
-  const int w_step = static_cast<int>(p.w.of_row) * (min(row + kLoadRows, columns_left - 1) - w_row);
+  const int w_step = static_cast<int>(p.w.of_row) * kLoadRows;
   unsigned char *a_place = shared + place(row, piece), *w_place = shared + kStages * kTile + place(place_of(row, 4), piece);
   const int w_end = w_tiles * kRight;
   int loaded = 0, to_load = static_cast<int>(p.pixels) - first_pixel - row, a_next = 0, w_next = 0;  // loaded: along k
@@ -134,11 +139,11 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
     if (to_load + row > 0) {
       const bool inside = loaded + piece * kSize < p.k;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i)
+      for (int i = 0; i < kProductRows / kLoadRows; ++i)
         copy_async_or_zero(a_place + a_next + i * kLoadRows * kTileBytes, a + i * a_step, inside && i * kLoadRows < to_load);
       if (!w_there)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < kN / kLoadRows; ++i)
           copy_async_or_zero(w_place + w_next + i * kLoadRows * kTileBytes, w + loaded + i * w_step,
                              inside && row + i * kLoadRows < columns_left);
       a += kChunk, loaded += kChunk;
@@ -160,12 +165,12 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
     right_rows[step] = shared + kStages * kTile + place(n0 + right_lane().row, right_lane().piece + step * 2);
   }
   // The thread's rows are 8 apart.
-  const int first_row = m0 + lane / 4, column = first_n + n0 + lane % 4 * 8, count = p.n - column;
+  const int first_row = m0 + lane / 4, first_column = first_n + n0 + lane % 4 * 8;
   load();
   load();
   int a_now = 0, w_now = 0;
   for (int pixel = first_pixel; pixel < p.pixels; pixel += stride) {
-    float sums[4][4][4] = {};
+    float sums[4][kColumns / 8][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
       wait_for_groups<kStages - 2>();
       __syncthreads();
@@ -173,15 +178,16 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
       if (n0 < columns_left) {
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          uint32_t right[2][4];
+          uint32_t right[kColumns / 16][4];
 #pragma unroll
-          for (int j = 0; j < 2; ++j) load_matrices(right[j], right_rows[step] + w_now + j * 16 * kTileBytes);
+          for (int j = 0; j < kColumns / 16; ++j) load_matrices(right[j], right_rows[step] + w_now + j * 16 * kTileBytes);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             uint32_t left[4];
             load_matrices(left, left_rows[step] + a_now + i * 16 * kTileBytes);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+            for (int j = 0; j < kColumns / 8; ++j)
+              mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
           }
         }
       }
@@ -189,31 +195,32 @@ __global__ void __launch_bounds__(2 * kN, (sizeof(T) == 2 ? 512 : 256) / (2 * kN
       w_now = w_now + kRight == w_end ? 0 : w_now + kRight;
     }
 
-    if (count <= 0) {
-      if (Epilogue::kGoesOn) continue;
-      return;
-    }
     const int pixels = static_cast<int>(p.pixels) - pixel;
-    const auto columns = epilogue.columns(image, head, pixel + first_row, column, p.n);
-    constexpr int kAtOnce = Epilogue::kAtOnce, kResults = Epilogue::kResults,
-                  kOut = Piece<Out>::kSize < kResults ? Piece<Out>::kSize : kResults;
-    Out* to = out.of(image, head) + (int64_t{pixel} + first_row) * out.of_row + column / (8 / kResults);
 #pragma unroll
-    for (int first = 0; first < 8; first += kAtOnce) {
-      typename Epilogue::Held held[kAtOnce];
+    for (int n = 0; n < kColumns; n += 32) {
+      const int column = first_column + n, count = p.n - column;
+      if (count <= 0) break;
+      const auto columns = epilogue.columns(image, head, pixel + first_row, column, p.n);
+      constexpr int kAtOnce = Epilogue::kAtOnce, kResults = Epilogue::kResults,
+                    kOut = Piece<Out>::kSize < kResults ? Piece<Out>::kSize : kResults;
+      Out* to = out.of(image, head) + (int64_t{pixel} + first_row) * out.of_row + column / (8 / kResults);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (first_row + (first + i) * 8 < pixels) held[i] = epilogue.load(columns, (first + i) * 8, count);
+      for (int first = 0; first < 8; first += kAtOnce) {
+        typename Epilogue::Held held[kAtOnce];
 #pragma unroll
-      for (int i = first; i < first + kAtOnce; ++i) {
-        if (first_row + i * 8 >= pixels) continue;
-        float v[8];
+        for (int i = 0; i < kAtOnce; ++i)
+          if (first_row + (first + i) * 8 < pixels) held[i] = epilogue.load(columns, (first + i) * 8, count);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][c / 2][i % 2 * 2 + c % 2];
-        Epilogue::apply(columns, held[i - first], v);
+        for (int i = first; i < first + kAtOnce; ++i) {
+          if (first_row + i * 8 >= pixels) continue;
+          float v[8];
 #pragma unroll
-        for (int c = 0; c < kResults; c += kOut)
-          if (c < count) store_floats<kOut>(to + i * 8 * out.of_row + c, reinterpret_cast<float (&)[kOut]>(v[c]));
+          for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][n / 8 + c / 2][i % 2 * 2 + c % 2];
+          Epilogue::apply(columns, held[i - first], v);
+#pragma unroll
+          for (int c = 0; c < kResults; c += kOut)
+            if (c < count) store_floats<kOut>(to + i * 8 * out.of_row + c, reinterpret_cast<float (&)[kOut]>(v[c]));
+        }
       }
     }
     if (!Epilogue::kGoesOn) return;
@@ -229,20 +236,21 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
   const auto keeps = [&](int width) {
     return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(kMaxShared, width * 576);
   };
-  const auto run = [&](auto kernel, int width) {
+  const auto run = [&](auto kernel, int width, int threads) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,
                   resident = size_for(multiprocessors() * (sizeof(T) == 2 ? 256 : 128) / width, 1),
                   few = std::clamp<int64_t>(resident / (across * images * p.heads), 1, pixel_tiles),
                   down = Epilogue::kGoesOn ? few : pixel_tiles;
-    launch(kernel, dim3(across * down, 1, images * p.heads), dim3(2 * width), shared(width, w_tiles), stream, p, out, epilogue,
+    launch(kernel, dim3(across * down, 1, images * p.heads), dim3(threads), shared(width, w_tiles), stream, p, out, epilogue,
            static_cast<int>(w_tiles));
   };
   const auto loads = [&](int width) {  // of rows of both operands
     return ceil_div(p.n, width) * (kProductRows * 4 + (Epilogue::kGoesOn && keeps(width) ? width / 2 : width * 4));
   };
   if constexpr (sizeof(T) == 2)
-    if (loads(256) < std::min(loads(64), loads(128))) return run(multiply<T, Out, 256, Epilogue>, 256);
-  loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128) : run(multiply<T, Out, 64, Epilogue>, 64);
+    if (loads(256) < std::min(loads(64), loads(128))) return run(multiply<T, Out, 256, Epilogue>, 256, kProductThreads<T, 256>);
+  loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128, kProductThreads<T, 128>)
+                          : run(multiply<T, Out, 64, Epilogue>, 64, kProductThreads<T, 64>);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
