@@ -222,11 +222,13 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
   const ImageShape s = image_of(shape);
   const int heads = static_cast<int>(shape.heads), size = static_cast<int>(shape.head_size()), hidden = expansion.hidden,
             padded = expansion.groups.padded(), columns = layout.channels;
-  const Steps steps(s, all_rows, (columns + 2 * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
+  const bool small_heads = sizeof(T) == 2 && padded <= kHeadChannels;  // for which hidden is all there is of q and k
+  const Steps steps(s, all_rows, (columns + (small_heads ? 1 : 2) * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
                     kMostImages / heads);
   const int64_t count = s.channels * int64_t{size},
-                splits = splits_of<T>(size, size, steps.images * heads, int64_t{steps.rows} * s.width),
-                slots = Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks();
+                slots = small_heads ? head_slots({{0, steps.rows}, s.width, hidden, steps.images}, heads)
+                                    : Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks(),
+                splits = small_heads ? slots : splits_of<T>(size, size, steps.images * heads, int64_t{steps.rows} * s.width);
   // What was summed in slots, of images from b on.
   const auto add_up = [&](int64_t b, int64_t images, const float* gram, int64_t gram_slots, const float* squares,
                           int64_t square_slots) {
@@ -259,7 +261,7 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
   }
   const Image<const T> x_image(workspace, x, layout, steps, s, 1);
   const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
-      qk_rows(workspace, steps, s, hidden, 0);
+      qk_rows(workspace, steps, s, small_heads ? 0 : hidden, 0);
   float *gram = workspace.take<float>(splits * steps.images * count),
         *squares = workspace.take<float>(steps.images * slots * hidden);
   if (workspace.counts_only()) return workspace.used();
@@ -269,8 +271,14 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
       const bool add = rows.first > all_rows.first;
-      const View<T> h = hidden_rows.view(near), qk = qk_rows.view(rows);
+      const View<T> h = hidden_rows.view(near);
       expansion.expand(x_image.read(b, images, near, stream), normal.view(near), h, images, stream);
+      if constexpr (sizeof(T) == 2)
+        if (small_heads)
+          return launch(convolve_heads<T>, dim3(slots, heads, images), dim3(kHeadThreads), HeadTile<T>::kShared, stream,
+                        HeadTiles{rows, s.width, hidden, images}, View<const T>(h), expansion.taps, expansion.taps_stride, size,
+                        padded, gram, squares, add);
+      const View<T> qk = qk_rows.view(rows);
       launch_walk(convolve_qk<T>, Walk<kDepthwiseRows>(qk, s.height, hidden, images), stream, h, expansion.taps,
                   expansion.taps_stride, qk, squares, add);
       const Matrices<const T> q = qk.matrices(padded), k = q.shifted(hidden / 2);

@@ -146,5 +146,100 @@ void fused_statistics(const Expansion<T>& e, View<const T> x, const Range& rows,
   if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The same from `hidden`, of any number of heads of up to 48 channels each.
+
+constexpr int kHeadChannels = 48, kHeadRows = 8, kHeadThreads = 192;
+using HeadTiles = Tiles<kHeadRows, kTileColumns>;
+template <class T>
+struct HeadTile {  // in shared memory: q and k before the 3×3, with neighbours, and after it
+  static constexpr int kRow = row_of_columns<T>(kHeadChannels), kOfRow = (kTileColumns + 2) * kRow,
+                       kNear = (kHeadRows + 2) * kOfRow, kPixels = kHeadRows * kTileColumns, kMade = kPixels * kRow, kShared = 2 * (kNear + kMade);
+};
+
+// A block owns some tiles of a head of an image; a warp 16 channels of q or k, and then 16 of q by 24 of k. The diagonals of q qᵀ and
+// k kᵀ are the squares' sums. gram and squares (+)= as those of FusedStatistics.
+template <class T>
+__global__ void __launch_bounds__(kHeadThreads, 2)
+    convolve_heads(HeadTiles tiles, View<const T> hidden, const float* taps, int stride, int size, int padded, float* gram,
+                   float* squares, bool add) {
+  AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
+  using Tile = HeadTile<T>;
+  constexpr int kRow = Tile::kRow;
+  unsigned char* made = shared + 2 * Tile::kNear;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, which = warp / 3, set = warp % 3, image = blockIdx.z,
+            first[2] = {static_cast<int>(blockIdx.y) * padded, tiles.channels / 2 + static_cast<int>(blockIdx.y) * padded},
+            own = which * (tiles.channels / 2) + first[0] + set * 16;
+  const bool has[2] = {set * 16 < padded, set * 16 + 8 < padded};
+  const TapPairs<uint32_t[2]> w[2] = {load_tap_pairs<T>(taps + own, stride, has[0]),
+                                      load_tap_pairs<T>(taps + own + 8, stride, has[1])};
+  // Of q, 16 channels of `set`; of k, groups of 8: one whose squares this warp adds up, and two others. And such a group of q.
+  const int k_groups[3] = {which * 3 + set, which * 3 + (set + 1) % 3, which * 3 + (set + 2) % 3}, q_group = set * 2 + which;
+  const unsigned char *left_from = made + columns_lane<T, false>(kRow) + set * 32,
+                      *right_from[2] = {made + Tile::kMade + k_groups[0] * 16 +
+                                            columns_lane<T, true>(kRow, (k_groups[1] - k_groups[0]) * 16),
+                                        made + Tile::kMade + k_groups[2] * 16 +
+                                            columns_lane<T, true>(kRow, (q_group - k_groups[2]) * 16 - Tile::kMade)};
+  float total[5][4] = {};
+  for (uint32_t tile = blockIdx.x; tile < tiles.of_image(); tile += gridDim.x) {
+    const int down = tile / tiles.across(), y0 = tiles.rows.first + down * kHeadRows,
+              x0 = static_cast<int>(tile - down * tiles.across()) * kTileColumns;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      copy_tile<kHeadRows, kHeadChannels, kHeadThreads, 1>(shared + i * Tile::kNear, hidden, image, y0, x0, hidden.rows.end,
+                                                           first[i], first[i] + padded);
+    wait_for_copies();
+    __syncthreads();
+    unsigned char* to = made + which * Tile::kMade + lane / 4 * kRow + set * 32 + lane % 4 * 4;
+    convolve_on_tensor_cores<T, kRow, Tile::kOfRow, false, kHeadRows>(
+        shared + which * Tile::kNear + set * 32, w, kHeadRows, [&](int row, const float(&a)[4], const float(&b)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* from = (i % 2 ? b : a) + i / 2 * 2;
+            const bool inside = y0 + row < tiles.rows.end && x0 + i / 2 * 8 + lane / 4 < tiles.width;
+            *reinterpret_cast<Pair<T>*>(to + (row * kTileColumns + i / 2 * 8) * kRow + i % 2 * 16) =
+                to_pair<T>(inside ? make_float2(from[0], from[1]) : make_float2(0, 0));
+          }
+        });
+    __syncthreads();
+    float sums[5][4] = {};
+#pragma unroll
+    for (int p = 0; p < Tile::kPixels * kRow; p += 16 * kRow) {
+      uint32_t left[4], right[2][4];
+      load_columns<T, false>(left, left_from + p, kRow);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_columns<T, true>(right[i], right_from[i] + p, kRow);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) mma(sums[j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+      mma(sums[4], {right[0][0], right[0][2], right[0][1], right[0][3]}, {right[0][0], right[0][1]}, T{});
+    }
+#pragma unroll
+    for (int i = 0; i < 20; ++i) total[i / 4][i % 4] += sums[i / 4][i % 4];
+  }
+
+  const int64_t slot = blockIdx.x;
+  float *gram_to = gram + ((slot * gridDim.z + image) * gridDim.y + blockIdx.y) * size * size,
+        *squares_to = squares + (image * int64_t{gridDim.x} + slot) * tiles.channels;
+  const auto put = [&](float& to, float sum) { to = add ? to + sum : sum; };
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int row = e / 2 * 8 + lane / 4, column = lane % 4 * 2 + e % 2, m = set * 16 + row;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const int n = k_groups[j] * 8 + column;
+      if (m < size && n < size) put(gram_to[m * size + n], total[j][e]);
+    }
+    if (m == q_group * 8 + column && m < padded) put(squares_to[first[0] + m], total[3][e]);
+    const int k = k_groups[0] * 8 + column;
+    if (row == column && k < padded) put(squares_to[first[1] + k], total[4][e]);
+  }
+}
+
+// Blocks that share the tiles of a head: they fill a device, and have equally many.
+inline int64_t head_slots(const HeadTiles& tiles, int heads) {
+  const int64_t all = tiles.of_image();
+  return ceil_div(all, ceil_div(all, std::max<int64_t>(1, 512 / heads)));
+}
+
 }  // namespace image
 }  // namespace autohdr
