@@ -59,23 +59,42 @@ struct Heads {
 // Row i of a matrix's attention, softmax_j(temperature · cosine), by a warp; in double, as all of these small matrices: they are few,
 // and the gradient takes differences of nearly equal ones.
 struct AttentionRow {
+  static constexpr int kKept = 2;  // columns of a lane that are computed once, of heads of up to 64 channels all
   const float *gram, *k_norm;
-  double q, temperature, top = -INFINITY, total = 0;
+  int size;
+  double q, temperature, top = -INFINITY, part, kept[kKept];
 
   __device__ AttentionRow(const Heads& h, int64_t matrix, int i)
-      : gram(h.from.gram + (matrix * h.size + i) * h.size), k_norm(h.from.k_norm + matrix * h.size),
+      : gram(h.from.gram + (matrix * h.size + i) * h.size), k_norm(h.from.k_norm + matrix * h.size), size(h.size),
         q(length(h.from.q_norm[matrix * h.size + i])), temperature(h.temperature[matrix % h.heads]) {
-    for (int j = threadIdx.x % 32; j < h.size; j += 32) top = fmax(top, temperature * cosine(j));
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kKept; ++n) {
+      kept[n] = n * 32 + lane < size ? temperature * cosine(n * 32 + lane) : -INFINITY;
+      top = fmax(top, kept[n]);
+    }
+    for (int j = kKept * 32 + lane; j < size; j += 32) top = fmax(top, temperature * cosine(j));
     for (int d = 16; d > 0; d /= 2) top = fmax(top, __shfl_xor_sync(~0u, top, d));
-    for (int j = threadIdx.x % 32; j < h.size; j += 32) total += exp(temperature * cosine(j) - top);
-    total = sum_over(32, total);
+    double total = 0;
+#pragma unroll
+    for (int n = 0; n < kKept; ++n) total += kept[n] = exp(kept[n] - top);
+    for (int j = kKept * 32 + lane; j < size; j += 32) total += exp(temperature * cosine(j) - top);
+    part = 1 / sum_over(32, total);
   }
   // Whether a vector of this length is divided by it, and not by the constant kLeastLength.
   static __device__ bool normalised(float norm) { return !(norm < kLeastLength); }
   static __device__ double length(float norm) { return normalised(norm) ? norm : kLeastLength; }
   __device__ double lengths(int j) const { return q * length(k_norm[j]); }
   __device__ double cosine(int j) const { return gram[j] / lengths(j); }
-  __device__ double attention(int j) const { return exp(temperature * cosine(j) - top) / total; }
+  // f(j, attention) for this lane's columns j.
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kKept; ++n)
+      if (n * 32 + lane < size) f(n * 32 + lane, kept[n] * part);
+    for (int j = kKept * 32 + lane; j < size; j += 32) f(j, exp(temperature * cosine(j) - top) * part);
+  }
 };
 
 constexpr int kRowWarps = 8;
@@ -90,8 +109,8 @@ static __global__ void __launch_bounds__(kRowWarps * 32) attend(Heads h, float* 
   float* out = attention + matrix * h.padded * h.padded + i;
   const AttentionRow row(h, matrix, min(i, h.size - 1));
   // 32 bits are enough for an element of one matrix; with 64 this kernel spills on sm_80.
-  for (int j = threadIdx.x % 32; j < h.padded; j += 32)
-    out[j * h.padded] = i < h.size && j < h.size ? static_cast<float>(row.attention(j)) : 0.0f;
+  row.each([&](int j, double v) { out[j * h.padded] = i < h.size ? static_cast<float>(v) : 0.0f; });
+  for (int j = h.size + threadIdx.x % 32; j < h.padded; j += 32) out[j * h.padded] = 0;
 }
 
 // The gradient of the Gram matrices and, row by row, of the temperature, given d_attention[matrix][padded j][padded i]. A warp owns
@@ -106,13 +125,13 @@ static __global__ void __launch_bounds__(kRowWarps * 32)
   const float* d = d_attention + matrix * h.padded * h.padded + i;
   double* out = d_gram + row_of_warp() * h.size;
   double along = 0, by_temperature = 0;
-  for (int j = lane; j < h.size; j += 32) along += d[int64_t{j} * h.padded] * row.attention(j);
+  row.each([&](int j, double v) { along += d[j * h.padded] * v; });
   along = sum_over(32, along);
-  for (int j = lane; j < h.size; j += 32) {
-    const double d_score = row.attention(j) * (d[int64_t{j} * h.padded] - along);
+  row.each([&](int j, double v) {
+    const double d_score = v * (d[j * h.padded] - along);
     by_temperature += d_score * row.cosine(j);
     out[j] = d_score * row.temperature / row.lengths(j);
-  }
+  });
   by_temperature = sum_over(32, by_temperature);
   if (lane == 0) d_temperature[row_of_warp()] = by_temperature;
 }
