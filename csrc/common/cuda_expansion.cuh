@@ -61,15 +61,21 @@ struct Expansion {
     if (bands) e.bands += first * kBand;
     return e;
   }
-  // normal: the norm of x, and out: hidden, `count` channels of it from `first` on.
+  // normal: the norm of x, and out: hidden, as many channels of it as out has, from `first` on.
   void expand(View<const T> x, View<T> normal, View<T> out, int64_t images, cudaStream_t stream, int first = 0) const {
     expand(x, normal, out, out.channels, first, Plain{}, images, stream);
   }
-  // The same, of which an epilogue makes out.
+  // The same of `count` channels, of which an epilogue makes out.
   template <class Epilogue>
   void expand(View<const T> x, View<T> normal, View<T> out, int count, int first, const Epilogue& epilogue, int64_t images,
               cudaStream_t stream) const {
     image::norm<T>(norm, x, normal, images, stream);
+    expand_normal(normal, out, count, first, epilogue, images, stream);
+  }
+  // The same of an x whose norm is there.
+  template <class Epilogue>
+  void expand_normal(View<const T> normal, View<T> out, int count, int first, const Epilogue& epilogue, int64_t images,
+                     cudaStream_t stream) const {
     product<T, T>({normal.matrices(), {weight + int64_t{first} * columns, 0, columns, 0}, out.pixels(), columns, count, 1},
                   out.matrices(), images, stream, epilogue);
   }

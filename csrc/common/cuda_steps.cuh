@@ -70,6 +70,7 @@ struct Steps {
       images =
           std::clamp<int64_t>(budget / (row_bytes * most_rows(halo)), 1, std::max<int64_t>(1, std::min(s.batch, max_images)));
   }
+  bool only_one() const { return images >= batch && rows == all_rows.size(); }
   int most_rows(int halo) const { return std::min(rows + 2 * halo, height); }  // of a step and its halo
   Range around(const Range& strip, int halo) const { return strip.around(halo).within({0, height}); }
   // f(first image, images), all rows of them: one step or, image by image, several.

@@ -234,16 +234,28 @@ struct Sums {
   Sum *gram, *q, *k;
 };
 
-// Pass 1 over rows [first, end); the expansion is of q and k. Its memory begins where `workspace` ends.
+// Whether hidden is all there is of q and k, for convolve_heads().
+template <class T>
+bool has_small_heads(int padded) {
+  return sizeof(T) == 2 && padded <= kHeadChannels;
+}
+template <class T>
+Steps statistics_steps(const MdtaShape& shape, const Layout& layout, const Expansion<T>& expansion, const Range& rows) {
+  const int64_t buffers = has_small_heads<T>(expansion.groups.padded()) ? 1 : 2;
+  return Steps(image_of(shape), rows, (layout.channels + buffers * expansion.hidden) * static_cast<int64_t>(sizeof(T)), 1,
+               kForwardBudget, kMostImages / shape.heads);
+}
+
+// Pass 1; the expansion is of q and k. Its memory begins where `workspace` ends. kept: null, or where the norm of x stays for pass 2,
+// of a step that is the only one.
 template <class T, class Sum>
-int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& layout, const Expansion<T>& expansion, const T* x,
-                   const Range& all_rows, const Sums<Sum>& sums, Repack<T>& repack, cudaStream_t stream) {
+int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& layout, const Steps& steps,
+                   const Expansion<T>& expansion, const T* x, const Sums<Sum>& sums, const Buffer<T>* kept, Repack<T>& repack,
+                   cudaStream_t stream) {
   const ImageShape s = image_of(shape);
   const int heads = static_cast<int>(shape.heads), size = static_cast<int>(shape.head_size()), hidden = expansion.hidden,
             padded = expansion.groups.padded(), columns = layout.channels;
-  const bool small_heads = sizeof(T) == 2 && padded <= kHeadChannels;  // for which hidden is all there is of q and k
-  const Steps steps(s, all_rows, (columns + (small_heads ? 1 : 2) * hidden) * static_cast<int64_t>(sizeof(T)), 1, kForwardBudget,
-                    kMostImages / heads);
+  const bool small_heads = has_small_heads<T>(padded);
   const int64_t count = s.channels * int64_t{size},
                 slots = small_heads ? head_slots({{0, steps.rows}, s.width, hidden, steps.images}, heads)
                                     : Walk<kDepthwiseRows>({0, steps.rows}, s.width).blocks(),
@@ -279,7 +291,7 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
     return workspace.used();
   }
   const Image<const T> x_image(workspace, x, layout, steps, s, 1);
-  const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
+  const Buffer<T> normal = kept ? *kept : Buffer<T>(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
       qk_rows(workspace, steps, s, small_heads ? 0 : hidden, 0);
   float *gram = workspace.take<float>(splits * steps.images * count),
         *squares = workspace.take<float>(steps.images * slots * hidden);
@@ -289,7 +301,7 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
   steps.each_group([&](int64_t b, int64_t images) {
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
-      const bool add = rows.first > all_rows.first;
+      const bool add = rows.first > steps.all_rows.first;
       const View<T> h = hidden_rows.view(near);
       expansion.expand(x_image.read(b, images, near, stream), normal.view(near), h, images, stream);
       if constexpr (sizeof(T) == 2)
@@ -313,10 +325,10 @@ inline Steps apply_steps(const MdtaShape& shape, const Layout& layout, int hidde
   return Steps(s, s.rows(), (layout.channels + 2 * hidden) * element, 1, kForwardBudget, kMostImages / shape.heads);
 }
 
-// Pass 2; the expansion is of v. Memory as in pass 1.
+// Pass 2; the expansion is of v. Memory as in pass 1. kept: null, or what pass 1 kept.
 template <class T>
 int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, const Steps& steps, const Expansion<T>& expansion,
-              const Attention<T>& attention, Repack<T>& repack, cudaStream_t stream) {
+              const Attention<T>& attention, const Buffer<T>* kept, Repack<T>& repack, cudaStream_t stream) {
   const ImageShape s = image_of(a.shape);
   const int heads = static_cast<int>(a.shape.heads), hidden = expansion.hidden, padded = expansion.groups.padded(),
             columns = layout.channels;
@@ -339,8 +351,8 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
   }
   const Image<const T> x_image(workspace, a.x, layout, steps, s, 1);
   const Image<T> y_image(workspace, a.y, layout, steps, s, 0);
-  const Buffer<T> normal(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
-      v_rows(workspace, steps, s, hidden, 0);
+  const Buffer<T> normal_rows = kept ? *kept : Buffer<T>(workspace, steps, s, columns, 1),
+                  hidden_rows(workspace, steps, s, hidden, 1), v_rows(workspace, steps, s, hidden, 0);
   if (workspace.counts_only()) return workspace.used();
 
   repack.run();
@@ -349,8 +361,9 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
       const View<const T> x = x_image.read(b, images, near, stream);
-      const View<T> h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
-      expansion.expand(x, normal.view(near), h, images, stream);
+      const View<T> normal = normal_rows.view(near), h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
+      if (!kept) norm<T>(expansion.norm, x, normal, images, stream);
+      expansion.expand_normal(normal, h, h.channels, 0, Plain{}, images, stream);
       convolve_depthwise<T>(h, expansion.taps, expansion.taps_stride, v, s.height, images, stream);
       product<T, T>({v.matrices(), w_out, y.pixels(), hidden, columns, 1}, y.matrices(), images, stream,
                     Plus<T>{x.of(rows).matrices()});
@@ -370,8 +383,10 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 0, 2), static_cast<int>(a.shape.channels),
                                layout.channels, false, repack);
-  return statistics(workspace, a.shape, layout, expansion, a.x, {static_cast<int>(a.first), static_cast<int>(a.end)},
-                    Sums<double>{a.gram, a.q_square, a.k_square}, repack, stream);
+  const Steps steps =
+      statistics_steps(a.shape, layout, expansion, {static_cast<int>(a.first), static_cast<int>(a.end)});
+  return statistics<T, double>(workspace, a.shape, layout, steps, expansion, a.x, {a.gram, a.q_square, a.k_square}, nullptr,
+                               repack, stream);
 }
 
 template <class T>
@@ -384,7 +399,7 @@ int64_t queue(const MdtaApply<T>& a, void* memory, cudaStream_t stream) {
                                layout.channels, false, repack);
   const Steps steps = apply_steps(a.shape, layout, expansion.hidden, sizeof(T));
   const Attention<T> attention(workspace, a.shape, a.weights, a.attention, layout.channels, steps.images, repack);
-  return apply(workspace, a, layout, steps, expansion, attention, repack, stream);
+  return apply<T>(workspace, a, layout, steps, expansion, attention, nullptr, repack, stream);
 }
 
 template <class T>
@@ -396,12 +411,16 @@ int64_t queue(const MdtaForward<T>& a, void* memory, cudaStream_t stream) {
   const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 0, 3), static_cast<int>(a.shape.channels),
                                layout.channels, false, repack);
   const int third = expansion.hidden / 3;
-  const Steps steps = apply_steps(a.shape, layout, third, sizeof(T));
+  const Expansion<T> of_qk = expansion.part(0, 2 * third), of_v = expansion.part(2 * third, third);
+  const Steps first_steps = statistics_steps(a.shape, layout, of_qk, image_of(a.shape).rows()),
+              steps = apply_steps(a.shape, layout, third, sizeof(T));
+  const bool keeps = !can_fuse<T>(layout) && first_steps.only_one() && steps.only_one();
   const MdtaApply<T> then{a.shape, a.weights, a.x, {a.gram, a.q_norm, a.k_norm}, a.y};
   const Attention<T> attention(workspace, a.shape, a.weights, then.attention, layout.channels, steps.images, repack);
-  const int64_t first = statistics(workspace, a.shape, layout, expansion.part(0, 2 * third), a.x, image_of(a.shape).rows(),
-                                   Sums<float>{a.gram, a.q_norm, a.k_norm}, repack, stream);
-  return std::max(first, apply(workspace, then, layout, steps, expansion.part(2 * third, third), attention, repack, stream));
+  const Buffer<T> normal(workspace, steps, image_of(a.shape), keeps ? layout.channels : 0, 1), *kept = keeps ? &normal : nullptr;
+  const int64_t first = statistics<T, float>(workspace, a.shape, layout, first_steps, of_qk, a.x, {a.gram, a.q_norm, a.k_norm},
+                                             kept, repack, stream);
+  return std::max(first, apply<T>(workspace, then, layout, steps, of_v, attention, kept, repack, stream));
 }
 
 template <class T>
