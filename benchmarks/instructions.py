@@ -188,7 +188,9 @@ Recorded = tuple[Launch, list[tuple[int, int]]]
 
 
 @cache
-def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, backend: str) -> list[list[Recorded]]:
+def recorded(
+    calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str
+) -> list[list[Recorded]]:
     """The launches of each call, from a process in which nothing is computed."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "calls").write_text("\n".join(calls))
@@ -200,6 +202,7 @@ def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, ba
         if backend == "cuda":
             library = str(build.emulated_kernels(checked=False))
             environment |= {"AUTOHDR_EMULATED_LIBRARY": library, "AUTOHDR_MULTIPROCESSORS": str(multiprocessors)}
+            environment |= {"AUTOHDR_SHARED": str(shared - 1024)}  # of a block: the rest is the system's
         command = [sys.executable, __file__, "--record", folder, backend, architecture, str(multiprocessors)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -496,7 +499,7 @@ def predict(
         launches_of = [mamba_launches.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
     else:
         ops = ops_of(subject, size, mode, dtype, backend)
-        launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, backend)
+        launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, gpu.shared, backend)
     totals, launched = dict.fromkeys(SCENARIOS, 0.0), 0
     kernels, bounds = defaultdict(dict.fromkeys(SCENARIOS, 0.0).copy), defaultdict(Counter)
     for call, launches in zip(ops.calls, launches_of, strict=True):

@@ -72,6 +72,19 @@ inline int64_t multiprocessors() {
 #endif
 }
 
+// Bytes of shared memory that a block of the current GPU can have: kMaxShared or more.
+inline int64_t most_shared() {
+#ifdef AUTOHDR_EMULATION
+  return emulation::most_shared();
+#else
+  int device = 0, bytes = 0;
+  cuda_check(cudaGetDevice(&device), "the current GPU");
+  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "the shared memory of a GPU's blocks");
+  return bytes;
+#endif
+}
+
 // Blocks of a kernel that a multiprocessor of the current GPU holds.
 template <class Kernel>
 int64_t resident(Kernel* kernel, int threads, size_t shared_bytes) {

@@ -102,10 +102,10 @@ struct ScaledPlus {
   }
 };
 
-// A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 ×
-// kWarpColumns at a time. A tile's rows are 64 bytes along k,
-// whose pieces change places by row so that no two that are read together share banks. Rows of w are stored in an order that leaves 8
-// neighbouring columns in a thread. w_tiles: of w that shared memory holds: all, which are then loaded once, or kStages.
+// A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 × kWarpColumns at a time: the more, the fewer
+// operands it loads. A tile's rows are 64 bytes along k, whose pieces change places by row so that no two that are read together share
+// banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread. w_tiles: of w that shared memory holds: all,
+// which are then loaded once, or kStages.
 constexpr int kProductRows = 128, kTileBytes = 64;
 template <class T, int kN>
 constexpr int kWarpColumns = sizeof(T) == 2 && kN > 64 ? 64 : 32;
@@ -234,7 +234,7 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
   const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes; };
   // All of w, where as many blocks as otherwise share a multiprocessor's memory.
   const auto keeps = [&](int width) {
-    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(kMaxShared, width * 576);
+    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(most_shared(), width * 576);
   };
   const auto run = [&](auto kernel, int width, int threads) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,

@@ -1,10 +1,11 @@
 // mdta on a GPU, for one dtype; what its steps share with gdfn is in common/cuda_expansion.cuh.
 //
-// Forward: pass 1 (statistics), a step: norm, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix. Then the attention and
-// project_out · attention, one matrix an image. Pass 2 (apply), a step: norm, 1×1 (hidden, of v), 3×3, 1×1 with the residual. For few
-// channels of half precision each pass is one kernel (mdta_fused.cuh, common/cuda_fused.cuh). Backward, image by image or some small
-// ones at once: a pass over v for the gradient of that matrix, some small matrices, and a pass that computes q and k again for
-// everything else. Channels of q, k and v are padded head by head.
+// Forward: pass 1 (statistics), a step: norm, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix; the last two are often
+// one kernel (mdta_fused.cuh). Then the attention and project_out · attention, one matrix an image. Pass 2 (apply), a step: norm, where
+// pass 1 has not kept it, 1×1 (hidden, of v), 3×3, 1×1 with the residual. For few channels of half precision each pass is one kernel
+// (mdta_fused.cuh, common/cuda_fused.cuh). Backward, image by image or some small ones at once: a pass over v for the gradient of that
+// matrix, some small matrices, and a pass that computes q and k again for everything else. Channels of q, k and v are padded head by
+// head.
 #pragma once
 #include "mdta/mdta.h"
 #include "mdta/mdta_fused.cuh"
@@ -292,7 +293,7 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
   }
   const Image<const T> x_image(workspace, x, layout, steps, s, 1);
   const Buffer<T> normal = kept ? *kept : Buffer<T>(workspace, steps, s, columns, 1), hidden_rows(workspace, steps, s, hidden, 1),
-      qk_rows(workspace, steps, s, small_heads ? 0 : hidden, 0);
+                  qk_rows(workspace, steps, s, small_heads ? 0 : hidden, 0);
   float *gram = workspace.take<float>(splits * steps.images * count),
         *squares = workspace.take<float>(steps.images * slots * hidden);
   if (workspace.counts_only()) return workspace.used();
@@ -361,7 +362,8 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
       const View<const T> x = x_image.read(b, images, near, stream);
-      const View<T> normal = normal_rows.view(near), h = hidden_rows.view(near), v = v_rows.view(rows), y = y_image.write(b, rows);
+      const View<T> normal = normal_rows.view(near), h = hidden_rows.view(near), v = v_rows.view(rows),
+                    y = y_image.write(b, rows);
       if (!kept) norm<T>(expansion.norm, x, normal, images, stream);
       expansion.expand_normal(normal, h, h.channels, 0, Plain{}, images, stream);
       convolve_depthwise<T>(h, expansion.taps, expansion.taps_stride, v, s.height, images, stream);
@@ -383,8 +385,7 @@ int64_t queue(const MdtaStatistics<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, expansion_of(a.shape, a.weights, 0, 2), static_cast<int>(a.shape.channels),
                                layout.channels, false, repack);
-  const Steps steps =
-      statistics_steps(a.shape, layout, expansion, {static_cast<int>(a.first), static_cast<int>(a.end)});
+  const Steps steps = statistics_steps(a.shape, layout, expansion, {static_cast<int>(a.first), static_cast<int>(a.end)});
   return statistics<T, double>(workspace, a.shape, layout, steps, expansion, a.x, {a.gram, a.q_square, a.k_square}, nullptr,
                                repack, stream);
 }

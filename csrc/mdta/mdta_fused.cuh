@@ -1,5 +1,6 @@
-// mdta's statistics as one kernel, for few channels of half precision (common/cuda_fused.cuh): q and k of a head are made for 14 × 14
-// pixels at a time, and what they add to its Gram matrix and to their squares' sums.
+// mdta's statistics in half precision, of heads of up to 48 channels: q and k of a head are made for some pixels at a time, and what
+// they add to its Gram matrix and to their squares' sums, which are diagonals of q qᵀ and k kᵀ. For few channels this is one kernel
+// (common/cuda_fused.cuh), of 14 × 14 pixels at a time.
 #pragma once
 #include "common/cuda_fused.cuh"
 
@@ -91,7 +92,8 @@ struct FusedStatistics {
         const unsigned char* right_rows[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          right_rows[i] = row(right_lane().row < 8 ? own.right[i * 2] : own.right[i * 2 + 1], right_lane().row % 8) + right_lane().piece * 16;
+          right_rows[i] =
+              row(right_lane().row < 8 ? own.right[i * 2] : own.right[i * 2 + 1], right_lane().row % 8) + right_lane().piece * 16;
 #pragma unroll
         for (int p = 0; p < Tile::kSide * 16; p += 16) {  // the last pixels are none
           uint32_t left[4], right[2][4];
@@ -154,11 +156,12 @@ using HeadTiles = Tiles<kHeadRows, kTileColumns>;
 template <class T>
 struct HeadTile {  // in shared memory: q and k before the 3×3, with neighbours, and after it
   static constexpr int kRow = row_of_columns<T>(kHeadChannels), kOfRow = (kTileColumns + 2) * kRow,
-                       kNear = (kHeadRows + 2) * kOfRow, kPixels = kHeadRows * kTileColumns, kMade = kPixels * kRow, kShared = 2 * (kNear + kMade);
+                       kNear = (kHeadRows + 2) * kOfRow, kPixels = kHeadRows * kTileColumns, kMade = kPixels * kRow,
+                       kShared = 2 * (kNear + kMade);
 };
 
-// A block owns some tiles of a head of an image; a warp 16 channels of q or k, and then 16 of q by 24 of k. The diagonals of q qᵀ and
-// k kᵀ are the squares' sums. gram and squares (+)= as those of FusedStatistics.
+// A block owns some tiles of a head of an image; a warp 16 channels of q or k, and then 16 of q by 24 of k and some of the squares.
+// gram and squares (+)= as those of FusedStatistics.
 template <class T>
 __global__ void __launch_bounds__(kHeadThreads, 2)
     convolve_heads(HeadTiles tiles, View<const T> hidden, const float* taps, int stride, int size, int padded, float* gram,
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
     __syncthreads();
     unsigned char* to = made + which * Tile::kMade + lane / 4 * kRow + set * 32 + lane % 4 * 4;
     convolve_on_tensor_cores<T, kRow, Tile::kOfRow, false, kHeadRows>(
-        shared + which * Tile::kNear + set * 32, w, kHeadRows, [&](int row, const float(&a)[4], const float(&b)[4]) {
+        shared + which * Tile::kNear + set * 32, w, kHeadRows, [&](int row, const float (&a)[4], const float (&b)[4]) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float* from = (i % 2 ? b : a) + i / 2 * 2;

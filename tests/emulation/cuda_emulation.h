@@ -11,7 +11,7 @@
 // - launches beyond the hardware's limits.
 // With AUTOHDR_RECORD_LAUNCHES, a file's name, nothing runs: every launch becomes a line of it, "kernel grid block shared parameters"
 // (its place in the library; 3 and 3 numbers; bytes; hexadecimal, as they lie in a GPU's memory), and host code chooses sizes as for
-// a GPU of AUTOHDR_MULTIPROCESSORS.
+// a GPU of AUTOHDR_MULTIPROCESSORS, whose blocks can have AUTOHDR_SHARED bytes of shared memory.
 // Stricter than the hardware: a thread that has returned counts as missing from barriers and masks.
 // Not seen: races within a warp that lockstep execution would hide, memory ordering between blocks, speed.
 //
@@ -262,6 +262,11 @@ inline void prepare(Fiber& f) {
   f.sp = sp;
 }
 
+inline int64_t most_shared() {  // bytes of a block
+  const char* bytes = std::getenv("AUTOHDR_SHARED");
+  return bytes ? std::atoll(bytes) : autohdr::kMaxShared;
+}
+
 inline void check_limits(dim3 grid, dim3 size, size_t shared_bytes) {
   const auto check = [](bool ok, const char* what) {
     if (!ok) throw std::runtime_error(std::string("emulation: launch with ") + what);
@@ -270,7 +275,7 @@ inline void check_limits(dim3 grid, dim3 size, size_t shared_bytes) {
   check(grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535, "a grid beyond 2147483647 x 65535 x 65535");
   check(size.x && size.y && size.z, "an empty block");
   check(size.z <= 64 && uint64_t{size.x} * size.y * size.z <= 1024, "more than 1024 threads a block, or 64 in z");
-  check(shared_bytes <= autohdr::kMaxShared, "more than 99 KiB of shared memory");
+  check(shared_bytes <= most_shared(), "more shared memory than a block can have");
 }
 
 inline void run_block() {
