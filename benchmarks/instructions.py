@@ -188,9 +188,7 @@ Recorded = tuple[Launch, list[tuple[int, int]]]
 
 
 @cache
-def recorded(
-    calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str
-) -> list[list[Recorded]]:
+def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str) -> list[list[Recorded]]:
     """The launches of each call, from a process in which nothing is computed."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "calls").write_text("\n".join(calls))
