@@ -248,7 +248,8 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
     return ceil_div(p.n, width) * (kProductRows * 4 + (Epilogue::kGoesOn && keeps(width) ? width / 2 : width * 4));
   };
   if constexpr (sizeof(T) == 2)
-    if (loads(256) < std::min(loads(64), loads(128))) return run(multiply<T, Out, 256, Epilogue>, 256, kProductThreads<T, 256>);
+    if (loads(256) < std::min(loads(64), loads(128)) && ceil_div(p.n, 128) % 2 == 0)  // or it would multiply more
+      return run(multiply<T, Out, 256, Epilogue>, 256, kProductThreads<T, 256>);
   loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128, kProductThreads<T, 128>)
                           : run(multiply<T, Out, 64, Epilogue>, 64, kProductThreads<T, 64>);
 }
