@@ -1,6 +1,7 @@
 #include "selective_scan/selective_scan_bwd.cuh"
 
 #include "selective_scan/selective_scan.h"
+#include "selective_scan/selective_scan_fwd.cuh"
 
 namespace autohdr {
 namespace scan {
@@ -16,7 +17,7 @@ int64_t clamp(int64_t v, int64_t least, int64_t most) { return v < least ? least
 template <class C>
 BackwardPlan plan_of(const ScanShape& s, int64_t slots) {
   BackwardPlan p;
-  p.split.tiles = p.split.workers = ceil_div(s.channels, C::kChannels);
+  p.split.tiles = ceil_div(s.channels, C::kChannels);
   const int64_t blocks = s.batch * s.groups * p.split.tiles, chunks = s.chunks();
   p.split.segment_chunks = ceil_div(chunks, 2 * blocks > slots ? 1 : clamp(slots / blocks, 1, chunks));
   p.split.segments = ceil_div(chunks, p.split.segment_chunks);
@@ -61,7 +62,7 @@ int64_t backward(const ScanBackward& a, void* memory, cudaStream_t stream) {
     with_config(s.dstate, [&](auto config) {
       using Ends = decltype(config);
       Split split = p.split;
-      split.tiles = split.workers = ceil_div(s.channels, Ends::kChannels);
+      split.tiles = ceil_div(s.channels, Ends::kChannels);
       find_carries<Ends, true>(s, a.in, a.d_out, split, a.d_last_state, ws.carry, stream);
     });
   for (int64_t first = 0; first < s.batch; first += p.batches)

@@ -15,9 +15,6 @@
 namespace autohdr {
 namespace scan {
 
-constexpr int round_up(int v, int to) { return (v + to - 1) / to * to; }
-AUTOHDR_ANYWHERE constexpr int log2_of(int v) { return v < 2 ? 0 : 1 + log2_of(v / 2); }
-
 template <int Own, int States, int Lanes, int Tokens>
 struct BackwardConfig {
   static constexpr int kOwn = Own, kStates = States, kLanes = Lanes, kTokens = Tokens, kThreads = 64;
@@ -73,34 +70,6 @@ struct Round {
   }
 };
 
-template <int Count>
-__device__ __forceinline__ void load_floats(const float* from, float* v) {  // aligned to Count floats, to 4 at most
-  if constexpr (Count % 4 == 0) {
-#pragma unroll
-    for (int j = 0; j < Count; j += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + j);
-      v[j] = four.x, v[j + 1] = four.y, v[j + 2] = four.z, v[j + 3] = four.w;
-    }
-  } else if constexpr (Count == 2) {
-    const float2 two = *reinterpret_cast<const float2*>(from);
-    v[0] = two.x, v[1] = two.y;
-  } else {
-    static_assert(Count == 1);
-    v[0] = *from;
-  }
-}
-
-// Which tokens of a window exist; none if the channel does not.
-struct Existing {
-  int first, count;
-  template <class C>
-  __device__ Existing(const Window<C>& w, bool channel) : first(w.first < 0 ? static_cast<int>(-w.first) : 0) {
-    const int64_t end = w.seqlen - w.first;
-    count = channel ? (end < C::kTokens ? static_cast<int>(end) : C::kTokens) - first : 0;
-  }
-  __device__ bool operator()(int token) const { return static_cast<unsigned>(token - first) < static_cast<unsigned>(count); }
-};
-
 // Sums over the channel lanes of a warp of v, [2][States] of dB and dC. The states of a thread are in an order of its own, register j
 // holding state j ^ order with the order of lane l being l mod kOrders: so what a lane keeps and what it sends are the same registers
 // in every lane, and need not be chosen. Afterwards those v[k] with k % kOrders == 0 that are left are sums of state k % kStates ^
@@ -121,190 +90,6 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
 #pragma unroll
   for (int bit = 2 * C::kOrders; bit < C::kChannelLanes; bit *= 2) v[0] += __shfl_xor_sync(~0u, v[0], bit * C::kLanes);
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Between tensors and shared memory.
-
-// Where a block finds a sequence. A row is what is contiguous: a column's tokens, or a token's columns (which are channels or states).
-struct alignas(16) Place {
-  char* origin;  // of the block's first column and token 0
-  int64_t row;   // bytes from row to row
-  int piece;     // log2 of the bytes that may be copied at once, 0 if not even 4
-  Dtype dtype;   // asked for by Mixed alone, as
-  bool along;    // whether tokens are contiguous
-};
-
-__device__ __forceinline__ uint32_t narrow_two(Dtype dtype, float low, float high) {
-  uint32_t both;
-  if (dtype == Dtype::bf16) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    memcpy(&both, &two, sizeof both);
-  } else {
-    const __half2 two = __floats2half2_rn(low, high);
-    memcpy(&both, &two, sizeof both);
-  }
-  return both;
-}
-
-// A tile of `Columns` columns as it lies in the tensor, row by row in shared memory.
-template <class C, class L, int Columns>
-struct RawTile {
-  static constexpr bool kKnown = !std::is_same_v<L, Mixed>;
-  static constexpr int kPad = Columns <= 64 ? 16 : 0;  // bytes behind a row of tokens, against bank conflicts
-  static constexpr int bytes() {
-    if constexpr (kKnown)
-      return Columns * (C::kTokens * static_cast<int>(sizeof(typename L::T)) + kPad);
-    else
-      return Columns * (C::kTokens * 4 + kPad);
-  }
-  static constexpr int kFloats = round_up(bytes(), 16) / 4;
-
-  __device__ static Dtype dtype(const Place& p) {
-    if constexpr (!kKnown)
-      return p.dtype;
-    else
-      return sizeof(typename L::T) == 4 ? Dtype::f32 : std::is_same_v<typename L::T, __nv_bfloat16> ? Dtype::bf16 : Dtype::f16;
-  }
-  __device__ static bool along(const Place& p) {
-    if constexpr (kKnown)
-      return L::Along;
-    else
-      return p.along;
-  }
-  __device__ static int log2_size(const Place& p) { return dtype(p) == Dtype::f32 ? 2 : 1; }
-  __device__ static int log2_length(const Place& p) { return along(p) ? log2_of(C::kTokens) : log2_of(Columns); }  // of a row
-  __device__ static int pitch(const Place& p) { return (1 << (log2_length(p) + log2_size(p))) + (along(p) ? kPad : 0); }
-
-  __device__ static Place place(const ScanShape& s, const Sequence& q, int64_t offset, int columns) {
-    Place p;
-    p.dtype = q.dtype, p.along = q.token == 1;
-    const int size = 1 << log2_size(p);
-    p.origin = static_cast<char*>(q.data) + offset * size;
-    p.row = (along(p) ? q.channel : q.token) * size;
-    // Windows lie whole windows from one end.
-    const uintptr_t aligned = reinterpret_cast<uintptr_t>(p.origin + (s.reverse ? s.seqlen * q.token * size : 0)) |
-                              static_cast<uintptr_t>(p.row) | static_cast<uintptr_t>(pitch(p)) | (along(p) ? 0 : columns * size);
-    p.piece = aligned % 16 == 0 ? 4 : aligned % 8 == 0 ? 3 : aligned % 4 == 0 ? 2 : 0;
-    return p;
-  }
-
-  // The block's threads send for a window's columns that exist; by_vectors: it is whole, and p.piece is 4. Tokens that do not exist are
-  // zero.
-  __device__ static __forceinline__ void fetch(const Place& p, char* raw, const Window<C>& w, int columns, bool by_vectors) {
-    if (by_vectors) return copy<uint4>(p, raw, w, columns);
-    const bool whole = w.whole();
-    if (whole && p.piece == 4)
-      copy<uint4>(p, raw, w, columns);
-    else if (whole && p.piece == 3)
-      copy<uint2>(p, raw, w, columns);
-    else if (whole && p.piece == 2)
-      copy<uint32_t>(p, raw, w, columns);
-    else if (dtype(p) == Dtype::f32)
-      load<uint32_t>(p, raw, w, columns);
-    else
-      load<uint16_t>(p, raw, w, columns);
-  }
-  // A column's tokens first ... first + Count - 1 of the window, in the tensor's order.
-  template <int Count>
-  __device__ static __forceinline__ void read(const Place& p, const char* raw, int column, int first, float (&v)[Count]) {
-    const int size = 1 << log2_size(p);
-    if (!along(p)) return read_apart(p, raw + first * pitch(p) + column * size, pitch(p), v);
-    read_together(p, raw + column * pitch(p) + first * size, v);
-  }
-  // The same of a token's columns.
-  template <int Count>
-  __device__ static __forceinline__ void read_columns(const Place& p, const char* raw, int first, int token, float (&v)[Count]) {
-    const int size = 1 << log2_size(p);
-    if (along(p)) return read_apart(p, raw + first * pitch(p) + token * size, pitch(p), v);
-    read_together(p, raw + token * pitch(p) + first * size, v);
-  }
-  // Stores those tokens of a column which exist.
-  template <int Count>
-  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, const Existing& exists, int column, int first,
-                                               bool by_vectors, const float (&v)[Count]) {
-    const bool wide = dtype(p) == Dtype::f32;
-    char* to = element(p, w.first + first, column);
-    if (along(p) && by_vectors) {
-      if (exists.count == 0) return;
-      if (wide) {
-#pragma unroll
-        for (int j = 0; j < Count; j += 4)
-          store_word(to + 4 * j,
-                     make_uint4(float_to_bits(v[j]), float_to_bits(v[j + 1]), float_to_bits(v[j + 2]), float_to_bits(v[j + 3])));
-        return;
-      }
-      const auto two = [&](int j) { return narrow_two(dtype(p), v[j], v[j + 1]); };
-      if constexpr (Count % 8 == 0) {
-#pragma unroll
-        for (int j = 0; j < Count; j += 8) store_word(to + 2 * j, make_uint4(two(j), two(j + 2), two(j + 4), two(j + 6)));
-      } else {
-#pragma unroll
-        for (int j = 0; j < Count; j += 4) store_word(to + 2 * j, make_uint2(two(j), two(j + 2)));
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < Count; ++j) {
-      if (!exists(first + j)) continue;
-      char* at = to + j * (along(p) ? 1 << log2_size(p) : p.row);
-      if (wide)
-        *reinterpret_cast<float*>(at) = v[j];
-      else
-        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(narrow(dtype(p), v[j]));
-    }
-  }
-
- private:
-  __device__ static __forceinline__ char* element(const Place& p, int64_t token, int column) {
-    const int64_t row = along(p) ? column : token, at = along(p) ? token : column;
-    return p.origin + row * p.row + (at << log2_size(p));
-  }
-  template <class Word>
-  __device__ static __forceinline__ void copy(const Place& p, char* raw, const Window<C>& w, int columns) {
-    constexpr int kLog2Word = log2_of(sizeof(Word));
-    const int log2_across = log2_length(p) + log2_size(p) - kLog2Word, words = Columns * C::kTokens >> (kLog2Word - log2_size(p));
-#pragma unroll 2
-    for (int k = 0; k * C::kThreads < words; ++k) {
-      const int i = threadIdx.x + k * C::kThreads, row = i >> log2_across, at = (i & ((1 << log2_across) - 1)) << kLog2Word;
-      if (words % C::kThreads != 0 && i >= words) break;
-      if (along(p) ? row < columns : at < columns << log2_size(p))
-        copy_async<Word>(raw + row * pitch(p) + at, along(p) ? element(p, w.first, row) + at : element(p, w.first + row, 0) + at);
-    }
-  }
-  template <class T>
-  __device__ static __forceinline__ void load(const Place& p, char* raw, const Window<C>& w, int columns) {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < Columns * C::kTokens; e += C::kThreads) {
-      const int row = e >> log2_length(p), at = e & ((1 << log2_length(p)) - 1);
-      const int token = along(p) ? at : row, column = along(p) ? row : at;
-      if (column >= columns) continue;
-      const T* from = reinterpret_cast<const T*>(element(p, w.first + token, column));
-      reinterpret_cast<T*>(raw + row * pitch(p))[at] = w.inside(token) ? __ldg(from) : T{0};
-    }
-  }
-  __device__ static __forceinline__ float widen(const Place& p, uint32_t low) {
-    return dtype(p) == Dtype::bf16 ? bits_to_float(low << 16) : half_to_float(low);
-  }
-  template <int Count>
-  __device__ static __forceinline__ void read_together(const Place& p, const char* from, float (&v)[Count]) {
-    if (dtype(p) == Dtype::f32) return load_floats<Count>(reinterpret_cast<const float*>(from), v);
-    float words[Count / 2];
-    load_floats<Count / 2>(reinterpret_cast<const float*>(from), words);
-#pragma unroll
-    for (int j = 0; j < Count; j += 2) {
-      const uint32_t two = float_to_bits(words[j / 2]);
-      v[j] = widen(p, two & 0xffffu), v[j + 1] = widen(p, two >> 16);
-    }
-  }
-  template <int Count>
-  __device__ static __forceinline__ void read_apart(const Place& p, const char* from, int stride, float (&v)[Count]) {
-#pragma unroll
-    for (int j = 0; j < Count; ++j) {
-      const char* at = from + j * stride;
-      v[j] = dtype(p) == Dtype::f32 ? *reinterpret_cast<const float*>(at) : widen(p, *reinterpret_cast<const uint16_t*>(at));
-    }
-  }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -536,7 +321,7 @@ struct BackwardBlock {
     const float bias = value(kBias);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) delta[k] += bias, slope[k] = 1;
-    if (s.softplus) softplus_and_slope(delta, slope);
+    if (s.softplus) softplus<true, is_narrow<L>>(delta, slope);
     if (const Existing exists(w, column < channels); exists.count < kTokens)
 #pragma unroll
       for (int k = 0; k < kRun; ++k)

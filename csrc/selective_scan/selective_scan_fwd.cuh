@@ -1,9 +1,8 @@
-// selective_scan forward on a GPU. selective_scan_tile.cuh says what a block and a thread own.
+// selective_scan forward on a GPU, and what segments leave behind. selective_scan_tile.cuh says what a block and a thread own.
 //
-// A block walks its segment tile by tile with the states in registers: one exponential for a state and token. The loads of the next
-// tile are in flight meanwhile. y is summed over the lanes of a channel for 8 tokens at once and ends in shared memory, where the
-// gate of z is applied and from where it is stored, in whichever order each tensor has. Shared memory: three tiles of channels, two
-// of states; 18 KB for 16 states. 32 channels and 32 tokens a tile: 64-byte rows of bfloat16 in either layout, four warps, which
+// A block walks its segment tile by tile with the states in registers: one exponential for a state and token. The tensors' next tile
+// is on its way into shared memory meanwhile. y is summed over the lanes of a channel for 16 tokens at once and ends in shared memory,
+// where the gate of z is applied. 32 channels and 32 tokens a tile: 64-byte rows of bfloat16 in either layout, four warps, which
 // share B and C, and 384 blocks for 8 × 1536 channels. Every sum has a fixed order.
 #pragma once
 #include "selective_scan/selective_scan_tile.cuh"
@@ -11,111 +10,361 @@
 namespace autohdr {
 namespace scan {
 
-// Blocks on a multiprocessor. Mixed takes more registers: with one block less none is spilled.
+// What a walk is for: the outputs; or the end state of a segment from zero; or, back through the outputs in it, the gradient of the
+// state before it.
+enum class Purpose { kOutputs, kEnds, kAdjointEnds };
+
+// Shared memory in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles.
+template <class C, class L, Purpose For>
+struct WalkShared {
+  static constexpr bool kOutputs = For == Purpose::kOutputs;
+  static constexpr int kPairs = 0, kStatesB = C::kPairTile, kStatesC = kStatesB + C::kStateTile,
+                       kY = kStatesC + (kOutputs ? C::kStateTile : 0), kRaw = kY + (kOutputs ? C::kTile : 0);
+  static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
+  static constexpr int kDelta = kRaw, kInput = kDelta + kRawTile, kZ = kInput + kRawTile;
+  static constexpr int kB = kZ + (For == Purpose::kEnds ? 0 : kRawTile), kC = kB + kRawStates,
+                       kPlaces = kC + (kOutputs ? kRawStates : 0);
+  enum { kOfDelta, kOfInput, kOfB, kOfC, kOfZ, kOfOut, kSequences };
+  static constexpr int kFloats = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4;
+};
+
+template <class C, class L, Purpose For>
+constexpr size_t walk_shared() {
+  constexpr size_t bytes = WalkShared<C, L, For>::kFloats * sizeof(float);
+  static_assert(bytes <= kMaxShared);
+  return bytes;
+}
+
+template <class C, class L, Purpose For>
+struct Walk {
+  using M = WalkShared<C, L, For>;
+  using Channels = RawTile<C, L, C::kChannels>;
+  using States = RawTile<C, L, C::kPadded>;
+  using RankOne = RawTile<C, Mixed, 1>;
+  static constexpr bool kOutputs = For == Purpose::kOutputs, kAdjoint = For == Purpose::kAdjointEnds;
+  static constexpr bool kNarrow = is_narrow<L>;  // the last digits of an exponential do not matter
+  static constexpr int kStates = C::kStates, kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun,
+                       kSub = kOutputs ? C::kSub : 4;  // of ends there are no sums
+
+  const ScanShape& s;
+  const ScanInputs& in;
+  float* const shared;
+  const Block<C> b;
+  const int64_t dim;
+  const int dstate, lane, own, column,
+      run;                            // own: the thread's channel; column, run: the channel and first token that it prepares
+  float D = 0, bias = 0, weight = 0;  // of that channel
+  bool aligned = true;                // whether every sequence lies at multiples of 16 bytes
+  typename Channels::Cursor of_delta, of_input, of_z;
+  typename States::Cursor of_B, of_C;
+  float rates[kStates], h[kStates] = {}, total = 0;
+  float input[kRun], z[kRun];  // of the tile, as the thread prepares them
+
+  __device__ Walk(const ScanShape& s, const ScanInputs& in, const Split& p, float* shared)
+      : s(s), in(in), shared(shared), b(s, p), dim(s.dim()), dstate(static_cast<int>(s.dstate)), lane(threadIdx.x % C::kLanes),
+        own(threadIdx.x / C::kLanes), column(threadIdx.x % C::kChannels), run(threadIdx.x / C::kChannels * kRun) {
+    each_state([&](int j) { rates[j] = has(j) ? decay_rate(in.A[(b.row0 + own) * s.dstate + state(j)]) : 0.0f; });
+    if (column >= b.channels) return;
+    D = kOutputs && in.D ? in.D[b.row0 + column] : 0.0f;
+    bias = in.delta_bias ? in.delta_bias[b.row0 + column] : 0.0f;
+    weight = in.delta_weight ? in.delta_weight[b.row0 + column] : 0.0f;
+  }
+
+  template <class F>
+  __device__ static __forceinline__ void each_state(const F& f) {
+#pragma unroll
+    for (int j = 0; j < kStates; ++j) f(j);
+  }
+  __device__ int state(int j) const { return lane * kStates + j; }
+  __device__ bool has(int j) const { return own < b.channels && state(j) < dstate; }
+  // In a tensor [..., dstate, dim], of the index `row` before these.
+  __device__ int64_t state_at(int64_t row, int j) const { return (row * dstate + state(j)) * dim + b.row0 + own; }
+
+  // input: u, or of the adjoint the gradient of the output. before(chunk) is called before each chunk.
+  template <class F>
+  __device__ void walk(const Sequence& input, const Sequence& out, const F& before) {
+    place_sequences(input, out);
+    __syncthreads();
+    for (int i = 0; i < M::kSequences; ++i) aligned &= place(i).piece == 4;
+    const int first = b.first_chunk * static_cast<int>(kChunk / kTokens);
+    const int tiles = static_cast<int>((min(b.last_chunk * kChunk, s.seqlen) + kTokens - 1) / kTokens) - first;
+    const auto window = [&](int i) { return Window<C>(s, int64_t{first + (kAdjoint ? tiles - 1 - i : i)} * kTokens); };
+    if constexpr (Channels::kKnown) {
+      of_input = Channels::cursor(place(M::kOfInput)), of_B = States::cursor(place(M::kOfB));
+      if (!in.delta_weight) of_delta = Channels::cursor(place(M::kOfDelta));
+      if (gated()) of_z = Channels::cursor(place(M::kOfZ));
+      if (kOutputs) of_C = States::cursor(place(M::kOfC));
+    }
+    Place to = {nullptr, 0, 0, out.dtype, out.token == 1};
+    if (kOutputs) to.origin = place(M::kOfOut).origin, to.row = place(M::kOfOut).row;
+    fetch(window(0));
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      const Window<C> w = window(i);
+      wait_for_copies();
+      __syncthreads();  // and the tile before is done with
+      prepare(w);
+      __syncthreads();
+      if (i + 1 < tiles) fetch(window(i + 1));
+      if (i % (kChunk / kTokens) == 0) before(b.first_chunk + i / static_cast<int>(kChunk / kTokens));
+#pragma unroll 1
+      for (int sub = 0; sub < kTokens; sub += kSub) scan(sub);
+      if (!kOutputs) continue;
+      __syncthreads();
+      finish(w, to);
+    }
+  }
+
+ private:
+  __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + M::kPlaces)[sequence]; }
+  __device__ char* raw(int at) const { return reinterpret_cast<char*>(shared + at); }
+  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
+  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
+  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
+  __device__ bool gated() const { return For != Purpose::kEnds && in.z.data; }
+
+  // z sigmoid(z).
+  __device__ static __forceinline__ float gate(float z) {
+    return z * (kNarrow ? reciprocal_approx(1.0f + exp2_approx(-z * kLog2e)) : sigmoid(z));
+  }
+
+  __device__ __forceinline__ void place_sequences(const Sequence& input, const Sequence& out) {
+    if (threadIdx.x < M::kSequences) place(threadIdx.x).piece = 4;  // of those that do not exist
+    const auto put = [&](int i, auto tile, const Sequence& q, int64_t first, int columns) {
+      if (threadIdx.x != i || !q.data) return;
+      place(i) = decltype(tile)::place(s, q, b.batch * q.batch + first, columns);
+    };
+    const auto of_channels = [&](int i, auto tile, const Sequence& q) {
+      put(i, tile, q, b.group * q.group + b.tile * (C::kChannels * q.channel), b.channels);
+    };
+    const auto of_states = [&](int i, const Sequence& q) { put(i, States{}, q, b.group * q.group, dstate); };
+    if (in.delta_weight)
+      put(M::kOfDelta, RankOne{}, in.delta, 0, 1);
+    else
+      of_channels(M::kOfDelta, Channels{}, in.delta);
+    of_channels(M::kOfInput, Channels{}, input);
+    of_states(M::kOfB, kAdjoint ? in.C : in.B);
+    if (gated()) of_channels(M::kOfZ, Channels{}, in.z);
+    if (kOutputs) {
+      of_states(M::kOfC, in.C);
+      if (kNarrow && out.dtype == Dtype::f32)
+        of_channels(M::kOfOut, Wide{}, out);
+      else
+        of_channels(M::kOfOut, Channels{}, out);
+    }
+    for (int i = M::kRaw + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
+  }
+  template <class>
+  struct Float {
+    using Layout = Mixed;
+  };
+  template <class T, bool Along>
+  struct Float<Known<T, Along>> {
+    using Layout = Known<float, Along>;
+  };
+  using Wide = RawTile<C, typename Float<L>::Layout, C::kChannels>;  // of an output that is float32 where the inputs are not
+
+  __device__ __forceinline__ void fetch(const Window<C>& w) {
+    const bool by_vectors = aligned && w.whole();
+    if constexpr (Channels::kKnown)
+      if (by_vectors && !in.delta_weight) {
+        Channels::fetch(of_delta, raw(M::kDelta), w, b.channels);
+        Channels::fetch(of_input, raw(M::kInput), w, b.channels);
+        if (gated()) Channels::fetch(of_z, raw(M::kZ), w, b.channels);
+        States::fetch(of_B, raw(M::kB), w, dstate);
+        if (kOutputs) States::fetch(of_C, raw(M::kC), w, dstate);
+        return;
+      }
+    if (in.delta_weight)
+      RankOne::fetch(place(M::kOfDelta), raw(M::kDelta), w, 1, by_vectors);
+    else
+      Channels::fetch(place(M::kOfDelta), raw(M::kDelta), w, b.channels, by_vectors);
+    Channels::fetch(place(M::kOfInput), raw(M::kInput), w, b.channels, by_vectors);
+    if (gated()) Channels::fetch(place(M::kOfZ), raw(M::kZ), w, b.channels, by_vectors);
+    States::fetch(place(M::kOfB), raw(M::kB), w, dstate, by_vectors);
+    if (kOutputs) States::fetch(place(M::kOfC), raw(M::kC), w, dstate, by_vectors);
+  }
+
+  // From raw tiles what the scan needs, as float32 in its order: Δ and the input, and B, C.
+  __device__ __forceinline__ void prepare(const Window<C>& w) {
+    if (helps()) prepare_channel(w);
+    prepare_states(M::kOfB, raw(M::kB), M::kStatesB);
+    if (kOutputs) prepare_states(M::kOfC, raw(M::kC), M::kStatesC);
+  }
+  __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
+    float delta[kRun];
+    if (in.delta_weight) {
+      RankOne::read(place(M::kOfDelta), raw(M::kDelta), 0, run, delta);
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) delta[k] *= weight;
+    } else {
+      Channels::read(place(M::kOfDelta), raw(M::kDelta), column, run, delta);
+    }
+    Channels::read(place(M::kOfInput), raw(M::kInput), column, run, input);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) delta[k] += bias;
+    if (s.softplus) softplus<false, kNarrow>(delta, nullptr);
+    if (const Existing exists(w, column < b.channels); exists.count < kTokens)
+#pragma unroll
+      for (int k = 0; k < kRun; ++k)
+        if (!exists(run + k)) delta[k] = 0;
+    if (gated()) Channels::read(place(M::kOfZ), raw(M::kZ), column, run, z);
+    if (kAdjoint && gated())
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) input[k] *= gate(z[k]);
+    float* to = shared + M::kPairs + 2 * (row_of(run) * kRow + column);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k)
+      *reinterpret_cast<float2*>(to + k * next_row() * C::kPairRow) =
+          make_float2(delta[k], kAdjoint ? input[k] : delta[k] * input[k]);
+  }
+  __device__ __forceinline__ void prepare_states(int sequence, const char* from, int to) {
+    constexpr int kFours = kTokens * C::kPadded / 4;
+#pragma unroll
+    for (int k = 0; k * C::kThreads < kFours; ++k) {
+      const int i = threadIdx.x + k * C::kThreads;
+      if (kFours % C::kThreads != 0 && i >= kFours) break;
+      const int token = i % kTokens, n = i / kTokens * 4;
+      float v[4];
+      States::read_columns(place(sequence), from, n, token, v);
+      *reinterpret_cast<float4*>(shared + to + row_of(token) * C::kStateRow + n) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+
+  // kSub tokens of a tile, from row `sub` on; of the adjoint, from its end.
+  __device__ __forceinline__ void scan(int sub) {
+    float y[kSub] = {};
+#pragma unroll
+    for (int k = 0; k < kSub; ++k) {
+      const int row = kAdjoint ? kTokens - 1 - sub - k : sub + k;
+      float pair[2], Bs[kStates], Cs[kStates];
+      load_floats<2>(shared + M::kPairs + row * C::kPairRow + 2 * own, pair);
+      load_floats<kStates>(shared + M::kStatesB + row * C::kStateRow + state(0), Bs);
+      if (kOutputs) load_floats<kStates>(shared + M::kStatesC + row * C::kStateRow + state(0), Cs);
+      each_state([&](int j) {
+        const float gate = exp2_approx(pair[0] * rates[j]), added = pair[1] * Bs[j];
+        h[j] = kAdjoint ? gate * (h[j] + added) : gate * h[j] + added;
+        if (kOutputs) y[k] += h[j] * Cs[j];
+      });
+      if (!kOutputs) total += pair[0];
+    }
+    if (!kOutputs) return;
+    const int first = sum_over_lanes<kSub, C::kLanes, 1>(y);
+    if (!owns_sum<kSub, C::kLanes, 1>()) return;
+#pragma unroll
+    for (int v = 0; v < kLeft<kSub, C::kLanes>; ++v) shared[M::kY + (sub + first + v) * kRow + own] = y[v];
+  }
+
+  // The outputs of a window.
+  __device__ __forceinline__ void finish(const Window<C>& w, const Place& to) {
+    if (!helps()) return;
+    float y[kRun];
+    const float* from = shared + M::kY + row_of(run) * kRow + column;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) y[k] = from[k * next_row() * kRow] + D * input[k];
+    if (gated())
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) y[k] *= gate(z[k]);
+    const Existing exists(w, column < b.channels);
+    const bool by_vectors = aligned && w.whole();
+    if (kNarrow && to.dtype == Dtype::f32)
+      Wide::store(to, w, exists, column, run, by_vectors, y);
+    else
+      Channels::store(to, w, exists, column, run, by_vectors, y);
+  }
+};
+
+// Blocks on a multiprocessor. Rows of float32 channels take more registers: with one block less none is spilled.
 template <class C, class L>
-constexpr int kForwardBlocks = std::is_same_v<L, Mixed> && C::kBlocks == 4 ? 3 : C::kBlocks;
+constexpr int kForwardBlocks = C::kBlocks - std::is_same_v<L, Known<float, false>>;
 
 template <class C, class L>
 __global__ void __launch_bounds__(C::kThreads, kForwardBlocks<C, L>) scan_forward(ScanForward a, Split p, const float* carries) {
   AUTOHDR_DYNAMIC_SHARED(float, shared);
-  float *Bs = shared, *Cs = Bs + C::kStateTile, *delta = Cs + C::kStateTile, *input = delta + C::kTile, *y = input + C::kTile;
-  float *rank_one = y + C::kTile, *weight = rank_one + C::kTokens, *bias = weight + C::kChannels, *D = bias + C::kChannels;
-  const ScanShape& s = a.shape;
-  const ScanInputs& in = a.in;
-  const Block b(s, p);
-  const Channel<C> ch(s, b, b.worker);
-  const int dstate = static_cast<int>(s.dstate);
-  const int64_t dim = s.dim(), channel = ch.row + ch.channel;
-  float a2[C::kStates], h[C::kStates];
-  ch.rates(s, in, a2);
-#pragma unroll
-  for (int j = 0; j < C::kStates; ++j) {
-    h[j] = 0;
-    if (!ch.has(s, j)) continue;
+  Walk<C, L, Purpose::kOutputs> walk(a.shape, a.in, p, shared);
+  const auto& b = walk.b;
+  const int64_t channel = (b.batch * walk.dim + b.row0 + walk.own) * a.shape.dstate;
+  walk.each_state([&](int j) {
+    if (!walk.has(j)) return;
     if (p.segments > 1)
-      h[j] = carries[((b.batch * p.segments + b.segment) * dstate + ch.state(j)) * dim + channel];
-    else if (in.initial_state)
-      h[j] = in.initial_state[(b.batch * dim + channel) * dstate + ch.state(j)];
-  }
-  ch.parameters(in, weight, bias, D);
-
-  using Channels = Tile<C, C::kChannels, L>;
-  using States = Tile<C, C::kPadded, L>;
-  const Window<C> start(s, b.first_chunk * kChunk);
-  const auto aligned = [&](const Sequence& q) {
-    return is_aligned<C, C::kChannels, L>(q, ch.offset(b, q, b.worker), start, ch.count);
-  };
-  const auto states_aligned = [&](const Sequence& q) {
-    return is_aligned<C, C::kPadded, L>(q, state_offset(b, q), start, dstate);
-  };
-  const bool u_aligned = aligned(in.u), delta_aligned = aligned(in.delta), out_aligned = aligned(a.out),
-             z_aligned = in.z.data && aligned(in.z);
-  const bool B_aligned = states_aligned(in.B), C_aligned = states_aligned(in.C);
-  const int64_t end = min(b.last_chunk * kChunk, s.seqlen);
-  for (int64_t from = b.first_chunk * kChunk; from < end; from += C::kTokens) {
-    const Window<C> w(s, from);
-    if (a.states && from % kChunk == 0)
-#pragma unroll
-      for (int j = 0; j < C::kStates; ++j)
-        if (ch.has(s, j)) a.states[((b.batch * s.chunks() + from / kChunk) * dstate + ch.state(j)) * dim + channel] = h[j];
-    __syncthreads();
-    put_delta<C, L>(s, in, ch.delta_offset(b, in, b.worker), w, ch.count, delta_aligned, weight, bias, rank_one, delta);
-    States::each(in.B, state_offset(b, in.B), w, dstate, B_aligned,
-                 OneByOne{[&](int row, int n, float v, bool) { Bs[row * C::kStateRow + n] = v; }});
-    States::each(in.C, state_offset(b, in.C), w, dstate, C_aligned,
-                 OneByOne{[&](int row, int n, float v, bool) { Cs[row * C::kStateRow + n] = v; }});
-    __syncthreads();
-    Channels::each(in.u, ch.offset(b, in.u, b.worker), w, ch.count, u_aligned, [&](auto& v, const auto& at) {
-      float skipped[sizeof v / sizeof v[0]];
-#pragma unroll
-      for (int k = 0; k < static_cast<int>(sizeof v / sizeof v[0]); ++k) skipped[k] = v[k] * D[at(k).column];
-      multiply<C>(v, at, delta);
-      put<C>(v, at, input);
-      put<C>(skipped, at, y);
+      walk.h[j] = carries[walk.state_at(b.batch * p.segments + b.segment, j)];
+    else if (a.in.initial_state)
+      walk.h[j] = a.in.initial_state[channel + walk.state(j)];
+  });
+  walk.walk(a.in.u, a.out, [&](int chunk) {
+    if (!a.states) return;
+    walk.each_state([&](int j) {
+      if (walk.has(j)) a.states[walk.state_at(b.batch * a.shape.chunks() + chunk, j)] = walk.h[j];
     });
-    __syncthreads();
-    for (int sub = 0; sub < C::kTokens; sub += C::kSub) {
-      float sums[C::kSub];
-#pragma unroll
-      for (int k = 0; k < C::kSub; ++k) {
-        const int row = sub + k;
-        const float d = delta[row * C::kRow + ch.channel], x = input[row * C::kRow + ch.channel];
-        float Bv[C::kStates], Cv[C::kStates];
-        load_states<C>(Bs + row * C::kStateRow + ch.state(0), Bv);
-        load_states<C>(Cs + row * C::kStateRow + ch.state(0), Cv);
-        sums[k] = 0;
-#pragma unroll
-        for (int j = 0; j < C::kStates; ++j) {
-          h[j] = exp2_approx(d * a2[j]) * h[j] + x * Bv[j];
-          sums[k] += h[j] * Cv[j];
-        }
-      }
-      const int first = sum_over_lanes<C::kSub, C::kLanes, 1>(sums);
-      if (owns_sum<C::kSub, C::kLanes, 1>())
-#pragma unroll
-        for (int i = 0; i < kLeft<C::kSub, C::kLanes>; ++i) y[(sub + first + i) * C::kRow + ch.channel] += sums[i];
-    }
-    __syncthreads();
-    if (in.z.data) {
-      Channels::each(in.z, ch.offset(b, in.z, b.worker), w, ch.count, z_aligned, [&](auto& v, const auto& at) {
-        silu(v);
-        multiply<C>(v, at, y);
-        put<C>(v, at, y);
-      });
-      __syncthreads();
-    }
-    Channels::store(a.out, ch.offset(b, a.out, b.worker), w, ch.count, out_aligned,
-                    [&](int row, int c) { return y[row * C::kRow + c]; });
-  }
+  });
   if (b.segment + 1 < p.segments) return;
-#pragma unroll
-  for (int j = 0; j < C::kStates; ++j)
-    if (ch.has(s, j)) a.last_state[(b.batch * dim + channel) * dstate + ch.state(j)] = h[j];
+  walk.each_state([&](int j) {
+    if (walk.has(j)) a.last_state[channel + walk.state(j)] = walk.h[j];
+  });
 }
 
-template <class C>
-constexpr size_t forward_shared() {
-  return (2 * C::kStateTile + 3 * C::kTile + C::kTokens + 3 * C::kChannels) * sizeof(float);
+// ---------------------------------------------------------------------------------------------------------------------
+// Splitting the sequence. `ends` [batch, segments, dstate, dim] is first what a segment alone, from a zero state, leaves behind,
+// then what comes into it; `steps` [batch, segments, dim] its sum of Δ. The product of a segment's gates is exp(A ΣΔ).
+
+template <class C, class L, bool Adjoint>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    segment_ends(ScanShape s, ScanInputs in, Sequence d_out, Split p, float* ends, float* steps) {
+  AUTOHDR_DYNAMIC_SHARED(float, shared);
+  Walk<C, L, Adjoint ? Purpose::kAdjointEnds : Purpose::kEnds> walk(s, in, p, shared);
+  const auto& b = walk.b;
+  if (b.segment == (Adjoint ? 0 : p.segments - 1)) return;  // the last in the direction of the walk: nobody needs it
+  walk.walk(Adjoint ? d_out : in.u, Sequence{}, [](int) {});
+  const int64_t at = b.batch * p.segments + b.segment;
+  walk.each_state([&](int j) {
+    if (walk.has(j)) ends[walk.state_at(at, j)] = walk.h[j];
+  });
+  if (walk.lane == 0 && walk.own < b.channels) steps[at * walk.dim + b.row0 + walk.own] = walk.total;
+}
+
+// What comes into each segment, from what comes into the first (with `adjoint` the last). One thread a state and channel.
+static __global__ void __launch_bounds__(256)
+    carry_over(ScanShape s, int64_t segments, bool adjoint, const float* A, const float* first, const float* steps, float* ends) {
+  const int64_t i = blockIdx.x * int64_t{256} + threadIdx.x, dim = s.dim();
+  if (i >= s.batch * s.dstate * dim) return;
+  const int64_t d = i % dim, n = i / dim % s.dstate, batch = i / (dim * s.dstate);
+  const float a2 = decay_rate(A[d * s.dstate + n]);
+  float h = first ? first[(batch * dim + d) * s.dstate + n] : 0.0f;
+  const int64_t at = batch * segments + (adjoint ? segments - 1 : 0), next_step = adjoint ? -dim : dim;
+  float* end = ends + (at * s.dstate + n) * dim + d;
+  const float* step = steps + at * dim + d;
+  const int64_t next_end = next_step * s.dstate;
+  constexpr int kAhead = 8;  // segments that are loaded before what comes into them is stored: the compiler would not dare
+#pragma unroll 1
+  for (int64_t left = segments; left > 0; left -= kAhead, end += kAhead * next_end, step += kAhead * next_step) {
+    float alone[kAhead] = {}, gate[kAhead] = {};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (k + 1 < left) alone[k] = end[k * next_end], gate[k] = exp2_approx(a2 * step[k * next_step]);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (k < left) end[k * next_end] = h;
+      h = alone[k] + (h != 0.0f ? gate[k] * h : 0.0f);  // no state, no carry: a product of growing gates may be infinite
+    }
+  }
+}
+
+template <class C, bool Adjoint>
+void find_carries(const ScanShape& s, const ScanInputs& in, const Sequence& d_out, const Split& p, const float* first,
+                  float* ends, cudaStream_t stream) {
+  float* steps = ends + s.batch * p.segments * s.dstate * s.dim();
+  with_layout<C>({Adjoint ? d_out : in.u, in.delta_weight ? Sequence{} : in.delta, Adjoint ? in.C : in.B,
+                  Adjoint ? in.z : Sequence{}},
+                 [&](auto layout) {
+                   launch(segment_ends<C, decltype(layout), Adjoint>, dim3(p.blocks(s)), dim3(C::kThreads),
+                          walk_shared<C, decltype(layout), Adjoint ? Purpose::kAdjointEnds : Purpose::kEnds>(), stream, s, in,
+                          d_out, p, ends, steps);
+                 });
+  launch(carry_over, dim3((s.batch * s.dstate * s.dim() + 255) / 256), dim3(256), 0, stream, s, p.segments, Adjoint, in.A, first,
+         static_cast<const float*>(steps), ends);
+}
+inline int64_t carry_floats(const ScanShape& s, const Split& p) {
+  return p.segments > 1 ? s.batch * p.segments * (s.dstate + 1) * s.dim() : 0;
 }
 
 }  // namespace scan

@@ -34,6 +34,9 @@ SHAPES = [  # batch, dim, seqlen, dstate, groups, what else
     (1, 2, 10, 256, 1, "bias"),
     (3, 8, tokens(40), 2, 8, "softplus D"),
     (1, 130, tokens(260), 3, 1, "bld"),
+    # Rows of whole 16 bytes, so that CUDA copies whole windows by vectors; beside them a last one of some tokens and channels.
+    (2, 48, tokens(168), 16, 1, "D z bias softplus"),
+    (1, 40, tokens(136), 16, 1, "bld reverse D z bias softplus initial"),
 ]
 
 
