@@ -146,14 +146,16 @@ class Recipe(NamedTuple):
     """[B, 3, KNOTS], for apply_edit, as matrix [B, 3, 4] is."""
     matrix: Array
     walls: Array
-    """wall_colour."""
+    """walls_of: their colour."""
+    up: Array
+    """And where they are."""
     needed: Array
     """unfinished."""
 
 
 def pinning(small: Array) -> Recipe:
     """The recipe for a batch of thumbnails."""
-    xp, walls = library(small), wall_colour(small)
+    xp, (walls, up) = library(small), walls_of(small)
     gains = ((luma(walls)[:, None] / walls) ** BALANCE).clip(1 / MOST_GAIN, MOST_GAIN)
     shares, values = zip(*PINNED, strict=True)
     knots = constant(KNOTS_AT, small)
@@ -172,7 +174,7 @@ def pinning(small: Array) -> Recipe:
     part = needed[:, None, None]
     less = part * (1 - SATURATION)
     matrix = (1 - less) * constant(UNMIXED, small) + less * constant((*LUMA, 0), small)
-    return Recipe(knots + part * (y - knots), matrix, walls, needed)
+    return Recipe(knots + part * (y - knots), matrix, walls, up, needed)
 
 
 def _balanced(values: Array, gains: Array) -> Array:
@@ -186,9 +188,9 @@ def unfinished(small: Array) -> Array:
     return ((value - quantiles(luma(small), [share])[:, 0]) / FINISHED).clip(0, 1)
 
 
-def wall_colour(small: Array) -> Array:
-    """The colour of the walls, [B, 3]: the mean of the less saturated three fifths of the pixels that are bright, but not the
-    brightest, which are windows and lamps."""
+def walls_of(small: Array) -> tuple[Array, Array]:
+    """The colour of the walls, [B, 3], and where they are, [B] by height: means of the less saturated three fifths of the pixels
+    that are bright, but not the brightest, which are windows and lamps."""
     xp, pixels = library(small), small.reshape(small.shape[0], 3, -1)
     y = luma(pixels)
     low, high = quantiles(y, (0.6, 0.97)).T[..., None]
@@ -197,7 +199,15 @@ def wall_colour(small: Array) -> Array:
     last = counted_up(y.shape[1], small) == (bright.sum(1) * 3 // 5).clip(max=y.shape[1] - 1)[:, None]
     limit = xp.where(last, ordered(saturation, 1), 0).sum(1)[:, None]
     chosen = single(saturation <= limit)
-    return (pixels * chosen[:, None]).sum(2) / chosen.sum(1)[:, None] + 1e-3
+    count = chosen.sum(1)
+    up = (chosen.reshape(small[:, 0].shape).sum(2) * height(small.shape[2], small)).sum(1) / count
+    return (pixels * chosen[:, None]).sum(2) / count[:, None] + 1e-3, up
+
+
+def height(count: int, like: Array, first: int = 0, rows: int | None = None) -> Array:
+    """How high up each of `count` rows of an image is, from `first` on of `rows`, by default all: from 1 at its upper edge evenly
+    to -1 at the lower one."""
+    return 1 - (single(counted_up(count, like)) + (first + 0.5)) * (2 / (rows or count))
 
 
 def quantiles(x: Array, shares: Sequence[float]) -> Array:

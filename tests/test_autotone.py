@@ -13,7 +13,7 @@ from autohdr.autotone import (
     pinning,
     thumbnail,
     unfinished,
-    wall_colour,
+    walls_of,
 )
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit
@@ -125,7 +125,7 @@ def test_arrays_and_tensors_get_the_same_recipe():
 
 def test_wall_colour_ignores_window_and_furniture():
     small = thumbnail(torch.from_numpy(room()).permute(2, 0, 1)[None])
-    walls = wall_colour(small)[0]
+    walls = walls_of(small)[0][0]
     torch.testing.assert_close(
         walls / luma(walls[None]), torch.tensor([1, 0.9, 0.7]) / (0.2126 + 0.9 * 0.7152 + 0.7 * 0.0722), rtol=0.03, atol=0
     )

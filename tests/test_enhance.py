@@ -18,7 +18,7 @@ from autohdr import measure as measuring
 from autohdr.autotone import auto_tone
 from autohdr.data.colour import decode_srgb
 from autohdr.data.images import Photo, from_float, photo_layout, read_photo, read_rgb, read_samples, to_float, write_photo
-from autohdr.edits import SHIPPED
+from autohdr.edits import SHIPPED, Edit, edited_by
 from autohdr.enhance import Enhancer, enhance, enhancer, networks
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
@@ -133,7 +133,8 @@ def test_strength(tmp_path, model):
 
 
 def test_the_edit_is_saved_beside_the_photo(tmp_path):
-    """What is in the look-up table, between whose points nothing bends but the curves, and in JSON, is what was done."""
+    """What is in JSON is what was done, and what is in the look-up table, between whose points nothing bends but the curves, is
+    all of it but the tilt."""
     samples = room()
     Image.fromarray(samples).save(tmp_path / "a.png")
     result = run([tmp_path / "a.png"], tmp_path / "out", load_checkpoint(), save_edit=True, strength=0.8)
@@ -144,7 +145,9 @@ def test_the_edit_is_saved_beside_the_photo(tmp_path):
     edit = json.loads((tmp_path / "out/a.json").read_text())
     curves, matrix = (torch.tensor([edit[name]]) for name in ("curves", "matrix"))
     x = torch.from_numpy(samples / np.float32(255)).permute(2, 0, 1)[None]
-    expected = (x + edit["strength"] * (apply_edit(x, curves, matrix) - x))[0].permute(1, 2, 0).clamp(0, 1).numpy() * 255
+    done = edited_by(x, Edit(curves, matrix, torch.tensor([[[edit["tilt"]]]])))
+    assert edit["tilt"] > 0.1
+    expected = (x + edit["strength"] * (done - x))[0].permute(1, 2, 0).clamp(0, 1).numpy() * 255
     np.testing.assert_allclose(read_samples(tmp_path / "out/a.png"), expected, atol=1.01)
     place = [round(32 * value) for value in (0.25, 0.5, 0.75)]  # red, green, blue
     colour = torch.tensor(place).view(1, 3, 1, 1) / 32
@@ -808,7 +811,7 @@ def test_photos_of_a_property_share_an_edit_that_another_photo_changes(tmp_path)
     results("parts", property=True, shard=(1, 2))
     np.testing.assert_array_equal(results("parts", property=True, shard=(2, 2))[1], together)
     assert len(results("together", property=True)[0].done_before) == 4
-    Image.fromarray(room() // 2).save(tmp_path / "in/0/9.png")
+    Image.fromarray((room() * np.array((0.5, 0.3, 0.3))).astype(np.uint8)).save(tmp_path / "in/0/9.png")
     again = results("together", property=True)[0]
     assert len(again.written) == 4 and len(again.done_before) == 1
     assert {note for _, note in again.notes} == {"made anew: since its result was made, changed: the options"}

@@ -108,8 +108,9 @@ def enhance(
     the rest; what killed runs left is cleared.
 
     model: as Enhancer takes it. settings: what else it takes, such as device, strength, format or max_memory.
-    save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves and
-    matrix as apply_edit takes them, and NAME.cube, all of it as a look-up table of 33 x 33 x 33 that editors take; both in sRGB.
+    save_edit: write each photo's edit beside its result, for a model that predicts one, as `lite` does: NAME.json, its curves,
+    matrix and tilt (edits.Edit), and NAME.cube, all but the tilt as a look-up table of 33 x 33 x 33 that editors take; both
+    in sRGB.
     brackets: "auto", "3" or "5": what bracket_sets takes for exposures of one picture, so many or 3, 5, 7 or 9, becomes one
     result, with the name of the middle one and all that its file says. Those that it can't tell are single photos, with a note.
     property: the photos of a folder of results are of one property: each edit is changed so that the photo's walls come nearer,

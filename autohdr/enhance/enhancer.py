@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autohdr.arrays import Array, apply_edit, as_array, as_bytes
+from autohdr.arrays import Array, apply_edit, as_array, as_bytes, constant
 from autohdr.autotone import counted, pinning, thumbnail
 from autohdr.data.bracket_sets import glimpse, read_set
 from autohdr.data.conversion import check_conversion, converted, stripped
 from autohdr.data.images import Photo, as_samples, encode_photo, has_grey_profile, photo_layout, read_photo
-from autohdr.edits import ArrayLite, Edit, Prediction, Predictor, neutral, shared
+from autohdr.edits import ArrayLite, Edit, Prediction, Predictor, edited_by, neutral, shared
 from autohdr.enhance.work import PhotoRows, Settings, Work
 from autohdr.errors import UserError
 from autohdr.measure import format_bytes, is_out_of_memory, resident_bytes
@@ -203,7 +203,7 @@ class Enhancer(Settings):
             return self.model.predict(self._image(pixels))
 
     def _edited(self, image: Array, work: Work) -> np.ndarray:
-        return self._pixels(apply_edit(image, *self._edit(image, work)))
+        return self._pixels(edited_by(image, self._edit(image, work)))
 
     def _edit_rows(self, work: Work) -> None:
         """Where the samples are not edited as they are: the edit is predicted from the rows and columns that make a thumbnail,
@@ -214,7 +214,8 @@ class Enhancer(Settings):
             edit = self._edit(self._image(rows.seen(few).clip(0, 1)), work)
             for first in range(0, len(rows.pixels), BAND):
                 seen = rows.seen(rows.pixels[first : first + BAND])
-                rows.put(first, seen, self._pixels(apply_edit(self._image(seen.clip(0, 1)), *edit)))
+                after = edited_by(self._image(seen.clip(0, 1)), edit, first, len(rows.pixels))
+                rows.put(first, seen, self._pixels(after))
         rows.finish(work)
 
     def _image(self, pixels: np.ndarray) -> Array:
@@ -231,7 +232,8 @@ class Enhancer(Settings):
     def _edit(self, image: Array, work: Work) -> Edit:
         """The edit of an image by the auto-tone or by a model that predicts one."""
         if self.model is None:
-            return Edit(*pinning(thumbnail(image))[:2])
+            recipe = pinning(thumbnail(image))
+            return Edit(recipe.curves, recipe.matrix, constant([[[0]]], recipe.curves))
         assert isinstance(self.model, Predictor)
         prediction = self.model.predict(image)
         edit = prediction.edit if work.look is None else shared(prediction, work.look)
@@ -270,14 +272,14 @@ def failure(error: Exception, path: Path) -> str:
 
 
 def edit_files(edit: Edit, strength: float) -> dict[str, str]:
-    """An edit as the texts of two files, by EDIT_SUFFIXES: JSON, and a look-up table that editors take."""
-    curves, matrix = (as_array(part) for part in edit)
+    """An edit as the texts of two files, by EDIT_SUFFIXES: JSON, and a look-up table that editors take, which has no tilt."""
+    curves, matrix, tilt = (as_array(part) for part in edit)
     steps = np.linspace(0, 1, CUBE_SIDE, dtype=np.float32)
     blue, green, red = np.meshgrid(steps, steps, steps, indexing="ij")  # red runs fastest
     colours = np.stack([red, green, blue]).reshape(1, 3, -1, CUBE_SIDE)
     edited = apply_edit(colours, curves, matrix)
     table = (colours + np.float32(strength) * (edited - colours)).clip(0, 1).reshape(3, -1).T.tolist()
-    parts = {"curves": curves[0].tolist(), "matrix": matrix[0].tolist(), "strength": strength}
+    parts = {"curves": curves[0].tolist(), "matrix": matrix[0].tolist(), "tilt": tilt.item(), "strength": strength}
     lines = [f"LUT_3D_SIZE {CUBE_SIDE}", *(" ".join(f"{value:.6f}" for value in colour) for colour in table)]
     return dict(zip(EDIT_SUFFIXES, (json.dumps(parts) + "\n", "\n".join(lines) + "\n"), strict=True))
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autohdr import kernels
-from autohdr.edits import CHANGES, FEATURES, Predictor
+from autohdr.edits import CHANGES, FEATURES, Predictor, edited_by
 from autohdr.models.network import Network, NetworkConfig, count, is_whole
 
 
@@ -51,12 +50,15 @@ class Lite(Predictor, Network):
         super().__init__(config)
         members = (Member(config.width) for _ in range(config.members))
         self.members = nn.ModuleList(members)  # pyright: ignore[reportAttributeAccessIssue]
+        self.tilt = nn.Linear(FEATURES, 1)
+        for parameter in self.tilt.parameters():
+            nn.init.zeros_(parameter)
         self.register_buffer("centre", torch.zeros(FEATURES))
         self.register_buffer("spread", torch.ones(FEATURES))
 
     def forward(self, image: Tensor) -> Tensor:
         self.check(image)
-        return kernels.apply_edit(image, *self.predict(image).edit)
+        return edited_by(image, self.predict(image).edit)
 
     @torch.no_grad()
     def shift(self, changes: Tensor) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from autohdr.data.audit import audit
 from autohdr.data.pairs import PairDataset, photo_digests
 from autohdr.data.splits import linked_groups
-from autohdr.edits import CHANGES, TRUST, changed, hedged, mean
+from autohdr.edits import CHANGES, TRUST, Inputs, changed, edited_by, hedged, mean
 from autohdr.errors import UserError
-from autohdr.kernels import apply_edit
 from autohdr.metrics import mean_interval
 from autohdr.models import load_checkpoint, save_weights
 from autohdr.models.lite import Lite
@@ -111,7 +110,7 @@ class _Looks:
 
     def __init__(self, model: Lite, sources: Tensor, targets: Tensor):
         self.inputs = model.inputs(sources)
-        self.share = model.share(self.inputs)
+        self.share, self.tilts = model.share(self.inputs), model.tilts(self.inputs)
         self.changes = [model.changes(self.inputs, number) for number in range(len(model.members))]
         self.pictures = {side: [F.adaptive_avg_pool2d(x, side) for x in (sources, targets)] for side in (SIDE, FIT_SIDE)}
         every = torch.arange(len(sources))
@@ -121,10 +120,10 @@ class _Looks:
 
     def differences(self, rows: Tensor, shifts: Tensor, side: int) -> Tensor:
         """Target − output [B, 3, side, side] of pairs `rows` [B], each by its own shift [B, CHANGES]."""
-        curves, matrix, needed = (part[rows] for part in (self.inputs.curves, self.inputs.matrix, self.inputs.needed))
-        edit = mean([changed(curves, matrix, TRUST * needed, changes[rows] + shifts) for changes in self.changes])
+        inputs = Inputs(*(part[rows] for part in self.inputs))
+        edit = mean([changed(inputs, self.tilts[rows], TRUST, changes[rows] + shifts) for changes in self.changes])
         source, target = self.pictures[side]
-        return target[rows] - apply_edit(source[rows], *hedged(edit, self.share[rows])).clamp(0, 1)
+        return target[rows] - edited_by(source[rows], hedged(edit, self.share[rows])).clamp(0, 1)
 
     def psnr(self, rows: Tensor, shifts: Tensor, side: int = SIDE) -> Tensor:
         """[B] dB, at most 60: a difference between two equal pictures is none."""

@@ -36,8 +36,8 @@ def fit(
 ) -> None:
     """Fits each member to pairs [N, 3, H, W] in [0, 1] by the mean logarithm of their error, squared.
 
-    H and W are multiples of the recipe's side. From the first `usual` pairs, all by default, Lite.distances are counted. The same
-    arguments give the same weights on the same machine.
+    H and W are multiples of the recipe's side. The first `usual` pairs, all by default, are rooms: from them Lite.distances are
+    counted, and they are tilted; others are not. The same arguments give the same weights on the same machine.
     """
     inputs = _inputs(model, sources)
     model.centre.copy_(inputs.features[:usual].mean(0))
@@ -54,11 +54,28 @@ def fit(
             some = Inputs(*(part[chosen] for part in inputs))
             some = some._replace(features=some.features + noise * torch.randn(some.features.shape, generator=g))
             source, target = (images[chosen] for images in small)
-            error = (apply_edit(source, *model.edit(some, number)) - target).square().mean((1, 2, 3))
+            curves, matrix, _ = model.edit(some, number)  # the rooms' edits have no tilt
+            error = (apply_edit(source, curves, matrix) - target).square().mean((1, 2, 3))
             optimizer.zero_grad()
             (error + RECIPE.nearly).log().mean().backward()
             torch.nn.utils.clip_grad_norm_(member.parameters(), 5.0)
             optimizer.step()
+    _fit_tilt(model, inputs, len(sources) if usual is None else usual)
+
+
+@torch.no_grad()
+def _fit_tilt(model: Lite, inputs: Inputs, rooms: int) -> None:
+    """By least squares, 1 for the first `rooms` and 0 for the rest, of features with noise as members see it. Both kinds count
+    the same, and of each the photos that need all of an edit."""
+    features = F.pad(model.seen(inputs), (0, 1), value=1.0).double()
+    is_room, counts = torch.arange(len(features)) < rooms, inputs.needed == 1
+    kinds = torch.stack([is_room & counts, ~is_room & counts]).double()
+    weights = (kinds / kinds.sum(1, keepdim=True).clamp(min=1)).sum(0)[:, None]
+    noise = torch.full((features.shape[1],), 2 * RECIPE.noise**2, dtype=torch.float64)
+    noise[-1] = 1e-9  # of the bias: none, but for photos of which none counts
+    solved = torch.linalg.solve(features.T @ (weights * features) + noise.diag(), features.T @ (weights * is_room[:, None]))
+    model.tilt.weight.copy_(solved[:-1].T)
+    model.tilt.bias.copy_(solved[-1])
 
 
 def _inputs(model: Lite, sources: Tensor) -> Inputs:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autohdr.autotone import luma, pinning, thumbnail, wall_colour
+from autohdr.autotone import luma, pinning, thumbnail, walls_of
 from autohdr.data.synthetic import photograph, render_scene
 from autohdr.edits import (
     LOST,
@@ -15,10 +15,12 @@ from autohdr.edits import (
     SHARES,
     SHIPPED,
     SURE,
+    TILT,
     TRUST,
     ArrayLite,
     Edit,
     Prediction,
+    edited_by,
     edited_walls,
     neutral,
     of_property,
@@ -47,6 +49,8 @@ def trained(**settings):
     model = create_model("lite", **settings).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.constant_(model.tilt.bias, 0.5)
+    torch.nn.init.normal_(model.tilt.weight, std=0.01)
     return model
 
 
@@ -58,9 +62,11 @@ def test_an_untrained_one_is_the_auto_tone():
 
 
 def test_edits_are_as_apply_edit_takes_them():
-    model, x = trained(members=2), photo(3)
+    """Where they are not tilted, at half the height."""
+    model, x = trained(members=2), photo(3, height=41)
     edit = model.predict(x).edit
-    torch.testing.assert_close(model(x), apply_edit(x, *edit))
+    torch.testing.assert_close(model(x)[..., 20, :], apply_edit(x, *edit[:2])[..., 20, :])
+    assert edit.tilt.min() > 0.01
     assert (edit.curves.diff(dim=2) >= 0).all()
     torch.testing.assert_close(edit.matrix[..., :3].sum(2), torch.ones(3, 3))  # grey stays grey
     torch.testing.assert_close(edit.curves[..., -1], torch.ones(3, 3))  # white stays white
@@ -171,7 +177,8 @@ def test_the_shipped_one_knows_rooms_and_leaves_finished_photos():
     made = [lite.takes(seed, 3, 48, 64) for seed in (31_000_000, 31_000_001)]
     sources, targets = (torch.from_numpy(np.concatenate(side)).permute(0, 3, 1, 2) / 255 for side in zip(*made, strict=True))
     model = load_checkpoint()
-    assert (model.predict(sources).share == 1).all()
+    prediction = model.predict(sources)
+    assert (prediction.share == 1).all() and prediction.edit.tilt.mean() > 0.8 * TILT
     assert delta_e2000(model(targets).clamp(0, 1), targets).mean() < 2 < delta_e2000(model(sources).clamp(0, 1), sources).mean()
 
 
@@ -180,7 +187,8 @@ def test_the_shipped_one_knows_exteriors():
     made = [lite.takes(seed, 3, 48, 64, exterior=True) for seed in range(31_000_000, 31_000_004)]
     sources, targets = (torch.from_numpy(np.concatenate(side)).permute(0, 3, 1, 2) / 255 for side in zip(*made, strict=True))
     model, auto_tone = load_checkpoint(), create_model("lite")
-    assert (model.predict(sources).share == 1).all()
+    prediction = model.predict(sources)
+    assert (prediction.share == 1).all() and prediction.edit.tilt.mean() < 0.2 * TILT
     assert lite.psnr(model, sources, targets) > lite.psnr(auto_tone, sources, targets) + 0.3
 
 
@@ -242,19 +250,19 @@ def test_the_photos_of_a_property_come_nearer_to_one_another(camera):
         assert look is not None
         for edits in ([each.edit for each in predictions], [shared(each, look) for each in predictions]):
             assert all((edit.curves.diff(dim=2) >= 0).all() for edit in edits)
-            results = [apply_edit(each, *edit) for each, edit in zip(photos, edits, strict=True)]
-            colours = torch.stack([torch.cat([wall_colour(thumbnail(each)), each.mean((2, 3))]) for each in results])
+            results = [edited_by(each, edit) for each, edit in zip(photos, edits, strict=True)]
+            colours = torch.stack([torch.cat([walls_of(thumbnail(each))[0], each.mean((2, 3))]) for each in results])
             walls, whole = srgb_to_lab(colours.clamp(0, 1).permute(1, 2, 0)[..., None])[..., 0].transpose(1, 2)
             spreads.append(torch.stack([walls[:, 1:].var(0).sum().sqrt(), walls[:, 0].std(), whole[:, 0].std()]))
     without, together = torch.stack(spreads).view(-1, 2, 3).mean(0)
     assert (together < torch.tensor([0.7, 0.8, 0.97]) * without).all(), (without, together)
 
 
-def of(walls, share=1.0, curves=None):
-    """A prediction of an edit that does nothing but by its curves, and of a wall [3]."""
+def of(walls, share=1.0, curves=None, tilt=0.0, up=0.0):
+    """A prediction of an edit that does nothing but by its curves and its tilt, and of a wall [3] so high up."""
     curves = torch.linspace(0, 1, 33).expand(1, 3, 33) if curves is None else curves
-    edit = Edit(curves, torch.eye(3, 4)[None])
-    return Prediction(edit, torch.tensor([share]), torch.zeros(1, 2), torch.ones(1), torch.tensor([walls]))
+    edit = Edit(curves, torch.eye(3, 4)[None], torch.full((1, 1, 1), tilt))
+    return Prediction(edit, torch.tensor([share]), torch.zeros(1, 2), torch.ones(1), torch.tensor([walls]), torch.tensor([up]))
 
 
 def test_walls_meet_those_of_their_property_part_of_the_way_and_within_bounds():
@@ -268,6 +276,11 @@ def test_walls_meet_those_of_their_property_part_of_the_way_and_within_bounds():
         edit = shared(prediction, grey)
         torch.testing.assert_close(edited_walls(prediction._replace(edit=edit))[1][0], torch.tensor(expected), atol=2e-3, rtol=0)
         torch.testing.assert_close(edit.curves[..., [0, -1]], torch.tensor([0.0, 1]).expand(1, 3, 2))
+    high, low = (of((0.78, 0.78, 0.78), tilt=0.25, up=up) for up in (0.4, -0.4))
+    for prediction, own in ((high, 0.78 + 0.1 * 0.78 * 0.22), (low, 0.78 - 0.1 * 0.78 * 0.22)):
+        torch.testing.assert_close(edited_walls(prediction)[1][0], torch.full((3,), own), atol=1e-4, rtol=0)
+        made = edited_walls(prediction._replace(edit=shared(prediction, grey)))[1][0]
+        torch.testing.assert_close(made, torch.full((3,), own + SHARED * (0.8 - own)), atol=2e-3, rtol=0)
     warm = of((0.9, 0.8, 0.5))
     own, made = (edited_walls(each)[1] for each in (warm, warm._replace(edit=shared(warm, grey))))
     tints = [(walls / luma(walls)[:, None]).log() for walls in (own, made)]
@@ -289,7 +302,51 @@ def test_a_neutral_edit_leaves_grey_grey_and_as_light_as_the_edit_does():
     model = trained()
     edit = model.predict(photo()).edit
     grey = torch.linspace(0, 1, 50).expand(1, 3, 1, 50)
-    kept, made = apply_edit(grey, *neutral(edit)), apply_edit(grey, *edit)
+    kept, usual = edited_by(grey, neutral(edit)), edited_by(grey, edit)
     torch.testing.assert_close(kept, kept[:, :1].expand_as(kept))
-    assert (made - made[:, :1]).abs().max() > 0.01
-    torch.testing.assert_close(luma(kept), luma(made))
+    assert (usual - usual[:, :1]).abs().max() > 0.01
+    torch.testing.assert_close(luma(kept), luma(usual))
+    tilted = edited_by(grey.expand(1, 3, 9, 50), neutral(edit))
+    torch.testing.assert_close(tilted, tilted[:, :1].expand_as(tilted))
+
+
+def unchanged(batch=1, tilt=0.0):
+    """The edit that does nothing but tilt."""
+    return Edit(
+        torch.linspace(0, 1, 33).repeat(batch, 3, 1), torch.eye(3, 4).repeat(batch, 1, 1), torch.full((batch, 1, 1), tilt)
+    )
+
+
+@pytest.mark.parametrize("tilt", [0.25, -0.9])
+def test_a_tilted_edit_lightens_towards_the_top_and_keeps_black_white_and_order(tilt):
+    ramp = torch.linspace(0, 1, 101).expand(2, 3, 40, 101).contiguous()
+    result = edited_by(ramp, unchanged(2, tilt))
+    torch.testing.assert_close(result[..., [0, -1]], ramp[..., [0, -1]])
+    assert (result.diff(dim=3) > 0).all()  # of two tones in a row
+    assert (result[..., 1:-1].diff(dim=2) * tilt < 0).all()  # of one tone in two rows
+    torch.testing.assert_close((result + result.flip(2)) / 2, ramp)
+    expected = ramp[..., 0, :] * (1 + tilt * (1 - 1 / 40) * (1 - ramp[..., 0, :]))
+    torch.testing.assert_close(result[..., 0, :], expected, atol=3e-4, rtol=0)  # between two knots
+
+
+def test_a_pixel_is_tilted_by_its_place_alone():
+    """So that there are no halos: what is beside it does not count."""
+    edges = torch.rand(1, 3, 30, 40, generator=torch.Generator().manual_seed(0)).round()
+    edges[..., 10:30] = 0.4
+    result, flat = (edited_by(x, unchanged(tilt=0.3)) for x in (edges, torch.full((1, 3, 30, 40), 0.4)))
+    assert torch.equal(result[..., 10:30], flat[..., 10:30])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (47, 31)], ids=str)
+def test_tilted_edits_of_any_size_are_the_same_of_arrays_and_by_bands(size, dtype):
+    edit, white = trained().predict(photo(2)).edit, torch.iinfo(dtype).max if dtype != torch.float32 else 1
+    edit = Edit(*(part.detach() for part in edit))
+    x = (photo(2, *size) * white).to(dtype)
+    whole, arrays = edited_by(x, edit), Edit(*(part.numpy() for part in edit))
+    assert whole.shape == x.shape and whole.dtype == dtype
+    np.testing.assert_array_equal(edited_by(x.numpy(), arrays), whole.numpy())
+    bands = [edited_by(x[:, :, first : first + 10], edit, first, size[0]) for first in range(0, size[0], 10)]
+    np.testing.assert_array_equal(torch.cat(bands, 2).numpy(), whole.numpy())
+    if size[0] == 1:
+        torch.testing.assert_close(whole.float(), apply_edit(x, *edit[:2]).float())

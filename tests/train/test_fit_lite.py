@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from autohdr.edits import TILT
 from autohdr.kernels import apply_edit
 from autohdr.models import create_model
 from autohdr.train import lite
@@ -37,6 +38,14 @@ def test_pairs_after_the_usual_ones_do_not_change_what_is_usual():
     lite.fit(alone, sources[:16], targets[:16], 1)
     lite.fit(among, torch.cat([sources[:16], 0.2 * sources[16:]]), targets, 1, usual=16)
     assert torch.equal(alone.centre, among.centre) and torch.equal(alone.spread, among.spread)
+
+
+def test_the_usual_ones_are_tilted_and_others_are_not():
+    model, (sources, targets) = create_model("lite", members=1), pairs()
+    sources[12:, 2] *= 0.7
+    lite.fit(model, sources, targets, 1, usual=12)
+    tilts = model.predict(sources).edit.tilt.flatten() / TILT
+    assert tilts[:12].mean() > 0.8 and tilts[12:].mean() < 0.2 and 0 <= tilts.min() and tilts.max() <= 1
 
 
 def test_takes_differ_and_are_the_same_twice():
