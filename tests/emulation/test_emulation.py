@@ -49,7 +49,7 @@ def test_right_kernels(run, case, seed):
         ("threads", "more than 1024 threads"),
         ("grid", "a grid beyond"),
         ("empty", "an empty grid"),
-        ("shared", "more than 99 KiB"),
+        ("shared", "more shared memory than a block can have"),
     ],
 )
 def test_planted_bugs(run, case, message):
