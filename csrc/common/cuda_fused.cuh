@@ -45,7 +45,7 @@ struct FusedTile {
   // The 1×1's weight for the next channels, of which there are `count`. from: this thread's first piece. biases: theirs.
   __device__ __forceinline__ void load_in(const T* from, int count, const float* biases = nullptr) const {
     // That every thread has a row is used where there are registers: without the branch addresses are kept from round to round.
-    constexpr bool kEveryThread = kTiles > 3 && kHidden * 4 == kThreads;
+    constexpr bool kEveryThread = kTiles > 4 && kHidden * 4 == kThreads;
     unsigned char* to = in + copied_row() * kInRow + copied_piece() * 16;
 #pragma unroll
     for (int i = 0; i < kTiles * 2; i += 4)
@@ -70,7 +70,7 @@ struct FusedTile {
     const int piece = warp() * 4 + lane() / 8, y = y0 - 1 + piece % 8 * 2 + piece / 8 % 2,
               first = x0 - 1 + piece / 16 * 8 + lane() / 4 % 2, at_y = min(max(y, 0), x.rows.end - 1);
     const T* row = x.at(image, at_y, 0);
-    constexpr int kAtOnce = kBiased ? 2 : 4;  // of a lane's four pixels
+    constexpr int kAtOnce = kBiased ? 4 / kTiles : 4;  // of a lane's four pixels: as registers allow
     const auto run = [&](int channels, int begin) {
       using P = NormPixel<T, Lanes>;
       Norm own = norm;
@@ -188,7 +188,7 @@ struct FusedTile {
     const int first = warp() * kOwn;
     const auto from = [&, begin = hidden + first * kParts * kHiddenRow](int dy, int channel) {  // of an even one, or an odd one
       const int at = place(lane() + dy / 2, channel);
-      return begin + (kTiles > 3 ? without_known_bits(at) : at);  // which takes registers
+      return begin + (kTiles > 4 ? without_known_bits(at) : at);  // which takes registers
     };
     const unsigned char *even = from(0, 0), *odd[2] = {from(0, 1), from(2, 1)};
     unsigned char* to = tile + (row + first) * kRow + lane() * 16;
