@@ -69,13 +69,15 @@ class SelfEnsemble(Combined):
     """The mean of a network's results for 2, 4 or 8 views of the image, each turned back.
 
     Source: Timofte et al., Seven Ways to Improve Example-Based Single Image Super Resolution (2016), "enhanced prediction".
-    UserError for another number of views.
+    UserError for another number of views, and for views upside down of a network that knows what is up.
     """
 
     def __init__(self, network: Network, views: int):
         if views not in VIEWS:
             raise UserError(f"flips: expected 1, 2, 4 or 8, got {views!r}")
         super().__init__(f"{network.config.name}, {views} views", [network])
+        if views > 2 and any(isinstance(part, Lite) for part in self.parts()):
+            raise UserError(f"flips: lite lightens ceilings, whose mean with floors is none: expected 1 or 2, got {views}")
         self.views = views
 
     def over(self, image: Tensor, run: Pass) -> Tensor:

@@ -78,6 +78,8 @@ def test_a_reduced_network_sees_a_third_and_small_images_whole():
 def test_a_model_of_thumbnails_is_not_reduced():
     with pytest.raises(UserError, match="fast: lite sees no more than a thumbnail"):
         combine([Corner(1), create_model("lite")], flips=2, fast=True)
+    with pytest.raises(UserError, match="flips: lite lightens ceilings, .* expected 1 or 2, got 4"):
+        combine([Corner(1), create_model("lite")], flips=4)
 
 
 def test_what_is_carried_up_is_float32_under_autocast():
