@@ -1,5 +1,5 @@
-// The expansion that networks' blocks begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads. And its
-// backward pass. Every sum has a fixed order: a block adds to its own slot, and slots are added up in order.
+// The expansion that networks' blocks begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads. And
+// its backward pass. Every sum has a fixed order: a block adds to its own slot, and slots are added up in order.
 #pragma once
 #include "common/cuda_depthwise.cuh"
 #include "common/cuda_norm.cuh"

@@ -61,14 +61,21 @@ inline int64_t size_for(int64_t gpu, [[maybe_unused]] int64_t emulated) {
   return gpu;
 }
 
+#ifndef AUTOHDR_EMULATION
+// Of the current GPU; what: it, for an error's text.
+inline int64_t attribute_of_gpu(cudaDeviceAttr attribute, const char* what) {
+  int device = 0, value = 0;
+  cuda_check(cudaGetDevice(&device), "the current GPU");
+  cuda_check(cudaDeviceGetAttribute(&value, attribute, device), what);
+  return value;
+}
+#endif
+
 inline int64_t multiprocessors() {
 #ifdef AUTOHDR_EMULATION
   return emulation::multiprocessors();
 #else
-  int device = 0, count = 0;
-  cuda_check(cudaGetDevice(&device), "the current GPU");
-  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of a GPU's multiprocessors");
-  return count;
+  return attribute_of_gpu(cudaDevAttrMultiProcessorCount, "the number of a GPU's multiprocessors");
 #endif
 }
 
@@ -77,11 +84,7 @@ inline int64_t most_shared() {
 #ifdef AUTOHDR_EMULATION
   return emulation::most_shared();
 #else
-  int device = 0, bytes = 0;
-  cuda_check(cudaGetDevice(&device), "the current GPU");
-  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "the shared memory of a GPU's blocks");
-  return bytes;
+  return attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, "the shared memory of a GPU's blocks");
 #endif
 }
 

@@ -232,9 +232,10 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
   const int64_t chunks = ceil_div(p.k * static_cast<int64_t>(sizeof(T)), kTileBytes),
                 pixel_tiles = ceil_div(p.pixels, kProductRows);
   const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes; };
+  const int64_t room = Epilogue::kGoesOn ? most_shared() : 0;
   // All of w, where as many blocks as otherwise share a multiprocessor's memory.
   const auto keeps = [&](int width) {
-    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(most_shared(), width * 576);
+    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 576);
   };
   const auto run = [&](auto kernel, int width, int threads) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,
