@@ -106,6 +106,12 @@ def causal_conv1d(batch: int, dim: int, seqlen: int, size: int) -> tuple[Work, W
     return Work(2 * size * e, fma=4 * e, special=2 * e), Work(3 * size * e, fma=12 * e, special=2 * e)
 
 
+def add_norm(rows: int, channels: int, size: int) -> tuple[Work, Work]:
+    """Forward and backward: stream (float32) and branch in, both out; with their outputs' gradients in, theirs out."""
+    e = rows * channels
+    return Work(2 * (4 + size) * e, fma=8 * e), Work(3 * (4 + size) * e, fma=20 * e)
+
+
 def mdta(channels: int, height: int, width: int, size: int) -> tuple[Work, Work]:
     """Forward and backward. x is read twice, since attention needs sums over the whole image; x and dy too on the way back.
     Attention and the output projection are one matrix an image."""

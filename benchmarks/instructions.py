@@ -539,6 +539,7 @@ def cases() -> list[tuple]:
 
     subjects = [*MODELS, *(("selective_scan", shape) for shape in problems.SCAN_SHAPES)]
     subjects += [("causal_conv1d", shape) for shape in problems.SCAN_SHAPES]
+    subjects += [("add_norm", shape) for shape in problems.NORM_SHAPES]
     return [(subject, size, mode, "bfloat16") for subject, size in subjects for mode in ("forward", "training")]
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from autohdr import kernels
 
 SCAN_SHAPES = [(1, 192, 4096), (2, 96, 9216), (1, 192, 147456), (8, 1536, 4096)]  # batch, dim, seqlen
 DSTATE = 16
+NORM_SHAPES = [(147456, 96), (36864, 192), (2304, 768)]  # rows, channels: levels of mamba_diffusion_large at 384×384
 COMPILED = "max-autotune-no-cudagraphs"  # graphs would copy x at every call, and hide their memory
 LEVELS = (48, 96, 192, 384)  # channels of restormer_base's levels, each at half the resolution of the one before
 NAFNET_LEVELS = (32, 64, 128, 256, 512)  # nafnet_32's
@@ -25,19 +27,20 @@ NAFNET_LEVELS = (32, 64, 128, 256, 512)  # nafnet_32's
 class Problem:
     """An op's call on tensors.
 
-    call(*tensors, backend=...): the op. tensors: its arguments, all of which get gradients. dy: the output's gradient.
+    call(*tensors, backend=...): the op. tensors: its arguments, all of which get gradients. dy: the gradient of what it returns.
     """
 
     op: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
-    dy: Tensor
+    dy: Tensor | tuple[Tensor, ...]
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        return replace(self, tensors=tuple(t.to(dtype) for t in self.tensors), dy=self.dy.to(dtype))
+        tensors, dy = tree_map(lambda t: t.to(dtype), (self.tensors, self.dy))
+        return replace(self, tensors=tensors, dy=dy)
 
     def runner(self, mode: str, column: str) -> Callable[[], list[Tensor]]:
-        """A function that returns [y] or, in mode training, the gradients of all tensors."""
+        """A function that returns the outputs or, in mode training, the gradients of all tensors."""
         call = functools.partial(self.call, backend="reference")
         if column == "compiled":
             torch.compiler.reset()  # each shape is compiled for itself
@@ -49,7 +52,7 @@ class Problem:
 
         def forward() -> list[Tensor]:
             with torch.inference_mode():
-                return [call(*self.tensors)]
+                return tree_leaves(call(*self.tensors))
 
         def training() -> list[Tensor]:
             leaves = [t.detach().requires_grad_() for t in self.tensors]
@@ -144,6 +147,15 @@ def causal_conv1d(batch: int, dim: int, seqlen: int, dtype: torch.dtype, device:
     x = randn(batch, seqlen, dim).to(dtype)
     call = functools.partial(kernels.causal_conv1d, layout="bld")
     return Problem("causal_conv1d", call, (x, randn(dim, 4) / 2, randn(dim) * 0.1), torch.randn_like(x))
+
+
+@_awkward((300, 48), (33, 37), (5, 1999))
+def add_norm(rows: int, channels: int, dtype: torch.dtype, device: str) -> Problem:
+    """As in MambaDiffusion under autocast: the stream is float32."""
+    randn = _generator(device)
+    parameters = [randn(channels) * 0.01, 0.5 + torch.rand(channels, device=device), randn(channels) * 0.1]
+    rows_of = [randn(rows, channels), randn(rows, channels).to(dtype)]
+    return Problem("add_norm", kernels.add_norm, (*rows_of, *parameters), tuple(map(torch.randn_like, rows_of)))
 
 
 @_awkward((37, 41, 0), (13, 21, 4), (3, 5, 6))

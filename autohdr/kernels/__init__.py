@@ -4,6 +4,7 @@
 """
 
 from autohdr.kernels import _extension, declare
+from autohdr.kernels.add_norm import add_norm
 from autohdr.kernels.apply_edit import apply_edit
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
@@ -14,6 +15,7 @@ from autohdr.kernels.selective_scan import selective_scan
 
 __all__ = [
     "OPS",
+    "add_norm",
     "apply_edit",
     "backends",
     "causal_conv1d",

@@ -189,8 +189,9 @@ class Block(nn.Module):
         both = self.ssm_forward(normed) + self.ssm_backward(normed)
         weight = self.channel_attn(_image(both, x))[:, None]
         local = _tokens(self.local_enhance(_image(normed, x)))
-        tokens = torch.addcmul(tokens, self.gamma1, torch.addcmul(local, both, weight))
-        tokens = torch.addcmul(tokens, self.gamma2, self.ffn(self.norm2(tokens)))
+        norm2, branch = reach(self.norm2, nn.LayerNorm), torch.addcmul(local, both, weight)
+        tokens, normed = kernels.add_norm(tokens, branch, self.gamma1, norm2.weight, norm2.bias, eps=norm2.eps)
+        tokens = torch.addcmul(tokens, self.gamma2, self.ffn(normed))
         return _image(tokens, x)
 
 

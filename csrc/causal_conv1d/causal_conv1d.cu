@@ -14,14 +14,14 @@
 #include "common/cuda_launch.cuh"
 #include "common/cuda_math.cuh"
 #include "common/cuda_sequence.cuh"
+#include "common/cuda_slots.cuh"
 
 namespace autohdr {
 namespace conv {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kRuns = 4;     // pieces of a thread, where tokens are neighbours
-constexpr int kChunk = 4;    // tokens loaded together, where channels are
-constexpr int kGroups = 32;  // of slots that a block of add_slots sums side by side
+constexpr int kRuns = 4;   // pieces of a thread, where tokens are neighbours
+constexpr int kChunk = 4;  // tokens loaded together, where channels are
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,34 +36,6 @@ struct Case {
   static constexpr int kForward = !Aligned && ChannelLast ? 2 : 16 / sizeof(T);
   static constexpr int kBackward = !Aligned && ChannelLast ? 1 : ChannelLast || !Aligned ? 4 : 16 / sizeof(T);
 };
-
-// v = elements [first, first + N) of a line of `extent`, zero where there are none.
-template <bool Aligned, int N, class T>
-__device__ __forceinline__ void load(const T* line, int64_t first, int64_t extent, float (&v)[N]) {
-  if constexpr (Aligned) {
-    Piece<T, N> piece = {};
-    if (first >= 0 && first < extent) piece = load_piece<N>(line + first);
-#pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = to_float(piece.v[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = first + k >= 0 && first + k < extent ? to_float(line[first + k]) : 0.0f;
-  }
-}
-
-template <bool Aligned, int N, class T>
-__device__ __forceinline__ void store(T* line, int64_t first, int64_t extent, const float (&v)[N]) {
-  if constexpr (Aligned) {
-    Piece<T, N> piece;
-#pragma unroll
-    for (int k = 0; k < N; ++k) piece.v[k] = from_float<T>(v[k]);
-    store_piece(line + first, piece);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k)
-      if (first + k >= 0 && first + k < extent) line[first + k] = from_float<T>(v[k]);
-  }
-}
 
 // A channel's taps, in the order of the tokens that they meet; zero in front of the first.
 template <int Width>
@@ -120,7 +92,7 @@ __device__ __forceinline__ void load_tokens(const typename C::T* line, int64_t b
 #pragma unroll
     for (int from = Lead ? -N : 0; from < Count - Lead; from += N) {
       float piece[N];
-      load<true>(line, C::Reverse ? seqlen - N - begin - from : begin + from, seqlen, piece);
+      load_line<true>(line, C::Reverse ? seqlen - N - begin - from : begin + from, seqlen, piece);
 #pragma unroll
       for (int k = 0; k < N; ++k)
         if (const int at = Lead + from + k; at >= 0 && at < Count) v[at] = piece[C::Reverse ? N - 1 - k : k];
@@ -139,7 +111,7 @@ __device__ __forceinline__ void store_tokens(typename C::T* line, int64_t begin,
   float ordered[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) ordered[k] = v[C::Reverse ? N - 1 - k : k];
-  store<C::Aligned>(line, C::Reverse ? seqlen - N - begin : begin, seqlen, ordered);
+  store_line<C::Aligned>(line, C::Reverse ? seqlen - N - begin : begin, seqlen, ordered);
 }
 
 template <class C>
@@ -236,10 +208,10 @@ struct Walk {
       : data(static_cast<typename C::T*>(x.data) + c.batch * x.batch + (s.reverse ? (s.seqlen - 1) * x.token : 0)),
         step(s.reverse ? -x.token : x.token), channel(c.channel), dim(s.dim) {}
   __device__ void load_token(int64_t token, bool real, float (&v)[N]) const {
-    load<C::Aligned>(data + token * step, channel, real ? dim : 0, v);
+    load_line<C::Aligned>(data + token * step, channel, real ? dim : 0, v);
   }
   __device__ void store_token(int64_t token, const float (&v)[N]) const {
-    store<C::Aligned>(data + token * step, channel, dim, v);
+    store_line<C::Aligned>(data + token * step, channel, dim, v);
   }
 };
 
@@ -364,25 +336,18 @@ __global__ void __launch_bounds__(kThreads) backward_channels(ConvBackward a, fl
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// d_weight and d_bias: a block sums 32 elements over the slots, kGroups slots side by side.
-__global__ void __launch_bounds__(32 * kGroups) add_slots(ConvBackward a, const float* slots, int64_t count) {
-  __shared__ double partial[kGroups][32];
-  const ConvShape& s = a.shape;
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t i = int64_t{blockIdx.x} * 32 + lane, size = (s.width + 1) * s.dim;
-  double sum = 0;
-  if (i < size)
-    for (int64_t k = group; k < count; k += kGroups) sum += slots[k * size + i];
-  partial[group][lane] = sum;
-  __syncthreads();
-  if (group || i >= size) return;
-  for (int k = 1; k < kGroups; ++k) sum += partial[k][lane];
-  const int64_t j = i / s.dim, channel = i % s.dim;
-  if (j < s.width)
-    a.d_weight[channel * s.width + j] = static_cast<float>(sum);
-  else if (a.d_bias)
-    a.d_bias[channel] = static_cast<float>(sum);
-}
+// Where a sum over the slots [tap, bias][channel] goes.
+struct PutGradient {
+  float *d_weight, *d_bias;
+  int64_t dim, width;
+  __device__ void operator()(int64_t i, float sum) const {
+    const int64_t j = i / dim, channel = i % dim;
+    if (j < width)
+      d_weight[channel * width + j] = sum;
+    else if (d_bias)
+      d_bias[channel] = sum;
+  }
+};
 
 // Tokens that a thread walks where channels are neighbours: few enough for 2^17 threads, some hundred for every multiprocessor,
 // and many beside those that two neighbours both read.
@@ -466,7 +431,7 @@ int64_t queue(const ConvBackward& a, void* memory, cudaStream_t stream) {
                slots);
     }
   });
-  if (memory) launch(conv::add_slots, dim3(conv::ceil_div(size, 32)), dim3(32 * conv::kGroups), 0, stream, a, slots, count);
+  if (memory) sum_slots(slots, count, size, conv::PutGradient{a.d_weight, a.d_bias, s.dim, s.width}, stream);
   return count * size * static_cast<int64_t>(sizeof(float));
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "common/cuda_math.cuh"
 #include "common/sequence.h"
 
 namespace autohdr {
@@ -66,6 +67,34 @@ __device__ __forceinline__ void store_piece(T* at, const Piece<T, N>& piece) {
   std::conditional_t<sizeof piece == 16, uint4, uint2> word;
   memcpy(&word, &piece, sizeof word);
   store_word(at, word);
+}
+
+// v = elements [first, first + N) of a line of `extent`, zero where there are none.
+template <bool Aligned, int N, class T>
+__device__ __forceinline__ void load_line(const T* line, int64_t first, int64_t extent, float (&v)[N]) {
+  if constexpr (Aligned) {
+    Piece<T, N> piece = {};
+    if (first >= 0 && first < extent) piece = load_piece<N>(line + first);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = to_float(piece.v[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = first + k >= 0 && first + k < extent ? to_float(line[first + k]) : 0.0f;
+  }
+}
+
+template <bool Aligned, int N, class T>
+__device__ __forceinline__ void store_line(T* line, int64_t first, int64_t extent, const float (&v)[N]) {
+  if constexpr (Aligned) {
+    Piece<T, N> piece;
+#pragma unroll
+    for (int k = 0; k < N; ++k) piece.v[k] = from_float<T>(v[k]);
+    store_piece(line + first, piece);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (first + k >= 0 && first + k < extent) line[first + k] = from_float<T>(v[k]);
+  }
 }
 
 }  // namespace autohdr

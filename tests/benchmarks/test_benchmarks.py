@@ -520,7 +520,7 @@ def test_gpu_check_keeps_what_was_done_before_it_was_killed(check_gpu, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         check_gpu("--only", "bench")
     results = json.loads((tmp_path / "h200.json").read_text())
-    done = ["apply_edit", "causal_conv1d", "gdfn", "machine"]
+    done = ["add_norm", "apply_edit", "causal_conv1d", "gdfn", "machine"]
     assert list(results["checks"]) == ["backends", *(f"bench {name}" for name in done)]
     assert results["rows"] == [row(name) for name in done]
 

@@ -74,6 +74,15 @@ def causal_conv1d_calls():
             yield "backward", (x, *arguments)
 
 
+def add_norm_calls():
+    """Rows of which a program takes many, and the longest."""
+    for channels, dtype in ((96, torch.bfloat16), (96, torch.float32), (4096, torch.bfloat16)):
+        rows, parameters = torch.zeros(100, channels), [torch.zeros(channels)] * 3
+        arguments = rows, rows.to(dtype), *parameters, 1e-5
+        yield "forward", arguments
+        yield "backward", (rows, rows.to(dtype), *arguments)
+
+
 def apply_edit_calls():
     """With a grid and without, and a photo's samples."""
     edit = torch.zeros(1, 3, 33), torch.zeros(1, 3, 4)

@@ -198,8 +198,8 @@ class Copies(TorchDispatchMode):
     ("dtype", "forward", "backward"),
     [
         (torch.float32, [], [40 * 4] * 2),  # what x_proj's gradient is put together from
-        # Under autocast: each norm's output once, and Δ, which stays float32.
-        (torch.bfloat16, [16 * 2] * 2 + [4] * 2, [16 * 2] * 2 + [16 * 4] * 2 + [2] * 2 + [40 * 2] * 2),
+        # Under autocast: the first norm's output, and Δ, which stays float32.
+        (torch.bfloat16, [16 * 2] + [4] * 2, [16 * 2] + [16 * 4] + [2] * 2 + [40 * 2] * 2),
     ],
     ids=["float32", "autocast"],
 )
