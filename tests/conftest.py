@@ -40,9 +40,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def nan_in_empty():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # What torch.use_deterministic_algorithms does, but for an import of PyTorch's compiler: a second of every process.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()
     _C.poison_scratch(True), _C_arrays.poison_scratch(True)
     yield
     _C.poison_scratch(False), _C_arrays.poison_scratch(False)
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
