@@ -9,10 +9,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/cuda_launch.cuh"
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 
 #ifdef AUTOHDR_EMULATION
 // 2^(exponent of v - bits); 0 for 0.
-inline double unit_below(double v, int bits) {
+AUTOHDR_UNCHECKED inline double unit_below(double v, int bits) {
   uint64_t word;
   memcpy(&word, &v, sizeof v);
   const uint64_t exponent = word >> 52 & 2047, unit = exponent > uint64_t(bits) ? exponent - bits << 52 : 0;
@@ -75,36 +75,52 @@ inline double unit_below(double v, int bits) {
   return v;
 }
 
+// v without what lies below the unit, a power of two.
+AUTOHDR_UNCHECKED inline double cut(double v, double unit) {
+  return static_cast<double>(static_cast<int64_t>(v * (1 / unit))) * unit;
+}
+
 // The number whose bits in float16 are the low ones; cuda_fp16.h takes ten times as long on a CPU.
-inline float from_half(uint32_t bits) {
+AUTOHDR_UNCHECKED inline float from_half(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
   const float size = rest < 0x0f800000 ? __uint_as_float(rest) * 0x1p112f : __uint_as_float(rest | 0x7f800000);
   return __uint_as_float(__float_as_uint(size) | sign);
 }
 
-// d += A·B, where products(a, b) are those of the elements that two registers hold. As A100's tensor cores are found to do it (Fasi,
-// Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021): half of the products at a time, they and d cut to one
-// bit below the largest one's last as a float, added exactly, the sum cut to a float.
-template <class Products>
-__attribute__((no_sanitize("address", "alignment", "bounds")))  // which take most of its time, and it reads no kernel's memory
-void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Products& products) {
+// The elements that a register holds: two, or one of TF32 and a zero.
+template <class T>
+AUTOHDR_UNCHECKED void elements(uint32_t bits, double (&out)[2]) {
+  if constexpr (std::is_same_v<T, float>)
+    out[0] = __uint_as_float(bits), out[1] = 0;
+  else if constexpr (std::is_same_v<T, __half>)
+    out[0] = from_half(bits), out[1] = from_half(bits >> 16);
+  else
+    out[0] = __uint_as_float(bits << 16), out[1] = __uint_as_float(bits & ~0xffffu);
+}
+
+// d += A·B. As A100's tensor cores are found to do it (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores,
+// 2021): half of the products at a time, they and d cut to one bit below the largest one's last as a float, added exactly, the sum
+// cut to a float.
+template <class T>
+AUTOHDR_UNCHECKED void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
     uint32_t a[4], b[2];
   };
   unsigned mask = ~0u;
   const Operands* lanes = emulation::exchange(mask, Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   const int lane = threadIdx.x % 32;
-  const auto cut = [](double v, double unit) { return static_cast<double>(static_cast<int64_t>(v / unit)) * unit; };
-  for (int e = 0; e < 4; ++e)
-    for (int part = 0; part < 2; ++part) {
-      double terms[9] = {d[e]}, largest = std::fabs(d[e]), all = largest, sum = 0;
+  for (int part = 0; part < 2; ++part) {
+    double rows[2][4][2], columns[2][4][2];  // of this lane's d
+    for (int i = 0; i < 2; ++i)
       for (int k = 0; k < 4; ++k) {
-        const Operands &left = lanes[(lane & ~3) + k], &right = lanes[(lane % 4 * 2 + e % 2) * 4 + k];
-        const auto two = products(left.a[part * 2 + e / 2], right.b[part]);
-        for (int i = 0; i < 2; ++i) {
-          const double term = terms[1 + 2 * k + i] = two[i], size = std::fabs(term);
-          largest = size > largest ? size : largest, all += size;
-        }
+        elements<T>(lanes[(lane & ~3) + k].a[part * 2 + i], rows[i][k]);
+        elements<T>(lanes[(lane % 4 * 2 + i) * 4 + k].b[part], columns[i][k]);
+      }
+    for (int e = 0; e < 4; ++e) {
+      double terms[9] = {d[e]}, largest = std::fabs(d[e]), all = largest, sum = 0;
+      for (int k = 0; k < 8; ++k) {
+        const double term = terms[1 + k] = rows[e / 2][k / 2][k % 2] * columns[e % 2][k / 2][k % 2], size = std::fabs(term);
+        largest = size > largest ? size : largest, all += size;
       }
       if (!std::isfinite(all)) {
         for (const double term : terms) sum += term;
@@ -115,32 +131,24 @@ void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
         d[e] = static_cast<float>(last > 0 ? cut(sum, last) : sum);
       }
     }
+  }
 }
-#define AUTOHDR_MMA(instruction, ...) emulate_mma(d, a, b, __VA_ARGS__)
-using Products = std::array<double, 2>;
+#define AUTOHDR_MMA(instruction, T) emulate_mma<T>(d, a, b)
 #else
-#define AUTOHDR_MMA(instruction, ...)                                                         \
+#define AUTOHDR_MMA(instruction, T)                                                           \
   asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #endif
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
-  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", [](uint32_t x, uint32_t y) {
-    return Products{double{__uint_as_float(x << 16)} * __uint_as_float(y << 16),
-                    double{__uint_as_float(x & ~0xffffu)} * __uint_as_float(y & ~0xffffu)};
-  });
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", __nv_bfloat16);
 }
-
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
-  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", [](uint32_t x, uint32_t y) {
-    return Products{double{from_half(x)} * from_half(y), double{from_half(x >> 16)} * from_half(y >> 16)};
-  });
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", __half);
 }
-
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  AUTOHDR_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-              [](uint32_t x, uint32_t y) { return Products{double{__uint_as_float(x)} * __uint_as_float(y)}; });
+  AUTOHDR_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", float);
 }
 #undef AUTOHDR_MMA
 

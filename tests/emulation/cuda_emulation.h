@@ -48,6 +48,9 @@
 #undef __forceinline__
 #define __forceinline__ inline
 
+// For what takes most of the time and reads no kernel's memory: optimised, and without the sanitizers' checks.
+#define AUTOHDR_UNCHECKED __attribute__((no_sanitize("address", "alignment", "bounds"), optimize("O2")))
+
 // Saves this stack's pointer to *from, goes on with the stack `to`.
 extern "C" void autohdr_switch_stack(void** from, void* to);
 asm(R"(
@@ -97,11 +100,13 @@ struct Fiber {
   int warp = 0, lane = 0;
   std::vector<Copy> copies;  // that have not arrived
   int group = 0;             // of copies, that comes next
+  Fiber* next = nullptr;     // that waits at the same barrier
 };
 
 struct Barrier {
   unsigned generation = 0;
-  std::vector<Fiber*> waiting;
+  int waiting = 0;
+  Fiber* last = nullptr;  // that has come
 };
 
 // The shuffles of one mask: what the lanes bring to this one, and to the one before, which some may not have read yet. A shuffle
@@ -113,12 +118,14 @@ struct Exchange {
 
 struct Warp {
   unsigned lanes = 0;  // that the block has
-  std::map<unsigned, Exchange> exchanges;
+  Exchange whole;
+  std::map<unsigned, Exchange> parts;  // by mask
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  Fiber* ready[1024];
+  int ready_count = 0;
   std::vector<Warp> warps;
   Barrier barrier;
   int threads = 0, returned = 0, predicates[2] = {};
@@ -134,13 +141,13 @@ struct Block {
 inline Block block;
 inline Fiber* self = &block.launcher;
 
-inline void resume(Fiber& next) {
+AUTOHDR_UNCHECKED inline void resume(Fiber& next) {
   Fiber& from = *self;
   self = &next;
   if (&next != &from) autohdr_switch_stack(&from.sp, next.sp);
 }
 
-inline uint64_t draw() {
+AUTOHDR_UNCHECKED inline uint64_t draw() {
   block.random = block.random * 6364136223846793005u + 1442695040888963407u;
   return block.random >> 33;
 }
@@ -155,36 +162,37 @@ inline void fail(const std::string& what) {
 }
 
 // Goes on with another fiber.
-inline void wait() {
-  if (block.ready.empty())
-    return fail("deadlock: " + std::to_string(block.barrier.waiting.size()) + " of " + std::to_string(block.threads) +
+AUTOHDR_UNCHECKED inline void wait() {
+  if (!block.ready_count)
+    return fail("deadlock: " + std::to_string(block.barrier.waiting) + " of " + std::to_string(block.threads) +
                 " threads wait at __syncthreads, " + std::to_string(block.returned) +
                 " have returned, the others wait for their warp");
-  Fiber*& chosen = block.ready[block.seed ? draw() % block.ready.size() : block.ready.size() - 1];
+  Fiber*& chosen = block.ready[block.seed ? draw() % block.ready_count : block.ready_count - 1];
   Fiber* next = chosen;
-  chosen = block.ready.back();
-  block.ready.pop_back();
+  chosen = block.ready[--block.ready_count];
   resume(*next);
 }
 
-inline void arrive(Barrier& barrier, size_t expected) {
-  barrier.waiting.push_back(self);
-  if (barrier.waiting.size() == expected) {
+AUTOHDR_UNCHECKED inline void arrive(Barrier& barrier, int expected) {
+  self->next = barrier.last;
+  barrier.last = self;
+  if (++barrier.waiting == expected) {
     ++barrier.generation;
-    block.ready.insert(block.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
-    barrier.waiting.clear();
+    for (Fiber* fiber = barrier.last; fiber; fiber = fiber->next) block.ready[block.ready_count++] = fiber;
+    barrier.last = nullptr;
+    barrier.waiting = 0;
   }
   wait();
 }
 
 // Waits for all lanes of the mask; what each of them brought.
 template <class T>
-const T* exchange(unsigned& mask, const T& value) {
+AUTOHDR_UNCHECKED const T* exchange(unsigned& mask, const T& value) {
   static_assert(sizeof(T) * kWarp <= sizeof Exchange::slots[0] && std::is_trivially_copyable_v<T>);
   Warp& warp = block.warps[self->warp];
   mask &= warp.lanes;
   if (!(mask >> self->lane & 1)) fail("a lane is not in the mask of its own warp function");
-  Exchange& e = warp.exchanges[mask];
+  Exchange& e = mask == warp.lanes ? warp.whole : warp.parts[mask];
   T* slots = reinterpret_cast<T*>(e.slots[e.barrier.generation % 2]);
   slots[self->lane] = value;
   arrive(e.barrier, __builtin_popcount(mask));
@@ -193,7 +201,7 @@ const T* exchange(unsigned& mask, const T& value) {
 
 // The value of lane `source`, the caller's own if not `inside` its segment, NaN from a lane that takes no part.
 template <class T>
-T shuffle(unsigned mask, T value, int source, bool inside) {
+AUTOHDR_UNCHECKED T shuffle(unsigned mask, T value, int source, bool inside) {
   const T* values = exchange(mask, value);
   if (!inside) return value;
   if (mask >> source & 1) return values[source];
@@ -229,7 +237,7 @@ inline void wait_for_copies(int left) {
 
 inline int count_predicates(bool predicate) {
   int& count = block.predicates[block.barrier.generation % 2];
-  block.predicates[1 - block.barrier.generation % 2] *= !block.barrier.waiting.empty();
+  block.predicates[1 - block.barrier.generation % 2] *= block.barrier.waiting > 0;
   count += predicate;
   arrive(block.barrier, block.threads);
   const int result = count;
@@ -285,13 +293,13 @@ inline void run_block() {
   for (int i = b.threads; i-- > 0;) {
     b.fibers[i].copies.clear();
     b.fibers[i].group = 0;
-    b.ready.push_back(&b.fibers[i]);
+    b.ready[b.ready_count++] = &b.fibers[i];
   }
   wait();  // until all threads have returned, or one has failed
   if (b.error.empty()) return;
   for (Fiber& f : b.fibers) prepare(f);
-  b.ready.clear();
-  b.barrier.waiting.clear();
+  b.ready_count = 0;
+  b.barrier = {};
   b.warps.clear();
 }
 
@@ -455,12 +463,12 @@ inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned by) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline float __uint_as_float(unsigned x) {
+AUTOHDR_UNCHECKED inline float __uint_as_float(unsigned x) {
   float f;
   memcpy(&f, &x, sizeof f);
   return f;
 }
-inline unsigned __float_as_uint(float x) {
+AUTOHDR_UNCHECKED inline unsigned __float_as_uint(float x) {
   unsigned u;
   memcpy(&u, &x, sizeof u);
   return u;

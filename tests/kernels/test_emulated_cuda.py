@@ -12,12 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import build
 
 HERE = Path(__file__).parent
-PARTS = {"mdta": 2}
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
-CASES = [(op, f"{i}/{PARTS.get(op, 1)}") for op in OPS if "cuda" in OPS[op] for i in range(PARTS.get(op, 1))]
 
 
-@pytest.mark.parametrize(("op", "part"), CASES)
-def test_op(op, part):
-    with unless_passed(KERNELS, "emulated", op, part):
-        run_tests(HERE / f"test_{op}.py", "-s", env=build.environment(), part=part)
+@pytest.mark.parametrize("op", [op for op in OPS if "cuda" in OPS[op]])
+def test_op(op):
+    with unless_passed(KERNELS, "emulated", op):
+        run_tests(HERE / f"test_{op}.py", "-s", env=build.environment())
