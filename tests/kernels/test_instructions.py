@@ -17,7 +17,12 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc"),
 ]
-EVERY_KERNEL = [pytest.param(s, a, id=f"{s.stem}-{a}") for s in SOURCES for a in ARCHITECTURES]
+# Each file is compiled for the two architectures in turn, so that the files of an op have both; the other halves are drills.
+EVERY_KERNEL = [
+    pytest.param(s, a, id=f"{s.stem}-{a}", marks=[pytest.mark.drill] * ((i + j) % 2))
+    for i, s in enumerate(SOURCES)
+    for j, a in enumerate(ARCHITECTURES)
+]
 FILES = ["csrc", "benchmarks/machine_code.py", "tests/kernels/test_instructions.py"]
 
 SPILLING = """
