@@ -24,7 +24,7 @@ if ISA in _C.build_info()["cpu_isas_here"]:
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items):
     """Long tests come first and one by one, all others file by file: a fixture may serve a whole file. Of a test with several
-    parameters coverage traces the first, since tracing slows all Python down."""
+    parameters coverage traces the first, and of long ones none, since tracing slows all Python down."""
     part, parts = map(int, os.environ.get("AUTOHDR_TEST_PART", "0/1").split("/"))
     items[:] = items[part::parts]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
         if not item.get_closest_marker("long"):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
         name = item.nodeid.partition("[")[0]
-        if name in traced:
+        if name in traced or item.get_closest_marker("long"):
             item.add_marker(pytest.mark.no_cover)
         traced.add(name)
 
