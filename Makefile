@@ -60,7 +60,7 @@ test-long: install
 check: install lint
 	$(PYTEST) -m "not drill and not long" tests/kernels tests/models tests/test_cli.py tests/test_doctor.py
 
-# Faults at full length: kills, spikes, resumed runs. docs/reliability.md has the figures.
+# Faults at full length (kills, spikes, resumed runs: docs/reliability.md has the figures), and kernels for the architectures left out.
 drills: install
 	$(BIN)/python -m pytest -m drill
 

@@ -490,6 +490,7 @@ def test_progress_is_a_line_now_and_then_elsewhere(capsys, monkeypatch):
     with progress_module.Progress(3) as progress:
         progress.step(0.5)
         while "1/3" not in lines and time.monotonic() < until:
+            time.sleep(0.01)
             lines += capsys.readouterr().err
     assert re.fullmatch(r"(enhance: [01]/3 photos, \d+\.\d MP/s, (-|\d+:\d+) left\n)+", lines)
 

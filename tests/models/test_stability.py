@@ -36,13 +36,13 @@ def batch():
 
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_300_steps_at_the_original_learning_rate(precision):
+def test_100_steps_at_the_original_learning_rate(precision):
     """Finite throughout, and the loss falls below a third, without warm-up or clipping."""
     model, (source, target) = network(levels=1), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "float16")
     losses, skipped = [], 0
-    for _ in range(300):
+    for _ in range(100):
         with torch.autocast("cpu", getattr(torch, precision), enabled=precision != "float32"):
             output = model(source)
         loss = (output.float() - target).abs().mean()
