@@ -88,7 +88,7 @@ def test_a_lock_that_is_held_never_looks_free(tmp_path):
 
     reader = threading.Thread(target=look)
     reader.start()
-    for _ in range(3000):
+    for _ in range(300):
         held._sign()
     written.set()
     reader.join()
