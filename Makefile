@@ -41,7 +41,7 @@ model: install
 	$(BIN)/python -m autohdr.train.lite
 
 # A process a core, of one thread each; tests of several threads ask for them. What a test starts in another process is not counted
-# in the figure of coverage.
+# in the figure of coverage. test-all takes test-long's with it, and leaves lint out.
 test: install lint
 test-all: install
 test: TESTS = not drill and not long
