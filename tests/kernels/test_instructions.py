@@ -17,11 +17,14 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(build.toolkit() is None or shutil.which("g++") is None, reason="there is no nvcc"),
 ]
-# Each file is compiled for the two architectures in turn, so that the files of an op have both; the other halves are drills.
+# For sm_90, where code is counted, all but float16, which is bfloat16's source with another type; for sm_80 a source of each op.
+# The others are drills.
+HALVES = {"gdfn_f16", "mdta_f16", "nafblock_f16"}
+TAKEN = {"sm_80": HALVES | {"apply_edit", "causal_conv1d", "selective_scan_fwd"}, "sm_90": {s.stem for s in SOURCES} - HALVES}
 EVERY_KERNEL = [
-    pytest.param(s, a, id=f"{s.stem}-{a}", marks=[pytest.mark.drill] * ((i + j) % 2))
-    for i, s in enumerate(SOURCES)
-    for j, a in enumerate(ARCHITECTURES)
+    pytest.param(s, a, id=f"{s.stem}-{a}", marks=[] if s.stem in TAKEN[a] else [pytest.mark.drill])
+    for s in SOURCES
+    for a in ARCHITECTURES
 ]
 FILES = ["csrc", "benchmarks/machine_code.py", "tests/kernels/test_instructions.py"]
 
