@@ -361,6 +361,7 @@ def enhance(
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     max_memory: str | None = None,
+    cuda_graphs: Annotated[bool, FlagCreatePairsOff] = False,
     json: Annotated[bool, FlagCreatePairsOff] = False,
     verbose: Annotated[bool, FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
@@ -400,6 +401,8 @@ def enhance(
         max_memory: What the process may hold at most, such as 3GB; on a GPU, what its tensors may. A Restormer or a NAFNet works
             in strips where it needs to, with the same result; a photo that needs more even so has failed. By default nine tenths
             of what is free.
+        cuda_graphs: Replay the network's pass as a CUDA graph where images of one size follow each other: for small ones, as of
+            --fast, whose kernels take less time than their launches.
         json: Print what became of the photos as JSON, instead of a line.
         verbose: Print the plan of each photo that does not fit in memory whole: strips, files, expected memory and time.
     """
@@ -421,7 +424,7 @@ def enhance(
         network, where = None if auto_tone else shipped(), "cpu"  # without PyTorch, whose start takes longer than many photos
     else:
         network, where = None if auto_tone else model.load(), pick_device(device)
-    settings = {"device": where, "precision": precision, "strength": strength, "max_memory": limit}
+    settings = {"device": where, "precision": precision, "strength": strength, "max_memory": limit, "cuda_graphs": cuda_graphs}
     settings |= {"quality": quality, "keep_damaged": damaged == "keep", "keep_white_balance": keep_white_balance}
     settings |= {"format": format, "depth": depth, "subsampling": subsampling or "", "strip": strip or ""}
     if out is None:

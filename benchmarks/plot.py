@@ -26,6 +26,7 @@ BACKENDS = (
     "triton",
     "compiled",
     "checkpointed",
+    "graph",
     "mamba-ssm",
     "parallel",
     "associative_scan",

@@ -85,7 +85,14 @@ def _error(row: dict | None) -> str:
     return f"{row['error']:.0e}" if row and "error" in row else MISSING
 
 
-IMAGES = {"reference": "eager", "compiled": "torch.compile", "checkpointed": "checkpointed", "triton": "triton", "cuda": "cuda"}
+IMAGES = {
+    "reference": "eager",
+    "compiled": "torch.compile",
+    "checkpointed": "checkpointed",
+    "triton": "triton",
+    "cuda": "cuda",
+    "graph": "cuda, as a CUDA graph",
+}
 SCAN_COLUMNS = SCANS | {name: name for name in ("mamba.py", "mamba-ssm", "triton", "cuda")}
 SIDES = ((384, 384), (896, 896), (2192, 3296))
 CHANNELS = (48, 96, 192, 384)

@@ -12,6 +12,7 @@ import pillow_heif
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
+from recorded_graphs import recorded  # noqa: F401  a fixture
 from torch import nn
 
 from autohdr import measure as measuring
@@ -24,7 +25,8 @@ from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
 from autohdr.measure import resident_bytes
 from autohdr.metrics import srgb_to_lab
-from autohdr.models import combine, create_model, load_checkpoint, save_weights
+from autohdr.models import Bridge, Sampler, combine, create_model, load_checkpoint, save_weights
+from autohdr.models.graphs import REPEATS
 from autohdr.models.tiling import in_strips, rows_in_strips
 from autohdr.plan import plan
 
@@ -492,6 +494,47 @@ def test_each_view_of_a_photo_goes_in_strips_where_it_must(tmp_path, monkeypatch
     assert np.abs(whole - limited).max() <= 1 < np.ptp(whole)
     with pytest.raises(UserError, match="max_memory is for networks that work in strips, as a Restormer does, got SelfEnsemble"):
         Enhancer(combine([create_model("lite")], flips=2), max_memory=limit)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fast": True}, {"flips": 2}])
+def test_photos_of_one_size_replay_a_graph(tmp_path, recorded, settings):  # noqa: F811
+    side = 64 if settings.get("fast") else 13
+    for number in range(REPEATS + 3):
+        save(tmp_path / f"in/{number}.png", side, side, depth=16)
+    save(tmp_path / "in/other.png", side + 3, side, depth=16)
+    torch.manual_seed(0)
+    network = create_model("restormer_nano", dim=8)
+    model, calls = combine([network], **settings), settings.get("flips", 1)
+    run([tmp_path / "in"], tmp_path / "plain", model)
+    run([tmp_path / "in"], tmp_path / "graphs", model, cuda_graphs=True)
+    assert [graph.replays for graph in recorded] == [2 + calls * (REPEATS + 3) - REPEATS]
+    for name in written(tmp_path / "plain"):
+        plain, replayed = (read_samples(tmp_path / folder / name).astype(int) for folder in ("plain", "graphs"))
+        assert np.abs(plain - replayed).max() <= 1 < np.ptp(plain)
+
+
+def test_a_graphs_memory_is_free_for_strips(recorded):  # noqa: F811
+    model = create_model("restormer_nano", dim=8)
+    found, image = Enhancer(model, cuda_graphs=True).networks, torch.rand(1, 3, 13, 13)
+    with found.inference():
+        for _ in range(REPEATS + 1):
+            found._pass(model, image)
+    assert found._fits(model, image, 1, resident_bytes() + 10**9) and found._graphed._graph
+    assert not found._fits(model, image, 1, resident_bytes()) and not found._graphed._graph
+
+
+def test_graphs_of_what_has_none_are_refused():
+    network, time = create_model("restormer_nano", dim=8), {"time_embedding": True}
+    sampler = Sampler(create_model("mamba_diffusion_nano", **time), Bridge())
+    for model, reason in [
+        (None, "networks that make photos, got the auto-tone"),
+        (create_model("lite"), "networks that make photos, got Lite"),
+        (combine([network, network]), "expected one network, got 2"),
+        (sampler, "expected a model that makes a photo in one pass, got a diffusion bridge"),
+        (network, "expected a GPU, got device 'cpu'"),
+    ]:
+        with pytest.raises(UserError, match=f"cuda_graphs.* {reason}"):
+            Enhancer(model, cuda_graphs=True)
 
 
 class Plain(nn.Module):

@@ -50,13 +50,16 @@ class Enhancer(Settings):
     max_memory: bytes that the process may hold (on a GPU: its tensors there), for a network that works in strips, as a Restormer
     does, with the same pixels as a result. By default nine tenths of what is free. Strips, which cost more time, are for photos
     that would not fit whole. What an encoder takes by itself is not counted.
+    cuda_graphs: replay CUDA graphs of networks where images of one size repeat, as models.graphs has it: for small images, in
+    which the GPU would wait for launches. Not for strips, nor for a model that predicts an edit.
     save_edit: keep what a model predicts, as `lite` does, in Work.edit.
     keep_white_balance: of what a model predicts, make what leaves a neutral grey neutral: edits.neutral.
     reserved: bytes of what is free that are left to others; 0 at first.
 
     An Enhancer can be pickled, its model with it, for processes that each have their own; called, it takes batches of photos.
     UserError: a strength, quality or precision out of range; a format, a depth in it, a subsampling or what to strip that there
-    is not; save_edit and a model that predicts no edit; max_memory and another one than a network that works in strips.
+    is not; save_edit and a model that predicts no edit; max_memory and another one than a network that works in strips;
+    cuda_graphs on a CPU, for several networks, for a bridge's sampler, and for a model that predicts an edit.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Enhancer(Settings):
         strip: str = "",
         keep_damaged: bool = False,
         max_memory: int | None = None,
+        cuda_graphs: bool = False,
     ):
         if isinstance(model, str | Path):
             from autohdr.models import load_checkpoint
@@ -87,9 +91,11 @@ class Enhancer(Settings):
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"quality must be from 1 to 100, got {quality}")
         check_conversion(format, depth, subsampling, strip)
-        super().__init__(str(device), precision, strength, format, depth, max_memory)
+        super().__init__(str(device), precision, strength, format, depth, max_memory, cuda_graphs)
         self.save_edit, self.keep_white_balance, self.keep_damaged = save_edit, keep_white_balance, keep_damaged
         self.quality, self.subsampling, self.strip = quality, subsampling, strip
+        if cuda_graphs and (model is None or isinstance(model, Predictor)):
+            raise UserError(f"cuda_graphs is for networks that make photos, got {_kind(model)}")
         self.model, self.networks = model, None
         if not (isinstance(model, ArrayLite) or model is None and self.on_cpu and precision == "float32"):
             from autohdr.enhance.networks import Networks

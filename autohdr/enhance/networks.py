@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,6 +15,7 @@ from autohdr.enhance.work import PhotoRows, Settings, Work
 from autohdr.errors import UserError
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models.combined import LEAST, Combined, Reduced
+from autohdr.models.graphs import Graphed
 from autohdr.models.network import Network
 from autohdr.models.tiling import Rows, in_strips, most_bytes, rows_in_strips, works_in_strips
 from autohdr.plan import IMAGES, PARAMETERS, plan
@@ -33,8 +34,10 @@ class Networks:
     def __init__(self, settings: Settings, model: nn.Module | None):
         self.settings, self.device = settings, torch.device(settings.device)
         self.model = model.eval().to(self.device) if model is not None else None
-        self.strips = all(map(works_in_strips, model.parts() if isinstance(model, Combined) else [model]))
+        parts = model.parts() if isinstance(model, Combined) else [model]
+        self.strips = all(map(works_in_strips, parts))
         self.by_rows = works_in_strips(model) or isinstance(model, Reduced)
+        self._graphed = _graphed(parts, self.device) if settings.cuda_graphs else None
         self._plans: dict[tuple[int, int], int] = {}
 
     def image(self, pixels: np.ndarray) -> Tensor:
@@ -69,7 +72,10 @@ class Networks:
 
     def _output(self, image: Tensor) -> Tensor:
         assert self.model is not None
-        return self.model.over(image, self._part) if isinstance(self.model, Combined) else self.model(image)
+        return self.model.over(image, self._part) if isinstance(self.model, Combined) else self._pass(self.model, image)
+
+    def _pass(self, network: nn.Module, image: Tensor) -> Tensor:
+        return (self._graphed or network)(image)
 
     def _within_memory(self, model: Network, work: Work) -> None:
         """The whole photo at once where that fits, else in strips."""
@@ -99,7 +105,7 @@ class Networks:
         """One network of several, or one view of a photo: whole where that fits, else in strips. others: bytes left to them."""
         limit = self._limit() - others
         if not works_in_strips(model) or self._fits(model, view, 2, limit):  # its result, and the sum of all
-            return model(view)
+            return self._pass(model, view)
         return in_strips(model, view, limit)
 
     def _limit(self) -> int:
@@ -110,6 +116,8 @@ class Networks:
     def _fits(self, model: Network, image: Tensor | Rows, images: int, limit: int) -> bool:
         """images: of its size, in floating point, that are held besides."""
         height, width = image.shape[-2:]
+        if self._graphed:
+            images += 4  # that a graph reads and writes, and is compared with
         left = limit - resident_bytes(self.device) - images * 12 * height * width
         if most_bytes(model, image) <= left:
             return True
@@ -117,7 +125,10 @@ class Networks:
             parts = plan(model, (height, width), 1, self.settings.precision, device=self.device).parts
             needed = sum(size for part, size in parts.items() if part not in (PARAMETERS, IMAGES))
             self._plans[height, width] = math.ceil(PLANNED_TOO_LITTLE * needed)
-        return self._plans[height, width] <= left
+        fits = self._plans[height, width] <= left
+        if not fits and self._graphed:
+            self._graphed.release()  # strips are planned for all that is free
+        return fits
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -127,6 +138,16 @@ class Networks:
             torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32"),
         ):
             yield
+
+
+def _graphed(parts: Sequence[nn.Module | None], device: torch.device) -> Graphed:
+    network = parts[0]
+    assert network is not None
+    if len(parts) > 1:
+        raise UserError(f"cuda_graphs: expected one network, got {len(parts)}, each of which would keep the memory of a pass")
+    if getattr(network, "steps", None) is not None:
+        raise UserError("cuda_graphs: expected a model that makes a photo in one pass, got a diffusion bridge")
+    return Graphed(network, device)
 
 
 class TensorRows(PhotoRows):

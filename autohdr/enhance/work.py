@@ -22,6 +22,7 @@ class Settings:
     format: str
     depth: int | None
     max_memory: int | None
+    cuda_graphs: bool = False
     reserved: int = 0
 
     @property

@@ -22,7 +22,7 @@ from autohdr.train.optimizers import PACKAGE
 from autohdr.train.schedule import stages
 
 _FREE_TO_CHANGE = {"out", "device", "compile", "recompute", "workers", "cache_gb", "log_every", "save_every", "keep", "samples"}
-_FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch"}
+_FREE_TO_CHANGE |= {"save_minutes", "epochs", "patience", "branch", "cuda_graphs"}
 _OF_PROCESSES = {"batch_size", "accumulate"}
 _FREE_TO_CHANGE |= {"tensorboard", "wandb", "parallel", "sharded_states", "rank_timeout", *_OF_PROCESSES}
 _FREE_TO_CHANGE |= {"train_pairs", "val_pairs", "init_weights", "teacher", "vgg_weights"}
@@ -71,6 +71,8 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
             raise UserError(f"optimizer: {config.optimizer} needs {PACKAGE}, and it is not installed: pip install {PACKAGE}")
         if config.parallel == "fsdp":
             raise UserError(f"optimizer: expected adamw with parallel = fsdp, got {config.optimizer!r}")
+    if config.cuda_graphs and config.compile:
+        raise UserError("cuda_graphs: expected compile = false: what torch.compile makes is not captured")
     if config.sharded_states and config.parallel != "fsdp":
         raise UserError("sharded_states: expected parallel = fsdp; under ddp each process has all of a state, and one writes it")
     for name in ("train_pairs", "val_pairs", "out"):

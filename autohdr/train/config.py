@@ -141,6 +141,9 @@ class TrainConfig:
     float16 scales the loss, and a step whose gradient overflows is skipped and halves the scale."""
     compile: bool = False
     """torch.compile the network."""
+    cuda_graphs: bool = False
+    """Capture the network's passes as CUDA graphs where batches of one shape repeat, and replay them: for small crops, whose
+    kernels take less time than their launches. On a GPU, in one process, without compile."""
     recompute: bool = False
     """A MambaDiffusion's blocks keep only their input, and compute the rest again in the backward pass: a fraction of the memory
     for a third more time. Restormer's ops always do so."""

@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from autohdr.errors import UserError
 from autohdr.models import create_model, load_weights
+from autohdr.models.graphs import Graphed
 from autohdr.train.adversarial import Adversary
 from autohdr.train.checkpoint import to_cpu
 from autohdr.train.config import TrainConfig
@@ -40,7 +42,8 @@ class Learner:
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
-        """fresh: load config.init_weights, if any. Raises UserError for a model, an objective or weights that do not fit."""
+        """fresh: load config.init_weights, if any. Raises UserError for a model, an objective or weights that do not fit, and for
+        cuda_graphs on a CPU or in several processes."""
         device = ranks.device
         self.teacher = Teacher(config.teacher, device) if config.teacher else None  # before the seed: it draws weights, too
         torch.manual_seed(config.seed)
@@ -57,7 +60,10 @@ class Learner:
         freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()
-        self.network: nn.Module = ranks.wrap(self.model, config.parallel, self.precision)
+        if config.cuda_graphs and ranks.count > 1:
+            raise UserError(f"cuda_graphs: expected one process, got {ranks.count}: what they exchange is not captured")
+        wrapped = ranks.wrap(self.model, config.parallel, self.precision)
+        self.network: nn.Module = Graphed(self.model, device) if config.cuda_graphs else wrapped
         # Fused, a step of a small network takes a fifth of the time. Of FSDP2's shards it is not known how they lie in memory.
         self._fused = not sharded
         groups = parameter_groups(self.model, config.weight_decay, config.lr_groups)

@@ -31,6 +31,7 @@ import problems
 import run
 import tables
 from machine_code import Resources
+from recorded_graphs import recorded  # noqa: F401  a fixture
 from warp import Launch, Way
 
 from autohdr import create_model
@@ -385,6 +386,15 @@ def test_checkpointed_restormer():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_a_restormer_as_a_cuda_graph(recorded, mode):  # noqa: F811
+    model, x = create_model("restormer_nano"), torch.rand(1, 3, 16, 24)
+    run = bench_restormer.runner(model, x, mode, "float32", "graph")
+    replays = recorded[0].replays
+    torch.testing.assert_close(run(), bench_restormer.runner(model, x, mode, "float32", "cpu")())
+    assert recorded[0].replays == replays + 1
+
+
 def test_a_gold_that_memory_does_not_suffice_for_is_tried_once(monkeypatch):
     tried = []
 
@@ -443,6 +453,7 @@ def test_the_cases_of_a_gpu():
     for case in (
         "[2192-3296-training-bfloat16-checkpointed]",
         "[896-896-forward-bfloat16-compiled]",
+        "[384-384-training-bfloat16-graph]",
         "[8x1536x4096-bfloat16-training-parallel]",
     ):
         assert case in done.stdout

@@ -1,11 +1,13 @@
-"""What only a GPU can show: capture into CUDA graphs, the caller's stream, and the tensors' device."""
+"""What only a GPU can show: CUDA graphs of ops and of networks, the caller's stream, and the tensors' device."""
 
 import pytest
 import torch
 from backend import BACKEND, DEVICE
 from calls import call as call_of
 
-from autohdr.kernels import OPS, backends
+from autohdr.kernels import OPS, backends, set_backend
+from autohdr.models import create_model
+from autohdr.models.graphs import REPEATS, ROUNDING, Graphed
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
@@ -75,3 +77,57 @@ def test_device_of_the_tensors(call):
         actual = results(function, [t.to("cuda:1") for t in tensors], dy.to("cuda:1"))
     assert all(a.device.index == 1 for a in actual)
     assert_equal([a.to(e.device) for a, e in zip(actual, expected, strict=True)], expected)
+
+
+@pytest.fixture
+def network():
+    set_backend(BACKEND)
+    settings = {"dim": 16, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1}
+    yield create_model("restormer_nano", **settings).to(DEVICE, memory_format=torch.channels_last)
+    set_backend("auto")
+
+
+def images(count):
+    return [torch.rand(2, 3, 64, 48, device=DEVICE).contiguous(memory_format=torch.channels_last) for _ in range(count)]
+
+
+def forward(network, called, image, half):
+    """[what the network adds to the image]."""
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, half):
+        return [called(image) - image]
+
+
+def training_step(network, called, image, half):
+    """[the same, every gradient]."""
+    network.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, half):
+        output = called(image)
+    (output - 0.5).abs().mean().backward()
+    return [output.detach() - image, *(weight.grad.clone() for weight in network.parameters())]
+
+
+def assert_near(actual, expected):
+    """Some of PyTorch's own kernels add up in another order in each call."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).norm() <= ROUNDING * e.norm()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("passes", [forward, training_step])
+def test_a_whole_network_is_a_cuda_graph(network, passes, half):
+    graphed, optimizer = Graphed(network, torch.device(DEVICE)), torch.optim.SGD(network.parameters(), lr=1e-2)
+    for image in images(REPEATS + 4):
+        assert_near(passes(network, graphed, image, half), passes(network, network, image, half))
+        if passes is training_step:
+            optimizer.step()
+    assert graphed._graph
+
+
+@pytest.mark.parametrize("passes", [forward, training_step])
+def test_reduce_overhead(network, passes):
+    """torch.compile's own CUDA graphs. In float32: it rounds to bfloat16 less often."""
+    torch.compiler.reset()
+    compiled = torch.compile(network, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    for image in images(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_near(passes(network, compiled, image, False), passes(network, network, image, False))
