@@ -167,6 +167,27 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
+class StageEnd(NamedTuple):
+    """What comes out of a stage of Blocks: the output of `module` (None: it has no block), of so many channels, `scale` times
+    smaller in height and width than the padded image."""
+
+    module: nn.Module | None
+    channels: int
+    scale: int
+
+
+def stage_ends(network: Network) -> list[StageEnd]:
+    """Those of all Blocks, in the order of the forward pass; [] for a family without stages."""
+    channels, scale, ends = 0, 1, []
+    for stage in network.stages():
+        if isinstance(stage, Blocks):
+            ends.append(StageEnd(stage.halves[-1].module if stage.halves else None, channels, scale))
+        elif not isinstance(stage, Output):
+            channels = stage.channels
+            scale = 2 * scale if isinstance(stage, Down) else scale // 2 if isinstance(stage, Up) else scale
+    return ends
+
+
 class StagedNetwork(Network):
     """A network that is its stages: it predicts the difference to the image by them.
 

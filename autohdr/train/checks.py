@@ -39,6 +39,7 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
     at_least = dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every", "sample_steps", "keep"), 1)
     at_least |= dict.fromkeys(("max_bad_steps", "snapshot_every", "adversarial_start"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "clip", "ema", "spike_factor"), 0)
+    at_least |= {"teacher_features_weight": 0}
     at_least |= dict.fromkeys(("workers", "cache_gb", "seed", "save_every", "save_minutes", "samples", "patience"), 0)
     at_least |= {"size": 16, "spike_window": 4, "rank_timeout": 1}
     for name, least in at_least.items():
@@ -80,6 +81,11 @@ def check_config(config: TrainConfig, resume: Resume = False) -> None:
             raise UserError(f"{name}: required; give --{name.replace('_', '-')} PATH or set it in the TOML file")
     if config.teacher and config.objective == "bridge":
         raise UserError("teacher: expected objective = direct: a bridge learns no photos that another model could make")
+    if config.teacher_features_weight:
+        if not config.teacher:
+            raise UserError("teacher_features_weight: expected a teacher; give one with --teacher PATH")
+        if config.compile or config.cuda_graphs:
+            raise UserError("teacher_features_weight: expected no compile and no cuda_graphs, which leave out the hooks it needs")
     for name in ("out", "train_pairs", "val_pairs", "init_weights", "teacher", "branch"):
         file = getattr(config, name)
         if file is not None and re.search("[\udc80-\udcff]", str(file.resolve())):  # how Python reads other bytes

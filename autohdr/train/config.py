@@ -62,6 +62,9 @@ class TrainConfig:
     what that one makes of the same sources."""
     teacher_weight: float = 0.5
     """What the losses count that are taken against the teacher's outputs, where those against the targets count 1."""
+    teacher_features_weight: float = 0.0
+    """What the features' distance from the teacher's counts, at each stage at which both networks' features have one shape; 0:
+    outputs alone are learnt."""
 
     train_pairs: Path | None = None
     """JSONL file of the pairs to train on. Required."""

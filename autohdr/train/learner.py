@@ -39,6 +39,7 @@ class Learner:
     precision: the dtype of autocast; float32: no autocast.
     trained_on: digests of the photos that the weights were trained on before this run.
     adversary: of the loss adversarial; None without that. teacher: of config.teacher; None without that.
+    guided: the network's modules whose outputs learn from the teacher's features.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, fresh: bool = True):
@@ -58,6 +59,7 @@ class Learner:
         self.precision = _precision(config.precision, device)
         self.model.recompute = config.recompute
         freeze(self.model, config.freeze)
+        self.guided = self.teacher.guided(self.model) if self.teacher and config.teacher_features_weight else []
         if config.compile:
             self.model.compile()
         if config.cuda_graphs and ranks.count > 1:

@@ -15,6 +15,7 @@ from autohdr.train.distributed import Ranks
 from autohdr.train.guards import Fault, Return, not_finite
 from autohdr.train.learner import Learner
 from autohdr.train.losses import Criterion
+from autohdr.train.teacher import feature_loss, outputs
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,18 @@ class Step:
             waited += time.perf_counter() - started
             share = counted / samples  # every sample weighs the same, also in a smaller last batch
             with self._ranks.exchanging(learner.network, last=number == len(group)):
-                with learner.autocast():
+                with learner.autocast(), outputs(learner.guided) as features:
                     said, wanted = learner.objective.predict(learner.network, source, target, epoch, indices)
                 loss, components = self._criterion(said, wanted)
                 if learner.teacher:
                     with learner.autocast():
-                        taught = learner.teacher(source)
+                        taught, hints = learner.teacher(source)
                     term, _ = self._criterion(said, taught)
                     loss, components = loss + self._config.teacher_weight * term, components | {"teacher": term.detach()}
+                    if hints:
+                        term = feature_loss(features, hints)
+                        loss = loss + self._config.teacher_features_weight * term
+                        components = components | {"teacher_features": term.detach()}
                 if learner.adversary:
                     term, more = learner.adversary.judge(said, wanted, epoch, share)
                     loss, components = loss + term, components | more
