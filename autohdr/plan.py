@@ -202,7 +202,7 @@ class _Ledger(TorchDispatchMode):
                 self.add(tensor)
         if self.on_cpu and function is torch.ops.aten.convolution_backward.default:
             self.note(args[1].numel() * args[1].element_size())  # oneDNN's copy of the image
-        if function is torch.ops.autohdr.nafblock_backward.default:
+        if function in (torch.ops.autohdr.nafblock_backward.default, torch.ops.autohdr.nafblock_backward_triton.default):
             self.note(args[0].numel() * args[0].element_size())  # the gradient between the block's halves
         return result
 

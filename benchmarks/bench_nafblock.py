@@ -1,4 +1,4 @@
-"""nafblock at the five levels of nafnet_32: forward and training step, our CPU and CUDA kernels against PyTorch's layers.
+"""nafblock at the five levels of nafnet_32: forward and training step, our backends against PyTorch's layers.
 
 On a CPU for a 384×384 image; on a GPU also for 896×896 and 2192×3296.
 """

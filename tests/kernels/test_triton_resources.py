@@ -66,6 +66,18 @@ def mdta_calls():
         yield "backward", (arguments[0], *arguments, gram, norm, norm, heads, 1e-6)
 
 
+def nafblock_calls():
+    """The narrowest and the widest level of a nafnet_32."""
+    for channels, dtype in ((32, torch.bfloat16), (512, torch.bfloat16), (32, torch.float32)):
+        vector, scale, square = (channels,), (1, channels, 1, 1), ((channels, channels, 1, 1), (channels,))
+        double = (2 * channels, channels, 1, 1), (2 * channels,)
+        first = *double, (2 * channels, 1, 3, 3), (2 * channels,), *square, *square, scale
+        arguments = _image_arguments(channels, dtype, *first, vector, vector, *double, *square, scale)
+        yield "forward", (*arguments, 1e-6)
+        yield "statistics", (*arguments[:7], 1e-6, 0, 4)
+        yield "backward", (arguments[0], *arguments, torch.zeros(1, channels), 1e-6)
+
+
 def causal_conv1d_calls():
     for dtype in (torch.float32, torch.bfloat16):
         for channel_last, x in ((True, torch.zeros(1, 40, 20, dtype=dtype)), (False, torch.zeros(1, 20, 40, dtype=dtype))):

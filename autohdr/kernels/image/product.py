@@ -1,5 +1,5 @@
 """Matrix products between pixels and channels: product over the channels, outer over the pixels. An operand may be an image, or
-what is computed of it on the way: its norm, its 3×3 convolution, its gate."""
+what is computed of it on the way: its norm, its 3×3 convolution, the gate of its halves."""
 
 import triton
 import triton.language as tl
@@ -11,6 +11,7 @@ from autohdr.kernels.image.norm import Norm
 from autohdr.kernels.image.view import VARYING, Matrix, Place, View, tile
 
 INTERPRETED = tl.constexpr(view.INTERPRETED)
+GATES = ("gate", "simple gate")  # of Restormer, with a gelu, and of NAFNet
 _ROUND = tl.constexpr(256)  # pixels that the tensor cores sum up by themselves
 
 
@@ -28,24 +29,49 @@ def normal_cdf(x):
 
 
 @triton.jit
+def load_pixels(image, place, begin, channel, has, row, SIZE: tl.constexpr):
+    """SIZE pixels of an image from `begin` on [SIZE, channel]; zeros where there are none."""
+    pixel = begin + tl.arange(0, SIZE)
+    there = (pixel < place.pixels)[:, None] & has[None, :]
+    return tl.load(image + pixel.to(tl.int64)[:, None] * row + channel[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def halves(image, taps, bias, place, begin, channel, has, row, part, SIZE: tl.constexpr):
+    """What a gate multiplies, float32 [SIZE, channel] twice, the second `part` channels on: an image's 3×3 convolution plus bias,
+    or where there are no taps the image itself."""
+    if taps is None:
+        value = load_pixels(image, place, begin, channel, has, row, SIZE).to(tl.float32)
+        gate = load_pixels(image + part, place, begin, channel, has, row, SIZE).to(tl.float32)
+    else:
+        value = depthwise(image, taps, place, begin, channel, has, row, SIZE)
+        gate = depthwise(image + part, taps + part, place, begin, channel, has, row, SIZE)
+    if bias is not None:
+        value += tl.load(bias + channel, mask=has, other=0.0)[None, :]
+        gate += tl.load(bias + part + channel, mask=has, other=0.0)[None, :]
+    return value, gate
+
+
+@triton.jit
 def operand(a, taps, norm, place, image, begin, channel, has, origin, part, KIND: tl.constexpr, SIZE: tl.constexpr):
     """SIZE pixels of an image from `begin` on, channels from `origin` on, as an operand of a product: a itself ("plain"), its
-    layer norm ("norm"), its 3×3 convolution ("conv"), or the convolution's gelu times that `part` channels on ("gate")."""
+    layer norm ("norm"), its 3×3 convolution ("conv"), the convolution's gelu times that `part` channels on ("gate"), or a itself
+    times that `part` channels on ("simple gate")."""
     dtype: tl.constexpr = a.data.dtype.element_ty
     data = a.data + image * a.image + origin
-    if KIND == "conv" or KIND == "gate":
-        taps += origin
-        value = depthwise(data, taps, place, begin, channel, has, a.row, SIZE)
-        if KIND == "gate":
-            gate = depthwise(data + part, taps + part, place, begin, channel, has, a.row, SIZE)
-            value *= normal_cdf(value) * gate
-        return value.to(dtype)
+    if KIND == "conv":
+        return depthwise(data, taps + origin, place, begin, channel, has, a.row, SIZE).to(dtype)
+    elif KIND == "gate":
+        value, gate = halves(data, taps + origin, None, place, begin, channel, has, a.row, part, SIZE)
+        return (value * (normal_cdf(value) * gate)).to(dtype)
+    elif KIND == "simple gate":
+        value, gate = halves(data, None, None, place, begin, channel, has, a.row, part, SIZE)
+        return (value * gate).to(dtype)
     else:
-        pixel = begin + tl.arange(0, SIZE)
-        inside = pixel < place.pixels
-        at = pixel.to(tl.int64)[:, None] * a.row + channel[None, :]
-        value = tl.load(data + at, mask=inside[:, None] & has[None, :], other=0.0)
+        value = load_pixels(data, place, begin, channel, has, a.row, SIZE)
         if KIND == "norm":
+            pixel = begin + tl.arange(0, SIZE)
+            inside = pixel < place.pixels
             at = image * norm.image + pixel
             shift, factor = tl.load(norm.shift + at, mask=inside, other=0.0), tl.load(norm.factor + at, mask=inside, other=0.0)
             weight = tl.load(norm.weight + channel, mask=has, other=0.0)
@@ -62,11 +88,13 @@ def multiply(
     taps,  # [9][a.row], of "conv" and "gate"
     norm,  # of "norm"
     w,  # [images or 1][heads][n][w.row]; SPLIT: what its rounding left follows in every row
+    bias,  # [images or 1][heads][n], or None
     added,  # [images][pixels][added.row]
-    added_taps,  # [9][added.row], of ADDED "conv" and "gate"
+    added_taps,  # [9][added.row], of ADDED "conv" and the gates, or None: of added itself
+    added_bias,  # [added.row], of the gates, or None
     scale,  # [images][heads][2][n], of ADDED "conv"
     out,  # [images][pixels][out.row]
-    gated,  # [images][pixels][n], of ADDED "gate"
+    gated,  # [images][pixels][n], of the gates, or None
     k,
     n,
     heads,
@@ -82,10 +110,11 @@ def multiply(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out[p][n] = Σ_k operand(a)[p][k] w[n][k], and what is ADDED, for every image and head. A program owns BM pixels × BN.
+    """out[p][n] = Σ_k operand(a)[p][k] w[n][k] + bias[n], and what is ADDED, for every image and head. A program owns BM pixels ×
+    BN.
 
-    ADDED: "none", "plain", "conv" (the sum and added's convolution, each times a scale), or "gate": the sum is the gradient of
-    the gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
+    ADDED: "none", "plain", "conv" (the sum and added's convolution, each times a scale), or "gate" or "simple gate": the sum is
+    the gradient of that gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
     """
     dtype: tl.constexpr = w.data.dtype.element_ty
     place = Place(pixels, first, height, width)
@@ -102,29 +131,33 @@ def multiply(
         sums = dot(left, tl.load(at, mask=there, other=0.0), sums)
         if SPLIT:
             sums = dot(left, tl.load(at + k, mask=there, other=0.0), sums)
+    if bias is not None:
+        sums += tl.load(bias.data + image * bias.image + head * n + column, mask=wanted, other=0.0)[None, :]
 
     pixel = begin + tl.arange(0, BM)
     there, row = (pixel < pixels)[:, None] & wanted[None, :], pixel.to(tl.int64)[:, None]
     to = out.data + image * out.image + head * n + row * out.row + column[None, :]
     if ADDED != "none":
         more = added.data + image * added.image + head * n
-    if ADDED == "conv" or ADDED == "gate":
-        added_taps += head * n
     if ADDED == "plain":
         sums += tl.load(more + row * added.row + column[None, :], mask=there, other=0.0).to(tl.float32)
     elif ADDED == "conv":
         scale += (image * heads + head) * 2 * n + column
         own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
-        value = depthwise(more, added_taps, place, begin, column, wanted, added.row, BM)
+        value = depthwise(more, added_taps + head * n, place, begin, column, wanted, added.row, BM)
         value = value.to(dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
         sums = sums * own[None, :] + value * of_added[None, :]
-    elif ADDED == "gate":
-        value = depthwise(more, added_taps, place, begin, column, wanted, added.row, BM)
-        gate = depthwise(more + part, added_taps + part, place, begin, column, wanted, added.row, BM)
-        cdf = normal_cdf(value)
-        tl.store(gated + (image * pixels + row) * n + column[None, :], value * cdf * gate, mask=there)
-        tl.store(to + part, sums * value * cdf, mask=there)
-        sums *= gate * (cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327)  # 1 / √(2π)
+    elif ADDED == "gate" or ADDED == "simple gate":
+        value, gate = halves(more, added_taps, added_bias, place, begin, column, wanted, added.row, part, BM)
+        along = gate
+        if ADDED == "gate":
+            cdf = normal_cdf(value)
+            along *= cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / √(2π)
+            value *= cdf
+        if gated is not None:
+            tl.store(gated + (image * pixels + row) * n + column[None, :], value * gate, mask=there)
+        tl.store(to + part, sums * value, mask=there)
+        sums *= along
     tl.store(to, sums, mask=there)
 
 
@@ -136,37 +169,43 @@ def product(
     kind: str = "plain",
     taps: Tensor | None = None,
     norm: Norm | None = None,
+    bias: Tensor | None = None,
     added: View | None = None,
     add: str = "none",
     added_taps: Tensor | None = None,
+    added_bias: Tensor | None = None,
     scale: Tensor | None = None,
     split: bool = False,
     gated: View | None = None,
 ) -> None:
-    """Launches multiply. a, added, out and gated begin at the same row; w [images or 1, heads, n, at least k]."""
+    """Launches multiply. a, added, out and gated begin at the same row; w [images or 1, heads, n, at least k], bias [images or 1,
+    heads, n]."""
     (images, *_, channels), (_, heads, n, _) = a.data.shape, w.shape
     pixels, *place = a.place
-    k = channels // (2 * heads if kind == "gate" else heads)
+    through_gate = add in GATES
+    k = channels // (2 * heads if kind in GATES else heads)
     conv, wide = kind in ("conv", "gate"), a.data.element_size() == 4
     # Tiles as large as the registers hold: a convolution in front or behind needs some too.
-    narrow = add == "gate" or wide and add == "conv"
+    narrow = through_gate or wide and add == "conv"
     bn, bk = tile(n, 64 if narrow else 256 if conv and not wide else 128), tile(k, 32)
-    area = 4096 if conv or wide or add in ("conv", "gate") else 16384
+    area = 2048 if wide and through_gate else 4096 if conv or wide or through_gate or add == "conv" else 16384
     bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
     multiply[triton.cdiv(pixels, bm), triton.cdiv(n, bn), images * heads](
         a.matrix,
         taps,
         norm,
         Matrix(w, w.stride(0) if w.shape[0] > 1 else 0, w.stride(2)),
+        None if bias is None else Matrix(bias, bias.stride(0) if bias.shape[0] > 1 else 0, 0),
         added and added.matrix,
         added_taps,
+        added_bias,
         scale,
         out.matrix,
         gated and gated.data,
         k,
         n,
         heads,
-        n if add == "gate" else k,
+        n if through_gate else k,
         pixels,
         *place,
         KIND=kind,
@@ -175,7 +214,7 @@ def product(
         BM=bm,
         BN=bn,
         BK=bk,
-        num_warps=8 if bm * bn > (4096 if wide else 8192) or add in ("conv", "gate") else 4,
+        num_warps=8 if bm * bn > (4096 if wide else 8192) or through_gate or add == "conv" else 4,
         num_stages=1 if conv else 3,
         enable_fp_fusion=True,
     )

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from autohdr.kernels.image.view import View
+
 
 def round_up(n: int) -> int:
     """Channels of a buffer for n of them, so that every pixel's begin at a multiple of 16 bytes."""
@@ -35,6 +37,11 @@ class Groups:
     def unpad(self, values: Tensor) -> Tensor:
         """Of [count · padded, ...] those that are not padding, contiguous."""
         return values.unflatten(0, (self.count, self.padded))[:, : self.size].flatten(0, 1).contiguous()
+
+
+def pixel_sums(image: View) -> Tensor:
+    """Of every channel."""
+    return image.data.sum((0, 1, 2), dtype=torch.float32)
 
 
 def add_up(slots: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ def nafblock(
         sca_bias, conv3_bias, conv5_bias: [channels].
         beta, gamma: [1, channels, 1, 1].
         eps: added to the norms' variances.
-        backend: "auto", "cuda", "cpu" or "reference"; there are no Triton kernels. Where gradients are taken of 256 channels or
-            more, "auto" is the reference, which keeps everything for the backward pass and is faster there (measured on CPUs).
-            Sums are accumulated in float32 (float64 for float64).
+        backend: "auto", "cuda", "triton", "cpu" or "reference". Where gradients are taken of 256 channels or more, "auto" is the
+            reference, which keeps everything for the backward pass and is faster there (measured on CPUs). Sums are accumulated
+            in float32 (float64 for float64).
 
     Returns:
         y, the shape and dtype of x. The compiled backends give it channels_last strides.

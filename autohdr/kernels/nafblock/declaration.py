@@ -18,7 +18,7 @@ def _flops(x, *_) -> int:
 
 nafblock = declare(
     reference.nafblock,
-    dtypes={"cuda": HALVES, "cpu": (torch.float32, torch.bfloat16)},
+    dtypes={"cuda": HALVES, "triton": HALVES, "cpu": (torch.float32, torch.bfloat16)},
     outputs=("y", "means"),
     fake=lambda x, *_: (torch.empty_like(x), _fake_means(x, torch.float32)),
     flops=_flops,
