@@ -152,6 +152,15 @@ def test_no_kernel_spills(op, architecture, monkeypatch, tmp_path):
         assert not faults(architecture, calls, monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize(("batch", "segments"), [(8, 3), (16, 1)])
+def test_a_scan_is_split_where_few_warps_run(batch, segments, monkeypatch):
+    """Three warps a multiprocessor, one on three of its four schedulers, and six."""
+    scan = importlib.import_module("autohdr.kernels.selective_scan.triton_impl")
+    monkeypatch.setattr(scan, "_limits", lambda device: (132, 12 << 20))
+    u, A, B = (torch.empty(s, device="meta") for s in ((batch, 1536, 4096), (1536, 16), (batch, 1, 16, 4096)))
+    assert scan._Scan(u, A, B, None, channel_last=False, per_thread=16).segments == segments
+
+
 @triton.jit
 def spilling(x, LENGTH: tl.constexpr):
     """Keeps all numbers in registers until their sum is known."""
