@@ -8,7 +8,7 @@ from autohdr.kernels.add_norm import add_norm
 from autohdr.kernels.apply_edit import apply_edit
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
-from autohdr.kernels.gdfn import gdfn
+from autohdr.kernels.gdfn import gdfn, gdfn_int8
 from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
 from autohdr.kernels.nafblock import nafblock, nafblock_apply, nafblock_statistics
 from autohdr.kernels.selective_scan import selective_scan
@@ -20,6 +20,7 @@ __all__ = [
     "backends",
     "causal_conv1d",
     "gdfn",
+    "gdfn_int8",
     "mdta",
     "mdta_apply",
     "mdta_statistics",

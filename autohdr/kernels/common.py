@@ -20,17 +20,21 @@ def channels_of(x: Tensor) -> int:
     return x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 0
 
 
-def check_image(op: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = ("norm_bias",)) -> None:
+def check_image(
+    op: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = ("norm_bias",), int8: tuple[str, ...] = ()
+) -> None:
     """Raises ValueError unless x is a floating [batch, channels, height, width] and check_tensors finds nothing."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in DTYPES or 0 in x.shape[1:]:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: x must be a floating [batch, channels, height, width] with no empty image, got {got}")
-    check_tensors(op, "x", x, expected, optional)
+    check_tensors(op, "x", x, expected, optional, int8)
 
 
-def check_tensors(op: str, first: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless each argument has its shape, is floating and is where x is, the op's first argument. The optional
-    ones may be None."""
+def check_tensors(
+    op: str, first: str, x: Tensor, expected: Expected, optional: tuple[str, ...] = (), int8: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError unless each argument has its shape, is floating, or int8 where it is named there, and is where x is, the
+    op's first argument. The optional ones may be None."""
     for name, (tensor, shape) in expected.items():
         if tensor is None and name in optional:
             continue
@@ -40,8 +44,9 @@ def check_tensors(op: str, first: str, x: Tensor, expected: Expected, optional: 
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} as {first} is, got {tensor.device}")
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{op}: {name} must be floating, got {tensor.dtype}")
+        fits = tensor.dtype == torch.int8 if name in int8 else tensor.dtype.is_floating_point
+        if not fits:
+            raise ValueError(f"{op}: {name} must be {'int8' if name in int8 else 'floating'}, got {tensor.dtype}")
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -81,8 +86,8 @@ def any_count(count: int) -> int:
 
 
 def parameter(t: Tensor | None) -> Tensor | None:
-    """As the compiled kernels take parameters: contiguous float32."""
-    return None if t is None else t.float().contiguous()
+    """As the compiled kernels take parameters: contiguous, float32 or int8."""
+    return None if t is None else (t if t.dtype == torch.int8 else t.float()).contiguous()
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -107,3 +112,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     else:
         out = values * torch.rsqrt(values.var(-1, unbiased=False, keepdim=True) + eps) * weight
     return out.permute(0, 3, 1, 2).to(x.dtype)
+
+
+def as_codes(values: Tensor) -> Tensor:
+    """The nearest integers from -127 to 127, in the dtype of the values; of two the even one."""
+    return values.round().clamp(-127, 127)
+
+
+def product_of_codes(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The 1×1 convolution of codes [batch, channels, height, width] by weight, int8 [rows, channels, 1, 1], each row times its
+    scale [rows]. The sums are exact."""
+    return F.conv2d(codes.double(), weight.double()).to(codes.dtype) * scale.to(codes.dtype)[:, None, None]

@@ -1,8 +1,9 @@
 """One declaration an op: from the signature of its reference follow schemas, fake kernels, derivatives, vmap and FLOPs.
 
-``declare`` defines autohdr::<op> and autohdr::<op>_backward, whose kernels C++ registers, and ``declare_pass`` a part of an op,
-which has no gradients. Each is defined once more with _triton behind its name: its kernel is then a function of
-<op>/triton_impl.py, called forward, backward, or as the pass. The reference's tensors come first among its arguments.
+``declare`` defines autohdr::<op> and autohdr::<op>_backward, whose kernels C++ registers, and without gradients
+``declare_pass`` a part of an op and ``declare_inference`` an op. Each is defined once more with _triton behind its name: its
+kernel is then a function of <op>/triton_impl.py, called forward, backward, or as the pass. The reference's tensors come first
+among its arguments.
 """
 
 import importlib
@@ -164,6 +165,26 @@ def declare_pass(op: Op, reference: Callable, *, outputs: tuple[str, ...] = ("y"
         _define(name + suffix, _schema(_arguments(reference), outputs), fake, op.prepare, f"{name}: a derivative")
     _add_kernel(name, op.op, name.removeprefix(f"{op.op}_"))
     return Op(name, op.op, reference, op.prepare, len(outputs))
+
+
+def declare_inference(
+    reference: Callable,
+    *,
+    dtypes: dict[str, tuple[torch.dtype, ...]],
+    fake: Callable,
+    flops: Callable,
+    layout: Callable[[Tensor], Tensor],
+) -> Op:
+    """Defines the op that has the name and the arguments of `reference`, and one output. It has no derivative of any kind. The
+    others as for declare."""
+    name = reference.__name__
+    OPS[name] = dtypes
+    prepare = partial(_first_and_parameters, layout)
+    for suffix in _suffixes(name):
+        packet = _define(name + suffix, _schema(_arguments(reference), ("y",)), fake, prepare, f"{name}: a derivative")
+        register_flop_formula(packet)(lambda *shapes, out_shape=None, **_: flops(*shapes))
+    _add_kernel(name, name, "forward")
+    return Op(name, name, reference, prepare, 1)
 
 
 def _arguments(reference: Callable) -> list[str]:

@@ -47,9 +47,9 @@ static void depthwise(const Ring& in, int64_t panel, const Range& rows, const Ra
 }
 
 // The same of two panels along a row, out = gate(c, a, b) of the channels from c on.
-template <class Gate>
+template <class Out, class Gate>
 AUTOHDR_INLINE void gated_row(const float* const* a_rows, const float* const* b_rows, const float* a_taps, const float* b_taps,
-                              int64_t width, int64_t pixels, float* out, const Gate& gate) {
+                              int64_t width, int64_t pixels, Out* out, const Gate& gate) {
   for (int64_t c = 0; c < width; c += W) {
     vf wa[9], wb[9];
   AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);

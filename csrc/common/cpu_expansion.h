@@ -11,26 +11,37 @@ struct ExpansionWeights {
 
 // The same, packed once a call.
 struct Expansion {
+  using Word = float;   // as `product` takes the normalised pixels
   const int32_t* rows;  // Groups::rows
   Packed weight;        // the 1×1 convolution with the norm's weight folded in
   const float* bias;    // its own, and its share of the norm's
   const float* taps;    // [panel][9][width], zero without a 3×3 convolution
   float eps;
   bool centre;
+
+  const float* left(float* normal, int64_t, int64_t, int64_t) const { return normal; }
 };
 
-static Expansion make_expansion(Scratch& scratch, const Groups& groups, int64_t channels, const ExpansionWeights& w) {
-  const int32_t* rows = groups.rows(scratch);
+// dwconv [rows][3][3] as Expansion::taps.
+static float* make_taps(Scratch& scratch, const Groups& groups, const int32_t* rows, const float* dwconv) {
   const int64_t width = groups.width();
+  float* taps = scratch.zeros<float>(groups.channels() * 9);
+  for (int64_t n = 0; n < groups.channels(); ++n)
+    for (int64_t t = 0; t < 9 && dwconv && rows[n] >= 0; ++t)
+      taps[(n / width * 9 + t) * width + n % width] = dwconv[rows[n] * 9 + t];
+  return taps;
+}
+
+[[maybe_unused]] static Expansion make_expansion(Scratch& scratch, const Groups& groups, int64_t channels,
+                                                 const ExpansionWeights& w) {
+  const int32_t* rows = groups.rows(scratch);
   Packed packed{scratch.take<float>(groups.channels() * channels), groups.panels(), groups.vecs, channels};
   pack<64>(packed,
            [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0.0f : w.weight[rows[n] * channels + k] * w.norm.weight[k]; });
   float* bias = scratch.zeros<float>(groups.channels());
-  float* taps = scratch.zeros<float>(groups.channels() * 9);
+  const float* taps = make_taps(scratch, groups, rows, w.dwconv);
   for (int64_t n = 0; n < groups.channels(); ++n) {
     if (rows[n] < 0) continue;
-    if (w.dwconv)
-      for (int64_t t = 0; t < 9; ++t) taps[(n / width * 9 + t) * width + n % width] = w.dwconv[rows[n] * 9 + t];
     if (w.bias) bias[n] = w.bias[rows[n]];
     if (!w.norm.bias) continue;
     vf share = {};
@@ -42,12 +53,12 @@ static Expansion make_expansion(Scratch& scratch, const Groups& groups, int64_t 
 }
 
 // A worker's ring of hidden rows, with the normalised input and its statistics beside it.
-template <class T>
+template <class T, class Op = Expansion>
 struct Hidden {
   static constexpr int64_t kMostRows = Steps::kMostRows + 2;  // that one product takes: a step's and its halo
 
-  const Expansion& op;
-  Packed weight;  // all of op.weight or some of its panels
+  const Op& op;
+  decltype(Op::weight) weight;  // all of op.weight or some of its panels
   const float* bias;
   View<const T> x;
   Ring ring;
@@ -62,7 +73,7 @@ struct Hidden {
     return Ring::floats(slots, panels, most_columns, width) + slots * most_columns * (pixel_stride(s.channels) + 2);
   }
 
-  Hidden(const Expansion& op_, const Packed& weight_, const float* bias_, const View<const T>& x_, int64_t slots,
+  Hidden(const Op& op_, const decltype(Op::weight)& weight_, const float* bias_, const View<const T>& x_, int64_t slots,
          int64_t most_columns, float* memory)
       : op(op_), weight(weight_), bias(bias_), x(x_), ring{memory, slots, weight_.panels, most_columns, weight_.panel_width()},
         normal(memory + Ring::floats(slots, weight_.panels, most_columns, weight_.panel_width())),
@@ -79,7 +90,7 @@ struct Hidden {
   void advance(int64_t end) {
     const Range seen = columns.within(x.shape.columns());
     while (next < end) {
-      Left inputs[kMostRows];
+      LeftOf<typename Op::Word> inputs[kMostRows];
       float* outputs[kMostRows];
       int64_t count = 0;
       for (; next < end && count < kMostRows; ++next) {
@@ -92,7 +103,7 @@ struct Hidden {
         float* row = normal_at(next, seen.first);
         normalize(x.at(image, next, seen.first), seen.size(), x.shape.channels, op.eps, op.centre, row, ld,
                   stats_at(next, seen.first));
-        inputs[count] = {row, ld, seen.size()};
+        inputs[count] = {op.left(row, ld, seen.size(), x.shape.channels), ld, seen.size()};
         outputs[count++] = ring.at(next, 0, seen.first);
       }
       product(weight, inputs, count, bias, 0, outputs, ring.width, ring.panel_stride());

@@ -11,7 +11,7 @@
 namespace autohdr {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avxvnni", "avx512", "avx512vnni"};
 
 bool runs_here(Isa isa) {
 #if AUTOHDR_X86
@@ -19,9 +19,11 @@ bool runs_here(Isa isa) {
   switch (isa) {
     case Isa::baseline: return true;
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avxvnni: return runs_here(Isa::avx2) && __builtin_cpu_supports("avxvnni");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Isa::avx512vnni: return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
   }
   return false;
 #else
@@ -30,8 +32,9 @@ bool runs_here(Isa isa) {
 }
 
 Isa best() {
-  if (runs_here(Isa::avx512)) return Isa::avx512;
-  return runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+  for (Isa isa : {Isa::avx512vnni, Isa::avx512, Isa::avxvnni, Isa::avx2})
+    if (runs_here(isa)) return isa;
+  return Isa::baseline;
 }
 
 std::atomic<Isa>& chosen() {
@@ -84,7 +87,7 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("use_cpu_isa: expected one of " + usable + ", got " + name);
 }
 
-std::vector<const char*> compiled_isas() { return {kNames, kNames + (AUTOHDR_X86 ? 3 : 1)}; }
+std::vector<const char*> compiled_isas() { return {kNames, kNames + (AUTOHDR_X86 ? 5 : 1)}; }
 
 std::vector<const char*> usable_isas() {
   std::vector<const char*> names;

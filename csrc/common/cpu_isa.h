@@ -27,7 +27,7 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avxvnni, avx512, avx512vnni };  // the better ones last
 
 // The set the kernels run with: the best for this processor, or the one that use_isa named.
 Isa current_isa();

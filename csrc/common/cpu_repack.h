@@ -14,28 +14,30 @@ constexpr int64_t block_vecs(int64_t vecs) { return W == 16 ? vecs : vecs * 16 /
 
 // The right-hand side of a product, packed by panels and in them by register blocks: [panel][block][depth][block_vecs · W]. A block
 // lies in one piece: rows a power of two apart would share some of the first-level cache's sets alone.
-struct Packed {
-  float* data;
+template <class Word>
+struct PackedOf {
+  Word* data;
   int64_t panels, vecs, depth;
   // Memory for `columns` columns, padded to whole panels.
-  static Packed make(Scratch& scratch, int64_t columns, int64_t depth) {
+  static PackedOf make(Scratch& scratch, int64_t columns, int64_t depth) {
     const int64_t vecs = panel_vecs(columns), panels = ceil_div(columns, 16 * vecs);
-    return {scratch.take<float>(depth * panels * 16 * vecs), panels, vecs, depth};
+    return {scratch.take<Word>(depth * panels * 16 * vecs), panels, vecs, depth};
   }
   int64_t panel_width() const { return 16 * vecs; }
   int64_t columns() const { return panels * panel_width(); }
   // Panels [first, end).
-  Packed slice(int64_t first, int64_t end) const { return {data + first * depth * panel_width(), end - first, vecs, depth}; }
+  PackedOf slice(int64_t first, int64_t end) const { return {data + first * depth * panel_width(), end - first, vecs, depth}; }
 };
+using Packed = PackedOf<float>;
 
 // value(k, n): row k, column n, zero where padded. kRun rows of a column are taken before the next column's: many where a column's
 // values lie one after the other in memory, one where a row's do.
-template <int64_t kRun, class F>
-void pack(const Packed& out, const F& value) {
+template <int64_t kRun, class Word, class F>
+void pack(const PackedOf<Word>& out, const F& value) {
   const int64_t lanes = block_vecs(out.vecs) * W;
   parallel_ranges(out.columns() / lanes, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t block = first; block < end; ++block) {
-      float* data = out.data + block * out.depth * lanes;
+      Word* data = out.data + block * out.depth * lanes;
       for (int64_t run = 0; run < out.depth; run += kRun)
         for (int64_t n = 0; n < lanes; ++n)
           for (int64_t k = run; k < std::min(run + kRun, out.depth); ++k) data[k * lanes + n] = value(k, block * lanes + n);

@@ -44,6 +44,13 @@ inline const float* parameter(const char* op, const char* name, const std::optio
   return t ? parameter(op, name, *t, numel) : nullptr;
 }
 
+// Weights of 8 bits, contiguous, with `numel` elements.
+inline const int8_t* codes(const char* op, const char* name, const Tensor& t, int64_t numel) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Char && t.is_contiguous() && t.numel() == numel, op, ": ", name,
+                  " must be contiguous int8 with ", numel, " elements, got shape ", shape_of(t));
+  return t.const_data_ptr<int8_t>();
+}
+
 // An image [B, C, H, W] that lies in memory as [B, H, W, C].
 inline void check_image(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must be [batch, channels, height, width], got ", shape_of(t));

@@ -27,6 +27,26 @@ struct GdfnForward {
   T* y;        // [B, H, W, C]
 };
 
+// For the 1×1 convolutions in 8 bits. What the norm and the gate give are codes already: by the norm's weight and bias, and by the
+// 3×3 weights of the gate's second half.
+struct GdfnInt8Weights {
+  const float* norm_weight;        // [C]
+  const float* norm_bias;          // [C], or null
+  const int8_t* project_in;        // [2·hidden, C], from -127 to 127
+  const float* project_in_scale;   // [2·hidden]
+  const float* dwconv;             // [2·hidden, 3, 3]
+  const int8_t* project_out;       // [C, hidden]
+  const float* project_out_scale;  // [C]
+};
+
+template <class T>
+struct GdfnInt8Forward {
+  GdfnShape shape;
+  GdfnInt8Weights weights;
+  const T* x;  // [B, H, W, C]
+  T* y;        // [B, H, W, C]
+};
+
 template <class T>
 struct GdfnBackward {
   GdfnShape shape;

@@ -10,6 +10,7 @@
 #include "common/cpu_depthwise.h"
 #include "common/cpu_product.h"
 #include "common/cpu_expansion.h"
+#include "gdfn/gdfn_cpu_forward.h"
 
 static ExpansionWeights expansion_weights(const GdfnWeights& w, float eps) {
   return {{w.norm_weight, w.norm_bias, eps}, w.project_in, w.dwconv};
@@ -21,52 +22,12 @@ template <class T>
 static void run(const GdfnForward<T>& a) {
   Scratch scratch;
   const GdfnShape& s = a.shape;
-  const ImageShape shape = image_shape(s);
-  const View<const T> in{a.x, shape};
-  const View<T> out{a.y, shape};
   const Groups groups(2, s.hidden);
-  const int64_t half = groups.panels_each, width = groups.width();
   const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(a.weights, s.eps));
   const Packed project_out = Packed::make(scratch, s.channels, groups.padded());
   pack<64>(project_out,
            [&](int64_t k, int64_t n) { return k < s.hidden && n < s.channels ? a.weights.project_out[n * s.hidden + k] : 0.0f; });
-  const int64_t out_width = project_out.columns();
-  const float* zeros = scratch.zeros<float>(out_width);
-
-  const Steps steps(s.batch, shape.rows(), s.width, groups.channels() * sizeof(float));
-  const int64_t most = steps.most_columns(), block = column_block(2 * width * sizeof(float));
-  const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 2, groups.panels(), width, most + 2);
-  const int64_t panel = steps.rows * most * width;
-  const int64_t worker_size = hidden_size + half * panel + steps.rows * most * out_width;
-  float* memory = scratch.take<float>(steps.workers * worker_size);
-  steps.for_each([&](int64_t worker, const Tile& tile) {
-    float* mine = memory + worker * worker_size;
-    Hidden<T> hidden(op, op.weight, op.bias, in, steps.rows + 2, most + 2, mine);
-    float* gated = mine + hidden_size;        // [panel][pixel of the step][width]
-    float* projected = gated + half * panel;  // [pixel of the step][out_width]
-    const Range& columns = tile.columns;
-    hidden.start(tile.image, tile.rows.first - 1, columns.around(1));
-    for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
-      const int64_t end = std::min(first + steps.rows, tile.rows.end);
-      hidden.advance(end + 1);
-      for (int64_t p = 0; p < half; ++p)
-        for (int64_t x = columns.first; x < columns.end; x += block)
-          for (int64_t y = first; y < end; ++y) {
-            const float *a_rows[3], *b_rows[3];
-            hidden.ring.window(y, p, x, a_rows);
-            hidden.ring.window(y, half + p, x, b_rows);
-            gated_row(a_rows, b_rows, op.taps + p * 9 * width, op.taps + (half + p) * 9 * width, width,
-                      std::min(block, columns.end - x),
-                      gated + p * panel + ((y - first) * columns.size() + x - columns.first) * width,
-                      [](int64_t, vf u, vf v) { return u * normal_cdf(u) * v; });
-          }
-      const Left left{gated, width, (end - first) * columns.size(), half, panel};
-      product(project_out, &left, 1, zeros, 0, &projected, out_width, project_out.panel_width());
-      for (int64_t y = first; y < end; ++y)
-        add_pixels(in.at(tile.image, y, columns.first), projected + (y - first) * columns.size() * out_width, out_width,
-                   columns.size(), s.channels, out.at(tile.image, y, columns.first));
-    }
-  });
+  forward<float>(scratch, image_shape(s), groups, op, project_out, a.x, a.y);
 }
 
 template <class T>

@@ -7,6 +7,10 @@ import torch
 from backend import BACKEND
 from torch import Tensor
 
+from autohdr.kernels import OPS, declare
+
+DIFFERENTIABLE = [op for op in OPS if f"{op}_backward" in declare.KERNELS]
+
 
 def call(op: str, size: str) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
     """(function of the tensors and backend=, tensors, gradient of its result). size: SMALL, PLAIN (no optional tensor), LARGE."""

@@ -76,11 +76,24 @@ elif INTERPRETED:
         assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
 
 
-@pytest.fixture(params=_C.build_info()["cpu_isas_here"] if BACKEND == "cpu" else [BACKEND])
-def isa(request):
-    """Each instruction set that runs here in turn; no matter to any other backend than cpu."""
+ISAS = _C.build_info()["cpu_isas_here"]
+
+
+def with_isa(name):
     before = _C.build_info()["cpu_isa"]
-    if BACKEND == "cpu":
-        _C.use_cpu_isa(request.param)
+    _C.use_cpu_isa(name)
     yield
     _C.use_cpu_isa(before)
+
+
+@pytest.fixture(params=[name for name in ISAS if "vnni" not in name] if BACKEND == "cpu" else [BACKEND])
+def isa(request):
+    """Each instruction set that runs here in turn, but for those that differ in 8 bits alone; no matter to any other backend than
+    cpu."""
+    yield from with_isa(request.param) if BACKEND == "cpu" else [None]
+
+
+@pytest.fixture(params=ISAS)
+def int8_isa(request):
+    """Each instruction set that runs here in turn."""
+    yield from with_isa(request.param)

@@ -5,15 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from calls import call
+from calls import DIFFERENTIABLE, call
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from autohdr import create_model
-from autohdr.kernels import OPS, mdta_apply, mdta_statistics
+from autohdr.kernels import mdta_apply, mdta_statistics
 
-CALLS = [(op, size) for op in OPS for size in ("SMALL", "PLAIN")]
+CALLS = [(op, size) for op in DIFFERENTIABLE for size in ("SMALL", "PLAIN")]
 REFUSED = "a (second|forward-mode) derivative is not implemented; use backend='reference' for it"
 
 

@@ -59,3 +59,58 @@ def gdfn(
         raise ValueError(f"gdfn: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
     parameters = (norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight)
     return declaration.gdfn(autocast(x), *parameters, eps, backend=backend)
+
+
+def gdfn_int8(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    project_in_weight: Tensor,
+    project_in_scale: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+    project_out_scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """gdfn with its 1×1 products in 8 bits: ``y = x + s_out ⊙ (W_out · code(gelu(a) ⊙ b))``. For inference: no gradients.
+
+    a and b are the halves of ``dwconv3x3(s_in ⊙ (W_in · code(norm(x))))``, and code rounds to the nearest integer from -127 to
+    127, of two to the even one. So the scales of what becomes codes are in norm_weight and norm_bias, and in the second half of
+    dwconv_weight, a number a channel: autohdr.models.int8 has them from photos. Sums of codes are exact, all else is float32.
+
+    Args:
+        x, norm_weight, norm_bias, dwconv_weight, eps: as for gdfn. What has no number, of a NaN in x, gets any code.
+        project_in_weight: int8 [2 · hidden, channels, 1, 1], from -127 to 127.
+        project_in_scale: [2 · hidden].
+        project_out_weight: int8 [channels, hidden, 1, 1], from -127 to 127.
+        project_out_scale: [channels].
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        y, the shape and dtype of x. The compiled backend gives it channels_last strides.
+
+    Raises:
+        ValueError, RuntimeError: as gdfn.
+    """
+    channels = channels_of(x)
+    hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
+    check_image(
+        "gdfn_int8",
+        x,
+        {
+            "norm_weight": (norm_weight, (channels,)),
+            "norm_bias": (norm_bias, (channels,)),
+            "project_in_weight": (project_in_weight, (2 * hidden, channels, 1, 1)),
+            "project_in_scale": (project_in_scale, (2 * hidden,)),
+            "dwconv_weight": (dwconv_weight, (2 * hidden, 1, 3, 3)),
+            "project_out_weight": (project_out_weight, (channels, hidden, 1, 1)),
+            "project_out_scale": (project_out_scale, (channels,)),
+        },
+        int8=("project_in_weight", "project_out_weight"),
+    )
+    if hidden == 0:
+        raise ValueError(f"gdfn_int8: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
+    into, out = (project_in_weight, project_in_scale), (project_out_weight, project_out_scale)
+    return declaration.gdfn_int8(autocast(x), norm_weight, norm_bias, *into, dwconv_weight, *out, eps, backend=backend)
