@@ -487,6 +487,26 @@ def export(
     print(export(out, to, checkpoint, weights))
 
 
+def quantize(checkpoint: Positional[Path], *, calibrate: Path, pairs: Path, out: Path, most_loss: float = 0.05) -> None:
+    """Write a Restormer's checkpoint with its products in 8 bits, for the CPU, unless that costs more than it may.
+
+    Prints PSNR on the pairs, seconds and bytes, before and after. Every verb but train takes the new checkpoint as any other.
+
+    Args:
+        checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder.
+        calibrate: Folder of unedited photos, of the kind that the model will see, from which the activations' scales are taken.
+        pairs: JSONL file of held-out pairs, on which the loss is measured.
+        out: File, .safetensors.
+        most_loss: dB PSNR that 8 bits may cost, as a mean of the pairs. Where it is more, nothing is written.
+    """
+    from autohdr.data.pairs import check_pairs, read_pairs
+    from autohdr.quantize import quantize
+
+    listed = read_pairs(pairs)
+    check_pairs(listed)
+    print(quantize(checkpoint, calibrate, listed, out, most_loss))
+
+
 def plan(
     model: Positional[str],
     size: str = "384",
@@ -670,6 +690,7 @@ def _verbs(argv: list[str]) -> dict[str, Any]:
         "compare": compare,
         "enhance": enhance,
         "export": export,
+        "quantize": quantize,
         "plan": plan,
         "demo": demo,
     }

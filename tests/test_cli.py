@@ -25,7 +25,7 @@ from autohdr.models import create_model, save_weights
 WHITE, WIDE = [0.3127, 0.329, 1.0], [0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0]
 TINY = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 0}
 VERBS = ["doctor", "data", "data split", "data audit", "data synth", "data degrade"]
-VERBS += ["train", "watch", "adapt", "eval", "compare", "enhance", "export", "plan", "demo"]
+VERBS += ["train", "watch", "adapt", "eval", "compare", "enhance", "export", "quantize", "plan", "demo"]
 
 
 @pytest.fixture

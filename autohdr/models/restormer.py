@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autohdr import kernels
+from autohdr.errors import UserError
 from autohdr.models.layers import Conv2d, add_pointwise, pointwise, reach
 from autohdr.models.network import Blocks, Down, Embed, Half, NetworkConfig, Output, Stage, StagedNetwork, Up, count, is_whole
 
@@ -36,6 +37,8 @@ class RestormerConfig(NetworkConfig):
     eps: float = 1e-6
     reduce_level1: bool = True
     """False, as in the authors' own models: the last decoder level and the refinement run on 2 * dim channels."""
+    int8: bool = False
+    """The products of the blocks are in 8 bits, for inference on a CPU: int8.quantized makes such a model."""
 
     def __post_init__(self):
         self.require("dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
@@ -48,6 +51,7 @@ class RestormerConfig(NetworkConfig):
         self.require("norm_bias", "true or false", isinstance(self.norm_bias, bool))
         self.require("eps", "a number above 0", _number(self.eps) and self.eps > 0)
         self.require("reduce_level1", "true or false", isinstance(self.reduce_level1, bool))
+        self.require("int8", "true or false", isinstance(self.int8, bool))
 
 
 def _number(value: Any) -> bool:
@@ -112,9 +116,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """GDFN with its norm and residual: a gated depthwise-convolution network (equation 2)."""
 
-    def __init__(self, channels: int, expansion: float, eps: float):
+    def __init__(self, channels: int, hidden: int, eps: float):
         super().__init__()
-        hidden = int(channels * expansion)
         self.eps = eps
         self.project_in = _conv(channels, 2 * hidden, 1)
         self.dwconv = _conv(2 * hidden, 2 * hidden, 3, groups=2 * hidden)
@@ -127,13 +130,47 @@ class FeedForward(nn.Module):
         return kernels.gdfn(x, *weights, eps=self.eps)
 
 
+class Codes(nn.Module):
+    """A 1×1 convolution's weight in 8 bits, and what its rows are multiplied by."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        codes = torch.zeros(channels_out, channels_in, 1, 1, dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(channels_out), requires_grad=False)
+
+
+class FeedForwardInt8(nn.Module):
+    """FeedForward with its 1×1 convolutions in 8 bits. Scales of what these read are in its norm and in dwconv."""
+
+    def __init__(self, channels: int, hidden: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.project_in = Codes(channels, 2 * hidden)
+        self.dwconv = _conv(2 * hidden, 2 * hidden, 3, groups=2 * hidden)
+        self.project_out = Codes(hidden, channels)
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        if self.training or x.device.type == "cuda":
+            did = "it is being trained" if self.training else f"the image is on {x.device}"
+            raise UserError(f"a model in 8 bits is for inference on a CPU, but {did}: take the checkpoint that it was made of")
+        norm, project_in, project_out = reach(norm, Norm), reach(self.project_in, Codes), reach(self.project_out, Codes)
+        dwconv = _weight(self.dwconv, 3, groups=len(project_in.scale))
+        weights = project_in.weight, project_in.scale, dwconv, project_out.weight, project_out.scale
+        return kernels.gdfn_int8(x, norm.weight, norm.bias, *weights, eps=self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, channels: int, num_heads: int, config: RestormerConfig):
         super().__init__()
         self.norm1 = Norm(channels, config.norm_bias)
         self.attn = Attention(channels, num_heads, config.eps)
         self.norm2 = Norm(channels, config.norm_bias)
-        self.ffn = FeedForward(channels, config.expansion, config.eps)
+        self.ffn = _feed_forward(config)(channels, int(channels * config.expansion), config.eps)
+
+
+def _feed_forward(config: RestormerConfig) -> type[FeedForward] | type[FeedForwardInt8]:
+    return FeedForwardInt8 if config.int8 else FeedForward
 
 
 class Level(nn.Module):
@@ -142,10 +179,12 @@ class Level(nn.Module):
     def __init__(self, channels: int, num_blocks: int, num_heads: int, config: RestormerConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, num_heads, config) for _ in range(num_blocks))
+        self.feed_forward = _feed_forward(config)
 
     def stage(self) -> Blocks:
         blocks = [reach(block, Block) for block in reach(reach(self, Level).blocks, nn.ModuleList)]
-        halves = [(Half(b.attn, {"norm": b.norm1}, Attention), Half(b.ffn, {"norm": b.norm2}, FeedForward)) for b in blocks]
+        kind = self.feed_forward
+        halves = [(Half(b.attn, {"norm": b.norm1}, Attention), Half(b.ffn, {"norm": b.norm2}, kind)) for b in blocks]
         return Blocks([half for block in halves for half in block])
 
 
@@ -221,8 +260,8 @@ class Restormer(StagedNetwork):
 
     def scratch_bytes(self) -> int:
         """Rows of hidden channels and sums of weight gradients (csrc/common/cpu_expansion.h), at the widest level."""
-        convs = [m.project_in for m in self.modules() if isinstance(m, FeedForward)]
-        return max(4 * c.out_channels * (1800 + 3 * c.in_channels // 2) for c in convs)
+        weights = [m.project_in.weight for m in self.modules() if isinstance(m, FeedForward | FeedForwardInt8)]
+        return max(4 * weight.shape[0] * (1800 + 3 * weight.shape[1] // 2) for weight in weights)
 
     @classmethod
     def settings_of(cls, names: Collection[str], shape: Callable[[str], list[int]]) -> dict[str, Any]:

@@ -150,10 +150,12 @@ def load_weights(model: Network, path: str | Path) -> LoadReport:
 
     Tensors are float16, bfloat16, float32 or float64 and take the model's dtype; a shape may differ by axes of length 1.
     Raises UserError, and leaves the model as it was, if the file can't be read safely, if nothing fits, if a tensor that fits
-    holds NaN or infinity, or if the file's layer norms have a bias and the model's have none.
+    holds NaN or infinity, if the file's layer norms have a bias and the model's have none, or if its weights are in 8 bits.
     """
-    names = {WRAPPERS.sub("", name): name for name in model.state_dict()}
-    report, tensors = _match(model, read(Path(path)))
+    names, file = {WRAPPERS.sub("", name): name for name in model.state_dict()}, read(Path(path))
+    if file.overrides.get("int8") and not model.config.overrides.get("int8"):  # whose norms and 3×3 weights are scaled
+        raise UserError(f"{path}: holds products in 8 bits, for inference: expected the checkpoint that it was made of")
+    report, tensors = _match(model, file)
     model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, strict=False)
     print(report)
     return report

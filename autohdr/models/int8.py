@@ -1,0 +1,80 @@
+"""A Restormer's products in 8 bits: scales of its weights from the weights, of what they are multiplied with from photos."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autohdr.errors import UserError
+from autohdr.kernels.common import as_codes, layer_norm
+from autohdr.models.network import Network
+from autohdr.models.registry import build
+from autohdr.models.restormer import FeedForward, Restormer
+
+MOST = 127
+"""The largest code."""
+
+
+def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
+    """The model with the 1×1 convolutions of its feed-forward halves in 8 bits, in eval mode; all else stays as it is.
+
+    Codes are integers from -127 to 127. Each row of a weight has a scale, and so has each channel of what it is multiplied with:
+    the largest magnitude that the channel has in any of the photos becomes 127.
+
+    photos: as the model takes them, (1, 3, H, W) float32.
+    Raises UserError unless the model is a Restormer in floats, and where there are no photos.
+    """
+    if not isinstance(model, Restormer) or model.config.int8:
+        name = model.config.name if isinstance(model, Network) else type(model).__name__
+        raise UserError(f"8 bits: expected a Restormer in floats, got {name}{' in 8 bits' * isinstance(model, Restormer)}")
+    largest = _largest(model, photos)
+    if not largest:
+        raise UserError("8 bits: expected at least one photo to calibrate with, got none")
+    state = model.state_dict()
+    for name, (normal, gated) in largest.items():
+        for key in [key for key in state if key.startswith(f"{name.removesuffix('ffn')}norm2.")]:
+            state[key] = state[key] / normal
+        first, second = state[f"{name}.dwconv.weight"].chunk(2)
+        state[f"{name}.dwconv.weight"] = torch.cat((first, second / gated[:, None, None, None]))
+        for layer, channels in (("project_in", normal), ("project_out", gated)):
+            weight = state[f"{name}.{layer}.weight"] * channels[:, None, None]
+            scale = _scale(weight.abs().amax((1, 2, 3)))
+            state[f"{name}.{layer}.weight"] = as_codes(weight / scale[:, None, None, None]).to(torch.int8)
+            state[f"{name}.{layer}.scale"] = scale
+    made = build(replace(model.config, int8=True, overrides={**model.config.overrides, "int8": True}))
+    made.load_state_dict(state)
+    made.metadata = model.metadata
+    return made.eval()
+
+
+def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Of each feed-forward half, by name, the scales of what its convolutions read: of the norm and of the gate."""
+    found: dict[str, tuple[Tensor, ...]] = {}
+
+    def see(name: str, module: Any, inputs: Any) -> None:
+        x, norm = inputs
+        normal = layer_norm(x, norm.weight, norm.bias, module.eps)
+        hidden = F.conv2d(normal, module.project_in.weight)
+        a, b = F.conv2d(hidden, module.dwconv.weight, padding=1, groups=hidden.shape[1]).chunk(2, dim=1)
+        seen = tuple(values.abs().amax((0, 2, 3)) for values in (normal, F.gelu(a) * b))
+        found[name] = tuple(map(torch.maximum, seen, found.get(name, seen)))
+
+    halves = {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
+    hooks = [module.register_forward_pre_hook(partial(see, name)) for name, module in halves.items()]
+    try:
+        with torch.inference_mode():
+            for photo in photos:
+                model(photo)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: tuple(map(_scale, seen)) for name, seen in found.items()}
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """What a code of 1 stands for; 1 where there is nothing but zeros."""
+    return torch.where(largest > 0, largest / MOST, 1.0)

@@ -1,0 +1,89 @@
+"""Restormers with products in 8 bits: near the one in floats, and read from their files as any other."""
+
+import pytest
+import torch
+
+from autohdr.errors import UserError
+from autohdr.models import create_model, load_checkpoint, load_weights, save_weights, tiling
+from autohdr.models.int8 import quantized
+from autohdr.models.tiling import FILED, MEMORY, PARKED, Plan
+
+
+@pytest.fixture(scope="module")
+def photos():
+    g = torch.Generator().manual_seed(0)
+    return [torch.rand(1, 3, *size, generator=g) for size in ((40, 56), (61, 43))]
+
+
+@pytest.fixture(scope="module", params=[{}, {"norm_bias": False}], ids=["bias", "biasfree"])
+def models(request, small, photos):
+    """A model in floats and in 8 bits."""
+    model = small(**request.param).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # channels of unlike size
+            if "norm2" in name or "ffn.dwconv" in name:
+                parameter.mul_(torch.logspace(-0.3, 0.3, len(parameter)).view(-1, *[1] * (parameter.ndim - 1)))
+    return model, quantized(model, photos)
+
+
+def change(model, image):
+    with torch.inference_mode():
+        return model(image) - image
+
+
+def test_is_near_the_model_in_floats(models, photos):
+    model, coded = models
+    for photo in [*photos, photos[0].flip(3)]:
+        expected, actual = change(model, photo), change(coded, photo)
+        assert 0 < (actual - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+
+
+def test_holds_a_byte_a_weight_in_each_feed_forward_half(models):
+    state = models[1].state_dict()
+    coded = {name for name, value in state.items() if value.dtype == torch.int8}
+    assert coded == {name for name in state if name.endswith(("ffn.project_in.weight", "ffn.project_out.weight"))}
+    for name in coded:
+        assert state[name].abs().amax((1, 2, 3)).eq(127).all() and len(state[name.replace("weight", "scale")]) == len(state[name])
+
+
+def test_a_channel_without_a_value_has_a_scale(small, photos):
+    model = small().eval()
+    with torch.no_grad():
+        model.latent.blocks[0].ffn.dwconv.weight.zero_()
+        model.latent.blocks[0].norm2.weight.zero_()
+        model.latent.blocks[0].norm2.bias.zero_()
+    assert change(quantized(model, photos), photos[0]).isfinite().all()
+
+
+def test_its_file_is_read_as_any_other(models, photos, tmp_path):
+    model, coded = models
+    for name, network in (("float", model), ("coded", coded)):
+        save_weights(tmp_path / name, network, {"epoch": 3})
+    codes = sum(value.numel() for value in coded.state_dict().values() if value.dtype == torch.int8)
+    assert (tmp_path / "float").stat().st_size - (tmp_path / "coded").stat().st_size > 2 * codes  # of 3, but for scales and names
+    loaded = load_checkpoint(tmp_path / "coded")
+    assert loaded.metadata == {"epoch": 3} and torch.equal(change(loaded, photos[0]), change(coded, photos[0]))
+    with pytest.raises(UserError, match="coded: holds products in 8 bits, for inference"):
+        load_weights(model, tmp_path / "coded")
+
+
+def test_works_in_strips(models, photos):
+    coded = models[1]
+    with torch.inference_mode():
+        strips = tiling.run(coded, photos[1], Plan(6, (FILED, PARKED, MEMORY, MEMORY), 0, 0))
+        whole = coded(photos[1])
+    assert (strips - whole).abs().max() < 5e-3  # a sum that is rounded otherwise may make another code
+
+
+def test_is_not_trained(models, photos):
+    coded = create_model(models[1].config.name, **models[1].config.overrides)
+    with pytest.raises(UserError, match="a model in 8 bits is for inference on a CPU, but it is being trained"):
+        coded.train()(photos[0])
+
+
+def test_refuses_other_models(models, photos):
+    for model, got in ((create_model("nafnet_nano"), "nafnet_nano$"), (models[1], "restormer_nano in 8 bits")):
+        with pytest.raises(UserError, match=f"expected a Restormer in floats, got {got}"):
+            quantized(model, photos)
+    with pytest.raises(UserError, match="expected at least one photo to calibrate with, got none"):
+        quantized(models[0], [])
