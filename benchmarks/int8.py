@@ -6,11 +6,12 @@ models: ONNX Runtime (of the extra `onnx`) and, where it is installed, OpenVINO 
 with its 1×1 convolutions in 8 bits, and with all of its convolutions: weights per channel, activations calibrated on the sample
 photos, the first and the last layer kept. Eager PyTorch runs channels-last. `difference`: the mean from float32, of 255.
 parts: ONNX Runtime's own profile of its programs on one thread, milliseconds a pass by kind of operator.
-inner loops: `rates`, multiply-accumulates a second of a product's inner loop on one core (int8_products.cpp, compiled by g++). Of
-each model's passes in float32 on one thread, by the samples of Linux' perf: `share`, what our products take, `pytorch`, what
-PyTorch's own layers do, dense 3×3 convolutions most of all, and `rate`, that of our products. How many times as fast the model
-could be, if making 8 bits of numbers took no time, by 1 / (1 - share + share / times), of its products and `with pytorch`: `like
-float32`, if those in 8 bits gain what the inner loop does; `full rate`, if they reach its rate; `free`, if they take no time.
+inner loops: `rates`, multiply-accumulates a second of a product's inner loop on one core (int8_products.cpp, compiled by g++),
+by registers of 32 bytes, and where the processor has AVX512-VNNI, of 64. Of each model's passes in float32 on one thread, by
+the samples of Linux' perf: `share`, what our products take, `pytorch`, what PyTorch's own layers do, dense 3×3 convolutions
+most of all, and `rate`, that of our products. How many times as fast the model could be, if making 8 bits of numbers took no
+time, by 1 / (1 - share + share / times), of its products and `with pytorch`: `like float32`, if those in 8 bits gain what the
+inner loop does; `full rate`, if they reach its rate; `free`, if they take no time.
 products: a 1×1 product of [pixels, C] to 3·C channels alone, as the levels of restormer_base have it: from float32 to float32,
 8 bits within, and from 8 bits to int32 or 8 bits, which a layer between float32 ones never is.
 
@@ -47,7 +48,7 @@ from run import commit, processor
 from runtimes import Runs, in_runtimes, session, under_tuned_malloc
 from torch import Tensor
 
-from autohdr import create_model
+from autohdr import _C, create_model
 from autohdr.data.images import read_rgb
 from autohdr.demo import SAMPLES
 from autohdr.kernels.backends import default_backend
@@ -175,8 +176,10 @@ def of_inner_loops(name: str, rates: dict[str, float], options: argparse.Namespa
     share, pytorch = (samples[kind] / samples.total() for kind in ("share", "pytorch"))
     row = {"op": name, "shape": f"1×{options.size}×{options.size}", "dtype": "float32", "mode": "inference"}
     rate = passes * sum(work.products for work in floors.work(row)) / (share * spent)
-    best = max(rates[kind] for kind in rates.keys() - {"float32", "int16"})
-    times = {"like float32": best / rates["float32"], "full rate": best / rate, "free": math.inf}
+    wide = "avx512 " if _C.build_info()["cpu_isa"] == "avx512vnni" else ""
+    kinds = ["vnni"] if wide else rates.keys() & {"uint8", "uint7", "vnni"}
+    best = max(rates[wide + kind] for kind in kinds)
+    times = {"like float32": best / rates[f"{wide}float32"], "full rate": best / rate, "free": math.inf}
 
     def bounds(part: float) -> dict[str, float]:
         return {case: round(1 / (1 - part + part / gain), 2) for case, gain in times.items()}

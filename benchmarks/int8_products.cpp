@@ -21,12 +21,27 @@
 #include <cstring>
 #include <vector>
 
-constexpr int kDepth = 192, kLanes = 8, kMostRows = 6, kMostVecs = 3;
+constexpr int kDepth = 192, kMostRows = 8, kMostVecs = 3, kMostLanes = 16;
 
 #define INLINE(isa) __attribute__((always_inline, target(isa))) static inline
 #define AVX2 "avx2,fma"
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512"
 
-struct Float32 {
+// Registers of 32 and of 64 bytes.
+struct Ymm {
+  using Vec = __m256i;
+  static constexpr int kLanes = 8;
+  INLINE(AVX2) Vec load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  INLINE(AVX2) Vec splat(int32_t value) { return _mm256_set1_epi32(value); }
+};
+struct Zmm {
+  using Vec = __m512i;
+  static constexpr int kLanes = 16;
+  INLINE(AVX512) Vec load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  INLINE(AVX512) Vec splat(int32_t value) { return _mm512_set1_epi32(value); }
+};
+
+struct Float32 : Ymm {
   using Element = float;
   using Sum = __m256;
   static constexpr int kStep = 1, kMost = 255, kMostWeight = 127;
@@ -39,13 +54,13 @@ INLINE(AVX2) __m256i sum_in_place(__m256i sum, __m256i term) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term));
   return sum;
 }
-struct Int16 {
+struct Int16 : Ymm {
   using Element = int16_t;
   using Sum = __m256i;
   static constexpr int kStep = 1, kMost = 255, kMostWeight = 127;
   INLINE(AVX2) Sum add(Sum sum, const __m256i* a, const __m256i* b) { return sum_in_place(sum, _mm256_madd_epi16(*a, *b)); }
 };
-struct Uint8 {
+struct Uint8 : Ymm {
   using Element = int8_t;
   using Sum = __m256i;
   static constexpr int kStep = 1, kMost = 255, kMostWeight = 63;
@@ -53,7 +68,7 @@ struct Uint8 {
     return sum_in_place(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(*a, *b), _mm256_set1_epi16(1)));
   }
 };
-struct Uint7 {
+struct Uint7 : Ymm {
   using Element = int8_t;
   using Sum = __m256i;
   static constexpr int kStep = 2, kMost = 127, kMostWeight = 63;
@@ -66,11 +81,19 @@ struct AvxVnni : Uint8 {
   static constexpr int kMostWeight = 127;
   INLINE("avx2,fma,avxvnni") Sum add(Sum sum, const __m256i* a, const __m256i* b) { return _mm256_dpbusd_avx_epi32(sum, *a, *b); }
 };
-struct Avx512Vnni : Uint8 {
-  static constexpr int kMostWeight = 127;
-  INLINE("avx2,fma,avx512vnni,avx512vl") Sum add(Sum sum, const __m256i* a, const __m256i* b) {
-    return _mm256_dpbusd_epi32(sum, *a, *b);
+struct WideFloat32 : Zmm {
+  using Element = float;
+  using Sum = __m512;
+  static constexpr int kStep = 1, kMost = 255, kMostWeight = 127;
+  INLINE(AVX512) Sum add(Sum sum, const __m512i* a, const __m512i* b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(*a), _mm512_castsi512_ps(*b), sum);
   }
+};
+struct WideVnni : Zmm {
+  using Element = int8_t;
+  using Sum = __m512i;
+  static constexpr int kStep = 1, kMost = 255, kMostWeight = 127;
+  INLINE(AVX512) Sum add(Sum sum, const __m512i* a, const __m512i* b) { return _mm512_dpbusd_epi32(sum, *a, *b); }
 };
 
 // a: [step][row], b: [step][vector][lane], each of 32 bits; c: [row][vector][lane].
@@ -79,14 +102,14 @@ struct Avx512Vnni : Uint8 {
   __attribute__((noinline, target(isa))) void name(const int32_t* a, const int32_t* b, int steps, void* out) {               \
     typename Op::Sum acc[MR][SV];                                                                                            \
     std::memset(acc, 0, sizeof acc);                                                                                         \
-    constexpr int S = Op::kStep;                                                                                             \
+    constexpr int S = Op::kStep, kLanes = Op::kLanes;                                                                        \
     for (int k = 0; k < steps; k += S, a += S * MR, b += S * SV * kLanes) {                                                  \
-      __m256i right[SV][S];                                                                                                  \
+      typename Op::Vec right[SV][S];                                                                                         \
       _Pragma("GCC unroll 8") for (int j = 0; j < SV; ++j) _Pragma("GCC unroll 8") for (int s = 0; s < S; ++s) right[j][s] = \
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (s * SV + j) * kLanes));                                   \
+          Op::load(b + (s * SV + j) * kLanes);                                                                               \
       _Pragma("GCC unroll 8") for (int i = 0; i < MR; ++i) {                                                                 \
-        __m256i left[S];                                                                                                     \
-        _Pragma("GCC unroll 8") for (int s = 0; s < S; ++s) left[s] = _mm256_set1_epi32(a[s * MR + i]);                      \
+        typename Op::Vec left[S];                                                                                            \
+        _Pragma("GCC unroll 8") for (int s = 0; s < S; ++s) left[s] = Op::splat(a[s * MR + i]);                              \
         _Pragma("GCC unroll 8") for (int j = 0; j < SV; ++j) acc[i][j] = Op::add(acc[i][j], left, right[j]);                 \
       }                                                                                                                      \
     }                                                                                                                        \
@@ -94,7 +117,7 @@ struct Avx512Vnni : Uint8 {
   }
 PRODUCT(product_avx2, AVX2)
 PRODUCT(product_avxvnni, "avx2,fma,avxvnni")
-PRODUCT(product_avx512vnni, "avx2,fma,avx512vnni,avx512vl")
+PRODUCT(product_avx512, AVX512)
 
 struct Case {
   const char* name;
@@ -102,7 +125,7 @@ struct Case {
   std::vector<int32_t> a, b;
   int steps;
   double macs, best = 1e9;
-  int32_t out[kMostRows * kMostVecs * kLanes];
+  int32_t out[kMostRows * kMostVecs * kMostLanes];
 
   void time() {
     constexpr int kCalls = 500;
@@ -118,7 +141,7 @@ struct Case {
 template <class Op, int MR, int SV>
 Case make(const char* name, void (*run)(const int32_t*, const int32_t*, int, void*)) {
   using T = typename Op::Element;
-  constexpr int N = 4 / sizeof(T), columns = SV * kLanes;
+  constexpr int N = 4 / sizeof(T), columns = SV * Op::kLanes;
   Case made{name, run, {}, {}, kDepth / N, double(MR) * columns * kDepth};
   std::vector<T> a(kDepth * MR), b(kDepth * columns);
   for (T& value : a) value = static_cast<T>(std::rand() % (Op::kMost + 1));
@@ -143,17 +166,15 @@ Case make(const char* name, void (*run)(const int32_t*, const int32_t*, int, voi
 }
 
 #define SHAPES(Op, name, run) \
-  make<Op, 6, 2>(name, run<Op, 6, 2>), make<Op, 4, 3>(name, run<Op, 4, 3>), make<Op, 4, 2>(name, run<Op, 4, 2>)
+  make<Op, 6, 2>(name, run<Op, 6, 2>), make<Op, 4, 3>(name, run<Op, 4, 3>), make<Op, 8, 3>(name, run<Op, 8, 3>)
 
 int main() {
   std::vector<Case> cases{SHAPES(Float32, "float32", product_avx2), SHAPES(Int16, "int16", product_avx2),
                           SHAPES(Uint8, "uint8", product_avx2), SHAPES(Uint7, "uint7", product_avx2)};
-  std::vector<Case> vnni;
-  if (__builtin_cpu_supports("avxvnni"))
-    vnni = {SHAPES(AvxVnni, "vnni", product_avxvnni)};
-  else if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"))
-    vnni = {SHAPES(Avx512Vnni, "vnni", product_avx512vnni)};
-  cases.insert(cases.end(), vnni.begin(), vnni.end());
+  const auto add = [&](std::vector<Case> more) { cases.insert(cases.end(), more.begin(), more.end()); };
+  if (__builtin_cpu_supports("avxvnni")) add({SHAPES(AvxVnni, "vnni", product_avxvnni)});
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
+    add({SHAPES(WideFloat32, "avx512 float32", product_avx512), SHAPES(WideVnni, "avx512 vnni", product_avx512)});
   for (int round = 0; round < 300; ++round)
     for (Case& each : cases) each.time();
   std::printf("{");
