@@ -49,6 +49,8 @@ class Learner:
         self.teacher = Teacher(config.teacher, device) if config.teacher else None  # before the seed: it draws weights, too
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
+        if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
+            raise UserError(f"model_args: expected a model to train, got {config.model} in 8 bits, which is for inference alone")
         self.trained_on: set[str] = set(self.teacher.trained_on if self.teacher else ())
         if config.init_weights and fresh:
             self.trained_on |= set(load_weights(self.model, config.init_weights).metadata.get("trained_on", []))

@@ -72,7 +72,8 @@ def test_works_in_strips(models, photos):
     with torch.inference_mode():
         strips = tiling.run(coded, photos[1], Plan(6, (FILED, PARKED, MEMORY, MEMORY), 0, 0))
         whole = coded(photos[1])
-    assert (strips - whole).abs().max() < 5e-3  # a sum that is rounded otherwise may make another code
+    # As near as to the model in floats: sums that are rounded otherwise make other codes.
+    assert (strips - whole).square().mean().sqrt() < 0.05 * (whole - photos[1]).square().mean().sqrt()
 
 
 def test_is_not_trained(models, photos):

@@ -332,6 +332,11 @@ def test_refuses_a_folder_with_files(make_config):
     assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
 
 
+def test_refuses_a_model_in_8_bits(make_config):
+    with pytest.raises(UserError, match="model_args: expected a model to train, got restormer_nano in 8 bits"):
+        train(make_config(model_args={"int8": True}))
+
+
 def test_refuses_to_resume_nothing(make_config):
     with pytest.raises(UserError, match="nothing to resume"):
         train(make_config(), resume=True)
