@@ -38,7 +38,7 @@ class RestormerConfig(NetworkConfig):
     reduce_level1: bool = True
     """False, as in the authors' own models: the last decoder level and the refinement run on 2 * dim channels."""
     int8: bool = False
-    """The products of the blocks are in 8 bits, for inference on a CPU: int8.quantized makes such a model."""
+    """The feed-forward 1×1 products are in 8 bits, for inference on a CPU: int8.quantized makes such a model."""
 
     def __post_init__(self):
         self.require("dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
