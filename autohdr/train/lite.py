@@ -22,8 +22,7 @@ from torch import Tensor
 from autohdr.data.synthetic.camera import photograph
 from autohdr.data.synthetic.editor import edit
 from autohdr.data.synthetic.scene import render_scene
-from autohdr.edits import SHIPPED, Inputs
-from autohdr.kernels import apply_edit
+from autohdr.edits import SHIPPED, Inputs, edited_by
 from autohdr.models import create_model, save_weights
 from autohdr.models.lite import Lite
 from autohdr.train.config import RECIPES
@@ -42,6 +41,7 @@ def fit(
     inputs = _inputs(model, sources)
     model.centre.copy_(inputs.features[:usual].mean(0))
     model.spread.copy_(inputs.features[:usual].std(0) + 1e-3)
+    _fit_tilt(model, inputs, len(sources) if usual is None else usual)
     noise = RECIPE.noise * model.spread
     small = [F.adaptive_avg_pool2d(images, RECIPE.side) for images in (sources, targets)]
     for number, member in enumerate(model.members):
@@ -54,13 +54,11 @@ def fit(
             some = Inputs(*(part[chosen] for part in inputs))
             some = some._replace(features=some.features + noise * torch.randn(some.features.shape, generator=g))
             source, target = (images[chosen] for images in small)
-            curves, matrix, _ = model.edit(some, number)  # the rooms' edits have no tilt
-            error = (apply_edit(source, curves, matrix) - target).square().mean((1, 2, 3))
+            error = (edited_by(source, model.edit(some, number)) - target).square().mean((1, 2, 3))
             optimizer.zero_grad()
             (error + RECIPE.nearly).log().mean().backward()
             torch.nn.utils.clip_grad_norm_(member.parameters(), 5.0)
             optimizer.step()
-    _fit_tilt(model, inputs, len(sources) if usual is None else usual)
 
 
 @torch.no_grad()

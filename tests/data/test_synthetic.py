@@ -144,6 +144,25 @@ def test_pin_reaches_the_luma_and_the_walls_it_is_given(scenes):
     assert np.mean(wide) < 1  # other pixels count as walls once colours have changed
 
 
+def test_an_edit_is_tilted_and_pinned_after_it(monkeypatch):
+    """However light its ceiling is made, it has the luma that was drawn."""
+    scene, made = render_scene(3, 96, 128), []
+    for tilt in (0, 0.6):
+        monkeypatch.setattr("autohdr.data.synthetic.editor.TARGET", replace(TARGET, pinned=(1,) * 7, tilt=tilt, tilt_sd=0))
+        made.append(edit(np.random.default_rng(1), scene) / 255)
+    flat, tilted = (np.percentile(picture @ LUMA, PERCENTILES) for picture in made)
+    assert np.abs(flat - tilted).max() < 0.02
+    assert abs(statistics(*made)["tilt"] - 0.6) < 0.15
+
+
+def test_exteriors_are_not_tilted(monkeypatch):
+    scene, made = render_scene(3, 40, 56, exterior=True), []
+    for tilt in (0, 0.6):
+        monkeypatch.setattr("autohdr.data.synthetic.editor.TARGET", replace(TARGET, tilt=tilt))
+        made.append(edit(np.random.default_rng(1), scene))
+    assert np.array_equal(*made) and TARGET_OUTDOORS.tilt == TARGET_OUTDOORS.tilt_sd == 0
+
+
 def test_source_and_target_are_aligned(scenes):
     """Log-luma edges of the two agree better in place than one pixel off, in every scene."""
     for source, target in scenes:

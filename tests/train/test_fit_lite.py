@@ -48,6 +48,18 @@ def test_the_usual_ones_are_tilted_and_others_are_not():
     assert tilts[:12].mean() > 0.8 and tilts[12:].mean() < 0.2 and 0 <= tilts.min() and tilts.max() <= 1
 
 
+def test_members_are_fitted_beside_the_tilt():
+    """Of rooms light above and dark below, edited by the recipe and the tilt, they have nothing to learn."""
+    torch.manual_seed(0)
+    sources = pairs()[0] * torch.linspace(1, 0.3, 128)[:, None]
+    model = create_model("lite", members=1)
+    lite.fit(model, sources, sources, 0)
+    targets = model(sources).detach()
+    assert model.predict(sources).edit.tilt.mean() > 0.8 * TILT
+    lite.fit(model, sources, targets, 40)
+    assert lite.psnr(model, sources, targets) > 55
+
+
 def test_takes_differ_and_are_the_same_twice():
     sources, targets = lite.takes(3, count=2, height=32, width=48)
     assert sources.shape == targets.shape == (2, 128, 128, 3) and sources.dtype == np.uint8

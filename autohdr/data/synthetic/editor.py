@@ -4,7 +4,7 @@ import numpy as np
 
 from autohdr.data.images import from_float
 from autohdr.data.synthetic.look import TARGET, TARGET_OUTDOORS, draw_luma, pin
-from autohdr.data.synthetic.pixels import encode, fuse, levels_of, luma, surround
+from autohdr.data.synthetic.pixels import encode, fuse, heights, levels_of, luma, surround
 from autohdr.data.synthetic.scene import Scene
 from autohdr.data.synthetic.textures import Array, Rng
 
@@ -12,12 +12,14 @@ _MIDDLE = np.float32(0.33)  # the linear luma that a room's light is brought to 
 
 
 def edit(rng: Rng, scene: Scene) -> Array:
-    """The edit (H, W, 3), uint8, sRGB: window pulled, light evened, exposures fused, white walls, luma where clients want it."""
+    """The edit (H, W, 3), uint8, sRGB: window pulled, light evened, exposures fused, ceiling lightened and floor darkened, white
+    walls, luma where clients want it."""
     x = scene.radiance.astype(np.float32)
     outside = scene.outside.astype(np.float32)
     even, view, saturation = rng.uniform(0.0, 0.3), rng.uniform(0.5, 1.0), rng.normal(1.14, 0.1)
     look = TARGET_OUTDOORS if scene.exterior else TARGET
     levels, walls = draw_luma(rng, look, scene.tones), rng.normal(look.walls, look.walls_sd)
+    tilt = np.float32(rng.normal(look.tilt, look.tilt_sd))
     y = luma(x)
     indoors = outside < 0.5
     gain = _MIDDLE / np.exp(np.log(y[indoors] + 1e-5).mean()) if indoors.any() else 1.0
@@ -29,6 +31,7 @@ def edit(rng: Rng, scene: Scene) -> Array:
     level = surround(np.log(np.clip(y, 0.02, 2)), levels_of(y.shape))
     evened = y * np.exp(np.float32(even) * (np.log(_MIDDLE) - level))
     fused = np.clip(fuse([encode(evened * np.float32(2.0**stop)) for stop in (-1.2, 0, 0.8)]), 1e-3, 1)
+    fused = fused + tilt * heights(len(fused)) * fused * (1 - fused)
     vivid = np.float32(saturation) * np.array([1.06, 1, 0.92], np.float32)  # yellow is what clients see first
     colour = np.maximum(1 + (x / y[..., None] - 1) * vivid, 0)  # ratios in linear light
     ratio = colour ** np.float32(1 / 2.4)

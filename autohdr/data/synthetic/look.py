@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autohdr.data.synthetic.pixels import curve, from_lab, luma, to_lab
+from autohdr.data.synthetic.pixels import curve, from_lab, heights, luma, to_lab
 from autohdr.data.synthetic.textures import Array, Rng
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -17,6 +17,7 @@ class Look:
     luma, luma_sd: percentiles 1, 5, 25, 50, 75, 95, 99 of the encoded luma, [0, 1].
     together: correlation of each percentile with the exposure that they have in common.
     walls, walls_sd: a* and b* of the walls (`walls_of`).
+    tilt, tilt_sd: how much lighter what is high up was made, and darker what is low down: a luma c by tilt · height · c (1 - c).
     pinned, walls_pinned: how far a picture is brought from where it lies by itself (0) to what was drawn (1).
     """
 
@@ -27,6 +28,8 @@ class Look:
     walls_sd: tuple[float, float]
     pinned: tuple[float, ...]
     walls_pinned: float
+    tilt: float = 0.0
+    tilt_sd: float = 0.0
 
 
 # Summary statistics of ten real pairs of estate photos, unedited and edited, at 256 pixels on the long side. How far each is
@@ -37,10 +40,11 @@ SOURCE = Look(luma=(.075, .142, .269, .380, .465, .610, .763), luma_sd=(.056, .0
               pinned=(.85, .85, .8, .9, 1, 1, 1), walls_pinned=.95)
 TARGET = Look(luma=(.162, .267, .473, .640, .746, .831, .892), luma_sd=(.108, .125, .130, .080, .036, .039, .039),
               together=(.8, .85, .85, .75, .65, .65, .65), walls=(0, 4.4), walls_sd=(.7, 3.5),
-              pinned=(.7, .7, .7, .8, 1, 1, 1), walls_pinned=.6)
+              pinned=(.7, .7, .7, .8, 1, 1, 1), walls_pinned=.6, tilt=.26, tilt_sd=.15)
 # Of exteriors there were no pairs to measure: rooms' spread, in light that is even already, and no walls whose colour is known.
 SOURCE_OUTDOORS = replace(SOURCE, luma=(.08, .14, .27, .39, .51, .68, .77), walls_pinned=0, pinned=(.6, .6, .6, .7, .9, .9, .9))
-TARGET_OUTDOORS = replace(TARGET, luma=(.12, .2, .39, .56, .7, .83, .9), walls_pinned=0, pinned=(.6, .6, .6, .7, .9, .9, .9))
+TARGET_OUTDOORS = replace(TARGET, luma=(.12, .2, .39, .56, .7, .83, .9), walls_pinned=0, pinned=(.6, .6, .6, .7, .9, .9, .9),
+                          tilt=0, tilt_sd=0)
 # fmt: on
 
 
@@ -112,7 +116,8 @@ def statistics(source: Array, target: Array) -> dict[str, float]:
 
     Of source and target: percentiles of luma; local_contrast (its mean standard deviation in blocks of 8 x 8); light (its
     standard deviation over 8 x 8 fields); a, b, chroma, their mean; a_sd, b_sd, chroma_95; walls_a, walls_b; clipped, the share
-    of white pixels. Of both: tone_20 and so on, the target's median luma where the source's is .2; psnr in dB.
+    of white pixels. Of both: tone_20 and so on, the target's median luma where the source's is .2; tilt, by least squares
+    (`Look.tilt`), from the source with as much of each luma as the target has; psnr in dB.
     """
     found = {}
     for name, x in (("source", source), ("target", target)):
@@ -137,6 +142,11 @@ def statistics(source: Array, target: Array) -> dict[str, float]:
         near = np.abs(before - tone / 100) < 0.02
         if near.sum() > 20:
             found[f"tone_{tone}"] = np.median(after[near])
+    untilted = np.empty(after.size)
+    untilted[np.argsort(before, None, kind="stable")] = np.sort(after, None)
+    untilted = untilted.reshape(after.shape)
+    once = heights(len(after)) * untilted * (1 - untilted)
+    found["tilt"] = (once * (after - untilted)).sum() / ((once**2).sum() + 1e-10)
     found["psnr"] = -10 * np.log10(np.mean((source - target) ** 2) + 1e-10)
     return {key: float(value) for key, value in found.items()}
 

@@ -29,6 +29,11 @@ def luma(x: Array) -> Array:
     return x[..., 0] * np.float32(0.2126) + x[..., 1] * np.float32(0.7152) + x[..., 2] * np.float32(0.0722)
 
 
+def heights(rows: int) -> Array:
+    """How high up each row of a picture is, (rows, 1): from 1 at its upper edge evenly to -1 at the lower one."""
+    return 1 - (2 * np.arange(rows, dtype=np.float32)[:, None] + 1) / np.float32(rows)
+
+
 def to_lab(x: Array) -> Array:
     """CIELAB (..., 3) of sRGB (..., 3) in [0, 1], white D65."""
     light = decode(x)
