@@ -116,16 +116,16 @@ def scenes(count: int, first_seed: int, exterior: bool = False, workers: int | N
 def main(out: Path = SHIPPED) -> None:
     started = time.perf_counter()
     learnt, held_out = [], {}
-    for name, count, more in (
-        ("rooms", RECIPE.rooms, RECIPE.rooms_held_out),
-        ("exteriors", RECIPE.exteriors, RECIPE.exteriors_held_out),
+    for name, count, more, finished_every in (
+        ("rooms", RECIPE.rooms, RECIPE.rooms_held_out, RECIPE.rooms_finished_every),
+        ("exteriors", RECIPE.exteriors, RECIPE.exteriors_held_out, RECIPE.exteriors_finished_every),
     ):
         sources, targets = scenes(count + more, RECIPE.first_seed, exterior=name == "exteriors")
         print(f"{count + more} {name}, {len(sources)} pairs  ({time.perf_counter() - started:.0f} s)", flush=True)
         first = count * RECIPE.takes
         held_out[name] = sources[first:], targets[first:]
         sources, targets = sources[:first], targets[:first]
-        finished = targets[:: RECIPE.finished_every]
+        finished = targets[::finished_every]
         learnt.append((torch.cat([sources, finished]), torch.cat([targets, finished])))
     torch.manual_seed(0)
     model = create_model("lite")
