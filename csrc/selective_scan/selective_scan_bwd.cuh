@@ -99,11 +99,11 @@ enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz, kSequences };
 // Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles.
 template <class C, class L, bool Gated>
 struct BackwardShared {
-  static constexpr int kTile = round_up(C::kTokens * C::kRow, 4), kGatedTile = Gated ? kTile : 0;
+  static constexpr int kTile = round_up(C::kTokens * C::kRow, 4);
   static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kStatesB = kSums + C::kSums,
                        kStatesC = kStatesB + C::kStateTile;
-  static constexpr int kDy = kStatesC + C::kStateTile, kDecay = kDy + kTile, kInput = kDecay + kTile, kSlope = kInput + kTile;
-  static constexpr int kY = kSlope + kTile, kGate = kY + kGatedTile, kRankOne = kGate + kGatedTile;
+  static constexpr int kInputs = kStatesC + C::kStateTile, kSlopes = kInputs + C::kPairTile, kDy = kSlopes + C::kPairTile;
+  static constexpr int kY = kDy + kTile, kRankOne = kY + (Gated ? kTile : 0);
   static constexpr int kOwn = kRankOne + C::kTokens, kRaw = kOwn + round_up(kOwnValues * C::kHelpers, 4);
   static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
   AUTOHDR_ANYWHERE static constexpr int raw(int sequence) {
@@ -111,8 +111,8 @@ struct BackwardShared {
     for (int i = 0; i < sequence; ++i) at += i == kB || i == kC ? kRawStates : i == kZ && !Gated ? 0 : kRawTile;
     return at;
   }
-  static constexpr int kPlaces = raw(kZ + 1), kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4,
-                       kFloats = kBases + 6;
+  static constexpr int kCursors = raw(kZ + 1), kPlaces = kCursors + (RawTile<C, L, 1>::kKnown ? (kZ + 1) * C::kThreads * 2 : 0),
+                       kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4, kFloats = kBases + 6;
 };
 
 template <class C, class L, bool Gated>
@@ -122,7 +122,7 @@ struct BackwardBlock {
   using States = RawTile<C, L, C::kPadded>;
   using RankOne = RawTile<C, Mixed, 1>;
   static constexpr int kOwn = C::kOwn, kStates = C::kStates, kSub = C::kSub, kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun;
-  static constexpr int kSubs = kTokens / kSub;
+  static constexpr int kTiles = static_cast<int>(kChunk) / kTokens, kSubs = kTokens / kSub, kAcross = kLeft<2 * kOwn, C::kLanes>;
 
   const ScanBackward& a;
   const ScanShape& s;
@@ -160,6 +160,12 @@ struct BackwardBlock {
     if (chunks.last <= chunks.first) return;
     load_parameters();
     aligned = __syncthreads_and(place_sequences());
+    if constexpr (Channels::kKnown) {
+      keep_cursor<Channels>(kDelta), keep_cursor<Channels>(kU), keep_cursor<States>(kB), keep_cursor<Channels>(kOut);
+      keep_cursor<States>(kC);
+      if (Gated) keep_cursor<Channels>(kZ);
+    }
+    Window<C> next(s, (chunks.last - 1) * kTiles);  // of the step that fetches, the one after
 #pragma unroll 1
     for (int chunk = chunks.last - 1; chunk >= chunks.first; --chunk) {
       // Tiles 0 to tiles - 1 forward, then back; the step before the first one only fetches.
@@ -170,7 +176,7 @@ struct BackwardBlock {
       for (int step = chunk + 1 == chunks.last ? -1 : 0; step < steps; ++step) {
         const bool backward = step + 1 >= tiles, more = step + 1 < steps;
         const int at = backward ? steps - 1 - step : step;
-        const Window<C> w(s, chunk * kChunk + at * kTokens);
+        const Window<C> w = next;
         if (step >= 0) {
           wait_for_copies();
           __syncthreads();  // and the tile before is done with
@@ -178,8 +184,8 @@ struct BackwardBlock {
           __syncthreads();
         }
         if (more || chunk > chunks.first) {
-          const int64_t next = more ? chunk * kChunk + (backward ? at - 1 : at + 1) * kTokens : (chunk - 1) * kChunk;
-          fetch(Window<C>(s, next), more && step + 2 >= tiles);
+          next = Window<C>(s, more ? chunk * kTiles + (backward ? at - 1 : at + 1) : (chunk - 1) * kTiles);
+          fetch(next, more && step + 2 >= tiles);
         }
         if (step < 0) continue;
         if (step < tiles) go_forward(at * kSubs, backward);
@@ -216,6 +222,7 @@ struct BackwardBlock {
   __device__ int64_t state_at(int64_t columns, int i, int j) const {
     return ((batch * plan.split.segments + segment) * columns + state(j)) * dim + row0 + own + i;
   }
+  __device__ float2* pair(int tile, int at) const { return reinterpret_cast<float2*>(shared + tile) + at; }
   __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
   __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
   template <class F>
@@ -264,7 +271,7 @@ struct BackwardBlock {
       of_channels(kDelta, in.delta), of_channels(kDDelta, a.d_delta);
     of_channels(kU, in.u), of_channels(kOut, a.d_out), of_channels(kZ, in.z), of_channels(kDu, a.du), of_channels(kDz, a.dz);
     of_states(kB, in.B), of_states(kC, in.C);
-    for (int i = M::kRaw + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
+    for (int i = M::kRaw + threadIdx.x; i < M::kCursors; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
     if (threadIdx.x == 0) {
       const int64_t tokens = plan.round_chunks * kChunk, before = chunks.first * kChunk;
       const int64_t part = ((local * s.groups + group) * plan.split.segments + segment) * plan.split.tiles + tile;
@@ -275,9 +282,33 @@ struct BackwardBlock {
     return aligned;
   }
 
+  // Where a thread begins to copy a sequence's tiles, which registers have no room for.
+  template <class Tile>
+  __device__ __forceinline__ void keep_cursor(int sequence) {
+    cursor(sequence) = Tile::cursor(place(sequence)).from;
+  }
+  __device__ const char*& cursor(int sequence) const {
+    return reinterpret_cast<const char**>(shared + M::kCursors)[sequence * C::kThreads + threadIdx.x];
+  }
+
   // Sends for the tiles of a window, all of them or those that are enough for the states.
   __device__ __forceinline__ void fetch(const Window<C>& w, bool all) {
-    if (aligned && w.whole())
+    if constexpr (Channels::kKnown)
+      if (aligned && w.whole && !in.delta_weight) {
+        // All of them are read before the first is used.
+        const typename Channels::Cursor of_delta{cursor(kDelta), place(kDelta).row}, of_u{cursor(kU), place(kU).row},
+            of_out{cursor(kOut), place(kOut).row}, of_z{cursor(kZ), place(kZ).row};
+        const typename States::Cursor of_B{cursor(kB), place(kB).row}, of_C{cursor(kC), place(kC).row};
+        Channels::fetch(of_delta, raw<kDelta>(), w, channels);
+        Channels::fetch(of_u, raw<kU>(), w, channels);
+        States::fetch(of_B, raw<kB>(), w, dstate);
+        if (!all) return;
+        Channels::fetch(of_out, raw<kOut>(), w, channels);
+        States::fetch(of_C, raw<kC>(), w, dstate);
+        if (Gated) Channels::fetch(of_z, raw<kZ>(), w, channels);
+        return;
+      }
+    if (aligned && w.whole)
       fetch_each<true>(w, all);
     else
       fetch_each<false>(w, all);
@@ -299,13 +330,19 @@ struct BackwardBlock {
   // From raw tiles what the scan needs, as float32 in its order: Δ and Δ u, B, and where it goes back C and the gradient of y; and for
   // `finish` u and derivatives.
   __device__ __forceinline__ void prepare(const Window<C>& w, bool backward) {
-    if (helps()) prepare_channel(w, backward);
+    if (helps() && backward) prepare_channel<true>(w);
+    if (helps() && !backward) prepare_channel<false>(w);
     prepare_states<kB>(M::kStatesB);
     if (backward) prepare_states<kC>(M::kStatesC);
   }
-  __device__ __forceinline__ void prepare_channel(const Window<C>& w, bool backward) {
+  template <bool Backward>
+  __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
     const int first = row_of(run) * kRow + column, step = next_row() * kRow;
-    float delta[kRun], slope[kRun], u[kRun];
+    float delta[kRun], slope[kRun], u[kRun], d_out[kRun], z[kRun], gate[kRun];
+    Channels::read(place(kU), raw<kU>(), column, run, u);
+    if (Backward) Channels::read(place(kOut), raw<kOut>(), column, run, d_out);
+    if (Backward && Gated) Channels::read(place(kZ), raw<kZ>(), column, run, z);
+    const float bias = value(kBias);
     if (in.delta_weight) {
       const float weight = value(kWeight);
       RankOne::read(place(kDelta), raw<kDelta>(), 0, run, delta);
@@ -317,22 +354,18 @@ struct BackwardBlock {
     } else {
       Channels::read(place(kDelta), raw<kDelta>(), column, run, delta);
     }
-    Channels::read(place(kU), raw<kU>(), column, run, u);
-    const float bias = value(kBias);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) delta[k] += bias, slope[k] = 1;
-    if (s.softplus) softplus<true, is_narrow<L>>(delta, slope);
-    if (const Existing exists(w, column < channels); exists.count < kTokens)
+    if (s.softplus) softplus<Backward, is_narrow<L>>(delta, slope);
+    if (const bool channel = column < channels; !channel || !w.whole) {
+      const Existing exists(w);
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
-        if (!exists(run + k)) delta[k] = slope[k] = 0;
+        if (!channel || !exists(run + k)) delta[k] = slope[k] = 0;
+    }
 #pragma unroll
-    for (int k = 0; k < kRun; ++k)
-      *reinterpret_cast<float2*>(shared + M::kPairs + 2 * (first + k * step)) = make_float2(delta[k], delta[k] * u[k]);
-    if (!backward) return;
-    float d_out[kRun], z[kRun], gate[kRun];
-    Channels::read(place(kOut), raw<kOut>(), column, run, d_out);
-    if (Gated) Channels::read(place(kZ), raw<kZ>(), column, run, z);
+    for (int k = 0; k < kRun; ++k) *pair(M::kPairs, first + k * step) = make_float2(delta[k], delta[k] * u[k]);
+    if (!Backward) return;
 #pragma unroll
     for (int k = 0; k < (Gated ? kRun : 0); ++k) gate[k] = exp2_approx(-z[k] * kLog2e);
 #pragma unroll
@@ -340,12 +373,9 @@ struct BackwardBlock {
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       const int at = first + k * step;
-      shared[M::kInput + at] = u[k], shared[M::kSlope + at] = slope[k];
-      if (Gated) {
-        shared[M::kGate + at] = d_out[k] * (gate[k] * (1.0f + z[k] * (1.0f - gate[k])));
-        d_out[k] *= z[k] * gate[k];
-      }
-      shared[M::kDy + at] = d_out[k];
+      pair(M::kInputs, at)->x = u[k];
+      *pair(M::kSlopes, at) = make_float2(slope[k], Gated ? d_out[k] * (gate[k] * (1.0f + z[k] * (1.0f - gate[k]))) : 0.0f);
+      shared[M::kDy + at] = Gated ? d_out[k] * (z[k] * gate[k]) : d_out[k];
     }
   }
   // Once in each order that a thread may have.
@@ -417,7 +447,7 @@ struct BackwardBlock {
 
   // kSub tokens from the states before them on, and back.
   __device__ __forceinline__ void go_back(int slot, int row0) {
-    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {};
+    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {}, sums[kSub][kAcross];
     restore(slot);
 #pragma unroll
     for (int k = 0; k < kSub; ++k) {
@@ -435,6 +465,7 @@ struct BackwardBlock {
     // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
     constexpr bool kAhead = kStates * C::kLanes <= 16;
     Token token, next;
+    int first = 0;
     load_token(row0 + kSub - 1, token);
 #pragma unroll
     for (int k = kSub - 1; k >= 0; --k) {
@@ -450,14 +481,17 @@ struct BackwardBlock {
         across[kOwn + i] += decay * rates[i][j];
         dA[i][j] += decay * token.delta[i];
       });
-      __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
-      store_across(across, row0 + k);
+      first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(across);
+#pragma unroll
+      for (int v = 0; v < kAcross; ++v) sums[k][v] = across[v];
       store_products(products, row0 + k);
       if (kAhead)
         token = next;
       else if (k > 0)
         load_token(row0 + k - 1, token);
     }
+    __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
+    store_across(sums, first, row0);
   }
   __device__ __forceinline__ void load_token(int row, Token& t) const {
     load_input(row, t);
@@ -471,13 +505,13 @@ struct BackwardBlock {
     for (int v = 0; v < kLeft<kSub * kOwn, C::kLanes>; ++v)
       shared[M::kY + (row0 + (first + v) / kOwn) * kRow + own + (first + v) % kOwn] = y[v];
   }
-  __device__ __forceinline__ void store_across(float (&across)[2 * kOwn], int row) {
-    const int first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(across);
+  __device__ __forceinline__ void store_across(const float (&sums)[kSub][kAcross], int first, int row0) {
     if (!owns_sum<2 * kOwn, C::kLanes, 1>()) return;
 #pragma unroll
-    for (int v = 0; v < kLeft<2 * kOwn, C::kLanes>; ++v) {
-      const int i = own + (first + v) % kOwn;
-      shared[first + v < kOwn ? M::kPairs + row * C::kPairRow + 2 * i + 1 : M::kDecay + row * kRow + i] = across[v];
+    for (int v = 0; v < kAcross; ++v) {
+      float2* to = pair(first + v < kOwn ? M::kPairs : M::kInputs, row0 * kRow + own + (first + v) % kOwn);
+#pragma unroll
+      for (int k = 0; k < kSub; ++k) to[k * kRow].y = sums[k][v];
     }
   }
   __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row) {
@@ -515,35 +549,40 @@ struct BackwardBlock {
     for (int row = threadIdx.x; row < kTokens; row += C::kThreads) {
       float sum = 0;
 #pragma unroll 4
-      for (int c = 0; c < C::kChannels; ++c) sum += shared[M::kDecay + row * kRow + c];
+      for (int c = 0; c < C::kChannels; ++c) sum += shared[M::kInputs + row * C::kPairRow + 2 * c + 1];
       bases().weighted[token0 + row] = sum;
     }
   }
   __device__ __forceinline__ void finish_channel(const Window<C>& w) {
-    const Existing exists(w, column < channels);
     const int first = row_of(run) * kRow + column, step = next_row() * kRow;
     const float D = value(kD);
+    const Place of_du = place(kDu), of_dz = place(kDz), of_d_delta = place(kDDelta);  // before what is stored through them
     float du[kRun], d_delta[kRun], dz[kRun], sum_D = 0, sum_bias = 0;
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       const int at = first + k * step;
-      const float2 pair = *reinterpret_cast<const float2*>(shared + M::kPairs + 2 * at);
-      const float delta = pair.x, d_input = pair.y, dy = shared[M::kDy + at], u = shared[M::kInput + at];
+      const auto [delta, d_input] = *pair(M::kPairs, at);
+      const auto [u, decay] = *pair(M::kInputs, at);
+      const auto [slope, gate] = *pair(M::kSlopes, at);
+      const float dy = shared[M::kDy + at];
       du[k] = d_input * delta + D * dy;
-      d_delta[k] = (d_input * u + shared[M::kDecay + at] * kLn2) * shared[M::kSlope + at];
-      if (Gated) dz[k] = shared[M::kGate + at] * (shared[M::kY + at] + D * u);
+      d_delta[k] = (d_input * u + decay * kLn2) * slope;
+      if (Gated) dz[k] = gate * (shared[M::kY + at] + D * u);
       sum_D += dy * u, sum_bias += d_delta[k];
     }
     value(kSumD) += sum_D, value(kSumBias) += sum_bias;
-    const bool by_vectors = aligned && w.whole();
-    Channels::store(place(kDu), w, exists, column, run, by_vectors, du);
-    if (Gated) Channels::store(place(kDz), w, exists, column, run, by_vectors, dz);
-    if (!in.delta_weight) return Channels::store(place(kDDelta), w, exists, column, run, by_vectors, d_delta);
+    const bool by_vectors = aligned && w.whole;
+    if (column < channels) {
+      Channels::store(of_du, w, column, run, by_vectors, du);
+      if (Gated) Channels::store(of_dz, w, column, run, by_vectors, dz);
+      if (!in.delta_weight) Channels::store(of_d_delta, w, column, run, by_vectors, d_delta);
+    }
+    if (!in.delta_weight) return;
     const float weight = value(kWeight);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       value(kSumWeight) += d_delta[k] * shared[M::kRankOne + row_of(run) + k * next_row()];
-      shared[M::kDecay + first + k * step] = d_delta[k] * weight;
+      pair(M::kInputs, first + k * step)->y = d_delta[k] * weight;
     }
   }
 

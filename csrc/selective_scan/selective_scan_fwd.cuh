@@ -88,7 +88,7 @@ struct Walk {
     for (int i = 0; i < M::kSequences; ++i) aligned &= place(i).piece == 4;
     const int first = b.first_chunk * static_cast<int>(kChunk / kTokens);
     const int tiles = static_cast<int>((min(b.last_chunk * kChunk, s.seqlen) + kTokens - 1) / kTokens) - first;
-    const auto window = [&](int i) { return Window<C>(s, int64_t{first + (kAdjoint ? tiles - 1 - i : i)} * kTokens); };
+    const auto window = [&](int i) { return Window<C>(s, first + (kAdjoint ? tiles - 1 - i : i)); };
     if constexpr (Channels::kKnown) {
       of_input = Channels::cursor(place(M::kOfInput)), of_B = States::cursor(place(M::kOfB));
       if (!in.delta_weight) of_delta = Channels::cursor(place(M::kOfDelta));
@@ -165,7 +165,7 @@ struct Walk {
   using Wide = RawTile<C, typename Float<L>::Layout, C::kChannels>;  // of an output that is float32 where the inputs are not
 
   __device__ __forceinline__ void fetch(const Window<C>& w) {
-    const bool by_vectors = aligned && w.whole();
+    const bool by_vectors = aligned && w.whole;
     if constexpr (Channels::kKnown)
       if (by_vectors && !in.delta_weight) {
         Channels::fetch(of_delta, raw(M::kDelta), w, b.channels);
@@ -204,10 +204,12 @@ struct Walk {
 #pragma unroll
     for (int k = 0; k < kRun; ++k) delta[k] += bias;
     if (s.softplus) softplus<false, kNarrow>(delta, nullptr);
-    if (const Existing exists(w, column < b.channels); exists.count < kTokens)
+    if (const bool channel = column < b.channels; !channel || !w.whole) {
+      const Existing exists(w);
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
-        if (!exists(run + k)) delta[k] = 0;
+        if (!channel || !exists(run + k)) delta[k] = 0;
+    }
     if (gated()) Channels::read(place(M::kOfZ), raw(M::kZ), column, run, z);
     if (kAdjoint && gated())
 #pragma unroll
@@ -265,12 +267,12 @@ struct Walk {
     if (gated())
 #pragma unroll
       for (int k = 0; k < kRun; ++k) y[k] *= gate(z[k]);
-    const Existing exists(w, column < b.channels);
-    const bool by_vectors = aligned && w.whole();
+    if (column >= b.channels) return;
+    const bool by_vectors = aligned && w.whole;
     if (kNarrow && to.dtype == Dtype::f32)
-      Wide::store(to, w, exists, column, run, by_vectors, y);
+      Wide::store(to, w, column, run, by_vectors, y);
     else
-      Channels::store(to, w, exists, column, run, by_vectors, y);
+      Channels::store(to, w, column, run, by_vectors, y);
   }
 };
 

@@ -90,14 +90,15 @@ struct Block {
         last_chunk(static_cast<int>(min(segment * p.segment_chunks + p.segment_chunks, s.chunks()))) {}
 };
 
-// kTokens tokens from the scan's index `from` on, tokens `first` to `first + kTokens - 1` of the tensor, some of which may not exist.
+// The tokens of a tile, counted in the scan's order: `first` to `first + kTokens - 1` of the tensor, some of which may not exist.
 template <class C>
 struct Window {
   int64_t first, seqlen;
-  __device__ Window(const ScanShape& s, int64_t from)
-      : first(s.reverse ? s.seqlen - from - C::kTokens : from), seqlen(s.seqlen) {}
+  bool whole;  // all of them exist
+  __device__ Window(const ScanShape& s, int64_t tile)
+      : first(s.reverse ? s.seqlen - (tile + 1) * C::kTokens : tile * C::kTokens), seqlen(s.seqlen),
+        whole(tile < s.seqlen / C::kTokens) {}
   __device__ bool inside(int i) const { return first + i >= 0 && first + i < seqlen; }
-  __device__ bool whole() const { return first >= 0 && first + C::kTokens <= seqlen; }
 };
 
 // What a kernel knows of its sequences when it is compiled: nothing, or that all are of type T and have their tokens (Along) or their
@@ -130,13 +131,13 @@ __device__ __forceinline__ void load_floats(const float* from, float* v) {  // a
   }
 }
 
-// Which tokens of a window exist; none if the channel does not.
+// Which tokens of a window exist.
 struct Existing {
   int first, count;
   template <class C>
-  __device__ Existing(const Window<C>& w, bool channel) : first(w.first < 0 ? static_cast<int>(-w.first) : 0) {
+  __device__ explicit Existing(const Window<C>& w) : first(w.first < 0 ? static_cast<int>(-w.first) : 0) {
     const int64_t end = w.seqlen - w.first;
-    count = channel ? (end < C::kTokens ? static_cast<int>(end) : C::kTokens) - first : 0;
+    count = (end < C::kTokens ? static_cast<int>(end) : C::kTokens) - first;
   }
   __device__ bool operator()(int token) const { return static_cast<unsigned>(token - first) < static_cast<unsigned>(count); }
 };
@@ -236,12 +237,11 @@ struct RawTile {
   // zero.
   __device__ static __forceinline__ void fetch(const Place& p, char* raw, const Window<C>& w, int columns, bool by_vectors) {
     if (by_vectors) return copy<uint4>(p, raw, w, columns);
-    const bool whole = w.whole();
-    if (whole && p.piece == 4)
+    if (w.whole && p.piece == 4)
       copy<uint4>(p, raw, w, columns);
-    else if (whole && p.piece == 3)
+    else if (w.whole && p.piece == 3)
       copy<uint2>(p, raw, w, columns);
-    else if (whole && p.piece == 2)
+    else if (w.whole && p.piece == 2)
       copy<uint32_t>(p, raw, w, columns);
     else if (dtype(p) == Dtype::f32)
       load<uint32_t>(p, raw, w, columns);
@@ -264,12 +264,11 @@ struct RawTile {
   }
   // Stores those tokens of a column which exist.
   template <int Count>
-  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, const Existing& exists, int column, int first,
-                                               bool by_vectors, const float (&v)[Count]) {
+  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, int column, int first, bool by_vectors,
+                                               const float (&v)[Count]) {
     const bool wide = dtype(p) == Dtype::f32;
     char* to = element(p, w.first + first, column);
     if (along(p) && by_vectors) {
-      if (exists.count == 0) return;
       if (wide) {
 #pragma unroll
         for (int j = 0; j < Count; j += 4)
@@ -287,6 +286,7 @@ struct RawTile {
       }
       return;
     }
+    const Existing exists(w);
 #pragma unroll
     for (int j = 0; j < Count; ++j) {
       if (!exists(first + j)) continue;
