@@ -96,7 +96,9 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
 // The sequences of a block. The tiles of the first six lie in shared memory as in the tensors; three are enough for the states.
 enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz, kSequences };
 
-// Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles.
+// Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles. kPairs has
+// (Δ, Δ u), and the gradient in place of Δ u afterwards; kInputs u and what the gates add to the gradient of Δ; kSlopes the derivatives
+// of Δ by softplus's input and, but for y, of the output by z. As pairs they have rows of one length, and one access takes both.
 template <class C, class L, bool Gated>
 struct BackwardShared {
   static constexpr int kTile = round_up(C::kTokens * C::kRow, 4);
@@ -116,45 +118,31 @@ struct BackwardShared {
 };
 
 template <class C, class L, bool Gated>
-struct BackwardBlock {
+struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   using M = BackwardShared<C, L, Gated>;
-  using Channels = RawTile<C, L, C::kChannels>;
-  using States = RawTile<C, L, C::kPadded>;
-  using RankOne = RawTile<C, Mixed, 1>;
-  static constexpr int kOwn = C::kOwn, kStates = C::kStates, kSub = C::kSub, kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun;
-  static constexpr int kTiles = static_cast<int>(kChunk) / kTokens, kSubs = kTokens / kSub, kAcross = kLeft<2 * kOwn, C::kLanes>;
+  using Base = Tiles<C, L, M::kPlaces>;
+  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::column, Base::run, Base::kTokens, Base::kRow,
+      Base::kRun, Base::place, Base::raw, Base::pair, Base::helps, Base::row_of, Base::next_row;
+  using typename Base::Channels, typename Base::States, typename Base::RankOne;
+  static constexpr int kOwn = C::kOwn, kStates = C::kStates, kSub = C::kSub, kAcross = kLeft<2 * kOwn, C::kLanes>;
+  static constexpr int kTiles = static_cast<int>(kChunk) / kTokens, kSubs = kTokens / kSub;
 
   const ScanBackward& a;
-  const ScanShape& s;
-  const ScanInputs& in;
   const BackwardPlan& plan;
   const BackwardWorkspace& workspace;
-  float* const shared;
+  const int local;   // of the entries of this launch
   const bool later;  // whether this is not the first round
-  int tile, segment, group, local;
-  int64_t batch, dim, row0;  // row0: the block's first channel, of all
-  int channels, dstate;      // that exist
   Round chunks;
-  // Of the thread: its lane and channels, the order of its states (see sum_over_channels); and between tensors and scan, its channel
-  // and first token.
-  int lane, own, order, column, run;
-  bool aligned;  // whether every sequence lies at multiples of 16 bytes
+  int lane, own, order;  // of the thread: its lane and channels, the order of its states (see sum_over_channels)
+  bool aligned;          // whether every sequence lies at multiples of 16 bytes
   // Of each of its channels and states: A log2(e), the gradient of the state after the tokens to come, dA so far, the state.
   float rates[kOwn][kStates], carry[kOwn][kStates], dA[kOwn][kStates], h[kOwn][kStates];
 
   __device__ BackwardBlock(const ScanBackward& a, const BackwardPlan& plan, const BackwardWorkspace& workspace, float* shared,
                            int64_t first_batch, int64_t round)
-      : a(a), s(a.shape), in(a.in), plan(plan), workspace(workspace), shared(shared), later(round > 0),
-        tile(blockIdx.x % static_cast<unsigned>(plan.split.tiles)),
-        segment(blockIdx.x / static_cast<unsigned>(plan.split.tiles) % static_cast<unsigned>(plan.split.segments)),
-        group(blockIdx.x / static_cast<unsigned>(plan.split.tiles * plan.split.segments) % static_cast<unsigned>(s.groups)),
-        local(blockIdx.x / static_cast<unsigned>(plan.split.tiles * plan.split.segments * s.groups)), batch(first_batch + local),
-        dim(s.dim()), row0(group * s.channels + static_cast<int64_t>(tile) * C::kChannels),
-        channels(
-            static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)))),
-        dstate(static_cast<int>(s.dstate)), chunks(s, plan, segment, round), lane(threadIdx.x % C::kLanes),
-        own(threadIdx.x / C::kLanes * kOwn), order(threadIdx.x / C::kLanes % C::kOrders), column(threadIdx.x % C::kChannels),
-        run(threadIdx.x / C::kChannels * kRun) {}
+      : Base(a.shape, a.in, plan.split, shared, first_batch), a(a), plan(plan), workspace(workspace),
+        local(static_cast<int>(b.batch - first_batch)), later(round > 0), chunks(a.shape, plan, b.segment, round),
+        lane(threadIdx.x % C::kLanes), own(threadIdx.x / C::kLanes * kOwn), order(threadIdx.x / C::kLanes % C::kOrders) {}
 
   __device__ void walk() {
     if (chunks.last <= chunks.first) return;
@@ -205,26 +193,18 @@ struct BackwardBlock {
     const float* states;
     float *parts, *weighted;
   };
-  __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + M::kPlaces)[sequence]; }
   __device__ Bases& bases() const { return *reinterpret_cast<Bases*>(shared + M::kBases); }
   template <int Sequence>
-  __device__ char* raw() const {
-    constexpr int kAt = M::raw(Sequence);
-    return reinterpret_cast<char*>(shared + kAt);
-  }
+  static constexpr int kRawOf = M::raw(Sequence);
   // What a helper keeps of its channel, which registers have no room for either.
-  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
   __device__ float& value(int i) const { return shared[M::kOwn + i * C::kHelpers + threadIdx.x]; }
 
   __device__ int state(int j) const { return lane * kStates + (j ^ order); }
-  __device__ bool has(int i, int j) const { return own + i < channels && state(j) < dstate; }
+  __device__ bool has(int i, int j) const { return own + i < b.channels && state(j) < dstate; }
   // In the workspace, of `columns` a channel.
   __device__ int64_t state_at(int64_t columns, int i, int j) const {
-    return ((batch * plan.split.segments + segment) * columns + state(j)) * dim + row0 + own + i;
+    return ((b.batch * plan.split.segments + b.segment) * columns + state(j)) * dim + b.row0 + own + i;
   }
-  __device__ float2* pair(int tile, int at) const { return reinterpret_cast<float2*>(shared + tile) + at; }
-  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
-  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
   template <class F>
   __device__ static __forceinline__ void each_state(const F& f) {
 #pragma unroll
@@ -237,17 +217,17 @@ struct BackwardBlock {
     each_state([&](int i, int j) {
       rates[i][j] = carry[i][j] = dA[i][j] = 0;
       if (!has(i, j)) return;
-      const int64_t parameter = (row0 + own + i) * s.dstate + state(j);
+      const int64_t parameter = (b.row0 + own + i) * s.dstate + state(j);
       rates[i][j] = decay_rate(in.A[parameter]);
       if (later) dA[i][j] = workspace.sums[state_at(dstate + kMoreSums, i, j)];
       if (later || plan.split.segments > 1)
         carry[i][j] = workspace.carry[state_at(dstate, i, j)];
       else if (a.d_last_state)
-        carry[i][j] = a.d_last_state[batch * dim * s.dstate + parameter];
+        carry[i][j] = a.d_last_state[b.batch * dim * s.dstate + parameter];
     });
     if (!helps()) return;
     const auto of_channel = [&](const float* parameter) {
-      return parameter && column < channels ? parameter[row0 + column] : 0.0f;
+      return parameter && column < b.channels ? parameter[b.row0 + column] : 0.0f;
     };
     value(kD) = of_channel(in.D), value(kBias) = of_channel(in.delta_bias), value(kWeight) = of_channel(in.delta_weight);
     value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
@@ -255,31 +235,19 @@ struct BackwardBlock {
 
   // Whether the sequence that this thread has placed lies at multiples of 16 bytes.
   __device__ __forceinline__ bool place_sequences() {
-    bool aligned = true;
-    const auto put = [&](int i, auto tile, const Sequence& q, int64_t first, int columns) {
-      if (threadIdx.x != i || !q.data) return;
-      place(i) = decltype(tile)::place(s, q, batch * q.batch + first, columns);
-      aligned = place(i).piece == 4;
-    };
-    const auto of_channels = [&](int i, const Sequence& q) {
-      put(i, Channels{}, q, group * q.group + tile * (C::kChannels * q.channel), channels);
-    };
-    const auto of_states = [&](int i, const Sequence& q) { put(i, States{}, q, group * q.group, dstate); };
-    if (in.delta_weight)
-      put(kDelta, RankOne{}, in.delta, 0, 1);
-    else
-      of_channels(kDelta, in.delta), of_channels(kDDelta, a.d_delta);
-    of_channels(kU, in.u), of_channels(kOut, a.d_out), of_channels(kZ, in.z), of_channels(kDu, a.du), of_channels(kDz, a.dz);
-    of_states(kB, in.B), of_states(kC, in.C);
+    if (threadIdx.x < kSequences) place(threadIdx.x).piece = 4;  // of those that do not exist
+    this->put_delta(kDelta), this->put_channels(kU, in.u), this->put_channels(kOut, a.d_out), this->put_channels(kZ, in.z);
+    this->put_channels(kDu, a.du), this->put_channels(kDz, a.dz), this->put_states(kB, in.B), this->put_states(kC, in.C);
+    if (!in.delta_weight) this->put_channels(kDDelta, a.d_delta);
     for (int i = M::kRaw + threadIdx.x; i < M::kCursors; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
     if (threadIdx.x == 0) {
       const int64_t tokens = plan.round_chunks * kChunk, before = chunks.first * kChunk;
-      const int64_t part = ((local * s.groups + group) * plan.split.segments + segment) * plan.split.tiles + tile;
-      const int64_t weighted = ((local * plan.split.segments + segment) * s.groups + group) * plan.split.tiles + tile;
-      bases() = {a.states + batch * s.chunks() * s.dstate * dim + row0, workspace.parts + (part * tokens - before) * C::kColumns,
-                 workspace.weighted + (weighted * tokens - before)};
+      const int64_t part = ((local * s.groups + b.group) * plan.split.segments + b.segment) * plan.split.tiles + b.tile;
+      const int64_t weighted = ((local * plan.split.segments + b.segment) * s.groups + b.group) * plan.split.tiles + b.tile;
+      bases() = {a.states + b.batch * s.chunks() * s.dstate * dim + b.row0,
+                 workspace.parts + (part * tokens - before) * C::kColumns, workspace.weighted + (weighted * tokens - before)};
     }
-    return aligned;
+    return threadIdx.x >= kSequences || place(threadIdx.x).piece == 4;
   }
 
   // Where a thread begins to copy a sequence's tiles, which registers have no room for.
@@ -291,21 +259,21 @@ struct BackwardBlock {
     return reinterpret_cast<const char**>(shared + M::kCursors)[sequence * C::kThreads + threadIdx.x];
   }
 
-  // Sends for the tiles of a window, all of them or those that are enough for the states.
+  // Sends for the tiles of a window, all of them or those that are enough for the states. Cursors are read before the first is used:
+  // the compiler moves no access to shared memory over a copy.
   __device__ __forceinline__ void fetch(const Window<C>& w, bool all) {
     if constexpr (Channels::kKnown)
       if (aligned && w.whole && !in.delta_weight) {
-        // All of them are read before the first is used.
         const typename Channels::Cursor of_delta{cursor(kDelta), place(kDelta).row}, of_u{cursor(kU), place(kU).row},
             of_out{cursor(kOut), place(kOut).row}, of_z{cursor(kZ), place(kZ).row};
         const typename States::Cursor of_B{cursor(kB), place(kB).row}, of_C{cursor(kC), place(kC).row};
-        Channels::fetch(of_delta, raw<kDelta>(), w, channels);
-        Channels::fetch(of_u, raw<kU>(), w, channels);
-        States::fetch(of_B, raw<kB>(), w, dstate);
+        Channels::fetch(of_delta, raw(kRawOf<kDelta>), w, b.channels);
+        Channels::fetch(of_u, raw(kRawOf<kU>), w, b.channels);
+        States::fetch(of_B, raw(kRawOf<kB>), w, dstate);
         if (!all) return;
-        Channels::fetch(of_out, raw<kOut>(), w, channels);
-        States::fetch(of_C, raw<kC>(), w, dstate);
-        if (Gated) Channels::fetch(of_z, raw<kZ>(), w, channels);
+        Channels::fetch(of_out, raw(kRawOf<kOut>), w, b.channels);
+        States::fetch(of_C, raw(kRawOf<kC>), w, dstate);
+        if (Gated) Channels::fetch(of_z, raw(kRawOf<kZ>), w, b.channels);
         return;
       }
     if (aligned && w.whole)
@@ -315,16 +283,13 @@ struct BackwardBlock {
   }
   template <bool ByVectors>
   __device__ __forceinline__ void fetch_each(const Window<C>& w, bool all) {
-    if (in.delta_weight)
-      RankOne::fetch(place(kDelta), raw<kDelta>(), w, 1, ByVectors);
-    else
-      Channels::fetch(place(kDelta), raw<kDelta>(), w, channels, ByVectors);
-    Channels::fetch(place(kU), raw<kU>(), w, channels, ByVectors);
-    States::fetch(place(kB), raw<kB>(), w, dstate, ByVectors);
+    this->fetch_delta(kDelta, kRawOf<kDelta>, w, ByVectors);
+    this->fetch_channels(kU, kRawOf<kU>, w, ByVectors);
+    this->fetch_states(kB, kRawOf<kB>, w, ByVectors);
     if (!all) return;
-    Channels::fetch(place(kOut), raw<kOut>(), w, channels, ByVectors);
-    States::fetch(place(kC), raw<kC>(), w, dstate, ByVectors);
-    if (Gated) Channels::fetch(place(kZ), raw<kZ>(), w, channels, ByVectors);
+    this->fetch_channels(kOut, kRawOf<kOut>, w, ByVectors);
+    this->fetch_states(kC, kRawOf<kC>, w, ByVectors);
+    if (Gated) this->fetch_channels(kZ, kRawOf<kZ>, w, ByVectors);
   }
 
   // From raw tiles what the scan needs, as float32 in its order: Δ and Δ u, B, and where it goes back C and the gradient of y; and for
@@ -332,32 +297,32 @@ struct BackwardBlock {
   __device__ __forceinline__ void prepare(const Window<C>& w, bool backward) {
     if (helps() && backward) prepare_channel<true>(w);
     if (helps() && !backward) prepare_channel<false>(w);
-    prepare_states<kB>(M::kStatesB);
-    if (backward) prepare_states<kC>(M::kStatesC);
+    this->prepare_states(kB, kRawOf<kB>, M::kStatesB);
+    if (backward) this->prepare_states(kC, kRawOf<kC>, M::kStatesC);
   }
   template <bool Backward>
   __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
     const int first = row_of(run) * kRow + column, step = next_row() * kRow;
     float delta[kRun], slope[kRun], u[kRun], d_out[kRun], z[kRun], gate[kRun];
-    Channels::read(place(kU), raw<kU>(), column, run, u);
-    if (Backward) Channels::read(place(kOut), raw<kOut>(), column, run, d_out);
-    if (Backward && Gated) Channels::read(place(kZ), raw<kZ>(), column, run, z);
+    Channels::read(place(kU), raw(kRawOf<kU>), column, run, u);
+    if constexpr (Backward) Channels::read(place(kOut), raw(kRawOf<kOut>), column, run, d_out);
+    if constexpr (Backward && Gated) Channels::read(place(kZ), raw(kRawOf<kZ>), column, run, z);
     const float bias = value(kBias);
     if (in.delta_weight) {
       const float weight = value(kWeight);
-      RankOne::read(place(kDelta), raw<kDelta>(), 0, run, delta);
+      RankOne::read(place(kDelta), raw(kRawOf<kDelta>), 0, run, delta);
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
         if (column == 0) shared[M::kRankOne + row_of(run) + k * next_row()] = delta[k];
         delta[k] *= weight;
       }
     } else {
-      Channels::read(place(kDelta), raw<kDelta>(), column, run, delta);
+      Channels::read(place(kDelta), raw(kRawOf<kDelta>), column, run, delta);
     }
 #pragma unroll
     for (int k = 0; k < kRun; ++k) delta[k] += bias, slope[k] = 1;
     if (s.softplus) softplus<Backward, is_narrow<L>>(delta, slope);
-    if (const bool channel = column < channels; !channel || !w.whole) {
+    if (const bool channel = column < b.channels; !channel || !w.whole) {
       const Existing exists(w);
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
@@ -365,7 +330,7 @@ struct BackwardBlock {
     }
 #pragma unroll
     for (int k = 0; k < kRun; ++k) *pair(M::kPairs, first + k * step) = make_float2(delta[k], delta[k] * u[k]);
-    if (!Backward) return;
+    if constexpr (!Backward) return;
 #pragma unroll
     for (int k = 0; k < (Gated ? kRun : 0); ++k) gate[k] = exp2_approx(-z[k] * kLog2e);
 #pragma unroll
@@ -378,24 +343,6 @@ struct BackwardBlock {
       shared[M::kDy + at] = Gated ? d_out[k] * (z[k] * gate[k]) : d_out[k];
     }
   }
-  // Once in each order that a thread may have.
-  template <int Sequence>
-  __device__ __forceinline__ void prepare_states(int to) {
-    constexpr int kFours = kTokens * C::kPadded / 4;
-#pragma unroll 1
-    for (int k = 0; k * C::kThreads < kFours; ++k) {
-      const int i = threadIdx.x + k * C::kThreads;
-      if (kFours % C::kThreads != 0 && i >= kFours) break;
-      const int token = i % kTokens, n = i / kTokens * 4;
-      float v[4];
-      States::read_columns(place(Sequence), raw<Sequence>(), n, token, v);
-      float* row = shared + to + row_of(token) * C::kStateRow + n;
-#pragma unroll
-      for (int k = 0; k < C::kOrders; ++k)
-        *reinterpret_cast<float4*>(row + k * C::kPadded) = make_float4(v[k], v[1 ^ k], v[2 ^ k], v[3 ^ k]);
-    }
-  }
-
   // What the scan reads of a token.
   struct Token {
     float delta[kOwn], input[kOwn], d_y[kOwn], Bs[kStates], Cs[kStates];
@@ -556,7 +503,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void finish_channel(const Window<C>& w) {
     const int first = row_of(run) * kRow + column, step = next_row() * kRow;
     const float D = value(kD);
-    const Place of_du = place(kDu), of_dz = place(kDz), of_d_delta = place(kDDelta);  // before what is stored through them
+    const Place of_du = place(kDu), of_dz = place(kDz), of_d_delta = place(kDDelta);  // before anything is stored through them
     float du[kRun], d_delta[kRun], dz[kRun], sum_D = 0, sum_bias = 0;
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
@@ -572,7 +519,7 @@ struct BackwardBlock {
     }
     value(kSumD) += sum_D, value(kSumBias) += sum_bias;
     const bool by_vectors = aligned && w.whole;
-    if (column < channels) {
+    if (column < b.channels) {
       Channels::store(of_du, w, column, run, by_vectors, du);
       if (Gated) Channels::store(of_dz, w, column, run, by_vectors, dz);
       if (!in.delta_weight) Channels::store(of_d_delta, w, column, run, by_vectors, d_delta);
@@ -593,14 +540,14 @@ struct BackwardBlock {
       workspace.carry[state_at(dstate, i, j)] = carry[i][j];
       workspace.sums[state_at(dstate + kMoreSums, i, j)] = dA[i][j];
       if (chunks.first == 0 && in.initial_state)
-        a.d_initial_state[(batch * dim + row0 + own + i) * s.dstate + state(j)] = carry[i][j];
+        a.d_initial_state[(b.batch * dim + b.row0 + own + i) * s.dstate + state(j)] = carry[i][j];
     });
     __syncthreads();
-    if (run > 0 || column >= channels) return;
+    if (run > 0 || column >= b.channels) return;
 #pragma unroll
     for (int v = 0; v < kMoreSums; ++v) {
-      float* to =
-          workspace.sums + ((batch * plan.split.segments + segment) * (dstate + kMoreSums) + dstate + v) * dim + row0 + column;
+      float* to = workspace.sums + ((b.batch * plan.split.segments + b.segment) * (dstate + kMoreSums) + dstate + v) * dim +
+                  b.row0 + column;
       float sum = later ? *to : 0.0f;
       for (int k = column; k < C::kHelpers; k += C::kChannels) sum += shared[M::kOwn + v * C::kHelpers + k];
       *to = sum;

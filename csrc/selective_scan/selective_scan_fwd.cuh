@@ -36,24 +36,18 @@ constexpr size_t walk_shared() {
 }
 
 template <class C, class L, Purpose For>
-struct Walk {
+struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
   using M = WalkShared<C, L, For>;
-  using Channels = RawTile<C, L, C::kChannels>;
-  using States = RawTile<C, L, C::kPadded>;
-  using RankOne = RawTile<C, Mixed, 1>;
+  using Base = Tiles<C, L, M::kPlaces>;
+  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::column, Base::run, Base::kTokens, Base::kRow,
+      Base::kRun, Base::place, Base::raw, Base::pair, Base::helps, Base::row_of, Base::next_row;
+  using typename Base::Channels, typename Base::States, typename Base::RankOne;
   static constexpr bool kOutputs = For == Purpose::kOutputs, kAdjoint = For == Purpose::kAdjointEnds;
-  static constexpr bool kNarrow = is_narrow<L>;  // the last digits of an exponential do not matter
-  static constexpr int kStates = C::kStates, kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun,
-                       kSub = kOutputs ? C::kSub : 4;  // of ends there are no sums
+  static constexpr bool kNarrow = is_narrow<L>;                              // the last digits of an exponential do not matter
+  static constexpr int kStates = C::kStates, kSub = kOutputs ? C::kSub : 4;  // of ends there are no sums
 
-  const ScanShape& s;
-  const ScanInputs& in;
-  float* const shared;
-  const Block<C> b;
-  const int64_t dim;
-  const int dstate, lane, own, column,
-      run;                            // own: the thread's channel; column, run: the channel and first token that it prepares
-  float D = 0, bias = 0, weight = 0;  // of that channel
+  const int lane, own;                // own: the thread's channel
+  float D = 0, bias = 0, weight = 0;  // of the channel that it prepares
   bool aligned = true;                // whether every sequence lies at multiples of 16 bytes
   typename Channels::Cursor of_delta, of_input, of_z;
   typename States::Cursor of_B, of_C;
@@ -61,8 +55,7 @@ struct Walk {
   float input[kRun], z[kRun];  // of the tile, as the thread prepares them
 
   __device__ Walk(const ScanShape& s, const ScanInputs& in, const Split& p, float* shared)
-      : s(s), in(in), shared(shared), b(s, p), dim(s.dim()), dstate(static_cast<int>(s.dstate)), lane(threadIdx.x % C::kLanes),
-        own(threadIdx.x / C::kLanes), column(threadIdx.x % C::kChannels), run(threadIdx.x / C::kChannels * kRun) {
+      : Base(s, in, p, shared, 0), lane(threadIdx.x % C::kLanes), own(threadIdx.x / C::kLanes) {
     each_state([&](int j) { rates[j] = has(j) ? decay_rate(in.A[(b.row0 + own) * s.dstate + state(j)]) : 0.0f; });
     if (column >= b.channels) return;
     D = kOutputs && in.D ? in.D[b.row0 + column] : 0.0f;
@@ -116,11 +109,6 @@ struct Walk {
   }
 
  private:
-  __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + M::kPlaces)[sequence]; }
-  __device__ char* raw(int at) const { return reinterpret_cast<char*>(shared + at); }
-  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
-  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
-  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
   __device__ bool gated() const { return For != Purpose::kEnds && in.z.data; }
 
   // z sigmoid(z).
@@ -130,27 +118,14 @@ struct Walk {
 
   __device__ __forceinline__ void place_sequences(const Sequence& input, const Sequence& out) {
     if (threadIdx.x < M::kSequences) place(threadIdx.x).piece = 4;  // of those that do not exist
-    const auto put = [&](int i, auto tile, const Sequence& q, int64_t first, int columns) {
-      if (threadIdx.x != i || !q.data) return;
-      place(i) = decltype(tile)::place(s, q, b.batch * q.batch + first, columns);
-    };
-    const auto of_channels = [&](int i, auto tile, const Sequence& q) {
-      put(i, tile, q, b.group * q.group + b.tile * (C::kChannels * q.channel), b.channels);
-    };
-    const auto of_states = [&](int i, const Sequence& q) { put(i, States{}, q, b.group * q.group, dstate); };
-    if (in.delta_weight)
-      put(M::kOfDelta, RankOne{}, in.delta, 0, 1);
-    else
-      of_channels(M::kOfDelta, Channels{}, in.delta);
-    of_channels(M::kOfInput, Channels{}, input);
-    of_states(M::kOfB, kAdjoint ? in.C : in.B);
-    if (gated()) of_channels(M::kOfZ, Channels{}, in.z);
+    this->put_delta(M::kOfDelta), this->put_channels(M::kOfInput, input), this->put_states(M::kOfB, kAdjoint ? in.C : in.B);
+    if (gated()) this->put_channels(M::kOfZ, in.z);
     if (kOutputs) {
-      of_states(M::kOfC, in.C);
+      this->put_states(M::kOfC, in.C);
       if (kNarrow && out.dtype == Dtype::f32)
-        of_channels(M::kOfOut, Wide{}, out);
+        this->template put_channels<Wide>(M::kOfOut, out);
       else
-        of_channels(M::kOfOut, Channels{}, out);
+        this->put_channels(M::kOfOut, out);
     }
     for (int i = M::kRaw + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
   }
@@ -175,21 +150,18 @@ struct Walk {
         if (kOutputs) States::fetch(of_C, raw(M::kC), w, dstate);
         return;
       }
-    if (in.delta_weight)
-      RankOne::fetch(place(M::kOfDelta), raw(M::kDelta), w, 1, by_vectors);
-    else
-      Channels::fetch(place(M::kOfDelta), raw(M::kDelta), w, b.channels, by_vectors);
-    Channels::fetch(place(M::kOfInput), raw(M::kInput), w, b.channels, by_vectors);
-    if (gated()) Channels::fetch(place(M::kOfZ), raw(M::kZ), w, b.channels, by_vectors);
-    States::fetch(place(M::kOfB), raw(M::kB), w, dstate, by_vectors);
-    if (kOutputs) States::fetch(place(M::kOfC), raw(M::kC), w, dstate, by_vectors);
+    this->fetch_delta(M::kOfDelta, M::kDelta, w, by_vectors);
+    this->fetch_channels(M::kOfInput, M::kInput, w, by_vectors);
+    if (gated()) this->fetch_channels(M::kOfZ, M::kZ, w, by_vectors);
+    this->fetch_states(M::kOfB, M::kB, w, by_vectors);
+    if (kOutputs) this->fetch_states(M::kOfC, M::kC, w, by_vectors);
   }
 
   // From raw tiles what the scan needs, as float32 in its order: Δ and the input, and B, C.
   __device__ __forceinline__ void prepare(const Window<C>& w) {
     if (helps()) prepare_channel(w);
-    prepare_states(M::kOfB, raw(M::kB), M::kStatesB);
-    if (kOutputs) prepare_states(M::kOfC, raw(M::kC), M::kStatesC);
+    this->prepare_states(M::kOfB, M::kB, M::kStatesB);
+    if (kOutputs) this->prepare_states(M::kOfC, M::kC, M::kStatesC);
   }
   __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
     float delta[kRun];
@@ -214,25 +186,10 @@ struct Walk {
     if (kAdjoint && gated())
 #pragma unroll
       for (int k = 0; k < kRun; ++k) input[k] *= gate(z[k]);
-    float* to = shared + M::kPairs + 2 * (row_of(run) * kRow + column);
+    float2* to = pair(M::kPairs, row_of(run) * kRow + column);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k)
-      *reinterpret_cast<float2*>(to + k * next_row() * C::kPairRow) =
-          make_float2(delta[k], kAdjoint ? input[k] : delta[k] * input[k]);
+    for (int k = 0; k < kRun; ++k) to[k * next_row() * kRow] = make_float2(delta[k], kAdjoint ? input[k] : delta[k] * input[k]);
   }
-  __device__ __forceinline__ void prepare_states(int sequence, const char* from, int to) {
-    constexpr int kFours = kTokens * C::kPadded / 4;
-#pragma unroll
-    for (int k = 0; k * C::kThreads < kFours; ++k) {
-      const int i = threadIdx.x + k * C::kThreads;
-      if (kFours % C::kThreads != 0 && i >= kFours) break;
-      const int token = i % kTokens, n = i / kTokens * 4;
-      float v[4];
-      States::read_columns(place(sequence), from, n, token, v);
-      *reinterpret_cast<float4*>(shared + to + row_of(token) * C::kStateRow + n) = make_float4(v[0], v[1], v[2], v[3]);
-    }
-  }
-
   // kSub tokens of a tile, from row `sub` on; of the adjoint, from its end.
   __device__ __forceinline__ void scan(int sub) {
     float y[kSub] = {};

@@ -34,6 +34,7 @@ struct Config {
   static constexpr int kSub = Tokens < 16 ? 8 : 16;           // tokens whose sums are taken together
   static constexpr int kRow = kChannels + 4;                  // floats of a row of channels
   static constexpr int kPairRow = 2 * kRow;                   // of a row of (Δ, input)
+  static constexpr int kOrders = 1;                           // of the states in a thread
   static constexpr int kStateRow = kPadded + 4;               // of a row of states
   static constexpr int kTile = kTokens * kRow, kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
   static constexpr int kBlocks = Lanes <= 4 ? 3 : 2;  // on a multiprocessor, by registers
@@ -78,11 +79,11 @@ struct Block {
   int64_t batch, row0;  // row0: the block's first channel, of all
   int channels;         // that exist
   int first_chunk, last_chunk;
-  __device__ Block(const ScanShape& s, const Split& p)
+  __device__ Block(const ScanShape& s, const Split& p, int64_t first_batch)
       : tile(blockIdx.x % static_cast<unsigned>(p.tiles)),
         segment(blockIdx.x / static_cast<unsigned>(p.tiles) % static_cast<unsigned>(p.segments)),
         group(blockIdx.x / static_cast<unsigned>(p.tiles * p.segments) % static_cast<unsigned>(s.groups)),
-        batch(blockIdx.x / static_cast<unsigned>(p.tiles * p.segments * s.groups)),
+        batch(first_batch + blockIdx.x / static_cast<unsigned>(p.tiles * p.segments * s.groups)),
         row0(group * s.channels + static_cast<int64_t>(tile) * C::kChannels),
         channels(
             static_cast<int>(min(s.channels - static_cast<int64_t>(tile) * C::kChannels, static_cast<int64_t>(C::kChannels)))),
@@ -346,6 +347,81 @@ struct RawTile {
     for (int j = 0; j < Count; ++j) {
       const char* at = from + j * stride;
       v[j] = dtype(p) == Dtype::f32 ? *reinterpret_cast<const float*>(at) : widen(p, *reinterpret_cast<const uint16_t*>(at));
+    }
+  }
+};
+
+// What a block does with its sequences whatever it scans them for: C is its configuration, L what is known of them, and their places
+// lie at Places in shared memory.
+template <class C, class L, int Places>
+struct Tiles {
+  using Channels = RawTile<C, L, C::kChannels>;
+  using States = RawTile<C, L, C::kPadded>;
+  using RankOne = RawTile<C, Mixed, 1>;
+  static constexpr int kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun;
+
+  const ScanShape& s;
+  const ScanInputs& in;
+  float* const shared;
+  const Block<C> b;
+  const int64_t dim;
+  const int dstate, column, run;  // column, run: the channel and first token that the thread prepares
+
+  __device__ Tiles(const ScanShape& s, const ScanInputs& in, const Split& p, float* shared, int64_t first_batch)
+      : s(s), in(in), shared(shared), b(s, p, first_batch), dim(s.dim()), dstate(static_cast<int>(s.dstate)),
+        column(threadIdx.x % C::kChannels), run(threadIdx.x / C::kChannels * kRun) {}
+
+  __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + Places)[sequence]; }
+  __device__ char* raw(int at) const { return reinterpret_cast<char*>(shared + at); }
+  __device__ float2* pair(int tile, int at) const { return reinterpret_cast<float2*>(shared + tile) + at; }
+  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
+  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
+  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
+
+  // Thread i places sequence i, if there is one.
+  template <class Tile>
+  __device__ __forceinline__ void put(int i, const Sequence& q, int64_t first, int columns) const {
+    if (threadIdx.x == i && q.data) place(i) = Tile::place(s, q, b.batch * q.batch + first, columns);
+  }
+  template <class Tile = Channels>
+  __device__ __forceinline__ void put_channels(int i, const Sequence& q) const {
+    put<Tile>(i, q, b.group * q.group + b.tile * (C::kChannels * q.channel), b.channels);
+  }
+  __device__ __forceinline__ void put_states(int i, const Sequence& q) const { put<States>(i, q, b.group * q.group, dstate); }
+  __device__ __forceinline__ void put_delta(int i) const {
+    if (in.delta_weight)
+      put<RankOne>(i, in.delta, 0, 1);
+    else
+      put_channels(i, in.delta);
+  }
+
+  __device__ __forceinline__ void fetch_channels(int i, int to, const Window<C>& w, bool by_vectors) const {
+    Channels::fetch(place(i), raw(to), w, b.channels, by_vectors);
+  }
+  __device__ __forceinline__ void fetch_states(int i, int to, const Window<C>& w, bool by_vectors) const {
+    States::fetch(place(i), raw(to), w, dstate, by_vectors);
+  }
+  __device__ __forceinline__ void fetch_delta(int i, int to, const Window<C>& w, bool by_vectors) const {
+    if (in.delta_weight)
+      RankOne::fetch(place(i), raw(to), w, 1, by_vectors);
+    else
+      fetch_channels(i, to, w, by_vectors);
+  }
+
+  // From a raw tile of B or C to rows of float32 states, once in each order that a thread may have.
+  __device__ __forceinline__ void prepare_states(int sequence, int from, int to) const {
+    constexpr int kFours = kTokens * C::kPadded / 4;
+#pragma unroll
+    for (int k = 0; k * C::kThreads < kFours; ++k) {
+      const int i = threadIdx.x + k * C::kThreads;
+      if (kFours % C::kThreads != 0 && i >= kFours) break;
+      const int token = i % kTokens, n = i / kTokens * 4;
+      float v[4];
+      States::read_columns(place(sequence), raw(from), n, token, v);
+      float* row = shared + to + row_of(token) * C::kStateRow + n;
+#pragma unroll
+      for (int order = 0; order < C::kOrders; ++order)
+        *reinterpret_cast<float4*>(row + order * C::kPadded) = make_float4(v[order], v[1 ^ order], v[2 ^ order], v[3 ^ order]);
     }
   }
 };
