@@ -394,7 +394,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
 
   // kSub tokens from the states before them on, and back.
   __device__ __forceinline__ void go_back(int slot, int row0) {
-    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {}, sums[kSub][kAcross];
+    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {};
     restore(slot);
 #pragma unroll
     for (int k = 0; k < kSub; ++k) {
@@ -410,7 +410,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     if (Gated) store_y(y, row0);
     restore(slot);
     // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
+    // There the sums of all tokens stay in registers too, and a warp meets once for them.
     constexpr bool kAhead = kStates * C::kLanes <= 16;
+    constexpr int kTogether = kAhead ? kSub : 1;
+    float sums[kTogether][kAcross];
     Token token, next;
     int first = 0;
     load_token(row0 + kSub - 1, token);
@@ -430,15 +433,17 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       });
       first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(across);
 #pragma unroll
-      for (int v = 0; v < kAcross; ++v) sums[k][v] = across[v];
+      for (int v = 0; v < kAcross; ++v) sums[k % kTogether][v] = across[v];
+      if (k % kTogether == 0) {
+        __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
+        store_across(sums, first, row0 + k);
+      }
       store_products(products, row0 + k);
       if (kAhead)
         token = next;
       else if (k > 0)
         load_token(row0 + k - 1, token);
     }
-    __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
-    store_across(sums, first, row0);
   }
   __device__ __forceinline__ void load_token(int row, Token& t) const {
     load_input(row, t);
@@ -452,13 +457,14 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     for (int v = 0; v < kLeft<kSub * kOwn, C::kLanes>; ++v)
       shared[M::kY + (row0 + (first + v) / kOwn) * kRow + own + (first + v) % kOwn] = y[v];
   }
-  __device__ __forceinline__ void store_across(const float (&sums)[kSub][kAcross], int first, int row0) {
+  template <int Tokens>
+  __device__ __forceinline__ void store_across(const float (&sums)[Tokens][kAcross], int first, int row0) {
     if (!owns_sum<2 * kOwn, C::kLanes, 1>()) return;
 #pragma unroll
     for (int v = 0; v < kAcross; ++v) {
       float2* to = pair(first + v < kOwn ? M::kPairs : M::kInputs, row0 * kRow + own + (first + v) % kOwn);
 #pragma unroll
-      for (int k = 0; k < kSub; ++k) to[k * kRow].y = sums[k][v];
+      for (int k = 0; k < Tokens; ++k) to[k * kRow].y = sums[k][v];
     }
   }
   __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row) {

@@ -411,7 +411,7 @@ struct Tiles {
   // From a raw tile of B or C to rows of float32 states, once in each order that a thread may have.
   __device__ __forceinline__ void prepare_states(int sequence, int from, int to) const {
     constexpr int kFours = kTokens * C::kPadded / 4;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k * C::kThreads < kFours; ++k) {
       const int i = threadIdx.x + k * C::kThreads;
       if (kFours % C::kThreads != 0 && i >= kFours) break;
