@@ -38,7 +38,9 @@ template <class F>
 void with_backward_config(int64_t dstate, const F& f) {
   if (dstate <= 8) return f(BackwardConfig<2, 4, 2, 16>{});
   if (dstate <= 16) return f(BackwardConfig<2, 4, 4, 16>{});
+  if (dstate <= 32) return f(BackwardConfig<2, 4, 8, 16>{});
   if (dstate <= 64) return f(BackwardConfig<2, 4, 16, 16>{});
+  if (dstate <= 128) return f(BackwardConfig<2, 4, 32, 8>{});
   return f(BackwardConfig<1, 8, 32, 8>{});
 }
 

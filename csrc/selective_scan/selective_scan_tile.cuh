@@ -47,7 +47,9 @@ void with_config(int64_t dstate, const F& f) {
   if (dstate <= 4) return f(Config<4, 1, 64, 16>{});
   if (dstate <= 8) return f(Config<4, 2, 128, 16>{});
   if (dstate <= 16) return f(Config<4, 4, 128, 32>{});
+  if (dstate <= 32) return f(Config<4, 8, 128, 16>{});
   if (dstate <= 64) return f(Config<4, 16, 128, 16>{});
+  if (dstate <= 128) return f(Config<4, 32, 128, 8>{});
   return f(Config<8, 32, 64, 8>{});
 }
 
