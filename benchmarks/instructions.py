@@ -14,7 +14,8 @@ does that, kernel by kernel, where there is a GPU. Tensors hold nothing, and wha
 Each row is written as soon as it is there, beside those of the same kernels. The first compiles the emulation and its kernels, in
 some minutes; then a model's forward pass takes one, its training step two, the scan's up to seven.
 
-    python benchmarks/instructions.py [--gpus H200 ...] [--only restormer_base ...] [--sizes 896x896 ...] [--backends cuda triton]
+    python benchmarks/instructions.py [--gpus H200 ...] [--only restormer_base ...] [--sizes 896x896 ...] [--dtypes float32 ...]
+                                      [--backends cuda triton]
 
 The same of mamba-ssm's selective scan, from its unpacked source distribution: --mamba-ssm FOLDER.
 """
@@ -316,9 +317,9 @@ def kernels_in(source: Path, architecture: str) -> dict[str, tuple[str, Path, ma
 
 
 def located(kernel: str, architecture: str) -> tuple[str, Path, machine_code.Resources]:
-    """Where a CUDA kernel is. Files are compiled until one has it: first those of its namespace, and of bfloat16."""
-    space = kernel.split("autohdr::")[1].split("::")[0]
-    for source in sorted(machine_code.SOURCES, key=lambda s: (space not in s.stem, "bf16" not in s.stem)):
+    """Where a CUDA kernel is. Files are compiled until one has it: first those of its namespace, and of its dtype."""
+    space, dtype = kernel.split("autohdr::")[1].split("::")[0], "bf16" if "bfloat16" in kernel else "f32"
+    for source in sorted(machine_code.SOURCES, key=lambda s: (space not in s.stem, dtype not in s.stem)):
         if kernel in (kernels := kernels_in(source, architecture)):
             return kernels[kernel]
     raise RuntimeError(f"no file has {kernel}")
@@ -531,6 +532,7 @@ def predict(
 
 
 MODELS = [("restormer_base", size) for size in ((384, 384), (896, 896), (2192, 3296))]
+DTYPES = ("bfloat16", "float32")
 
 
 def cases() -> list[tuple]:
@@ -540,7 +542,7 @@ def cases() -> list[tuple]:
     subjects = [*MODELS, *(("selective_scan", shape) for shape in problems.SCAN_SHAPES)]
     subjects += [("causal_conv1d", shape) for shape in problems.SCAN_SHAPES]
     subjects += [("add_norm", shape) for shape in problems.NORM_SHAPES]
-    return [(subject, size, mode, "bfloat16") for subject, size in subjects for mode in ("forward", "training")]
+    return [(subject, size, mode, dtype) for dtype in DTYPES for subject, size in subjects for mode in ("forward", "training")]
 
 
 IDENTITY = ("gpu", "op", "shape", "mode", "dtype", "backend")
@@ -578,6 +580,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="models and ops; default: all")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", help="default: all")
     parser.add_argument("--modes", nargs="+", default=["forward", "training"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--backends", nargs="*", choices=("cuda", "triton"), default=["cuda"])
     parser.add_argument("--mamba-ssm", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -595,7 +598,7 @@ def main() -> None:
             continue
         if options.only and subject not in options.only or options.sizes and "x".join(map(str, size)) not in options.sizes:
             continue
-        if mode not in options.modes:
+        if mode not in options.modes or dtype not in options.dtypes:
             continue
         row = predict(name, GPUS[name], subject, size, mode, dtype, backend, options.mamba_ssm)
         results = with_row(results, row)

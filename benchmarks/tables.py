@@ -137,7 +137,7 @@ def gpu(results: dict) -> str:
 
 def subject(row: dict) -> str:
     """What a prediction is of."""
-    return f"{row['op']} {row['shape']}, {MODES[row['mode']]}, {row['backend']}"
+    return f"{row['op']} {row['shape']}, {MODES[row['mode']]}, {row['dtype']}, {row['backend']}"
 
 
 def predictions(results: dict) -> str:
@@ -150,7 +150,7 @@ def predictions(results: dict) -> str:
     def time(row: dict | None) -> str:
         return f"predicted {row['ms']:.3g} ({row['ms_low']:.3g} to {row['ms_high']:.3g})" if row else "not predicted"
 
-    parts = [table(["bfloat16, ms", *gpus], [[name, *(time(found.get((name, gpu))) for gpu in gpus)] for name in subjects])]
+    parts = [table(["ms", *gpus], [[name, *(time(found.get((name, gpu))) for gpu in gpus)] for name in subjects])]
     if history := results["history"]:
         lines = []
         for name in subjects:

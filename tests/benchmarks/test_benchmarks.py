@@ -137,13 +137,15 @@ PREDICTED["bound_by"] = {
 
 def test_tables_of_predictions():
     rows = [PREDICTED, PREDICTED | {"gpu": "A100", "ms": 6.0}, PREDICTED | {"mode": "training"}]
-    before = [{"commit": "1111111", "ms": {"gdfn 48×8×8, forward, cuda": 5.0}}]
+    rows += [PREDICTED | {"dtype": "float32", "ms": 9.0}]
+    before = [{"commit": "1111111", "ms": {"gdfn 48×8×8, forward, bfloat16, cuda": 5.0}}]
     text = tables.predictions({"predictions": rows, "history": before, "commit": "2222222", "versions": {"nvcc": "13.0"}})
-    assert "| gdfn 48×8×8, forward, cuda | predicted 4 (2 to 8) | predicted 6 (2 to 8) |" in text
-    assert "| gdfn 48×8×8, training step, cuda | predicted 4 (2 to 8) | not predicted |" in text
+    assert "| gdfn 48×8×8, forward, bfloat16, cuda | predicted 4 (2 to 8) | predicted 6 (2 to 8) |" in text
+    assert "| gdfn 48×8×8, training step, bfloat16, cuda | predicted 4 (2 to 8) | not predicted |" in text
+    assert "| gdfn 48×8×8, forward, float32, cuda | predicted 9 (2 to 8) | not predicted |" in text
     assert "| H200, ms, by commit | 1111111 | 2222222 |" in text
-    assert "| gdfn 48×8×8, forward, cuda | predicted 5 | predicted 4 |" in text
-    assert text.count("| gdfn 48×8×8, training step, cuda |") == 1  # it has no history
+    assert "| gdfn 48×8×8, forward, bfloat16, cuda | predicted 5 | predicted 4 |" in text
+    assert text.count("| gdfn 48×8×8, training step, bfloat16, cuda |") == 1  # it has no history
     assert "| `gate<__nv_bfloat16>` | predicted 3 | issue |" in text and "PyTorch's own ops" not in text
 
 
@@ -162,7 +164,7 @@ def test_predictions_are_added_to_those_of_the_same_kernels():
     assert instructions.begun(results, now | {"constants": {}}) == now | {"constants": {}, "predictions": [], "history": []}
     dirty = now | {"commit": "2222222-dirty"}
     assert instructions.begun(results | dirty, dirty)["predictions"] == []
-    times = {"restormer_base 896×896, forward, cuda": 4.0, "selective_scan 1×192×4096, forward, cuda": 5.0}
+    times = {"restormer_base 896×896, forward, bfloat16, cuda": 4.0, "selective_scan 1×192×4096, forward, bfloat16, cuda": 5.0}
     changed = instructions.begun(results, now | {"commit": "3333333"})
     assert changed["predictions"] == [] and changed["history"] == [{"commit": "2222222", "ms": times}]
 
