@@ -52,19 +52,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], con
 #endif
 }
 
-// x to the nearest number of 11 bits.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-#ifdef AUTOHDR_EMULATION
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
-#else
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-#endif
-}
-
 #ifdef AUTOHDR_EMULATION
 // 2^(exponent of v - bits); 0 for 0.
 AUTOHDR_UNCHECKED inline double unit_below(double v, int bits) {
@@ -91,7 +78,7 @@ AUTOHDR_UNCHECKED inline float from_half(uint32_t bits) {
 template <class T>
 AUTOHDR_UNCHECKED void elements(uint32_t bits, double (&out)[2]) {
   if constexpr (std::is_same_v<T, float>)
-    out[0] = __uint_as_float(bits), out[1] = 0;
+    out[0] = __uint_as_float(bits & ~0x1fffu), out[1] = 0;
   else if constexpr (std::is_same_v<T, __half>)
     out[0] = from_half(bits), out[1] = from_half(bits >> 16);
   else
@@ -147,6 +134,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   AUTOHDR_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", __half);
 }
+// Of each float its first 11 bits: the others are cut off.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   AUTOHDR_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", float);
 }
@@ -171,18 +159,17 @@ __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], 
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+  const auto split = [](uint32_t bits, uint32_t& high, uint32_t& low) {
+    high = (bits + 0x1000) & ~0x1fffu;  // rounded: cvt.rna.tf32 takes three instructions
+    low = __float_as_uint(__uint_as_float(bits) - __uint_as_float(high));
+  };
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    a_high[i] = to_tf32(__uint_as_float(a[i])), a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
+  for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    b_high[i] = to_tf32(__uint_as_float(b[i])), b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
-  float sums[4] = {};  // of this step alone: tensor cores cut where an addition rounds, and over many steps that would add up
-  mma_tf32(sums, a_low, b_high);
-  mma_tf32(sums, a_high, b_low);
-  mma_tf32(sums, a_high, b_high);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] += sums[i];
+  for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
+  mma_tf32(d, a_low, b_high);
+  mma_tf32(d, a_high, b_low);
+  mma_tf32(d, a_high, b_high);
 }
 
 // An operand of mma() in a tile whose rows run along k: where this lane begins to read its 16 rows × one step, for load_matrices. A

@@ -103,10 +103,13 @@ struct ScaledPlus {
 };
 
 // A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 × kWarpColumns at a time: the more, the fewer
-// operands it loads. A tile's rows are 64 bytes along k, whose pieces change places by row so that no two that are read together share
-// banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread. w_tiles: of w that shared memory holds: all,
-// which are then loaded once, or kStages.
-constexpr int kProductRows = 128, kTileBytes = 64;
+// operands it loads. A tile's rows are 32 elements along k, whose pieces change places by row so that no two that are read together
+// share banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread. w_tiles: of w that shared memory
+// holds: all, which are then loaded once, or kStages. The tensor cores cut where an addition rounds: their sums of float32 are of one
+// tile, and added to others.
+constexpr int kProductRows = 128, kProductChunk = 32;
+template <class T>
+constexpr int kTileBytes = kProductChunk * sizeof(T);  // of a row
 template <class T, int kN>
 constexpr int kWarpColumns = sizeof(T) == 2 && kN > 64 ? 64 : 32;
 template <class T, int kN>
@@ -115,38 +118,43 @@ template <class T, class Out, int kN, class Epilogue>
 __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN == 64 ? 512 : 256) / kProductThreads<T, kN>)
     multiply(Product<T> p, Matrices<Out> out, Epilogue epilogue, int w_tiles) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kColumns = kWarpColumns<T, kN>, kTile = kProductRows * kTileBytes, kRight = kN * kTileBytes,
+  constexpr int kRow = kTileBytes<T>, kTile = kProductRows * kRow, kRight = kN * kRow,
                 kLoadRows = kProductThreads<T, kN> / 4;  // that are loaded at once
-  constexpr int kChunk = kTileBytes / static_cast<int>(sizeof(T)), kSize = Piece<T>::kSize;
+  constexpr int kColumns = kWarpColumns<T, kN>, kSize = Piece<T>::kSize, kSteps = kRow / 32,
+                kTogether = sizeof(T) == 2 ? 1 : kSteps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 2 * 64, n0 = warp / 2 * kColumns;
   const int tiles = (p.n + kN - 1) / kN, first_n = blockIdx.x % tiles * kN, first_pixel = blockIdx.x / tiles * kProductRows,
-            stride = gridDim.x / tiles * kProductRows, chunks = (p.k + kChunk - 1) / kChunk;
+            stride = gridDim.x / tiles * kProductRows, chunks = (p.k + kProductChunk - 1) / kProductChunk;
   const int64_t image = blockIdx.z / p.heads, head = blockIdx.z % p.heads;
 
-  // What this thread copies: a piece of some rows of a and of w.
+  // What this thread copies: every fourth piece of some rows of a and of w.
   const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
-  const auto place = [](int row, int piece) { return row * kTileBytes + (piece ^ row / 2 % 4) * 16; };
+  const auto place = [](int row, int piece) { return row * kRow + (piece ^ row / (128 / kRow) % (kRow / 16)) * 16; };
   const T* a = p.a.of(image, head) + (int64_t{first_pixel} + row) * p.a.of_row + piece * kSize;
   const int columns_left = p.n - first_n;
   const T* w = p.w.of(image, head) + int64_t{first_n + row} * p.w.of_row + piece * kSize;
-  const int64_t a_step = p.a.of_row * kLoadRows;
-  const int w_step = static_cast<int>(p.w.of_row) * kLoadRows;
-  unsigned char *a_place = shared + place(row, piece), *w_place = shared + kStages * kTile + place(place_of(row, 4), piece);
+  const int a_step = static_cast<int>(p.a.of_row) * kLoadRows, w_step = static_cast<int>(p.w.of_row) * kLoadRows;
+  const int a_place = place(row, piece), w_place = kStages * kTile + place(place_of(row, 4), piece);
   const int w_end = w_tiles * kRight;
   int loaded = 0, to_load = static_cast<int>(p.pixels) - first_pixel - row, a_next = 0, w_next = 0;  // loaded: along k
   bool w_there = false;
   const auto load = [&] {
     if (to_load + row > 0) {
-      const bool inside = loaded + piece * kSize < p.k;
 #pragma unroll
-      for (int i = 0; i < kProductRows / kLoadRows; ++i)
-        copy_async_or_zero(a_place + a_next + i * kLoadRows * kTileBytes, a + i * a_step, inside && i * kLoadRows < to_load);
-      if (!w_there)
+      for (int turn = 0; turn < kRow / 64; ++turn) {
+        const int more = turn * 4 * kSize;
+        const bool inside = loaded + piece * kSize + more < p.k;
 #pragma unroll
-        for (int i = 0; i < kN / kLoadRows; ++i)
-          copy_async_or_zero(w_place + w_next + i * kLoadRows * kTileBytes, w + loaded + i * w_step,
-                             inside && row + i * kLoadRows < columns_left);
-      a += kChunk, loaded += kChunk;
+        for (int i = 0; i < kProductRows / kLoadRows; ++i)
+          copy_async_or_zero(shared + (a_place + a_next ^ turn * 64) + i * kLoadRows * kRow, a + more + i * a_step,
+                             inside && i * kLoadRows < to_load);
+        if (!w_there)
+#pragma unroll
+          for (int i = 0; i < kN / kLoadRows; ++i)
+            copy_async_or_zero(shared + (w_place + w_next ^ turn * 64) + i * kLoadRows * kRow, w + loaded + more + i * w_step,
+                               inside && row + i * kLoadRows < columns_left);
+      }
+      a += kProductChunk, loaded += kProductChunk;
       if (!Epilogue::kGoesOn && loaded >= p.k) to_load = -row;
       if (Epilogue::kGoesOn && loaded >= p.k) {
         w_there = w_tiles == chunks, to_load -= stride;
@@ -158,12 +166,9 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
     w_next = w_next + kRight == w_end ? 0 : w_next + kRight;
   };
 
-  const unsigned char *left_rows[2], *right_rows[2];
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    left_rows[step] = shared + place(m0 + left_lane().row, left_lane().piece + step * 2);
-    right_rows[step] = shared + kStages * kTile + place(n0 + right_lane().row, right_lane().piece + step * 2);
-  }
+  // Of a step's pieces the places differ from the first one's in bits of their own.
+  const int left_place = place(m0 + left_lane().row, left_lane().piece),
+            right_place = kStages * kTile + place(n0 + right_lane().row, right_lane().piece);
   // The thread's rows are 8 apart.
   const int first_row = m0 + lane / 4, first_column = first_n + n0 + lane % 4 * 8;
   load();
@@ -177,17 +182,30 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
       load();
       if (n0 < columns_left) {
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          uint32_t right[kColumns / 16][4];
+        for (int step = 0; step < kSteps; step += kTogether) {
+          uint32_t right[kColumns / 16][kTogether][4];
 #pragma unroll
-          for (int j = 0; j < kColumns / 16; ++j) load_matrices(right[j], right_rows[step] + w_now + j * 16 * kTileBytes);
+          for (int j = 0; j < kColumns / 16; ++j)
+#pragma unroll
+            for (int s = 0; s < kTogether; ++s)
+              load_matrices(right[j][s], shared + (right_place + w_now ^ (step + s) * 32) + j * 16 * kRow);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            uint32_t left[4];
-            load_matrices(left, left_rows[step] + a_now + i * 16 * kTileBytes);
+            uint32_t left[kTogether][4];
 #pragma unroll
-            for (int j = 0; j < kColumns / 8; ++j)
-              mma(sums[i][j], left, {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+            for (int s = 0; s < kTogether; ++s)
+              load_matrices(left[s], shared + (left_place + a_now ^ (step + s) * 32) + i * 16 * kRow);
+#pragma unroll
+            for (int j = 0; j < kColumns / 8; ++j) {
+              float part[4] = {};
+              float (&to)[4] = kTogether > 1 ? part : sums[i][j];
+#pragma unroll
+              for (int s = 0; s < kTogether; ++s)
+                mma(to, left[s], {right[j / 2][s][j % 2 * 2], right[j / 2][s][j % 2 * 2 + 1]}, T{});
+              if (kTogether > 1)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[i][j][e] += part[e];
+            }
           }
         }
       }
@@ -229,13 +247,12 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
 
 template <class T, class Out, class Epilogue = Plain>
 void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cudaStream_t stream, const Epilogue& epilogue = {}) {
-  const int64_t chunks = ceil_div(p.k * static_cast<int64_t>(sizeof(T)), kTileBytes),
-                pixel_tiles = ceil_div(p.pixels, kProductRows);
-  const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes; };
+  const int64_t chunks = ceil_div(p.k, kProductChunk), pixel_tiles = ceil_div(p.pixels, kProductRows);
+  const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes<T>; };
   const int64_t room = Epilogue::kGoesOn ? most_shared() : 0;
   // All of w, where as many blocks as otherwise share a multiprocessor's memory.
   const auto keeps = [&](int width) {
-    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 576);
+    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 9 * kTileBytes<T>);
   };
   const auto run = [&](auto kernel, int width, int threads) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,
@@ -270,15 +287,19 @@ struct Outer {
 
 constexpr int kOuterPixels = 32;
 
-// A block owns kM × kN sums over its split of the pixels, a warp 32 × 32. The tensor cores' sums are moved to others every 256
-// pixels: they cut instead of rounding, and a long sum would drift.
+// A block owns kM × kN sums over its split of the pixels, a warp 32 columns of them. The tensor cores' sums are moved to others every
+// 256 pixels, of float32 every 32: they cut instead of rounding, and a long sum would drift.
+template <class T>
+__host__ __device__ constexpr int outer_rows(int m) {  // of a warp: more of float32, so that it splits fewer elements
+  return sizeof(T) == 4 && m == 128 ? 64 : 32;
+}
 template <class T, int kM, int kN>
-__global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
+__global__ void __launch_bounds__(kM* kN / outer_rows<T>(kM)) multiply_outer(Outer<T> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
   // Across: pieces of a row. LoadRows: that the block's threads load at once.
-  constexpr int kThreads = kM * kN / 32, kLeftAcross = kM / kSize, kRightAcross = kN / kSize,
+  constexpr int kRows = outer_rows<T>(kM), kThreads = kM * kN / kRows, kLeftAcross = kM / kSize, kRightAcross = kN / kSize,
                 kLeftLoadRows = kThreads / kLeftAcross, kRightLoadRows = kThreads / kRightAcross;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = (p.n + kN - 1) / kN, first_m = blockIdx.x / tiles * kM, first_n = blockIdx.x % tiles * kN;
@@ -319,16 +340,16 @@ __global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
     commit_copies();
   };
 
-  float sums[2][4][4] = {}, total[2][4][4] = {};
+  float sums[kRows / 16][4][4] = {}, total[kRows / 16][4][4] = {};
   const auto move_sums = [&] {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       float& sum = sums[i / 16][i / 4 % 4][i % 4];
       total[i / 16][i / 4 % 4][i % 4] += sum;
       sum = 0;
     }
   };
-  const int m0 = warp / (kN / 32) * 32, n0 = warp % (kN / 32) * 32;
+  const int m0 = warp / (kN / 32) * kRows, n0 = warp % (kN / 32) * 32;
   const unsigned char *left_columns = shared + columns_lane<T, false>(kLeftRow) + m0 * sizeof(T),
                       *right_columns = shared + kLeftTile + columns_lane<T, true>(kRightRow) + n0 * sizeof(T);
   load(0);
@@ -341,25 +362,25 @@ __global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
     const unsigned char *left_tile = left_columns + now, *right_tile = right_columns + now;
 #pragma unroll
     for (int k = 0; k < kOuterPixels; k += kStep<T>) {
-      uint32_t left[2][4], right[2][4];
+      uint32_t left[kRows / 16][4], right[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kRows / 16; ++i)
         load_columns<T, false>(left[i], left_tile + k * kLeftRow + i * 16 * sizeof(T), kLeftRow);
-        load_columns<T, true>(right[i], right_tile + k * kRightRow + i * 16 * sizeof(T), kRightRow);
-      }
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) load_columns<T, true>(right[j], right_tile + k * kRightRow + j * 16 * sizeof(T), kRightRow);
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma(sums[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
     }
-    if (++summed == 8) move_sums(), summed = 0;
+    if (sizeof(T) == 4 || ++summed == 8) move_sums(), summed = 0;
     now = now == 2 * kStage ? 0 : now + kStage;
     next = next == 2 * kStage ? 0 : next + kStage;
   }
   move_sums();
   float* out = p.sums + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * p.m * p.n;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -371,18 +392,18 @@ __global__ void __launch_bounds__(kM* kN / 32) multiply_outer(Outer<T> p) {
       }
 }
 
-// A block's sums: many where there are as many, so that a and b are loaded less often, but for float32, which has no registers for it.
+// A block's sums: many where there are as many, so that a and b are loaded less often; fewer of float32, which takes more registers.
 template <class T>
 struct OuterTile {
   int m = 64, n = 64;
   OuterTile(int64_t all_m, int64_t all_n) {
-    if (sizeof(T) == 4 || all_m <= 64) return;
-    if (all_n > 64)
+    if (all_m <= 64) return;
+    if (sizeof(T) == 2 && all_n > 64)
       m = n = 128;
     else
-      m = all_m > 128 ? 256 : 128;
+      m = sizeof(T) == 2 && all_m > 128 ? 256 : 128;
   }
-  int warps() const { return m * n / 1024; }
+  int warps() const { return m * n / (32 * outer_rows<T>(m)); }
   int64_t blocks(int64_t all_m, int64_t all_n) const { return ceil_div(all_m, m) * ceil_div(all_n, n); }
 };
 
@@ -405,8 +426,8 @@ void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t str
   if constexpr (sizeof(T) == 2) {
     if (tile.n == 128) return run(multiply_outer<T, 128, 128>);
     if (tile.m == 256) return run(multiply_outer<T, 256, 64>);
-    if (tile.m == 128) return run(multiply_outer<T, 128, 64>);
   }
+  if (tile.m == 128) return run(multiply_outer<T, 128, 64>);
   run(multiply_outer<T, 64, 64>);
 }
 
