@@ -31,8 +31,9 @@ AUTOHDR_INLINE void store(Code* p, vf v) {
 struct Codes {
   using Word = int32_t;
   using Sum = vi;
-  const int32_t* first;  // what sums begin with, by column
-  const float* scale;    // by column
+  static constexpr bool kInPieces = false;  // c holds what the scale has made of a sum
+  const int32_t* first;                     // what sums begin with, by column
+  const float* scale;                       // by column
   const float* init;
   int64_t ldi;
 
@@ -64,20 +65,22 @@ struct PackedCodes : PackedOf<int32_t> {
   float* scale;    // [columns]
 };
 
-// As `pack`, of `depth` codes: value(k, n) is the weight of row k and column n, scale(n) a column's.
+// As `pack_columns`, of `depth` codes: value(k, n) is the weight of row k and column n, scale(n) a column's.
 template <class F, class S>
 PackedCodes pack_codes(Scratch& scratch, int64_t panels, int64_t vecs, int64_t depth, const F& value, const S& scale) {
   const int64_t words = ceil_div(depth, kCodes), columns = panels * vecs * 16;
   PackedCodes packed{{scratch.take<int32_t>(words * columns), panels, vecs, words},
                      scratch.zeros<int32_t>(columns),
                      scratch.take<float>(columns)};
-  pack<16>(packed, [&](int64_t word, int64_t n) {
-    uint32_t bits = 0;
-    for (int64_t i = 0, k = word * kCodes; i < kCodes && k + i < depth; ++i) {
-      const uint32_t mask = 0xffffffffu >> (32 - 32 / kCodes);
-      bits |= (static_cast<uint32_t>(value(k + i, n)) & mask) << (32 / kCodes * i);
-    }
-    return static_cast<int32_t>(bits);
+  pack_columns(packed, [&](int64_t n) {
+    return [&, n](int64_t word) {
+      uint32_t bits = 0;
+      for (int64_t i = 0, k = word * kCodes; i < kCodes && k + i < depth; ++i) {
+        const uint32_t mask = 0xffffffffu >> (32 - 32 / kCodes);
+        bits |= (static_cast<uint32_t>(value(k + i, n)) & mask) << (32 / kCodes * i);
+      }
+      return static_cast<int32_t>(bits);
+    };
   });
   for (int64_t n = 0; n < columns; ++n) {
     packed.scale[n] = scale(n);

@@ -36,8 +36,10 @@ static float* make_taps(Scratch& scratch, const Groups& groups, const int32_t* r
                                                  const ExpansionWeights& w) {
   const int32_t* rows = groups.rows(scratch);
   Packed packed{scratch.take<float>(groups.channels() * channels), groups.panels(), groups.vecs, channels};
-  pack<64>(packed,
-           [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0.0f : w.weight[rows[n] * channels + k] * w.norm.weight[k]; });
+  pack_columns(packed, [&](int64_t n) {
+    const float *column = w.weight + rows[n] * channels, *scale = w.norm.weight;
+    return [=, padding = rows[n] < 0](int64_t k) { return padding ? 0.0f : column[k] * scale[k]; };
+  });
   float* bias = scratch.zeros<float>(groups.channels());
   const float* taps = make_taps(scratch, groups, rows, w.dwconv);
   for (int64_t n = 0; n < groups.channels(); ++n) {
@@ -118,8 +120,9 @@ struct Hidden {
 static Packed transpose(Scratch& scratch, const Groups& groups, const Expansion& op, const ExpansionWeights& w,
                         int64_t channels) {
   const Packed transposed = Packed::make(scratch, channels, groups.channels());
-  pack<1>(transposed, [&](int64_t k, int64_t n) {
-    return op.rows[k] < 0 || n >= channels ? 0.0f : w.weight[op.rows[k] * channels + n] * w.norm.weight[n];
+  pack_rows(transposed, [&](int64_t k) {
+    const float *row = w.weight + op.rows[k] * channels, *scale = w.norm.weight;
+    return [=, count = op.rows[k] < 0 ? 0 : channels](int64_t n) { return n < count ? row[n] * scale[n] : 0.0f; };
   });
   return transposed;
 }

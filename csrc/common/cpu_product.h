@@ -6,6 +6,7 @@
 struct Floats {
   using Word = float;  // of an operand, what a step of the depth takes
   using Sum = vf;
+  static constexpr bool kInPieces = true;  // the depth may be: a sum goes on from what c holds
   const float* init;
   int64_t ldi;
 
@@ -24,11 +25,13 @@ AUTOHDR_INLINE void micro(const typename Terms::Word* a, int64_t lda, int64_t ap
                           const typename Terms::Word* b, int64_t ldb, const Terms& terms, float* c, int64_t ldc) {
   using Sum = typename Terms::Sum;
   Sum acc[MR][SV];
+  AUTOHDR_UNROLL for (int i = 0; i < MR; ++i)  // sums over pixels are more than a second-level cache holds
+    AUTOHDR_UNROLL for (int j = 0; Transposed && j < SV * W; j += 16) __builtin_prefetch(c + i * ldc + j);
   AUTOHDR_UNROLL for (int i = 0; i < MR; ++i)
     AUTOHDR_UNROLL for (int j = 0; j < SV; ++j) acc[i][j] = Transposed ? Sum{} : terms.begin(i, j * W);
   for (int64_t p = 0; p < panels; ++p) {
     const typename Terms::Word* row = a + p * ap;
-    for (int64_t k = 0; k < depth; ++k) {
+    _Pragma("GCC unroll 4") for (int64_t k = 0; k < depth; ++k) {
       Sum right[SV];
       AUTOHDR_UNROLL for (int j = 0; j < SV; ++j) right[j] = Terms::load_words(b + j * W);
       AUTOHDR_UNROLL for (int i = 0; i < MR; ++i) {
@@ -59,7 +62,8 @@ AUTOHDR_INLINE void micro_rows(int64_t& i, int64_t m, const typename Terms::Word
     micro_rows<(MR > 4 ? 4 : MR / 2), SV, Transposed>(i, m, a, lda, ap, panels, depth, b, ldb, terms, c, ldc);
 }
 
-// The left-hand side of `product`: m rows; where its depth lies in several panels, they are `panel` apart.
+// The left-hand side of `product`: m rows; where its depth lies in several panels, they are `panel` apart. Those of one product have
+// as many panels each.
 template <class Word>
 struct LeftOf {
   const Word* data;
@@ -73,15 +77,22 @@ static void product_vecs(const PackedOf<typename Terms::Word>& b, const LeftOf<t
                          const Terms& terms, float* const* c, int64_t ldc, int64_t c_panel) {
   constexpr int VP = NV * 16 / W, SV = block_vecs(NV);  // vectors in a panel, and of them in one register block
   constexpr int MR = W == 16 ? (NV == 4 ? 6 : 8) : SV == 2 ? 6 : 4;
-  for (int64_t p = 0; p < b.panels; ++p)
-    for (int64_t r = 0; r < count; ++r)
-      for (int s = 0; s < VP; s += SV) {
-        const LeftOf<typename Terms::Word>& l = left[r];
-        int64_t i = 0;
-        micro_rows<MR, SV, false>(i, l.m, l.data, l.stride, l.panel, l.panels, b.depth / l.panels,
-                                  b.data + (p * VP + s) * b.depth * W, SV * W, terms.at(0, p * NV * 16 + s * W),
-                                  c[r] + p * c_panel + s * W, ldc);
-      }
+  constexpr int64_t kBlock = 6144;  // words of a register block's columns that stay in the first-level cache for all rows
+  const int64_t panels = left->panels, each = b.depth / panels;
+  const int64_t step = Terms::kInPieces ? std::max<int64_t>(1, kBlock / (SV * W * each)) : panels;
+  for (int64_t first = 0; first < panels; first += step)
+    for (int64_t p = 0; p < b.panels; ++p)
+      for (int64_t r = 0; r < count; ++r)
+        for (int s = 0; s < VP; s += SV) {
+          const LeftOf<typename Terms::Word>& l = left[r];
+          float* out = c[r] + p * c_panel + s * W;
+          Terms piece = terms.at(0, p * NV * 16 + s * W);
+          if constexpr (Terms::kInPieces)
+            if (first) piece = {out, ldc};
+          int64_t i = 0;
+          micro_rows<MR, SV, false>(i, l.m, l.data + first * l.panel, l.stride, l.panel, std::min(step, panels - first), each,
+                                    b.data + ((p * VP + s) * b.depth + first * each * SV) * W, SV * W, piece, out, ldc);
+        }
 }
 
 // c_r = left_r · b for `count` left-hand sides, panel by panel, so that a panel of b is fetched once for all of them.

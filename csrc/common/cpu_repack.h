@@ -30,18 +30,33 @@ struct PackedOf {
 };
 using Packed = PackedOf<float>;
 
-// value(k, n): row k, column n, zero where padded. kRun rows of a column are taken before the next column's: many where a column's
-// values lie one after the other in memory, one where a row's do.
-template <int64_t kRun, class Word, class F>
-void pack(const PackedOf<Word>& out, const F& value) {
+// From weights whose columns lie one after the other in memory: column(n)(k) is row k of column n, zero where padded.
+template <class Word, class F>
+void pack_columns(const PackedOf<Word>& out, const F& column) {
+  constexpr int64_t kRun = 64;  // rows that stay in the first-level cache for all columns of a block
   const int64_t lanes = block_vecs(out.vecs) * W;
   parallel_ranges(out.columns() / lanes, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t block = first; block < end; ++block) {
       Word* data = out.data + block * out.depth * lanes;
       for (int64_t run = 0; run < out.depth; run += kRun)
-        for (int64_t n = 0; n < lanes; ++n)
-          for (int64_t k = run; k < std::min(run + kRun, out.depth); ++k) data[k * lanes + n] = value(k, block * lanes + n);
+        for (int64_t n = 0; n < lanes; ++n) {
+          const auto value = column(block * lanes + n);
+          for (int64_t k = run; k < std::min(run + kRun, out.depth); ++k) data[k * lanes + n] = value(k);
+        }
     }
+  });
+}
+
+// From weights whose rows do: row(k)(n).
+template <class Word, class F>
+void pack_rows(const PackedOf<Word>& out, const F& row) {
+  const int64_t lanes = block_vecs(out.vecs) * W;
+  parallel_ranges(out.columns() / lanes, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t block = first; block < end; ++block)
+      for (int64_t k = 0; k < out.depth; ++k) {
+        const auto value = row(k);
+        for (int64_t n = 0; n < lanes; ++n) out.data[(block * out.depth + k) * lanes + n] = value(block * lanes + n);
+      }
   });
 }
 

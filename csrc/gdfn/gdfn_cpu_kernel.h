@@ -25,8 +25,10 @@ static void run(const GdfnForward<T>& a) {
   const Groups groups(2, s.hidden);
   const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(a.weights, s.eps));
   const Packed project_out = Packed::make(scratch, s.channels, groups.padded());
-  pack<64>(project_out,
-           [&](int64_t k, int64_t n) { return k < s.hidden && n < s.channels ? a.weights.project_out[n * s.hidden + k] : 0.0f; });
+  pack_columns(project_out, [&](int64_t n) {
+    const float* column = a.weights.project_out + n * s.hidden;
+    return [=, count = n < s.channels ? s.hidden : 0](int64_t k) { return k < count ? column[k] : 0.0f; };
+  });
   forward<float>(scratch, image_shape(s), groups, op, project_out, a.x, a.y);
 }
 
@@ -42,7 +44,10 @@ static void run(const GdfnBackward<T>& a) {
   const Expansion op = make_expansion(scratch, groups, channels, weights);
   ExpansionBackward expansion(scratch, groups, op, weights, shape);
   const Packed project_out{scratch.take<float>(channels * padded), half, groups.vecs, channels};  // from dy to the gate
-  pack<1>(project_out, [&](int64_t k, int64_t n) { return n < s.hidden ? a.weights.project_out[k * s.hidden + n] : 0.0f; });
+  pack_rows(project_out, [&](int64_t k) {
+    const float* row = a.weights.project_out + k * s.hidden;
+    return [=, count = s.hidden](int64_t n) { return n < count ? row[n] : 0.0f; };
+  });
 
   const int64_t most = expansion.most_pixels(), panel = most * width, ldd = pixel_stride(channels);
   const int64_t middle_size = 3 * half * panel + most * ldd, sums_size = channels * padded, workers = expansion.steps.workers;

@@ -151,8 +151,10 @@ static void run(const MdtaApply<T>& a) {
   float* memory = scratch.take<float>(steps.workers * worker_size);
   for (int64_t b = 0; b < s.batch; ++b) {
     attention.solve(a.attention, b, a.weights);
-    pack<64>(combined, [&](int64_t k, int64_t n) {
-      return op.rows[k] < 0 || n >= s.channels ? 0.0f : attention.combined[n * s.channels + op.rows[k]];
+    pack_columns(combined, [&](int64_t n) {
+      return [=, rows = op.rows, column = attention.combined + n * s.channels, padding = n >= s.channels](int64_t k) {
+        return padding || rows[k] < 0 ? 0.0f : column[rows[k]];
+      };
     });
     steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
@@ -285,11 +287,14 @@ static void run(const MdtaBackward<T>& a) {
     const auto entry = [&](int64_t h, int64_t i, int64_t j, const float* norm, int64_t of) {
       return i < size && j < size && !attention.constant(norm[h * size + of]) ? d_gram[(h * size + i) * size + j] : 0.0f;
     };
-    pack<1>(g.to_q, [&](int64_t k, int64_t n) { return entry(n / padded, n % padded, k, attention.q_norm, n % padded); });
-    pack<64>(g.to_k, [&](int64_t k, int64_t n) { return entry(n / padded, k, n % padded, attention.k_norm, n % padded); });
-    pack<1>(g.to_v, [&](int64_t k, int64_t n) {
-      const int64_t c = op.rows[n];  // the rows of q, the first group of heads, are the channels themselves
-      return c < 0 ? 0.0f : attention.combined[k * channels + c];
+    pack_rows(g.to_q, [&](int64_t k) {
+      return [=, &entry](int64_t n) { return entry(n / padded, n % padded, k, attention.q_norm, n % padded); };
+    });
+    pack_columns(g.to_k, [&](int64_t n) {
+      return [=, &entry](int64_t k) { return entry(n / padded, k, n % padded, attention.k_norm, n % padded); };
+    });
+    pack_rows(g.to_v, [&](int64_t k) {  // the rows of q, the first group of heads, are the channels themselves
+      return [rows = op.rows, row = attention.combined + k * channels](int64_t n) { return rows[n] < 0 ? 0.0f : row[rows[n]]; };
     });
   }
 

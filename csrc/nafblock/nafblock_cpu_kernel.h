@@ -121,10 +121,16 @@ struct Pointwise {
     for (int64_t c = 0; c < channels; ++c)
       bias[c] = w.beta[c] * w.conv3_bias[c], bias[out_width() + c] = w.gamma[c] * w.conv5_bias[c];
     bias3 = bias, bias5 = bias + out_width();
-    pack<64>(conv3, [&](int64_t k, int64_t n) { return n < channels ? w.beta[n] * w.conv3_weight[n * channels + k] : 0.0f; });
-    pack<64>(conv5, [&](int64_t k, int64_t n) {
-      return k < channels && n < channels ? w.gamma[n] * w.conv5_weight[n * channels + k] : 0.0f;
-    });
+    const auto scaled = [&](const Packed& packed, const float* weight, const float* scale) {
+      pack_columns(packed, [=](int64_t n) {
+        const bool padding = n >= channels;
+        return [=, column = weight + n * channels, count = padding ? 0 : channels, factor = padding ? 0 : scale[n]](int64_t k) {
+          return k < count ? factor * column[k] : 0.0f;
+        };
+      });
+    };
+    scaled(conv3, w.conv3_weight, w.beta);
+    scaled(conv5, w.conv5_weight, w.gamma);
   }
 
   int64_t out_width() const { return conv3.columns(); }
@@ -248,7 +254,9 @@ static void run(const NafblockBackward<T>& a) {
   const Packed conv4_back = transpose(scratch, groups, rest.op, second, channels);
   const auto back = [&](const float* weight, const float* scale) {  // from the gradient behind a 1×1 and its scale
     const Packed packed{scratch.take<float>(channels * padded), half, groups.vecs, channels};
-    pack<1>(packed, [&](int64_t k, int64_t n) { return n < channels ? scale[k] * weight[k * channels + n] : 0.0f; });
+    pack_rows(packed, [=](int64_t k) {
+      return [=, row = weight + k * channels, factor = scale[k]](int64_t n) { return n < channels ? factor * row[n] : 0.0f; };
+    });
     return packed;
   };
   const Packed conv3_back = back(w.conv3_weight, w.beta), conv5_back = back(w.conv5_weight, w.gamma);

@@ -19,6 +19,7 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
         (1, 6, 5, 1, 250, False),
         (1, 7, 33, 63, 2, True),
         (1, 192, 510, 6, 6, True),
+        (1, 32, 208, 5, 7, True),  # ten panels: a product's depth goes in pieces, the last of which is short
     ],
     "slow": [
         (1, 48, 127, 11, 13, True),
