@@ -412,9 +412,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     if (Gated) store_y(y, row0);
     restore(slot);
     // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
-    // There the sums of all tokens stay in registers too, and a warp meets once for them.
+    // Where a lane keeps few of the sums over a channel's lanes, those of all tokens stay in registers too, and a warp meets once.
     constexpr bool kAhead = kStates * C::kLanes <= 16;
-    constexpr int kTogether = kAhead ? kSub : 1;
+    constexpr int kTogether = kAhead && C::kLanes >= 4 ? kSub : 1;
     float sums[kTogether][kAcross];
     Token token, next;
     int first = 0;
