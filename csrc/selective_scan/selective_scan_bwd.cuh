@@ -410,7 +410,6 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       });
     }
     if (Gated) store_y(y, row0);
-    restore(slot);
     // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
     // Where a lane keeps few of the sums over a channel's lanes, those of all tokens stay in registers too, and a warp meets once.
     constexpr bool kAhead = kStates * C::kLanes <= 16;
@@ -421,6 +420,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     load_token(row0 + kSub - 1, token);
 #pragma unroll
     for (int k = kSub - 1; k >= 0; --k) {
+      if (k == (kAhead ? kSub - 1 : 0)) restore(slot);  // the states before the first token
       if (kAhead && k > 0) load_token(row0 + k - 1, next);
       float across[2 * kOwn] = {}, products[2 * kStates] = {};  // the gradients of Δ u and of the rates; of B and C
       each_state([&](int i, int j) {

@@ -88,8 +88,6 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
       if (gated()) of_z = Channels::cursor(place(M::kOfZ));
       if (kOutputs) of_C = States::cursor(place(M::kOfC));
     }
-    Place to = {nullptr, 0, 0, out.dtype, out.token == 1};
-    if (kOutputs) to.origin = place(M::kOfOut).origin, to.row = place(M::kOfOut).row;
     fetch(window(0));
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
@@ -104,7 +102,7 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
       for (int sub = 0; sub < kTokens; sub += kSub) scan(sub);
       if (!kOutputs) continue;
       __syncthreads();
-      finish(w, to);
+      finish(w, place(M::kOfOut));
     }
   }
 

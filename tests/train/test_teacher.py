@@ -10,6 +10,7 @@ from autohdr.data.pairs import photo_digests, read_pairs
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, read_metadata, save_weights
 from autohdr.train.checkpoint import load_state
+from autohdr.train.checks import check_teacher
 from autohdr.train.distributed import Ranks
 from autohdr.train.folds import cross_validate
 from autohdr.train.learner import Learner
@@ -66,8 +67,11 @@ def test_a_run_that_is_stopped_goes_on_bitwise_with_its_teacher_alone(make_confi
     teacher.unlink()
     with pytest.raises(UserError, match="teacher: no such file: .*teacher.safetensors; give one with --teacher PATH"):
         train(config, resume=True)
+    without = make_config("halves", **settings | {"teacher": None})
+    with pytest.raises(UserError, match="teacher_features_weight: expected a teacher"):
+        train(without, resume=True)
     with pytest.raises(UserError, match="has restormer_nano with SHA-256 .*, got none, None"):
-        train(make_config("halves", **settings | {"teacher": None}), resume=True)
+        check_teacher(load_state(config.out / STATE), {}, without)
     moved = teacher.with_name("moved.safetensors")
     moved.write_bytes(kept)
     out = train(make_config("halves", **settings | {"teacher": moved}), resume=True).out
