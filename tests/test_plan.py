@@ -50,7 +50,7 @@ for line in sys.stdin:
     run(32)  # what happens once: compiled code, scratch memory
     with measure() as measured:
         run(side)
-    print(json.dumps([measured.growth_bytes, plan(name, side, precision=precision, mode=mode).peak_bytes]), flush=True)
+    print(json.dumps([measured.growth_bytes, plan(name, side, precision=precision, mode=mode).peak_bytes]))
 """
 CASES = [
     ("restormer_nano", 768, "float32", "inference", "auto"),
@@ -69,16 +69,11 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def outcome():
-    """Bytes measured and planned of a case, by a process of its own."""
-    options = {"env": os.environ | MALLOC, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", MEASURED], **options) as process:
-
-        def outcome(case):
-            print(json.dumps(case), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield outcome
+def outcomes():
+    """Bytes measured and planned of each case, in a process of its own."""
+    options = {"env": os.environ | MALLOC, "capture_output": True, "text": True, "check": True}
+    run = subprocess.run([sys.executable, "-c", MEASURED], input="\n".join(map(json.dumps, CASES)), **options)
+    return dict(zip(CASES, map(json.loads, run.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.skipif(not measuring._reset_high_water_mark(), reason="/proc/self/clear_refs cannot be written here")
@@ -86,8 +81,8 @@ def outcome():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.long
 @pytest.mark.xdist_group("plan")
-def test_memory_is_what_is_measured(outcome, case):
-    measured, planned = outcome(case)
+def test_memory_is_what_is_measured(outcomes, case):
+    measured, planned = outcomes[case]
     assert measured > 50e6
     assert abs(planned / measured - 1) <= 0.15, f"{planned / 1e6:.0f} MB planned, {measured / 1e6:.0f} MB measured"
 
