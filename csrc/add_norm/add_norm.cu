@@ -177,15 +177,9 @@ void with_case(const Rows& x, const Rows& branch, int64_t channels, std::initial
     if (threads <= 32) return run(Case<X, B, 32, true>{});
     threads <= 128 ? run(Case<X, B, 128, true>{}) : run(Case<X, B, 512, true>{});
   };
-  const auto with_branch = [&](auto of_branch) {
-    x.dtype == Dtype::f32 ? with_types(float{}, of_branch)
-                          : with_types(of_branch, of_branch);  // the public function knows no others
-  };
-  switch (branch.dtype) {
-    case Dtype::f32: return with_types(float{}, float{});
-    case Dtype::bf16: return with_branch(__nv_bfloat16{});
-    case Dtype::f16: return with_branch(__half{});
-  }
+  with_dtype(branch.dtype, [&](auto of_branch) {  // the public function knows no other pairs
+    x.dtype == Dtype::f32 ? with_types(float{}, of_branch) : with_types(of_branch, of_branch);
+  });
 }
 
 }  // namespace add_norm

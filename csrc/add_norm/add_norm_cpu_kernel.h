@@ -6,18 +6,10 @@
 
 #include "common/cpu_math.h"
 #include "common/cpu_norm.h"
+#include "common/cpu_sequence.h"
+#include "common/cpu_slots.h"
 
 constexpr int64_t kPieceRows = 128;
-
-// f(a zero of the rows' type).
-template <class F>
-AUTOHDR_INLINE void with_type(const Rows& rows, const F& f) {
-  switch (rows.dtype) {
-    case Dtype::f32: return f(float{});
-    case Dtype::bf16: return f(bf16{});
-    case Dtype::f16: return f(f16{});
-  }
-}
 
 template <class T>
 AUTOHDR_INLINE T* row_of(const Rows& rows, int64_t row, int64_t channels) {
@@ -53,7 +45,8 @@ static void forward_rows(const AddNormForward& a) {
 }
 
 static void run(const AddNormForward& a) {
-  with_type(a.x, [&](auto x) { with_type(a.branch, [&](auto branch) { forward_rows<decltype(x), decltype(branch)>(a); }); });
+  with_dtype(a.x.dtype,
+             [&](auto x) { with_dtype(a.branch.dtype, [&](auto branch) { forward_rows<decltype(x), decltype(branch)>(a); }); });
 }
 
 template <class X, class B>
@@ -100,15 +93,11 @@ static void run(const AddNormBackward& a) {
   const int64_t pieces = ceil_div(a.rows, kPieceRows), padded = round_up(a.channels, 16);
   Scratch scratch;
   float* slots = scratch.take<float>(pieces * 3 * padded);  // [piece][scale, weight, bias][channel]
-  with_type(a.x, [&](auto x) {
-    with_type(a.branch, [&](auto branch) { backward_rows<decltype(x), decltype(branch)>(a, pieces, slots); });
+  with_dtype(a.x.dtype, [&](auto x) {
+    with_dtype(a.branch.dtype, [&](auto branch) { backward_rows<decltype(x), decltype(branch)>(a, pieces, slots); });
   });
-  parallel_ranges(3 * a.channels, [&](int64_t, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t which = i / a.channels, channel = i % a.channels;
-      double total = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) total += slots[(piece * 3 + which) * padded + channel];
-      (which == 0 ? a.d_scale : which == 1 ? a.d_norm_weight : a.d_norm_bias)[channel] = static_cast<float>(total);
-    }
+  sum_slots(slots, pieces, 3 * padded, [&](int64_t i, float sum) {
+    const int64_t which = i / padded, channel = i % padded;
+    if (channel < a.channels) (which == 0 ? a.d_scale : which == 1 ? a.d_norm_weight : a.d_norm_bias)[channel] = sum;
   });
 }

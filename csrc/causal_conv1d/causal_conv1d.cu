@@ -383,11 +383,7 @@ void with_case(const ConvShape& s, std::initializer_list<Sequence> images, const
     else
       with_width(std::integral_constant<int, 16>{}, std::false_type{});
   };
-  switch (images.begin()->dtype) {
-    case Dtype::f32: return with_type(float{});
-    case Dtype::bf16: return with_type(__nv_bfloat16{});
-    case Dtype::f16: return with_type(__half{});
-  }
+  with_dtype(images.begin()->dtype, with_type);
 }
 
 }  // namespace conv

@@ -10,6 +10,7 @@
 
 #include "common/cpu_math.h"
 #include "common/cpu_sequence.h"
+#include "common/cpu_slots.h"
 
 // Of a piece: 32 KB channel-last, where it holds all its channels, else 8 KB a channel.
 constexpr int64_t tokens_of(bool channel_last) { return channel_last ? 128 : 2048; }
@@ -189,15 +190,11 @@ static void run(const ConvBackward& a) {
   Scratch scratch;
   float* slots = scratch.take<float>(pieces * size);  // [piece][tap, bias][channel]
   s.channel_last ? backward_lines<true>(a, slots) : backward_lines<false>(a, slots);
-  parallel_ranges(size, [&](int64_t, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) {
-      double total = 0;
-      for (int64_t p = 0; p < pieces; ++p) total += slots[p * size + i];
-      const int64_t tap = i / s.dim, channel = i % s.dim;
-      if (tap < s.width)
-        a.d_weight[channel * s.width + tap] = static_cast<float>(total);
-      else if (a.d_bias)
-        a.d_bias[channel] = static_cast<float>(total);
-    }
+  sum_slots(slots, pieces, size, [&](int64_t i, float sum) {
+    const int64_t tap = i / s.dim, channel = i % s.dim;
+    if (tap < s.width)
+      a.d_weight[channel * s.width + tap] = sum;
+    else if (a.d_bias)
+      a.d_bias[channel] = sum;
   });
 }

@@ -12,6 +12,16 @@
 
 namespace autohdr {
 
+// f(a zero of the type), on the host.
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(__nv_bfloat16{});
+    case Dtype::f16: return f(__half{});
+  }
+}
+
 __device__ __forceinline__ float bits_to_float(uint32_t bits) {
   float f;
   memcpy(&f, &bits, sizeof f);
