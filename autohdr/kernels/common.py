@@ -9,6 +9,8 @@ from torch import Tensor
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float64)
+MOST_CODE = 127
+"""The largest number of a product in 8 bits; kMostCode in cpu_codes.h."""
 
 
 Expected = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -115,8 +117,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def as_codes(values: Tensor) -> Tensor:
-    """The nearest integers from -127 to 127, in the dtype of the values; of two the even one."""
-    return values.round().clamp(-127, 127)
+    """The nearest integers up to MOST_CODE of either sign, in the dtype of the values; of two the even one."""
+    return values.round().clamp(-MOST_CODE, MOST_CODE)
 
 
 def product_of_codes(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -161,9 +161,7 @@ def declare_pass(op: Op, reference: Callable, *, outputs: tuple[str, ...] = ("y"
     """Defines a part of an op, named <op>_<pass>, with the name and the arguments of `reference`; its backends are the op's, and
     its function in triton_impl.py is called <pass>. It has no derivative of any kind."""
     name = reference.__name__
-    for suffix in _suffixes(op.op):
-        _define(name + suffix, _schema(_arguments(reference), outputs), fake, op.prepare, f"{name}: a derivative")
-    _add_kernel(name, op.op, name.removeprefix(f"{op.op}_"))
+    _without_derivatives(reference, op.op, name.removeprefix(f"{op.op}_"), outputs, fake, op.prepare)
     return Op(name, op.op, reference, op.prepare, len(outputs))
 
 
@@ -180,11 +178,19 @@ def declare_inference(
     name = reference.__name__
     OPS[name] = dtypes
     prepare = partial(_first_and_parameters, layout)
-    for suffix in _suffixes(name):
-        packet = _define(name + suffix, _schema(_arguments(reference), ("y",)), fake, prepare, f"{name}: a derivative")
+    for packet in _without_derivatives(reference, name, "forward", ("y",), fake, prepare):
         register_flop_formula(packet)(lambda *shapes, out_shape=None, **_: flops(*shapes))
-    _add_kernel(name, name, "forward")
     return Op(name, name, reference, prepare, 1)
+
+
+def _without_derivatives(
+    reference: Callable, op: str, function: str, outputs: tuple[str, ...], fake: Callable, prepare: Callable
+) -> list[Callable]:
+    """Defines autohdr::<name of the reference> and its twin; their kernels belong to `op`. function: in its triton_impl.py."""
+    name, schema = reference.__name__, _schema(_arguments(reference), outputs)
+    packets = [_define(name + suffix, schema, fake, prepare, f"{name}: a derivative") for suffix in _suffixes(op)]
+    _add_kernel(name, op, function)
+    return packets
 
 
 def _arguments(reference: Callable) -> list[str]:

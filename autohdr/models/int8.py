@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
-from autohdr.kernels.common import as_codes, layer_norm
+from autohdr.kernels.common import MOST_CODE, as_codes, layer_norm
+from autohdr.kernels.gdfn import reference
 from autohdr.models.network import Network
 from autohdr.models.registry import build
 from autohdr.models.restormer import FeedForward, Restormer
-
-MOST = 127
-"""The largest code."""
 
 
 def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
@@ -58,9 +56,8 @@ def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tens
     def see(name: str, module: Any, inputs: Any) -> None:
         x, norm = inputs
         normal = layer_norm(x, norm.weight, norm.bias, module.eps)
-        hidden = F.conv2d(normal, module.project_in.weight)
-        a, b = F.conv2d(hidden, module.dwconv.weight, padding=1, groups=hidden.shape[1]).chunk(2, dim=1)
-        seen = tuple(values.abs().amax((0, 2, 3)) for values in (normal, F.gelu(a) * b))
+        values = reference.gated(F.conv2d(normal, module.project_in.weight), module.dwconv.weight)
+        seen = tuple(read.abs().amax((0, 2, 3)) for read in (normal, values))
         found[name] = tuple(map(torch.maximum, seen, found.get(name, seen)))
 
     halves = {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
@@ -77,4 +74,4 @@ def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tens
 
 def _scale(largest: Tensor) -> Tensor:
     """What a code of 1 stands for; 1 where there is nothing but zeros."""
-    return torch.where(largest > 0, largest / MOST, 1.0)
+    return torch.where(largest > 0, largest / MOST_CODE, 1.0)

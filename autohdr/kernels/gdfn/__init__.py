@@ -42,22 +42,8 @@ def gdfn(
 
     Source: Zamir et al., Restormer (CVPR 2022), section 3.2, equation 2.
     """
-    channels = channels_of(x)
-    hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
-    check_image(
-        "gdfn",
-        x,
-        {
-            "norm_weight": (norm_weight, (channels,)),
-            "norm_bias": (norm_bias, (channels,)),
-            "project_in_weight": (project_in_weight, (2 * hidden, channels, 1, 1)),
-            "dwconv_weight": (dwconv_weight, (2 * hidden, 1, 3, 3)),
-            "project_out_weight": (project_out_weight, (channels, hidden, 1, 1)),
-        },
-    )
-    if hidden == 0:
-        raise ValueError(f"gdfn: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
     parameters = (norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight)
+    _check("gdfn", x, *parameters)
     return declaration.gdfn(autocast(x), *parameters, eps, backend=backend)
 
 
@@ -94,23 +80,44 @@ def gdfn_int8(
     Raises:
         ValueError, RuntimeError: as gdfn.
     """
-    channels = channels_of(x)
-    hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
-    check_image(
+    _check(
         "gdfn_int8",
         x,
-        {
-            "norm_weight": (norm_weight, (channels,)),
-            "norm_bias": (norm_bias, (channels,)),
-            "project_in_weight": (project_in_weight, (2 * hidden, channels, 1, 1)),
-            "project_in_scale": (project_in_scale, (2 * hidden,)),
-            "dwconv_weight": (dwconv_weight, (2 * hidden, 1, 3, 3)),
-            "project_out_weight": (project_out_weight, (channels, hidden, 1, 1)),
-            "project_out_scale": (project_out_scale, (channels,)),
-        },
+        norm_weight,
+        norm_bias,
+        project_in_weight,
+        dwconv_weight,
+        project_out_weight,
         int8=("project_in_weight", "project_out_weight"),
+        project_in_scale=project_in_scale,
+        project_out_scale=project_out_scale,
     )
-    if hidden == 0:
-        raise ValueError(f"gdfn_int8: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")
     into, out = (project_in_weight, project_in_scale), (project_out_weight, project_out_scale)
     return declaration.gdfn_int8(autocast(x), norm_weight, norm_bias, *into, dwconv_weight, *out, eps, backend=backend)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    project_in_weight: Tensor,
+    dwconv_weight: Tensor,
+    project_out_weight: Tensor,
+    int8: tuple[str, ...] = (),
+    **scales: Tensor,
+) -> None:
+    """Raises ValueError for an argument that does not fit. scales: those of gdfn_int8, whose weights are named in int8."""
+    channels = channels_of(x)
+    hidden = project_out_weight.shape[1] if isinstance(project_out_weight, Tensor) and project_out_weight.dim() == 4 else 0
+    expected = {
+        "norm_weight": (norm_weight, (channels,)),
+        "norm_bias": (norm_bias, (channels,)),
+        "project_in_weight": (project_in_weight, (2 * hidden, channels, 1, 1)),
+        "dwconv_weight": (dwconv_weight, (2 * hidden, 1, 3, 3)),
+        "project_out_weight": (project_out_weight, (channels, hidden, 1, 1)),
+    }
+    rows = {"project_in_scale": (2 * hidden,), "project_out_scale": (channels,)}
+    check_image(op, x, expected | {name: (scale, rows[name]) for name, scale in scales.items()}, int8=int8)
+    if hidden == 0:
+        raise ValueError(f"{op}: project_out_weight must be [channels, hidden, 1, 1], got {list(project_out_weight.shape)}")

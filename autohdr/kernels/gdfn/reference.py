@@ -17,9 +17,7 @@ def gdfn(
     eps: float,
 ) -> Tensor:
     hidden = F.conv2d(layer_norm(x, norm_weight, norm_bias, eps), project_in_weight.to(x.dtype))
-    hidden = F.conv2d(hidden, dwconv_weight.to(x.dtype), padding=1, groups=hidden.shape[1])
-    a, b = hidden.chunk(2, dim=1)
-    return x + F.conv2d(F.gelu(a) * b, project_out_weight.to(x.dtype))
+    return x + F.conv2d(gated(hidden, dwconv_weight), project_out_weight.to(x.dtype))
 
 
 def gdfn_int8(
@@ -36,5 +34,11 @@ def gdfn_int8(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     codes = as_codes(layer_norm(wide, norm_weight, norm_bias, eps))
     hidden = product_of_codes(codes, project_in_weight, project_in_scale)
-    a, b = F.conv2d(hidden, dwconv_weight.to(wide.dtype), padding=1, groups=hidden.shape[1]).chunk(2, dim=1)
-    return (wide + product_of_codes(as_codes(F.gelu(a) * b), project_out_weight, project_out_scale)).to(x.dtype)
+    codes = as_codes(gated(hidden, dwconv_weight))
+    return (wide + product_of_codes(codes, project_out_weight, project_out_scale)).to(x.dtype)
+
+
+def gated(hidden: Tensor, dwconv_weight: Tensor) -> Tensor:
+    """gelu(a) ⊙ b, a and b the halves of hidden's 3×3 convolution."""
+    a, b = F.conv2d(hidden, dwconv_weight.to(hidden.dtype), padding=1, groups=hidden.shape[1]).chunk(2, dim=1)
+    return F.gelu(a) * b
