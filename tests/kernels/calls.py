@@ -1,7 +1,8 @@
 """Each op as a plain function of its tensors, for tests that are the same for all; its sizes are in its own test file."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from backend import BACKEND
@@ -35,3 +36,14 @@ def sequence_call(op, tensors, keywords, dy):
         return op(**dict(zip(tensors, leaves, strict=True)), **keywords, backend=backend)
 
     return function, list(tensors.values()), dy
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many of them, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
+from calls import threads
 from gold import assert_as_good_as_reference, neighbours, run
 from torch import library
 
@@ -183,15 +184,12 @@ class ImageOpTests:
     def test_threads(self):
         """The same bits from run to run at any number of threads, and rounding apart between them."""
         tensors, dy, keywords = self.arguments((1, 8, 2, 9, 11, True) if SLOW else (1, 8, 2, 33, 40, True), torch.float32)
-        threads, results = torch.get_num_threads(), []
-        try:
-            for n in (1, 2, 5) if BACKEND == "cpu" else (1,):
-                torch.set_num_threads(n)
+        results = []
+        for n in (1, 2, 5) if BACKEND == "cpu" else (1,):
+            with threads(n):
                 results.append(run(self.op, tensors, dy, **keywords, backend=BACKEND))
                 again = run(self.op, tensors, dy, **keywords, backend=BACKEND)
                 assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
-        finally:
-            torch.set_num_threads(threads)
         for other in results[1:]:
             torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, raw_op
-from calls import sequence_call
+from calls import sequence_call, threads
 from gold import assert_as_good_as_reference
 from torch import library
 
@@ -151,13 +151,10 @@ def test_double_backward_raises():
 
 def test_the_same_bits_at_any_number_of_threads():
     case = arguments((300, 20), branch=torch.bfloat16)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 7, 7) if BACKEND == "cpu" else (1, 1):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 7, 7) if BACKEND == "cpu" else (1, 1):
+        with threads(n):
             results.append(run(*case, backend=BACKEND))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, e) for a, e in zip(other, results[0], strict=True))
 

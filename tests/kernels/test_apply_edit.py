@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from backend import BACKEND, DEVICE, DTYPES, INTERPRETED, OPCHECKS, SLOW, raw_op
+from calls import threads
 from gold import assert_as_good_as_reference, run
 from torch import library
 
@@ -150,13 +151,10 @@ def test_compile_fullgraph():
 def test_threads():
     """The same bits at any number of threads: each piece of rows has its own sums, which are added up in order."""
     tensors, dy = arguments(LARGE)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 5):
+        with threads(n):
             results.append(run(apply_edit, tensors, dy, backend=BACKEND))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
-from calls import sequence_call
+from calls import sequence_call, threads
 from gold import assert_as_good_as_reference
 from torch import library
 
@@ -181,13 +181,10 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("features", ["bias", "bld bias"])
 def test_the_same_bits_at_any_number_of_threads(features):
     case = arguments((1, 70, 140, 4, features) if SLOW else (2, 150, 300, 4, features))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 7, 7) if BACKEND == "cpu" else (1, 1):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 7, 7) if BACKEND == "cpu" else (1, 1):
+        with threads(n):
             results.append(run(*case, backend=BACKEND))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, e) for a, e in zip(other, results[0], strict=True))
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import threads
 from image_op import shifted
 from torch import library
 
@@ -136,13 +137,10 @@ def test_noncontiguous(layout):
 
 
 def test_threads():
-    tensors, threads = arguments((1, 8, 21, 33, 40, True)), torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    tensors = arguments((1, 8, 21, 33, 40, True))
+    for count in (1, 2, 5):
+        with threads(count):
             assert torch.equal(gdfn_int8(*tensors, backend="cpu"), gdfn_int8(*tensors, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_opcheck():

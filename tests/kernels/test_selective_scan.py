@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
-from calls import sequence_call
+from calls import sequence_call, threads
 from gold import assert_as_good_as_reference
 from torch import library
 
@@ -429,15 +429,12 @@ def test_double_backward_raises():
 def test_threads(features):
     """The same bits from run to run at any number of threads, and rounding apart between them."""
     case = arguments((BATCH, 18 if INTERPRETED else 150, tokens(140), 5, 3, features))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 7) if BACKEND == "cpu" else (1,):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 7) if BACKEND == "cpu" else (1,):
+        with threads(n):
             results.append(run(*case, backend=BACKEND))
             for a, b in zip(results[-1], run(*case, backend=BACKEND), strict=True):
                 assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
 

@@ -129,7 +129,7 @@ def faults(architecture: str, call, monkeypatch, cache) -> list[str]:
 
 
 # What has no products is compiled alike for both, and has less shared memory on sm_80.
-PRODUCTS = ("gdfn", "mdta")
+PRODUCTS = ("gdfn", "mdta", "nafblock")
 CASES = [
     pytest.param(op, architecture, marks=[pytest.mark.drill] * (op not in PRODUCTS and architecture != "sm_80"))
     for op in OPS
