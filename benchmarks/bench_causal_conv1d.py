@@ -2,11 +2,9 @@
 depthwise convolution, and on a GPU that under torch.compile.
 """
 
-import functools
-
 import pytest
-import torch
-from measuring import DEVICE, DTYPES, columns, relative_error
+from measuring import DEVICE, columns
+from plain_op import bench
 from problems import causal_conv1d
 
 SHAPES = {"cpu": [(1, 192, 4096), (2, 96, 9216)], "cuda": [(1, 192, 147456), (2, 96, 9216), (1, 192, 4096)]}  # batch, dim, seqlen
@@ -15,29 +13,10 @@ LIMITS = {"float32": 1e-5, "bfloat16": 1e-2}
 PLAIN_LIMITS = {"float32": 1e-3, "bfloat16": 1e-2}  # PyTorch's convolutions round float32 to TF32 on a GPU unless told otherwise
 
 
-@functools.lru_cache(maxsize=1)
-def subject(shape: tuple[int, ...], dtype: str):
-    """The problem, and its results in float64 by mode."""
-    problem = causal_conv1d(*shape, DTYPES[dtype], DEVICE)
-    gold = problem.to(torch.float64)
-    return problem, {mode: gold.runner(mode, "reference")() for mode in ("forward", "training")}
-
-
 @pytest.mark.parametrize("column", columns("causal_conv1d") + ["compiled"] * (DEVICE == "cuda"))
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("dtype", NAMES[DEVICE])
 @pytest.mark.parametrize("shape", SHAPES[DEVICE], ids=str)
 def test_causal_conv1d(timed, shape, dtype, mode, column):
-    problem, gold = subject(shape, dtype)
     plain = DEVICE == "cuda" and column in ("reference", "compiled")
-    timed(
-        problem.runner(mode, column),
-        lambda actual: relative_error(actual, gold[mode]),
-        (PLAIN_LIMITS if plain else LIMITS)[dtype],
-        op="causal_conv1d",
-        shape="×".join(map(str, shape)),
-        mode=mode,
-        backend=column,
-        dtype=dtype,
-        gold="float64",
-    )
+    bench(timed, causal_conv1d, shape, dtype, mode, column, (PLAIN_LIMITS if plain else LIMITS)[dtype])
