@@ -20,17 +20,19 @@ demo: install
 demo-train: install
 	$(BIN)/autohdr demo --train --out demo_train_run
 
-# A NAFNet and a SwinIR of as many multiply-accumulates as the model of demo-train, trained on the same rooms as it; then these three
-# and the model that ships, on the rooms that were held out: which is worth what, in which form.
+# A NAFNet and a SwinIR of as many multiply-accumulates as the model of demo-train, trained on the same rooms as it; then these three,
+# the first in 8 bits too, and the model that ships, on the rooms that were held out: which is worth what, in which form.
 ROOMS := demo_train_run/parts
 TRAINED := $(patsubst %,demo_train_run/%/checkpoint_best.safetensors,run nafnet swinir)
+CODED := demo_train_run/int8.safetensors
 LEARN := autohdr train demo --train-pairs $(ROOMS)/train.jsonl --val-pairs $(ROOMS)/val.jsonl --resume auto
 compare: install demo_train_run/report/report.html
 	$(BIN)/$(LEARN) --out demo_train_run/nafnet --model nafnet_nano \
 	  --model-args '{"encoder_blocks": [2, 2, 2], "middle_blocks": 4, "decoder_blocks": [2, 2, 2]}'
 	$(BIN)/$(LEARN) --out demo_train_run/swinir --model swinir_nano --model-args '{"dim": 22}'
-	$(BIN)/autohdr compare lite $(TRAINED) --ensemble $(TRAINED) --forms bfloat16 fast flips-4 --cost-size 3297x2201 \
-	  --pairs $(ROOMS)/test.jsonl --out demo_train_run/compare
+	$(BIN)/autohdr quantize $(firstword $(TRAINED)) --calibrate autohdr/samples --pairs $(ROOMS)/val.jsonl --out $(CODED)
+	$(BIN)/autohdr compare lite $(firstword $(TRAINED)) $(CODED) $(wordlist 2,3,$(TRAINED)) --ensemble $(TRAINED) \
+	  --forms bfloat16 fast flips-4 --cost-size 3297x2201 --pairs $(ROOMS)/test.jsonl --out demo_train_run/compare
 	$(BIN)/python benchmarks/families.py demo_train_run/compare/compare.json
 
 demo_train_run/report/report.html:

@@ -29,6 +29,7 @@ from autohdr.evaluate import (
 )
 from autohdr.metrics import DETAILS, METRICS
 from autohdr.models import combine, load_checkpoint
+from autohdr.models.int8 import made_of
 from autohdr.models.network import Network
 from autohdr.report import encode_pictures, write_comparison
 from autohdr.report.tables import LABELS
@@ -60,7 +61,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measures models beside source, gain and gamma and auto-tone; writes compare.json and compare.html into out_dir.
 
-    checkpoints: as load_checkpoint reads them. Differences are taken from the first, image by image.
+    checkpoints: as load_checkpoint reads them. Differences are taken from the first, image by image. What `quantize` made of one
+        that stands before it counts as a form of that.
     forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views. One
         that a model does not have is left out, and the results' "left_out" says why. A form's differences are from its own model.
     ensemble: those of the checkpoints whose mean of outputs is measured as well.
@@ -151,6 +153,11 @@ def _candidates(
     networks, left_out = {path: load_checkpoint(path).to(device) for path in checkpoints}, []
     for name, path in zip(names, checkpoints, strict=True):
         network = networks[path]
+        original = next((other for other, candidate in found.items() if made_of(network, candidate.model)), None)
+        if original:
+            coded = _Candidate(network, precision, [path], network.config.name, original)
+            found[_free(f"{original}, int8", {*names, *found})] = coded
+            continue
         found[name] = _Candidate(network, precision, [path], network.config.name)
         for form in dict.fromkeys(forms):
             try:

@@ -20,6 +20,7 @@ from autohdr.errors import UserError
 from autohdr.evaluate import evaluate
 from autohdr.metrics import METRICS
 from autohdr.models import combine, create_model, load_checkpoint, save_weights
+from autohdr.models.int8 import quantized
 from autohdr.models.weights import SHIPPED
 from autohdr.report import format_comparison
 from autohdr.score import Points
@@ -203,6 +204,21 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     assert "Forms minus their model" in page.texts["h2"] and "a photo of 40×32 pixels" in page.text
     said = format_comparison(results)
     assert "Not measured: lite: fast: lite sees no more" in said and said.count("does not say which photos") == 3
+
+
+def test_a_model_in_8_bits_is_a_form_of_its_own(pairs, files, tmp_path):
+    coded = tmp_path / "coded.safetensors"
+    save_weights(coded, quantized(load_checkpoint(files[1]), [torch.rand(1, 3, 24, 32)]), {})
+    results = compare([*files, coded], pairs, tmp_path / "out", forms=["bfloat16"])
+    first, second = "one/checkpoint_best", "two/checkpoint_best"
+    models = [first, f"{first}, bfloat16", second, f"{second}, bfloat16", f"{second}, int8"]
+    assert list(results["methods"]) == [*FIXED, *models]
+    made = results["methods"][f"{second}, int8"]
+    assert made["form_of"] == second and made["file_bytes"] == coded.stat().st_size
+    losses = [image["figures"][f"{second}, int8"]["psnr"] - image["figures"][second]["psnr"] for image in results["images"]]
+    assert made["difference"]["psnr"][0] == pytest.approx(np.mean(losses)) and any(losses)
+    alone = compare([files[0], coded], pairs, tmp_path / "out")["methods"]
+    assert alone["coded"]["form_of"] is None
 
 
 def test_a_form_never_takes_another_files_name(files, tmp_path):

@@ -49,6 +49,15 @@ def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
     return made.eval()
 
 
+def made_of(model: nn.Module, original: nn.Module) -> bool:
+    """Whether `model` is what `quantized` makes of `original`, by their configurations and a layer that stays as it is."""
+    if not (isinstance(model, Restormer) and isinstance(original, Restormer) and model.config.int8):
+        return False
+    in_floats = {key: value for key, value in model.config.overrides.items() if key != "int8"}
+    same = replace(model.config, int8=False, overrides=in_floats) == original.config
+    return same and torch.equal(model.patch_embed.weight, original.patch_embed.weight)
+
+
 def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Of each feed-forward half, by name, the scales of what its convolutions read: of the norm and of the gate."""
     found: dict[str, tuple[Tensor, ...]] = {}
