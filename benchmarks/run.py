@@ -143,6 +143,7 @@ def main() -> int:
     if options.tables:
         put(text, README, "benchmarks")
         put(tables.predictions(json.loads((RESULTS / "instructions.json").read_text())), PERFORMANCE, "predictions")
+        put(tables.peers(json.loads((RESULTS / "peers.json").read_text())), README, "peers")
         compared = RESULTS / "families.json"
         put(tables.families(json.loads(compared.read_text()) if compared.exists() else None), README, "families")
     for fault in faults:

@@ -170,6 +170,21 @@ def predictions(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def peers(results: dict) -> str:
+    """What benchmarks/peers.py wrote: how many times as long as autohdr other runtimes take."""
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row["times_as_long"] if name != "autohdr"))
+    lines = [
+        [row["case"], *(f"{row['times_as_long'][name]:.2f}" if name in row["times_as_long"] else "" for name in names)]
+        for row in results["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    source = (
+        f"Medians of calls in turn on {results['processor']}, {results['threads']} threads, tuned malloc, {versions}, commit"
+        f" {results['commit']}."
+    )
+    return table(["forward, float32, times as long as autohdr", *names], lines) + "\n\n" + source
+
+
 def families(results: dict | None) -> str:
     """What benchmarks/families.py wrote: quality and cost of each model, and of its forms what they gain or lose against it."""
     if results is None:

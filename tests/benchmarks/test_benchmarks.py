@@ -240,6 +240,18 @@ def test_cpu_tables():
     assert "| forward, float32: speed | not measured | not measured |" in text
 
 
+def test_table_of_peers():
+    rows = [
+        {"case": "a network", "times_as_long": {"autohdr": 1.0, "eager": 2.0}},
+        {"case": "a scan", "times_as_long": {"autohdr": 1.0, "C": 8.5}},
+    ]
+    lines = tables.peers(
+        {"rows": rows, "processor": "Some CPU", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": "1234567"}
+    ).splitlines()
+    assert lines[0].endswith("| eager | C |") and lines[2:4] == ["| a network | 2.00 |  |", "| a scan |  | 8.50 |"]
+    assert all(fact in lines[-1] for fact in ("Some CPU, 2 threads", "torch 2.13.0", "commit 1234567"))
+
+
 def test_families(tmp_path, monkeypatch):
     """From what `autohdr compare` writes to the table; a figure that it does not know is null."""
     figures = {metric: [0.5, 0.125] for metric in ("psnr", "ssim", "delta_e2000", "quality", "hue")}
