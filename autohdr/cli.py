@@ -295,7 +295,7 @@ def compare(
     resize: Literal["squash", "fit", "crop"] = "squash",
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
-    forms: tuple[Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8"], ...] = (),
+    forms: tuple[Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8", "sharpen"], ...] = (),
     ensemble: tuple[Path, ...] = (),
     cost_size: str | None = None,
     lpips: tuple[Path, ...] = (),
@@ -314,7 +314,8 @@ def compare(
         resize: How pairs are brought to SIZE.
         device: auto (CUDA where there is one), cpu, cuda, ...
         precision: bfloat16 and float16 run the models under autocast.
-        forms: Measure each model in these forms too: in half precision, and as `enhance` has it with --fast, --flips 2, 4 and 8.
+        forms: Measure each model in these forms too: in half precision, and as `enhance` has it with --fast, --flips 2, 4 and 8,
+            and --sharpen 0.3.
         ensemble: Two of the checkpoints or more, whose results' mean is measured as well.
         cost_size: WIDTHxHEIGHT in pixels: seconds and memory are those of the first pair's source, brought to this size; by
             default those of the pairs.

@@ -37,9 +37,12 @@ from autohdr.score import Points, pareto_front
 
 SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
-Form = Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8"]
+Form = Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8", "sharpen"]
 """What a model can be measured as beside itself, by the options of `enhance`."""
-_VIEWS = {"flips-2": 2, "flips-4": 4, "flips-8": 8}
+_OPTIONS: dict[str, dict[str, Any]] = {"fast": {"fast": True}, "sharpen": {"sharpen": 0.3}} | {
+    f"flips-{views}": {"flips": views} for views in (2, 4, 8)
+}
+"""What `combine` makes of each; half precision is none of its options."""
 _FREE = {"parameters": 0, "macs_per_megapixel": 0, "seconds_per_megapixel": 0}
 
 
@@ -63,8 +66,9 @@ def compare(
 
     checkpoints: as load_checkpoint reads them. Differences are taken from the first, image by image. What `quantize` made of one
         that stands before it counts as a form of that.
-    forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views. One
-        that a model does not have is left out, and the results' "left_out" says why. A form's differences are from its own model.
+    forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views,
+        sharpened. One that a model does not have is left out, and the results' "left_out" says why. A form's differences are from
+        its own model.
     ensemble: those of the checkpoints whose mean of outputs is measured as well.
     cost_size: height and width of the photo that costs are measured on (evaluate.measure_costs), in the place of the pairs.
     points: what the score is made of; score.Points by default. The others as in `evaluate`.
@@ -161,7 +165,7 @@ def _candidates(
         found[name] = _Candidate(network, precision, [path], network.config.name)
         for form in dict.fromkeys(forms):
             try:
-                formed = combine([network], flips=_VIEWS.get(form, 1), fast=form == "fast")
+                formed = combine([network], **_OPTIONS.get(form, {}))
             except UserError as error:  # not every model has each
                 left_out.append(f"{name}: {error}")
                 continue

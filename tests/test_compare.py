@@ -174,11 +174,11 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     for pair in large:  # fast sees what is smaller whole
         for file in (pair.src, pair.tar):
             Image.open(file).resize((66, 64)).save(file)
-    given = {"forms": ("bfloat16", "fast", "flips-8"), "ensemble": files, "cost_size": (32, 40)}
+    given = {"forms": ("bfloat16", "fast", "flips-8", "sharpen"), "ensemble": files, "cost_size": (32, 40)}
     results = compare([*files, SHIPPED], large, tmp_path / "out", **given)
     methods, networks = results["methods"], [load_checkpoint(file) for file in files]
-    formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips-8")]
-    assert list(methods) == [*FIXED, *formed, "lite", "lite, bfloat16", "ensemble"]
+    formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips-8", ", sharpen")]
+    assert list(methods) == [*FIXED, *formed, "lite", "lite, bfloat16", "lite, sharpen", "ensemble"]
     assert results["left_out"] == [
         "lite: fast: lite sees no more than a thumbnail as it is; expected another model",
         "lite: flips: lite lightens ceilings, whose mean with floors is none: expected 1 or 2, got 8",
@@ -187,6 +187,7 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     with torch.inference_mode():
         outputs = {f"{second}, fast": combine([networks[1]], fast=True)(source)}
         outputs |= {f"{second}, flips-8": combine([networks[1]], flips=8)(source), "ensemble": combine(networks)(source)}
+        outputs[f"{second}, sharpen"] = combine([networks[1]], sharpen=0.3)(source)
         with torch.autocast("cpu", torch.bfloat16):
             outputs[f"{second}, bfloat16"] = networks[1](source).float()
     for name, output in outputs.items():
@@ -249,7 +250,7 @@ def test_costs_are_those_of_the_size_that_is_asked_for(pairs, files, tmp_path, m
     [
         ({"ensemble": ["one"]}, "expected two checkpoints or more, got one"),
         ({"ensemble": ["one", "three"]}, "expected some of the checkpoints that are compared, got .*three"),
-        ({"forms": ["flips"]}, "forms: expected some of bfloat16, float16, fast, flips-2, flips-4, flips-8, got flips"),
+        ({"forms": ["flips"]}, "forms: expected some of bfloat16, float16, fast, flips-2, flips-4, flips-8, sharpen, got flips"),
         ({"forms": ["bfloat16"], "precision": "bfloat16"}, "forms: bfloat16 is the precision of all models as it is"),
         ({"cost_size": (0, 40)}, r"expected a height and a width above 0, got \[0, 40\]"),
     ],
