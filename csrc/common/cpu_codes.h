@@ -24,7 +24,8 @@ typedef int32_t vi_mem __attribute__((vector_size(W * 4), aligned(4), may_alias)
 AUTOHDR_INLINE void store(Code* p, vf v) {
   const vf magic = splat(12582912.0f);  // see round_to_integer
   const vi codes = (vi)(clamp(v, -kMostCode, kMostCode) + magic) - (vi)magic + kOffset;
-  *reinterpret_cast<vcode_mem*>(p) = __builtin_convertvector(codes, vcode);
+  using Between = std::conditional_t<W == 8, vh, vi>;  // GCC would take 8 numbers of 32 bits to bytes one by one
+  *reinterpret_cast<vcode_mem*>(p) = __builtin_convertvector(__builtin_convertvector(codes, Between), vcode);
 }
 
 // Words of codes times words of weights. Sums become floats by the columns' scale.
