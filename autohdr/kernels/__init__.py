@@ -9,7 +9,7 @@ from autohdr.kernels.apply_edit import apply_edit
 from autohdr.kernels.backends import OPS, backends, set_backend
 from autohdr.kernels.causal_conv1d import causal_conv1d
 from autohdr.kernels.gdfn import gdfn, gdfn_int8
-from autohdr.kernels.mdta import mdta, mdta_apply, mdta_statistics
+from autohdr.kernels.mdta import mdta, mdta_apply, mdta_int8, mdta_int8_apply, mdta_int8_statistics, mdta_statistics
 from autohdr.kernels.nafblock import nafblock, nafblock_apply, nafblock_statistics
 from autohdr.kernels.selective_scan import selective_scan
 
@@ -23,6 +23,9 @@ __all__ = [
     "gdfn_int8",
     "mdta",
     "mdta_apply",
+    "mdta_int8",
+    "mdta_int8_apply",
+    "mdta_int8_statistics",
     "mdta_statistics",
     "nafblock",
     "nafblock_apply",

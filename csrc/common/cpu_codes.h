@@ -64,15 +64,24 @@ struct Codes {
 struct PackedCodes : PackedOf<int32_t> {
   int32_t* first;  // [columns], less what the offset of the codes that they are multiplied with adds
   float* scale;    // [columns]
+
+  // Memory for panels of columns with `depth` codes each.
+  static PackedCodes make(Scratch& scratch, int64_t panels, int64_t vecs, int64_t depth) {
+    const int64_t words = ceil_div(depth, kCodes), columns = panels * vecs * 16;
+    return {{scratch.take<int32_t>(words * columns), panels, vecs, words},
+            scratch.take<int32_t>(columns),
+            scratch.take<float>(columns)};
+  }
+  // As PackedOf's.
+  static PackedCodes make(Scratch& scratch, int64_t columns, int64_t depth) {
+    const int64_t vecs = panel_vecs(columns);
+    return make(scratch, ceil_div(columns, 16 * vecs), vecs, depth);
+  }
 };
 
 // As `pack_columns`, of `depth` codes: value(k, n) is the weight of row k and column n, scale(n) a column's.
 template <class F, class S>
-PackedCodes pack_codes(Scratch& scratch, int64_t panels, int64_t vecs, int64_t depth, const F& value, const S& scale) {
-  const int64_t words = ceil_div(depth, kCodes), columns = panels * vecs * 16;
-  PackedCodes packed{{scratch.take<int32_t>(words * columns), panels, vecs, words},
-                     scratch.zeros<int32_t>(columns),
-                     scratch.take<float>(columns)};
+void pack_codes(const PackedCodes& packed, int64_t depth, const F& value, const S& scale) {
   pack_columns(packed, [&](int64_t n) {
     return [&, n](int64_t word) {
       uint32_t bits = 0;
@@ -83,11 +92,11 @@ PackedCodes pack_codes(Scratch& scratch, int64_t panels, int64_t vecs, int64_t d
       return static_cast<int32_t>(bits);
     };
   });
-  for (int64_t n = 0; n < columns; ++n) {
+  for (int64_t n = 0; n < packed.columns(); ++n) {
     packed.scale[n] = scale(n);
+    packed.first[n] = 0;
     for (int64_t k = 0; k < depth; ++k) packed.first[n] -= kOffset * value(k, n);
   }
-  return packed;
 }
 
 AUTOHDR_INLINE void product(const PackedCodes& b, const LeftOf<int32_t>* left, int64_t count, const float* init, int64_t ldi,
@@ -128,9 +137,9 @@ struct ExpansionCodes {
 
 static ExpansionCodes make_expansion(Scratch& scratch, const Groups& groups, int64_t channels, const ExpansionCodeWeights& w) {
   const int32_t* rows = groups.rows(scratch);
-  const PackedCodes packed = pack_codes(
-      scratch, groups.panels(), groups.vecs, channels,
-      [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0 : w.weight[rows[n] * channels + k]; },
+  const PackedCodes packed = PackedCodes::make(scratch, groups.panels(), groups.vecs, channels);
+  pack_codes(
+      packed, channels, [=](int64_t k, int64_t n) { return rows[n] < 0 ? 0 : w.weight[rows[n] * channels + k]; },
       [=](int64_t n) { return rows[n] < 0 ? 0.0f : w.scale[rows[n]]; });
   const auto padded = [&](const float* values) {
     return values ? std::copy_n(values, channels, scratch.zeros<float>(round_up(channels, 16))) - channels : nullptr;

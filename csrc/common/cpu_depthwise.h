@@ -7,9 +7,8 @@ AUTOHDR_INLINE int64_t column_block(int64_t bytes_per_pixel) { return std::max<i
 
 // A depthwise 3×3 convolution of one panel along a row: rows[r] points at the pixel left of the first output.
 // With Squares, squares[c] += Σ out².
-template <bool Squares>
-static void depthwise_row(const float* const* rows, const float* taps, int64_t width, int64_t pixels, float* out,
-                          float* squares) {
+template <bool Squares, class Out>
+static void depthwise_row(const float* const* rows, const float* taps, int64_t width, int64_t pixels, Out* out, float* squares) {
   for (int64_t c = 0; c < width; c += W) {
     vf w[9];
   AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) w[t] = load(taps + t * width + c);
@@ -33,8 +32,8 @@ static void depthwise_row(const float* const* rows, const float* taps, int64_t w
 }
 
 // The same of the rows and columns of a step, out [pixel of the step][width].
-template <bool Squares>
-static void depthwise(const Ring& in, int64_t panel, const Range& rows, const Range& columns, const float* taps, float* out,
+template <bool Squares, class Out>
+static void depthwise(const Ring& in, int64_t panel, const Range& rows, const Range& columns, const float* taps, Out* out,
                       float* squares) {
   const int64_t width = in.width, block = column_block(width * sizeof(float));
   for (int64_t x = columns.first; x < columns.end; x += block)

@@ -19,9 +19,9 @@ static void run(const GdfnInt8Forward<T>& a) {
   const Groups groups(2, s.hidden);
   const ExpansionCodes op = make_expansion(scratch, groups, s.channels,
                                            {{w.norm_weight, w.norm_bias, s.eps}, w.project_in, w.project_in_scale, w.dwconv});
-  const int64_t vecs = panel_vecs(s.channels);
-  const PackedCodes project_out = pack_codes(
-      scratch, ceil_div(s.channels, 16 * vecs), vecs, groups.padded(),
+  const PackedCodes project_out = PackedCodes::make(scratch, s.channels, groups.padded());
+  pack_codes(
+      project_out, groups.padded(),
       [&](int64_t k, int64_t n) { return k < s.hidden && n < s.channels ? w.project_out[n * s.hidden + k] : 0; },
       [&](int64_t n) { return n < s.channels ? w.project_out_scale[n] : 0.0f; });
   forward<Code>(scratch, {s.batch, s.height, s.width, s.channels}, groups, op, project_out, a.x, a.y);

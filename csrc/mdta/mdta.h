@@ -25,25 +25,37 @@ struct MdtaWeights {
   const float* project_out;  // [C, C]
 };
 
+// For the 1×1 convolutions in 8 bits. What the norm gives is codes already, by its weight and bias, and so is v, by its 3×3 weights.
+struct MdtaInt8Weights {
+  const float* norm_weight;  // [C]
+  const float* norm_bias;    // [C], or null
+  const int8_t* qkv;         // [3C, C], from -127 to 127
+  const float* qkv_scale;    // [3C]
+  const float* dwconv;       // [3C, 3, 3]
+  const float* temperature;  // [heads]
+  const float* project_out;  // [C, C]
+  const float* v_scale;      // [C], what a code of v stands for
+};
+
 // What the attention of every image is made of.
 struct MdtaAttention {
   const float* gram;             // [B, heads, C/heads, C/heads], q kᵀ summed over the pixels
   const float *q_norm, *k_norm;  // [B, C], lengths along the pixels
 };
 
-template <class T>
+template <class T, class Weights = MdtaWeights>
 struct MdtaForward {
   MdtaShape shape;
-  MdtaWeights weights;
+  Weights weights;
   const T* x;                     // [B, H, W, C]
   float *gram, *q_norm, *k_norm;  // as in MdtaAttention
   T* y;                           // [B, H, W, C]
 };
 
-template <class T>
+template <class T, class Weights = MdtaWeights>
 struct MdtaStatistics {
   MdtaShape shape;
-  MdtaWeights weights;
+  Weights weights;
   const T* x;          // [B, H, W, C]
   int64_t first, end;  // rows that are summed; the others are neighbours of the first and the last
   double* gram;        // [B, heads, C/heads, C/heads]
@@ -51,10 +63,10 @@ struct MdtaStatistics {
   double* k_square;    // [B, C]
 };
 
-template <class T>
+template <class T, class Weights = MdtaWeights>
 struct MdtaApply {
   MdtaShape shape;
-  MdtaWeights weights;
+  Weights weights;
   const T* x;  // [B, H, W, C]
   MdtaAttention attention;
   T* y;  // [B, H, W, C]

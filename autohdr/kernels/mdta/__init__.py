@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.common import autocast, channels_of, check_image, check_tensors
+from autohdr.kernels.declare import Op
 from autohdr.kernels.mdta import declaration
 
 
@@ -84,10 +85,7 @@ def mdta_statistics(
     Raises:
         ValueError, RuntimeError: as mdta; also for rows that x has not.
     """
-    _check("mdta_statistics", x, parameters, num_heads)
-    if not 0 <= first < end <= x.shape[2]:
-        raise ValueError(f"mdta_statistics: first and end must be rows of x, which has {x.shape[2]}, got {first} and {end}")
-    return declaration.mdta_statistics(autocast(x), *parameters, num_heads, eps, first, end, backend=backend)
+    return _statistics(declaration.mdta_statistics, x, parameters, num_heads, first, end, eps, backend)
 
 
 def mdta_apply(
@@ -114,26 +112,127 @@ def mdta_apply(
     Raises:
         ValueError, RuntimeError: as mdta; also where statistics are not those of such an image.
     """
-    _check("mdta_apply", x, parameters, num_heads)
+    return _apply(declaration.mdta_apply, x, parameters, num_heads, statistics, eps, backend)
+
+
+def mdta_int8(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_scale: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    v_scale: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """mdta with its 1×1 products in 8 bits: ``y = x + s ⊙ (code(M / s) · code(v))``. For inference: no gradients.
+
+    q, k, v are the thirds of ``dwconv3x3(s_qkv ⊙ (W_qkv · code(norm(x))))``. M is ``W_out · attn · diag(v_scale)``, one matrix an
+    image, and s the largest magnitude of each of its rows over 127. code rounds to the nearest integer from -127 to 127, of two
+    to the even one. So the scales of what becomes codes are in norm_weight and norm_bias, and in the last third of dwconv_weight,
+    a number a channel; v_scale undoes the latter. autohdr.models.int8 has them from photos. Sums of codes are exact, all else is
+    float32, q kᵀ too.
+
+    Args:
+        x, norm_weight, norm_bias, dwconv_weight, temperature, project_out_weight, num_heads, eps: as for mdta. What has no
+            number, of a NaN in x, gets any code.
+        qkv_weight: int8 [3 · channels, channels, 1, 1], from -127 to 127.
+        qkv_scale: [3 · channels].
+        v_scale: [channels], what a code of v stands for.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        y, the shape and dtype of x. The compiled backend gives it channels_last strides.
+
+    Raises:
+        ValueError, RuntimeError: as mdta.
+    """
+    expansion = norm_weight, norm_bias, qkv_weight, qkv_scale, dwconv_weight
+    parameters = (*expansion, temperature, project_out_weight, v_scale)
+    _check("mdta_int8", x, parameters, num_heads)
+    return declaration.mdta_int8(autocast(x), *parameters, num_heads, eps, backend=backend)
+
+
+def mdta_int8_statistics(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    first: int,
+    end: int,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mdta_statistics of mdta_int8, whose parameters it takes, from norm_weight to v_scale."""
+    return _statistics(declaration.mdta_int8_statistics, x, parameters, num_heads, first, end, eps, backend)
+
+
+def mdta_int8_apply(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    statistics: Sequence[Tensor],
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """mdta_apply of mdta_int8, whose parameters it takes, from norm_weight to v_scale."""
+    return _apply(declaration.mdta_int8_apply, x, parameters, num_heads, statistics, eps, backend)
+
+
+def _statistics(
+    op: Op, x: Tensor, parameters: Sequence[Tensor | None], num_heads: int, first: int, end: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(op.name, x, parameters, num_heads)
+    if not 0 <= first < end <= x.shape[2]:
+        raise ValueError(f"{op.name}: first and end must be rows of x, which has {x.shape[2]}, got {first} and {end}")
+    return op(autocast(x), *parameters, num_heads, eps, first, end, backend=backend)
+
+
+def _apply(
+    op: Op,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    statistics: Sequence[Tensor],
+    eps: float,
+    backend: str,
+) -> Tensor:
+    _check(op.name, x, parameters, num_heads)
     if len(statistics) != 3:
-        raise ValueError(f"mdta_apply: statistics must be the three tensors of mdta_statistics, got {len(statistics)}")
+        expected = f"the three tensors of {op.op}_statistics"
+        raise ValueError(f"{op.name}: statistics must be {expected}, got {len(statistics)}")
     (batch, channels), size = x.shape[:2], x.shape[1] // num_heads
     shapes = (batch, num_heads, size, size), (batch, channels), (batch, channels)
     expected = {f"statistics[{i}]": pair for i, pair in enumerate(zip(statistics, shapes, strict=True))}
-    check_tensors("mdta_apply", "x", x, expected)
+    check_tensors(op.name, "x", x, expected)
     x = autocast(x)
     gram, q_square, k_square = statistics
     wide = torch.promote_types(x.dtype, torch.float32)
     attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
-    return declaration.mdta_apply(x, *parameters, *attention, num_heads, eps, backend=backend)
+    return op(x, *parameters, *attention, num_heads, eps, backend=backend)
 
 
 def _check(op: str, x: Tensor, parameters: Sequence[Tensor | None], num_heads: int) -> None:
-    c = channels_of(x)
-    shapes = (c,), (c,), (3 * c, c, 1, 1), (3 * c, 1, 3, 3), (num_heads, 1, 1), (c, c, 1, 1)
-    names = ("norm_weight", "norm_bias", "qkv_weight", "dwconv_weight", "temperature", "project_out_weight")
-    if len(parameters) != len(names):
-        raise ValueError(f"{op}: parameters must be {', '.join(names)}, got {len(parameters)} of them")
-    check_image(op, x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))
+    c, int8 = channels_of(x), op.startswith("mdta_int8")
+    shapes = {
+        "norm_weight": (c,),
+        "norm_bias": (c,),
+        "qkv_weight": (3 * c, c, 1, 1),
+        **({"qkv_scale": (3 * c,)} if int8 else {}),
+        "dwconv_weight": (3 * c, 1, 3, 3),
+        "temperature": (num_heads, 1, 1),
+        "project_out_weight": (c, c, 1, 1),
+        **({"v_scale": (c,)} if int8 else {}),
+    }
+    if len(parameters) != len(shapes):
+        raise ValueError(f"{op}: parameters must be {', '.join(shapes)}, got {len(parameters)} of them")
+    expected = dict(zip(shapes, zip(parameters, shapes.values(), strict=True), strict=True))
+    check_image(op, x, expected, int8=("qkv_weight",) * int8)
     if num_heads < 1 or c % num_heads:
         raise ValueError(f"{op}: num_heads must divide the {c} channels, got {num_heads}")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from autohdr.kernels.common import layer_norm
+from autohdr.kernels.common import MOST_CODE, as_codes, layer_norm, product_of_codes
 
 
 def mdta(
@@ -20,7 +20,7 @@ def mdta(
     eps: float,
 ) -> Tensor:
     height, width = x.shape[2:]
-    qkv = _hidden(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, eps)
+    qkv = hidden(x, norm_weight, norm_bias, qkv_weight, dwconv_weight, eps)
     q, k, v = (rearrange(t, "b (h c) y x -> b h c (y x)", h=num_heads) for t in qkv.chunk(3, dim=1))
     # Normalised after the product: the same value, and the sums over the pixels stay exact in half precision.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -30,9 +30,10 @@ def mdta(
     return x + F.conv2d(out, project_out_weight.to(x.dtype))
 
 
-def _hidden(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, dwconv: Tensor, eps: float) -> Tensor:
-    hidden = F.conv2d(layer_norm(x, norm_weight, norm_bias, eps), weight.to(x.dtype))
-    return F.conv2d(hidden, dwconv.to(x.dtype), padding=1, groups=hidden.shape[1])
+def hidden(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, dwconv: Tensor, eps: float) -> Tensor:
+    """The 3×3 convolution of the 1×1 one of norm(x): q, k and v, or those whose rows of the weights these are."""
+    channels = F.conv2d(layer_norm(x, norm_weight, norm_bias, eps), weight.to(x.dtype))
+    return F.conv2d(channels, dwconv.to(x.dtype), padding=1, groups=channels.shape[1])
 
 
 def _attention(scores: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor) -> Tensor:
@@ -54,8 +55,12 @@ def mdta_statistics(
     end: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     two = 2 * x.shape[1]
-    qk = _hidden(x, norm_weight, norm_bias, qkv_weight[:two], dwconv_weight[:two], eps)[:, :, first:end]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    qk = hidden(x, norm_weight, norm_bias, qkv_weight[:two], dwconv_weight[:two], eps)[:, :, first:end]
+    return _sums(qk, num_heads)
+
+
+def _sums(qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(qk.dtype, torch.float32)
     q, k = (rearrange(t, "b (h c) y x -> b h c (y x)", h=num_heads).to(wide) for t in qk.chunk(2, dim=1))
     gram, q_square, k_square = q @ k.transpose(-2, -1), q.square().sum(-1).flatten(1), k.square().sum(-1).flatten(1)
     return gram.double(), q_square.double(), k_square.double()
@@ -76,9 +81,87 @@ def mdta_apply(
     eps: float,
 ) -> Tensor:
     two = 2 * x.shape[1]
-    v = _hidden(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], eps)
-    attention = _attention(gram, q_norm.unflatten(1, (num_heads, -1)), k_norm.unflatten(1, (num_heads, -1)), temperature)
-    # project_out · blockdiag(attention): one matrix an image.
-    out = project_out_weight[:, :, 0, 0].to(attention.dtype).unflatten(1, (num_heads, -1))
-    combined = torch.einsum("ohi,bhij->bohj", out, attention).flatten(2).to(x.dtype)
+    v = hidden(x, norm_weight, norm_bias, qkv_weight[two:], dwconv_weight[two:], eps)
+    combined = _combined(gram, q_norm, k_norm, temperature, project_out_weight).to(x.dtype)
     return x + (combined @ v.flatten(2)).view_as(x)
+
+
+def _combined(gram: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor, project_out_weight: Tensor) -> Tensor:
+    """project_out · blockdiag(attention): one matrix an image."""
+    num_heads = gram.shape[1]
+    attention = _attention(gram, q_norm.unflatten(1, (num_heads, -1)), k_norm.unflatten(1, (num_heads, -1)), temperature)
+    out = project_out_weight[:, :, 0, 0].to(attention.dtype).unflatten(1, (num_heads, -1))
+    return torch.einsum("ohi,bhij->bohj", out, attention).flatten(2)
+
+
+def mdta_int8(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_scale: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    v_scale: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    expansion = norm_weight, norm_bias, qkv_weight, qkv_scale, dwconv_weight
+    rest = temperature, project_out_weight, v_scale
+    gram, q_square, k_square = mdta_int8_statistics(x, *expansion, *rest, num_heads, eps, 0, x.shape[2])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
+    return mdta_int8_apply(x, *expansion, *rest, *attention, num_heads, eps)
+
+
+def _hidden_int8(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, scale: Tensor, dwconv: Tensor, eps: float
+) -> Tensor:
+    hidden = product_of_codes(as_codes(layer_norm(x, norm_weight, norm_bias, eps)), weight, scale)
+    return F.conv2d(hidden, dwconv.to(x.dtype), padding=1, groups=hidden.shape[1])
+
+
+def mdta_int8_statistics(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_scale: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    v_scale: Tensor,
+    num_heads: int,
+    eps: float,
+    first: int,
+    end: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    two, wide = 2 * x.shape[1], x.to(torch.promote_types(x.dtype, torch.float32))
+    qk = _hidden_int8(wide, norm_weight, norm_bias, qkv_weight[:two], qkv_scale[:two], dwconv_weight[:two], eps)
+    return _sums(qk[:, :, first:end], num_heads)
+
+
+def mdta_int8_apply(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_scale: Tensor,
+    dwconv_weight: Tensor,
+    temperature: Tensor,
+    project_out_weight: Tensor,
+    v_scale: Tensor,
+    gram: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    two, wide = 2 * x.shape[1], x.to(torch.promote_types(x.dtype, torch.float32))
+    v = as_codes(_hidden_int8(wide, norm_weight, norm_bias, qkv_weight[two:], qkv_scale[two:], dwconv_weight[two:], eps))
+    combined = _combined(gram, q_norm, k_norm, temperature, project_out_weight) * v_scale.to(gram.dtype)
+    largest = combined.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / MOST_CODE)
+    sums = (as_codes(combined / scale).double() @ v.flatten(2).double()).to(wide.dtype)
+    return (wide + (sums * scale).view_as(x)).to(x.dtype)
