@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from autohdr.errors import UserError
 from autohdr.kernels.common import MOST_CODE, as_codes, layer_norm
-from autohdr.kernels.gdfn import reference
+from autohdr.kernels.gdfn.reference import gated
+from autohdr.kernels.mdta.reference import hidden
 from autohdr.models.network import Network
 from autohdr.models.registry import build
-from autohdr.models.restormer import FeedForward, Restormer
+from autohdr.models.restormer import Attention, FeedForward, Restormer
 
 
 def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
-    """The model with the 1×1 convolutions of its feed-forward halves in 8 bits, in eval mode; all else stays as it is.
+    """The model with the 1×1 products of its blocks in 8 bits, in eval mode; all else stays as it is.
 
     Codes are integers from -127 to 127. Each row of a weight has a scale, and so has each channel of what it is multiplied with:
-    the largest magnitude that the channel has in any of the photos becomes 127.
+    the largest magnitude that the channel has in any of the photos becomes 127. An attention's project_out stays in floats: what
+    it is multiplied by first is another for each image.
 
     photos: as the model takes them, (1, 3, H, W) float32.
     Raises UserError unless the model is a Restormer in floats, and where there are no photos.
@@ -33,16 +35,26 @@ def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
     if not largest:
         raise UserError("8 bits: expected at least one photo to calibrate with, got none")
     state = model.state_dict()
-    for name, (normal, gated) in largest.items():
-        for key in [key for key in state if key.startswith(f"{name.removesuffix('ffn')}norm2.")]:
+
+    def to_codes(layer: str, channels: Tensor) -> None:
+        weight = state[f"{layer}.weight"] * channels[:, None, None]
+        scale = _scale(weight.abs().amax((1, 2, 3)))
+        state[f"{layer}.weight"] = as_codes(weight / scale[:, None, None, None]).to(torch.int8)
+        state[f"{layer}.scale"] = scale
+
+    for name, (normal, values) in largest.items():
+        attends = name.endswith("attn")
+        norm, first, dwconv = ("norm1", "qkv", "qkv_dwconv") if attends else ("norm2", "project_in", "dwconv")
+        for key in [key for key in state if key.startswith(f"{name.rpartition('.')[0]}.{norm}.")]:
             state[key] = state[key] / normal
-        first, second = state[f"{name}.dwconv.weight"].chunk(2)
-        state[f"{name}.dwconv.weight"] = torch.cat((first, second / gated[:, None, None, None]))
-        for layer, channels in (("project_in", normal), ("project_out", gated)):
-            weight = state[f"{name}.{layer}.weight"] * channels[:, None, None]
-            scale = _scale(weight.abs().amax((1, 2, 3)))
-            state[f"{name}.{layer}.weight"] = as_codes(weight / scale[:, None, None, None]).to(torch.int8)
-            state[f"{name}.{layer}.scale"] = scale
+        taps = state[f"{name}.{dwconv}.weight"].clone()
+        taps[-len(values) :] /= values[:, None, None, None]
+        state[f"{name}.{dwconv}.weight"] = taps
+        to_codes(f"{name}.{first}", normal)
+        if attends:
+            state[f"{name}.v_scale"] = values
+        else:
+            to_codes(f"{name}.project_out", values)
     made = build(replace(model.config, int8=True, overrides={**model.config.overrides, "int8": True}))
     made.load_state_dict(state)
     made.metadata = model.metadata
@@ -59,17 +71,21 @@ def made_of(model: nn.Module, original: nn.Module) -> bool:
 
 
 def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Of each feed-forward half, by name, the scales of what its convolutions read: of the norm and of the gate."""
+    """Of each half of a block, by name, the scales of what becomes codes: of the norm, and of v or of the gate."""
     found: dict[str, tuple[Tensor, ...]] = {}
 
     def see(name: str, module: Any, inputs: Any) -> None:
         x, norm = inputs
         normal = layer_norm(x, norm.weight, norm.bias, module.eps)
-        values = reference.gated(F.conv2d(normal, module.project_in.weight), module.dwconv.weight)
+        if isinstance(module, Attention):
+            weight, dwconv = (layer.weight.chunk(3)[2] for layer in (module.qkv, module.qkv_dwconv))
+            values = hidden(x, norm.weight, norm.bias, weight, dwconv, module.eps)
+        else:
+            values = gated(F.conv2d(normal, module.project_in.weight), module.dwconv.weight)
         seen = tuple(read.abs().amax((0, 2, 3)) for read in (normal, values))
         found[name] = tuple(map(torch.maximum, seen, found.get(name, seen)))
 
-    halves = {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
+    halves = {name: module for name, module in model.named_modules() if isinstance(module, Attention | FeedForward)}
     hooks = [module.register_forward_pre_hook(partial(see, name)) for name, module in halves.items()]
     try:
         with torch.inference_mode():

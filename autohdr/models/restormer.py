@@ -38,7 +38,7 @@ class RestormerConfig(NetworkConfig):
     reduce_level1: bool = True
     """False, as in the authors' own models: the last decoder level and the refinement run on 2 * dim channels."""
     int8: bool = False
-    """The feed-forward 1×1 products are in 8 bits, for inference on a CPU: int8.quantized makes such a model."""
+    """The blocks' 1×1 products are in 8 bits, for inference on a CPU: int8.quantized makes such a model."""
 
     def __post_init__(self):
         self.require("dim", "an even whole number above 0", is_whole(self.dim, 1) and self.dim % 2 == 0)
@@ -140,6 +140,46 @@ class Codes(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels_out), requires_grad=False)
 
 
+def _check_int8(half: nn.Module, x: Tensor) -> None:
+    """UserError where a half of a block in 8 bits is not used as it can be."""
+    if half.training or x.device.type == "cuda":
+        did = "it is being trained" if half.training else f"the image is on {x.device}"
+        raise UserError(f"a model in 8 bits is for inference on a CPU, but {did}: take the checkpoint that it was made of")
+
+
+class AttentionInt8(nn.Module):
+    """Attention with its 1×1 products in 8 bits. Scales of what these read are in its norm and, of v, in qkv_dwconv; project_out
+    becomes codes once it is multiplied by what attends."""
+
+    def __init__(self, channels: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = Codes(channels, 3 * channels)
+        self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
+        self.project_out = _conv(channels, channels, 1)
+        self.v_scale = nn.Parameter(torch.ones(channels))
+
+    def _weights(
+        self, x: Tensor, norm: nn.Module
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As kernels.mdta_int8 takes them."""
+        _check_int8(self, x)
+        norm, qkv = reach(norm, Norm), reach(self.qkv, Codes)
+        dwconv = _weight(self.qkv_dwconv, 3, groups=len(qkv.scale))
+        rest = self.temperature, _weight(self.project_out, 1), self.v_scale
+        return norm.weight, norm.bias, qkv.weight, qkv.scale, dwconv, *rest
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return kernels.mdta_int8(x, *self._weights(x, norm), self.num_heads, eps=self.eps)
+
+    def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]:
+        return kernels.mdta_int8_statistics(x, self._weights(x, norm), self.num_heads, first, end, eps=self.eps)
+
+    def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor:
+        return kernels.mdta_int8_apply(x, self._weights(x, norm), self.num_heads, statistics=statistics, eps=self.eps)
+
+
 class FeedForwardInt8(nn.Module):
     """FeedForward with its 1×1 convolutions in 8 bits. Scales of what these read are in its norm and in dwconv."""
 
@@ -151,9 +191,7 @@ class FeedForwardInt8(nn.Module):
         self.project_out = Codes(hidden, channels)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        if self.training or x.device.type == "cuda":
-            did = "it is being trained" if self.training else f"the image is on {x.device}"
-            raise UserError(f"a model in 8 bits is for inference on a CPU, but {did}: take the checkpoint that it was made of")
+        _check_int8(self, x)
         norm, project_in, project_out = reach(norm, Norm), reach(self.project_in, Codes), reach(self.project_out, Codes)
         dwconv = _weight(self.dwconv, 3, groups=len(project_in.scale))
         weights = project_in.weight, project_in.scale, dwconv, project_out.weight, project_out.scale
@@ -163,14 +201,12 @@ class FeedForwardInt8(nn.Module):
 class Block(nn.Module):
     def __init__(self, channels: int, num_heads: int, config: RestormerConfig):
         super().__init__()
+        self.kinds = (AttentionInt8, FeedForwardInt8) if config.int8 else (Attention, FeedForward)
+        attention, feed_forward = self.kinds
         self.norm1 = Norm(channels, config.norm_bias)
-        self.attn = Attention(channels, num_heads, config.eps)
+        self.attn = attention(channels, num_heads, config.eps)
         self.norm2 = Norm(channels, config.norm_bias)
-        self.ffn = _feed_forward(config)(channels, int(channels * config.expansion), config.eps)
-
-
-def _feed_forward(config: RestormerConfig) -> type[FeedForward] | type[FeedForwardInt8]:
-    return FeedForwardInt8 if config.int8 else FeedForward
+        self.ffn = feed_forward(channels, int(channels * config.expansion), config.eps)
 
 
 class Level(nn.Module):
@@ -179,12 +215,10 @@ class Level(nn.Module):
     def __init__(self, channels: int, num_blocks: int, num_heads: int, config: RestormerConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, num_heads, config) for _ in range(num_blocks))
-        self.feed_forward = _feed_forward(config)
 
     def stage(self) -> Blocks:
         blocks = [reach(block, Block) for block in reach(reach(self, Level).blocks, nn.ModuleList)]
-        kind = self.feed_forward
-        halves = [(Half(b.attn, {"norm": b.norm1}, Attention), Half(b.ffn, {"norm": b.norm2}, kind)) for b in blocks]
+        halves = [(Half(b.attn, {"norm": b.norm1}, b.kinds[0]), Half(b.ffn, {"norm": b.norm2}, b.kinds[1])) for b in blocks]
         return Blocks([half for block in halves for half in block])
 
 

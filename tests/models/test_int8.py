@@ -21,7 +21,7 @@ def models(request, small, photos):
     model = small(**request.param).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # channels of unlike size
-            if "norm2" in name or "ffn.dwconv" in name:
+            if "norm" in name or "dwconv" in name:
                 parameter.mul_(torch.logspace(-0.3, 0.3, len(parameter)).view(-1, *[1] * (parameter.ndim - 1)))
     return model, quantized(model, photos)
 
@@ -38,10 +38,11 @@ def test_is_near_the_model_in_floats(models, photos):
         assert 0 < (actual - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
 
 
-def test_holds_a_byte_a_weight_in_each_feed_forward_half(models):
+def test_holds_a_byte_a_weight_in_each_half_of_a_block(models):
     state = models[1].state_dict()
     coded = {name for name, value in state.items() if value.dtype == torch.int8}
-    assert coded == {name for name in state if name.endswith(("ffn.project_in.weight", "ffn.project_out.weight"))}
+    layers = "attn.qkv.weight", "ffn.project_in.weight", "ffn.project_out.weight"
+    assert coded == {name for name in state if name.endswith(layers)}
     for name in coded:
         assert state[name].abs().amax((1, 2, 3)).eq(127).all() and len(state[name.replace("weight", "scale")]) == len(state[name])
 
@@ -49,9 +50,11 @@ def test_holds_a_byte_a_weight_in_each_feed_forward_half(models):
 def test_a_channel_without_a_value_has_a_scale(small, photos):
     model = small().eval()
     with torch.no_grad():
-        model.latent.blocks[0].ffn.dwconv.weight.zero_()
-        model.latent.blocks[0].norm2.weight.zero_()
-        model.latent.blocks[0].norm2.bias.zero_()
+        block = model.latent.blocks[0]
+        for layer in (block.attn.qkv_dwconv, block.ffn.dwconv, block.norm1, block.norm2):
+            layer.weight.zero_()
+        block.norm1.bias.zero_()
+        block.norm2.bias.zero_()
     assert change(quantized(model, photos), photos[0]).isfinite().all()
 
 
