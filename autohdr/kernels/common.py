@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autohdr.kernels.backends import is_as_on_a_gpu
+
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float64)
 MOST_CODE = 127
 """The largest number of a product in 8 bits; kMostCode in cpu_codes.h."""
+WIDE = 256
+"""Channels of x from which on hidden ones are kept on a CPU for the backward pass; kWide in kept.h."""
 
 
 Expected = Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
@@ -49,6 +53,16 @@ def check_tensors(
         fits = tensor.dtype == torch.int8 if name in int8 else tensor.dtype.is_floating_point
         if not fits:
             raise ValueError(f"{op}: {name} must be {'int8' if name in int8 else 'floating'}, got {tensor.dtype}")
+
+
+def keeps(x: Tensor) -> bool:
+    """Whether the compiled kernels keep hidden channels for the backward pass, where there will be one."""
+    return x.shape[1] >= WIDE and x.device.type == "cpu" and not is_as_on_a_gpu()
+
+
+def fake_kept(x: Tensor, channels: int, keep: bool) -> Tensor:
+    """`channels` numbers a pixel of x, or none; new_kept in kept.h."""
+    return x.new_empty((x.shape[0] * x.shape[2] * x.shape[3] * channels if keep and keeps(x) else 0,))
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ struct ExpansionWeights {
 struct Expansion {
   using Word = float;   // as `product` takes the normalised pixels
   const int32_t* rows;  // Groups::rows
-  Packed weight;        // the 1×1 convolution with the norm's weight folded in
-  const float* bias;    // its own, and its share of the norm's
+  Packed weight;        // the 1×1 convolution with the norm's weight folded in; without data where hidden channels were kept
+  const float* bias;    // its own, and its share of the norm's; null there
   const float* taps;    // [panel][9][width], zero without a 3×3 convolution
   float eps;
   bool centre;
@@ -32,16 +32,19 @@ static float* make_taps(Scratch& scratch, const Groups& groups, const int32_t* r
   return taps;
 }
 
+// kept: whether an earlier pass kept the hidden channels.
 [[maybe_unused]] static Expansion make_expansion(Scratch& scratch, const Groups& groups, int64_t channels,
-                                                 const ExpansionWeights& w) {
+                                                 const ExpansionWeights& w, bool kept = false) {
   const int32_t* rows = groups.rows(scratch);
+  const float* taps = make_taps(scratch, groups, rows, w.dwconv);
+  const bool centre = w.norm.bias != nullptr;
+  if (kept) return {rows, {nullptr, groups.panels(), groups.vecs, channels}, nullptr, taps, w.norm.eps, centre};
   Packed packed{scratch.take<float>(groups.channels() * channels), groups.panels(), groups.vecs, channels};
   pack_columns(packed, [&](int64_t n) {
     const float *column = w.weight + rows[n] * channels, *scale = w.norm.weight;
     return [=, padding = rows[n] < 0](int64_t k) { return padding ? 0.0f : column[k] * scale[k]; };
   });
   float* bias = scratch.zeros<float>(groups.channels());
-  const float* taps = make_taps(scratch, groups, rows, w.dwconv);
   for (int64_t n = 0; n < groups.channels(); ++n) {
     if (rows[n] < 0) continue;
     if (w.bias) bias[n] = w.bias[rows[n]];
@@ -51,7 +54,7 @@ static float* make_taps(Scratch& scratch, const Groups& groups, const int32_t* r
       share += load_at(w.weight + rows[n] * channels, k, channels) * load_at(w.norm.bias, k, channels);
     bias[n] += sum(share);
   }
-  return {rows, packed, bias, taps, w.norm.eps, w.norm.bias != nullptr};
+  return {rows, packed, bias, taps, w.norm.eps, centre};
 }
 
 // A worker's ring of hidden rows, with the normalised input and its statistics beside it.
@@ -69,6 +72,8 @@ struct Hidden {
   int64_t ld;
   int64_t image = 0, next = 0;  // next: the first row not yet made
   Range columns{0, 0};
+  View<const T> kept{};            // hidden channels that an earlier pass kept, [group][size] a pixel, or null: they are computed
+  const Groups* groups = nullptr;  // theirs
 
   // Columns: the most that a tile holds, its halo included.
   static int64_t floats(const ImageShape& s, int64_t slots, int64_t panels, int64_t width, int64_t most_columns) {
@@ -88,6 +93,13 @@ struct Hidden {
   float* normal_at(int64_t y, int64_t x) const { return normal + (ring.slot(y) * ring.columns + x - ring.left) * ld; }
   Stats* stats_at(int64_t y, int64_t x) const { return stats + ring.slot(y) * ring.columns + x - ring.left; }
 
+  // Writes what the ring holds of the image into `out`, [group][size] a pixel.
+  void keep(const Groups& channels, const Range& rows, const Range& of_columns, const View<T>& out) const {
+    for (int64_t y = rows.first; y < rows.end; ++y)
+      write_panels(channels, ring.at(y, 0, of_columns.first), ring.panel_stride(), of_columns.size(),
+                   out.at(image, y, of_columns.first));
+  }
+
   // Makes the rows before `end`.
   void advance(int64_t end) {
     const Range seen = columns.within(x.shape.columns());
@@ -105,10 +117,14 @@ struct Hidden {
         float* row = normal_at(next, seen.first);
         normalize(x.at(image, next, seen.first), seen.size(), x.shape.channels, op.eps, op.centre, row, ld,
                   stats_at(next, seen.first));
+        if (kept.data) {
+          read_panels(*groups, kept.at(image, next, seen.first), seen.size(), ring.at(next, 0, seen.first), ring.panel_stride());
+          continue;
+        }
         inputs[count] = {op.left(row, ld, seen.size(), x.shape.channels), ld, seen.size()};
         outputs[count++] = ring.at(next, 0, seen.first);
       }
-      product(weight, inputs, count, bias, 0, outputs, ring.width, ring.panel_stride());
+      if (count) product(weight, inputs, count, bias, 0, outputs, ring.width, ring.panel_stride());
     }
   }
 };
@@ -143,13 +159,15 @@ static void unfold(const Groups& groups, const Expansion& op, const ExpansionWei
     const int64_t row = op.rows[n];
     if (row < 0) continue;
     if (d.bias) d.bias[row] = bias[n];
-    for (int64_t k = 0; k < channels; ++k) {
-      const float folded = weight[n * round_up(channels, 16) + k], original = w.weight[row * channels + k];
-      d.weight[row * channels + k] = folded * w.norm.weight[k];
-      d.norm_weight[k] += folded * original;
-      if (!w.norm.bias) continue;
-      d.weight[row * channels + k] += bias[n] * w.norm.bias[k];
-      d.norm_bias[k] += bias[n] * original;
+    for (int64_t k = 0; k < channels; k += W) {
+      const vf folded = load(weight + n * round_up(channels, 16) + k), original = load_at(w.weight + row * channels, k, channels);
+      vf d_weight = folded * load_at(w.norm.weight, k, channels);
+      add_at(d.norm_weight, k, channels, folded * original);
+      if (w.norm.bias) {
+        d_weight += bias[n] * load_at(w.norm.bias, k, channels);
+        add_at(d.norm_bias, k, channels, bias[n] * original);
+      }
+      store_at(d.weight + row * channels, k, channels, d_weight);
     }
   }
 }
@@ -197,9 +215,10 @@ struct ExpansionBackward {
   int64_t most_pixels() const { return (steps.rows + 2) * (steps.most_columns() + 2); }
 
   // middle(worker, hidden, rows, columns, grad, tile): writes the gradient behind the 3×3 convolution for these rows and columns of
-  // the image, some beyond the tile, into grad; hidden holds them and one more around them.
+  // the image, some beyond the tile, into grad; hidden holds them and one more around them. kept: Hidden::kept's, or null.
   template <class T, class Middle>
-  void run(Scratch& scratch, const View<const T>& x, const View<const T>& dy, const View<T>& dx, const Middle& middle) {
+  void run(Scratch& scratch, const View<const T>& x, const View<const T>& dy, const View<T>& dx, const Middle& middle,
+           const T* kept = nullptr) {
     const int64_t width = groups.width(), panels = groups.panels(), most = steps.most_columns(), channels = shape.channels;
     const int64_t hidden_size = Hidden<T>::floats(shape, steps.rows + 4, panels, width, most + 4);
     const int64_t grad_size = Ring::floats(steps.rows + 2, panels, most + 2, width);
@@ -210,6 +229,7 @@ struct ExpansionBackward {
     steps.for_each([&](int64_t worker, const Tile& tile) {
       float* mine = memory + worker * worker_size;
       Hidden<T> hidden(op, op.weight, op.bias, x, steps.rows + 4, most + 4, mine);
+      hidden.kept = {kept, groups.images(shape)}, hidden.groups = &groups;
       const Range around = tile.columns.around(1), near = around.within(shape.columns());
       const Ring grad{mine + hidden_size, steps.rows + 2, panels, most + 2, width, around.first};
       float* d_hidden = mine + hidden_size + grad_size;       // [panel][pixel of the step][width]

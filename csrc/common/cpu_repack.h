@@ -1,5 +1,5 @@
-// Weights and sums in the order that the kernels want: in panels, with groups of channels padded to whole ones, and added up over
-// the workers.
+// Weights, hidden channels and sums in the order that the kernels want: in panels, with groups of channels padded to whole ones, and
+// added up over the workers.
 // Compiled per instruction set: common/cpu_each_isa.h.
 
 // How many 16-lane vectors a panel of `lanes` channels should have: the register block is 8×3 or 6×4, whichever pads less.
@@ -69,6 +69,8 @@ struct Groups {
   int64_t padded() const { return panels_each * width(); }  // of a group
   int64_t panels() const { return count * panels_each; }
   int64_t channels() const { return count * padded(); }
+  // As they lie in memory, not padded.
+  ImageShape images(const ImageShape& s) const { return {s.batch, s.height, s.width, count * size}; }
   // table[n]: the weight row of padded channel n, or -1.
   const int32_t* rows(Scratch& scratch) const {
     int32_t* table = scratch.take<int32_t>(channels());
@@ -77,6 +79,32 @@ struct Groups {
     return table;
   }
 };
+
+// out [pixel][group][size] = panels [panel][pixel][width] that are `stride` apart.
+template <class T>
+static void write_panels(const Groups& groups, const float* panels, int64_t stride, int64_t pixels, T* out) {
+  const int64_t width = groups.width();
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t g = 0; g < groups.count; ++g, out += groups.size) {
+      const float* panel = panels + g * groups.panels_each * stride + i * width;
+      for (int64_t first = 0; first < groups.size; first += width, panel += stride)
+        for (int64_t c = first; c < std::min(first + width, groups.size); c += W)
+          store_at(out, c, groups.size, load(panel + c - first));
+    }
+}
+
+// The other way, padded with zeros.
+template <class T>
+static void read_panels(const Groups& groups, const T* x, int64_t pixels, float* panels, int64_t stride) {
+  const int64_t width = groups.width();
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t g = 0; g < groups.count; ++g, x += groups.size) {
+      float* panel = panels + g * groups.panels_each * stride + i * width;
+      for (int64_t first = 0; first < groups.size; first += width, panel += stride)
+        for (int64_t c = first; c < first + width; c += W)
+          store(panel + c - first, c < groups.size ? load_at(x, c, groups.size) : vf{});
+    }
+}
 
 // partials[0] += the other workers' partials, in order.
 template <class S>

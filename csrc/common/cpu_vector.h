@@ -78,6 +78,11 @@ AUTOHDR_INLINE void store_at(T* p, int64_t i, int64_t n, vf v) {
   i + W <= n ? store(p + i, v) : store_part(p + i, v, n - i);
 }
 
+template <class T>
+AUTOHDR_INLINE void add_at(T* p, int64_t i, int64_t n, vf v) {
+  store_at(p, i, n, load_at(p, i, n) + v);
+}
+
 AUTOHDR_INLINE float sum(vf v) {
 #if AUTOHDR_WIDTH == 16
   v += __builtin_shuffle(v, vi{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});

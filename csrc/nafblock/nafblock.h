@@ -27,12 +27,16 @@ struct NafblockTensors {
 };
 using NafblockWeights = NafblockTensors<const float>;
 
+// Images that the forward pass may keep (common/kept.h): what each 1×1 convolution but the last gives, of 2C, C and 2C channels.
+constexpr int64_t kKeptImages = 5;
+
 template <class T>
 struct NafblockForward {
   NafblockShape shape;
   NafblockWeights weights;
   const T* x;    // [B, H, W, C]
   float* means;  // [B, C], of the first gate over the pixels
+  T* kept;       // kKeptImages·[B, H, W, C] for the backward pass, or null
   T* y;          // [B, H, W, C]
 };
 
@@ -60,6 +64,7 @@ struct NafblockBackward {
   NafblockWeights weights;
   const T *dy, *x;     // [B, H, W, C]
   const float* means;  // [B, C], as the forward pass left them
+  const T* kept;       // as the forward pass left them, or null
   T* middle;           // [B, H, W, C], for the gradient between both halves of the block
   T* dx;               // [B, H, W, C]
   NafblockTensors<float> grads;

@@ -2,9 +2,9 @@
 //
 // Forward: pass 1 takes rows through norm, 1×1, 3×3 and gate, sums the gate's output and leaves it in y; pass 2 takes each pixel
 // of it through the rest, in place. Backward: pass 1 again, into dx; a pass over pixels that computes the rest again, for its
-// parameters' gradients and the image's between both halves of the block; some small vectors; and a pass back through pass 1. A
-// worker owns a tile at a time; sums are per worker and added in order, so that a result depends on the number of threads but
-// not on their timing.
+// parameters' gradients and the image's between both halves of the block; some small vectors; and a pass back through pass 1.
+// Where the forward pass kept its activations, no product is computed again. A worker owns a tile at a time; sums are per worker
+// and added in order, so that a result depends on the number of threads but not on their timing.
 
 #include "common/cpu_view.h"
 #include "common/cpu_norm.h"
@@ -23,6 +23,18 @@ static ExpansionWeights second_weights(const NafblockShape& s, const NafblockWei
   return {{w.norm2_weight, w.norm2_bias, s.eps}, w.conv4_weight, nullptr, w.conv4_bias};
 }
 
+// Of NafblockForward's and NafblockBackward's, or null.
+template <class T>
+struct Kept {
+  T* hidden = nullptr;    // [pixel][2][C], before the 3×3 convolution
+  T* middle = nullptr;    // [pixel][C], between both halves of the block
+  T* expanded = nullptr;  // [pixel][2][C], before the second gate
+  Kept(T* data, const NafblockShape& s) {
+    const int64_t image = s.batch * s.height * s.width * s.channels;
+    if (data) hidden = data, middle = data + 2 * image, expanded = data + 3 * image;
+  }
+};
+
 // The 3×3 convolution's bias by hidden channels.
 static const float* local_bias(Scratch& scratch, const Groups& groups, const Expansion& op, const NafblockWeights& w) {
   float* bias = scratch.zeros<float>(groups.channels());
@@ -31,16 +43,17 @@ static const float* local_bias(Scratch& scratch, const Groups& groups, const Exp
   return bias;
 }
 
-// The gated 3×3 convolution of rows of every image, into out and summed over these rows, either of which may be null.
+// The gated 3×3 convolution of rows of every image, into out and summed over these rows, either of which may be null. Hidden
+// channels are taken from `kept` or, where that is null, computed, and kept in `keep`, which may be null.
 template <class T>
 static void make_local(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const Range& all_rows,
-                       T* out, double* sums) {
+                       T* out, double* sums, T* keep = nullptr, const T* kept = nullptr) {
   const ImageShape shape = image_shape(s);
   const int64_t channels = s.channels;
   const View<T> local{out, shape};
   const Groups groups(2, channels);
   const int64_t half = groups.panels_each, width = groups.width(), padded = groups.padded();
-  const Expansion op = make_expansion(scratch, groups, channels, first_weights(s, w));
+  const Expansion op = make_expansion(scratch, groups, channels, first_weights(s, w), kept);
   const float* bias = local_bias(scratch, groups, op, w);
 
   const Steps steps(s.batch, all_rows, s.width, groups.channels() * sizeof(float));
@@ -52,10 +65,12 @@ static void make_local(Scratch& scratch, const NafblockShape& s, const NafblockW
   steps.for_each([&](int64_t worker, const Tile& tile) {
     float *mine = memory + worker * worker_size, *gated = mine + hidden_size;  // [pixel][width]
     Hidden<T> hidden(op, op.weight, op.bias, View<const T>{x, shape}, steps.rows + 2, most + 2, mine);
+    hidden.kept = {kept, groups.images(shape)}, hidden.groups = &groups;
     hidden.start(tile.image, tile.rows.first - 1, tile.columns.around(1));
     for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
       const int64_t end = std::min(first + steps.rows, tile.rows.end);
       hidden.advance(end + 1);
+      if (keep) hidden.keep(groups, {first, end}, tile.columns, {keep, groups.images(shape)});
       for (int64_t p = 0; p < half; ++p) {
         double* total = totals + (worker * s.batch + tile.image) * padded + p * width;
         const float *a_bias = bias + p * width, *b_bias = bias + (half + p) * width;
@@ -100,40 +115,44 @@ static float* channel_attention(Scratch& scratch, const NafblockShape& s, const 
   return attention;
 }
 
-// What follows the gated 3×3 convolution, pixel by pixel. The residuals' scales are folded into the weights before them.
+// A 1×1 convolution [C, C] with a residual's scale folded in.
+struct Scaled {
+  Packed weight;
+  const float* bias;  // [weight.columns()]
+};
+
+static Scaled make_scaled(Scratch& scratch, int64_t channels, int64_t depth, const float* weight, const float* bias,
+                          const float* scale) {
+  const Packed packed = Packed::make(scratch, channels, depth);
+  pack_columns(packed, [=](int64_t n) {
+    const bool padding = n >= channels;
+    return [=, column = weight + n * channels, count = padding ? 0 : channels, factor = padding ? 0 : scale[n]](int64_t k) {
+      return k < count ? factor * column[k] : 0.0f;
+    };
+  });
+  float* scaled = scratch.zeros<float>(packed.columns());
+  for (int64_t c = 0; c < channels; ++c) scaled[c] = scale[c] * bias[c];
+  return {packed, scaled};
+}
+
+// What follows the gated 3×3 convolution up to the second gate, pixel by pixel.
 struct Pointwise {
   const NafblockShape& s;
   Groups groups;
   Expansion op;            // norm and 1×1 to both halves of the gate
   int64_t ld;              // of a pixel's channels
   const float* attention;  // [batch][groups.padded()]
-  Packed conv3, conv5;
-  const float *bias3, *bias5;
-  Steps steps;  // over the pixels of an image
+  Scaled conv3;            // none where the activations were kept
+  Steps steps;             // over the pixels of an image
 
-  Pointwise(Scratch& scratch, const NafblockShape& s_, const NafblockWeights& w, const float* means, int64_t batch)
-      : s(s_), groups(2, s.channels), op(make_expansion(scratch, groups, s.channels, second_weights(s, w))),
+  Pointwise(Scratch& scratch, const NafblockShape& s_, const NafblockWeights& w, const float* means, int64_t batch,
+            bool kept = false)
+      : s(s_), groups(2, s.channels), op(make_expansion(scratch, groups, s.channels, second_weights(s, w), kept)),
         ld(pixel_stride(s.channels)), attention(channel_attention(scratch, s, w, means, groups.padded())),
-        conv3(Packed::make(scratch, s.channels, s.channels)), conv5(Packed::make(scratch, s.channels, groups.padded())),
-        steps(batch, {0, 1}, s.height * s.width, 1) {
-    const int64_t channels = s.channels;
-    float* bias = scratch.zeros<float>(2 * out_width());
-    for (int64_t c = 0; c < channels; ++c)
-      bias[c] = w.beta[c] * w.conv3_bias[c], bias[out_width() + c] = w.gamma[c] * w.conv5_bias[c];
-    bias3 = bias, bias5 = bias + out_width();
-    const auto scaled = [&](const Packed& packed, const float* weight, const float* scale) {
-      pack_columns(packed, [=](int64_t n) {
-        const bool padding = n >= channels;
-        return [=, column = weight + n * channels, count = padding ? 0 : channels, factor = padding ? 0 : scale[n]](int64_t k) {
-          return k < count ? factor * column[k] : 0.0f;
-        };
-      });
-    };
-    scaled(conv3, w.conv3_weight, w.beta);
-    scaled(conv5, w.conv5_weight, w.gamma);
-  }
+        conv3(kept ? Scaled{} : make_scaled(scratch, s.channels, s.channels, w.conv3_weight, w.conv3_bias, w.beta)),
+        steps(batch, {0, 1}, s.height * s.width, 1) {}
 
-  int64_t out_width() const { return conv3.columns(); }
+  int64_t out_width() const { return conv3.weight.columns(); }
   int64_t panel() const { return steps.most_columns() * groups.width(); }  // between panels of the halves
 
   // A step's.
@@ -161,7 +180,7 @@ struct Pointwise {
     for (int64_t i = 0; i < pixels; ++i)
       for (int64_t c = 0; c < s.channels; c += W) store(m.local + i * ld + c, load(m.local + i * ld + c) * load(weights + c));
     const Left weighed{m.local, ld, pixels}, normal{m.normal, ld, pixels};
-    product(conv3, &weighed, 1, bias3, 0, &m.out, out_width(), conv3.panel_width());
+    product(conv3.weight, &weighed, 1, conv3.bias, 0, &m.out, out_width(), conv3.weight.panel_width());
     add_pixels(x, m.out, out_width(), pixels, s.channels, m.middle);
     normalize(m.middle, pixels, s.channels, op.eps, op.centre, m.normal, ld, m.stats);
     product(op.weight, &normal, 1, op.bias, 0, &m.halves, groups.width(), panel());
@@ -170,19 +189,25 @@ struct Pointwise {
 
 // y from x and the gated 3×3 convolution, which is in y.
 template <class T>
-static void apply(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const float* means, T* y) {
+static void apply(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const float* means, T* y,
+                  const Kept<T>& keep) {
   const Pointwise rest(scratch, s, w, means, s.batch);
   const int64_t half = rest.groups.panels_each, width = rest.groups.width(), panel = rest.panel();
+  const Scaled conv5 = make_scaled(scratch, s.channels, rest.groups.padded(), w.conv5_weight, w.conv5_bias, w.gamma);
   float* memory = scratch.take<float>(rest.steps.workers * rest.floats());
   rest.steps.for_each([&](int64_t worker, const Tile& tile) {
     const Pointwise::Memory m = rest.memory(memory + worker * rest.floats());
     const int64_t pixels = tile.columns.size(), first = (tile.image * s.height * s.width + tile.columns.first) * s.channels;
     rest.expand(tile.image, x + first, y + first, pixels, m);
+    if (keep.middle) {
+      add_pixels(x + first, m.out, rest.out_width(), pixels, s.channels, keep.middle + first);
+      write_panels(rest.groups, m.halves, panel, pixels, keep.expanded + 2 * first);
+    }
     for (int64_t p = 0; p < half; ++p)
       for (int64_t i = p * panel; i < p * panel + pixels * width; i += W)
         store(m.halves + i, load(m.halves + i) * load(m.halves + half * panel + i));
     const Left gated{m.halves, width, pixels, half, panel};
-    product(rest.conv5, &gated, 1, rest.bias5, 0, &m.out, rest.out_width(), rest.conv5.panel_width());
+    product(conv5.weight, &gated, 1, conv5.bias, 0, &m.out, rest.out_width(), conv5.weight.panel_width());
     add_pixels(m.middle, m.out, rest.out_width(), pixels, s.channels, y + first);
   });
 }
@@ -191,11 +216,12 @@ template <class T>
 static void run(const NafblockForward<T>& a) {
   Scratch scratch;
   const NafblockShape& s = a.shape;
+  const Kept<T> keep(a.kept, s);
   double* sums = scratch.take<double>(s.batch * s.channels);
-  make_local(scratch, s, a.weights, a.x, {0, s.height}, a.y, sums);
+  make_local(scratch, s, a.weights, a.x, {0, s.height}, a.y, sums, keep.hidden);
   for (int64_t i = 0; i < s.batch * s.channels; ++i)
     a.means[i] = static_cast<float>(sums[i] / static_cast<double>(s.height * s.width));
-  apply(scratch, s, a.weights, a.x, a.means, a.y);
+  apply(scratch, s, a.weights, a.x, a.means, a.y, keep);
 }
 
 template <class T>
@@ -208,7 +234,7 @@ template <class T>
 static void run(const NafblockApply<T>& a) {
   Scratch scratch;
   make_local(scratch, a.shape, a.weights, a.x, {0, a.shape.height}, a.y, nullptr);
-  apply(scratch, a.shape, a.weights, a.x, a.means, a.y);
+  apply(scratch, a.shape, a.weights, a.x, a.means, a.y, Kept<T>(nullptr, a.shape));
 }
 
 // Σ of the rows of d [pixels][ld], added to total [channels].
@@ -216,7 +242,7 @@ static void add_rows(const float* d, int64_t ld, int64_t pixels, int64_t channel
   for (int64_t c = 0; c < channels; c += W) {
     vf sum_c = {};
     for (int64_t i = 0; i < pixels; ++i) sum_c += load(d + i * ld + c);
-    store_at(total, c, channels, load_at(total, c, channels) + sum_c);
+    add_at(total, c, channels, sum_c);
   }
 }
 
@@ -224,13 +250,14 @@ static void add_rows(const float* d, int64_t ld, int64_t pixels, int64_t channel
 static void unscale(int64_t channels, const float* weight, int64_t ld, const float* bias, const float* of_weight,
                     const float* of_bias, const float* of_scale, float* d_weight, float* d_bias, float* d_scale) {
   for (int64_t c = 0; c < channels; ++c) {
-    float along = bias[c] * of_bias[c];
-    for (int64_t k = 0; k < channels; ++k) {
-      d_weight[c * channels + k] = of_scale[c] * weight[c * ld + k];
-      along += weight[c * ld + k] * of_weight[c * channels + k];
+    vf along = {};
+    for (int64_t k = 0; k < channels; k += W) {
+      const vf v = load_at(weight + c * ld, k, channels);
+      store_at(d_weight + c * channels, k, channels, of_scale[c] * v);
+      along += v * load_at(of_weight + c * channels, k, channels);
     }
     d_bias[c] = of_scale[c] * bias[c];
-    d_scale[c] = along;
+    d_scale[c] = sum(along) + bias[c] * of_bias[c];
   }
 }
 
@@ -242,11 +269,12 @@ static void run(const NafblockBackward<T>& a) {
   const NafblockTensors<float>& d = a.grads;
   const ImageShape shape = image_shape(s);
   const int64_t channels = s.channels, image_pixels = s.height * s.width;
+  const Kept<const T> kept(a.kept, s);
   T* local = a.dx;  // until the last pass
-  make_local<T>(scratch, s, w, a.x, {0, s.height}, local, nullptr);
+  make_local<T>(scratch, s, w, a.x, {0, s.height}, local, nullptr, nullptr, kept.hidden);
 
   // 1. The pixels of the second half, image by image: its parameters' gradients and conv3's, and the image's behind the first half.
-  const Pointwise rest(scratch, s, w, a.means, 1);
+  const Pointwise rest(scratch, s, w, a.means, 1, a.kept);
   const Groups& groups = rest.groups;
   const int64_t half = groups.panels_each, width = groups.width(), padded = groups.padded(), panel = rest.panel(), ld = rest.ld;
   const int64_t most = rest.steps.most_columns(), workers = rest.steps.workers, columns_in = round_up(channels, 16);
@@ -282,7 +310,12 @@ static void run(const NafblockBackward<T>& a) {
             *bias5 = conv4 + groups.channels() * columns_in;
       float *bias4 = bias5 + columns_in, *bias3 = bias4 + groups.channels();
       const int64_t pixels = tile.columns.size(), first = (b * image_pixels + tile.columns.first) * channels;
-      rest.expand(b, a.x + first, local + first, pixels, m);
+      if (a.kept) {
+        normalize(kept.middle + first, pixels, channels, rest.op.eps, rest.op.centre, m.normal, ld, m.stats);
+        read_panels(groups, kept.expanded + 2 * first, pixels, m.halves, panel);
+      } else {
+        rest.expand(b, a.x + first, local + first, pixels, m);
+      }
       read_pixels(a.dy + first, pixels, channels, dy, ld);
       add_rows(dy, ld, pixels, channels, bias5);
       const Left left{dy, ld, pixels};
@@ -315,16 +348,17 @@ static void run(const NafblockBackward<T>& a) {
     const float *attention = rest.attention + b * padded, *means = a.means + b * channels;
     std::vector<float> d_attention(channels);
     for (int64_t o = 0; o < channels; ++o)
-      for (int64_t c = 0; c < channels; ++c) {
-        const float by = by_local[o * columns_in + c];
-        d_conv3[o * channels + c] += by * attention[c];
-        d_attention[c] += by * w.beta[o] * w.conv3_weight[o * channels + c];
+      for (int64_t c = 0; c < channels; c += W) {
+        const vf by = load(by_local + o * columns_in + c);
+        add_at(d_conv3 + o * channels, c, channels, by * load(attention + c));
+        add_at(d_attention.data(), c, channels, by * w.beta[o] * load_at(w.conv3_weight + o * channels, c, channels));
       }
     for (int64_t o = 0; o < channels; ++o) {
+      const float a_pixel = d_attention[o] / static_cast<float>(image_pixels);
       d.sca_bias[o] += d_attention[o];
-      for (int64_t c = 0; c < channels; ++c) {
-        d.sca_weight[o * channels + c] += d_attention[o] * means[c];
-        shift[b * padded + c] += d_attention[o] * w.sca_weight[o * channels + c] / static_cast<float>(image_pixels);
+      for (int64_t c = 0; c < channels; c += W) {
+        add_at(d.sca_weight + o * channels, c, channels, d_attention[o] * load_at(means, c, channels));
+        add_at(shift + b * padded, c, channels, a_pixel * load_at(w.sca_weight + o * channels, c, channels));
       }
     }
   }
@@ -337,7 +371,7 @@ static void run(const NafblockBackward<T>& a) {
 
   // 2. The first half.
   const ExpansionWeights weights = first_weights(s, w);
-  const Expansion op = make_expansion(scratch, groups, channels, weights);
+  const Expansion op = make_expansion(scratch, groups, channels, weights, a.kept);
   const float* bias = local_bias(scratch, groups, op, w);
   ExpansionBackward expansion(scratch, groups, op, weights, shape);
   const int64_t reach = expansion.most_pixels() * width, middle_size = 3 * half * reach + expansion.most_pixels() * ld;
@@ -374,7 +408,8 @@ static void run(const NafblockBackward<T>& a) {
             add_rows(d_first + before * width, width, tile.columns.size(), width, mine);
             add_rows(d_second + before * width, width, tile.columns.size(), width, mine + padded);
           }
-      });
+      },
+      kept.hidden);
   expansion.finish(weights, {d.norm1_weight, d.norm1_bias, d.conv1_weight, d.conv1_bias}, d.conv2_weight);
   add_up(d_bias, expansion.steps.workers, groups.channels());
   for (int64_t n = 0; n < groups.channels(); ++n)

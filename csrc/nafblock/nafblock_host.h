@@ -4,6 +4,7 @@
 #include <array>
 #include <tuple>
 
+#include "common/kept.h"
 #include "common/registration.h"
 #include "common/tensor_check.h"
 #include "nafblock/nafblock.h"
@@ -54,15 +55,16 @@ inline NafblockWeights weights_from(const NafblockShape& s, AUTOHDR_NAFBLOCK_PAR
 }
 
 template <class Kernels>
-std::tuple<Tensor, Tensor> nafblock(Tensor x, AUTOHDR_NAFBLOCK_PARAMETERS, double eps) {
+std::tuple<Tensor, Tensor, Tensor> nafblock(Tensor x, AUTOHDR_NAFBLOCK_PARAMETERS, double eps, bool keep) {
   const NafblockShape s = shape_from(x, eps);
   const NafblockWeights w = weights_from(s, AUTOHDR_NAFBLOCK_ARGUMENTS);
   Tensor y = new_like("nafblock", x), means = new_float(x, {s.batch, s.channels});
+  Tensor kept = new_kept(x, kKeptImages * s.channels, keep);
   Kernels::with_type("nafblock", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(NafblockForward<T>{s, w, read<T>(x), write<float>(means), write<T>(y)}, x);
+    Kernels::run(NafblockForward<T>{s, w, read<T>(x), write<float>(means), write_kept<T>(kept), write<T>(y)}, x);
   });
-  return {y, means};
+  return {y, means, kept};
 }
 
 template <class Kernels>
@@ -100,11 +102,12 @@ auto tuple_of(const Tensor& dx, const std::array<Tensor, sizeof...(I)>& grads, s
 }
 
 template <class Kernels>
-auto nafblock_backward(Tensor dy, Tensor x, AUTOHDR_NAFBLOCK_PARAMETERS, Tensor means, double eps) {
+auto nafblock_backward(Tensor dy, Tensor x, AUTOHDR_NAFBLOCK_PARAMETERS, Tensor means, Tensor kept, double eps) {
   const NafblockShape s = shape_from(x, eps);
   const NafblockWeights w = weights_from(s, AUTOHDR_NAFBLOCK_ARGUMENTS);
   check_like("nafblock_backward", "dy", dy, x);
   const float* given = parameter("nafblock_backward", "means", means, s.batch * s.channels);
+  check_kept("nafblock_backward", "kept", kept, x, kKeptImages * s.channels);
   const auto like = [](const Tensor& t) { return new_like("nafblock_backward", t); };
   Tensor dx = like(x), middle = like(x);
   std::array<Tensor, 18> grads{AUTOHDR_NAFBLOCK_ARGUMENTS};
@@ -115,7 +118,8 @@ auto nafblock_backward(Tensor dy, Tensor x, AUTOHDR_NAFBLOCK_PARAMETERS, Tensor 
                                  next(), next(), next(), next(), next(), next(), next(), next(), next()};
   Kernels::with_type("nafblock_backward", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(NafblockBackward<T>{s, w, read<T>(dy), read<T>(x), given, write<T>(middle), write<T>(dx), d}, x);
+    Kernels::run(NafblockBackward<T>{s, w, read<T>(dy), read<T>(x), given, read_kept<T>(kept), write<T>(middle), write<T>(dx), d},
+                 x);
   });
   return tuple_of(dx, grads, std::make_index_sequence<18>());
 }

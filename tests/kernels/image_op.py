@@ -102,6 +102,8 @@ class ImageOpTests:
     and has ``arguments(shape, dtype) -> (tensors, dy, keywords)`` and ``saved_bytes(shape)``, what the backward pass may keep
     beside the parameters."""
 
+    options = (1e-6,)  # of the raw op, behind its tensors and the keywords
+
     def check(self, arguments, draws):
         tensors, dy, keywords = arguments
         (reference, gold), *others = draws
@@ -120,9 +122,12 @@ class ImageOpTests:
         assert torch.autograd.gradcheck(lambda *t: self.op(*t, **keywords, backend="reference"), leaves)
 
     def test_opcheck(self):
-        tensors, _, keywords = self.arguments(self.small, torch.float32)
+        self.check_raw_op(self.small)
+
+    def check_raw_op(self, shape):
+        tensors, _, keywords = self.arguments(shape, torch.float32)
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-        arguments = *[t.requires_grad_() for t in tensors], *keywords.values(), 1e-6
+        arguments = *[t.requires_grad_() for t in tensors], *keywords.values(), *self.options
         library.opcheck(raw_op(self.name), arguments, test_utils=OPCHECKS)
 
     @pytest.mark.parametrize("backend", COMPILED)
@@ -153,7 +158,10 @@ class ImageOpTests:
             assert torch.equal(a, e)
 
     def test_saves_no_image_beside_x(self):
-        (x, *parameters), _, keywords = self.arguments(self.small, torch.float32)
+        self.check_saved(self.small)
+
+    def check_saved(self, shape):
+        (x, *parameters), _, keywords = self.arguments(shape, torch.float32)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         parameters = [p.requires_grad_() for p in parameters]
         saved = {}
@@ -161,7 +169,7 @@ class ImageOpTests:
             self.op(x, *parameters, **keywords, backend=BACKEND)
         pointers = {t.data_ptr() for t in parameters}
         kept = sum(t.numel() * t.element_size() for pointer, t in saved.items() if pointer not in pointers)
-        assert kept == self.saved_bytes(self.small)
+        assert kept == self.saved_bytes(shape)
 
     def test_double_backward_raises(self):
         tensors, _, keywords = self.arguments(self.small, torch.float32)
@@ -183,7 +191,10 @@ class ImageOpTests:
 
     def test_threads(self):
         """The same bits from run to run at any number of threads, and rounding apart between them."""
-        tensors, dy, keywords = self.arguments((1, 8, 2, 9, 11, True) if SLOW else (1, 8, 2, 33, 40, True), torch.float32)
+        self.check_threads((1, 8, 2, 9, 11, True) if SLOW else (1, 8, 2, 33, 40, True))
+
+    def check_threads(self, shape):
+        tensors, dy, keywords = self.arguments(shape, torch.float32)
         results = []
         for n in (1, 2, 5) if BACKEND == "cpu" else (1,):
             with threads(n):
@@ -242,3 +253,31 @@ class ImageOpTests:
         tensors[index] = value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
         with pytest.raises(ValueError, match=f"{self.name}: {message}"):
             self.op(*tensors, **keywords)
+
+
+class KeepingOpTests(ImageOpTests):
+    """Of an op that keeps hidden channels for the backward pass where there are many. A subclass also sets ``wide``, a shape of
+    as many."""
+
+    options = (1e-6, False)
+
+    @pytest.mark.skipif(BACKEND != "cpu", reason="only the CPU's kernels keep hidden channels")
+    def test_many_channels_are_kept(self):
+        self.check_saved(self.wide)
+        self.check_raw_op(self.wide)
+        self.check_threads(self.wide)
+
+    @pytest.mark.skipif(BACKEND != "cpu", reason="only the CPU's kernels keep hidden channels")
+    @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+    def test_what_is_kept_is_what_is_computed_again(self, dtype, error, isa):
+        (x, *parameters), dy, _ = self.arguments(self.wide, dtype)
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        _, *outputs, kept = raw_op(self.name)(x, *parameters, 1e-6, True)
+
+        def backward(kept):
+            return raw_op(f"{self.name}_backward")(dy, x, *parameters, *outputs, kept, 1e-6)
+
+        for a, e in zip(backward(kept), backward(kept[:0]), strict=True):
+            assert (a.float() - e.float()).norm() <= error * e.float().norm()
+        with pytest.raises(RuntimeError, match=rf"kept must be .* {kept.numel()} elements or none, got shape \[7\]"):
+            backward(kept[:7])

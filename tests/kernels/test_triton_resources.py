@@ -73,9 +73,9 @@ def nafblock_calls():
         double = (2 * channels, channels, 1, 1), (2 * channels,)
         first = *double, (2 * channels, 1, 3, 3), (2 * channels,), *square, *square, scale
         arguments = _image_arguments(channels, dtype, *first, vector, vector, *double, *square, scale)
-        yield "forward", (*arguments, 1e-6)
+        yield "forward", (*arguments, 1e-6, True)
         yield "statistics", (*arguments[:7], 1e-6, 0, 4)
-        yield "backward", (arguments[0], *arguments, torch.zeros(1, channels), 1e-6)
+        yield "backward", (arguments[0], *arguments, torch.zeros(1, channels), torch.zeros(0), 1e-6)
 
 
 def causal_conv1d_calls():

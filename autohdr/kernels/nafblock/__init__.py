@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from autohdr.kernels.backends import preferred
-from autohdr.kernels.common import autocast, channels_of, check_image, check_tensors
+from autohdr.kernels.common import WIDE, autocast, channels_of, check_image, check_tensors, keeps
 from autohdr.kernels.nafblock import declaration
-
-WIDE = 256
-"""Channels from which on a training step is faster where PyTorch keeps everything for the backward pass: what the compiled one
-computes again is a third of all products, and matrices as large are what PyTorch is fast at."""
 
 
 def nafblock(
@@ -42,7 +38,8 @@ def nafblock(
 
     ``t = gate(dwconv3x3(W_1 · norm1(x)))``, where gate multiplies the first half of the channels by the second, and the
     simplified channel attention ``s = W_sca · mean(t)`` is of the mean over all pixels; each convolution adds its bias. Saved
-    for the backward pass: the inputs and the means; everything image-sized is computed again.
+    for the backward pass: the inputs and the means; everything image-sized is computed again, but on a CPU from 256 channels
+    on, where what the 1×1 convolutions give, ``W_5`` apart, is saved too: five times x.
 
     Args:
         x: [batch, channels, height, width], float32, bfloat16, float16 or float64, any strides (channels_last is taken without a
@@ -55,9 +52,9 @@ def nafblock(
         sca_bias, conv3_bias, conv5_bias: [channels].
         beta, gamma: [1, channels, 1, 1].
         eps: added to the norms' variances.
-        backend: "auto", "cuda", "triton", "cpu" or "reference". Where gradients are taken of 256 channels or more, "auto" is the
-            reference, which keeps everything for the backward pass and is faster there (measured on CPUs). Sums are accumulated
-            in float32 (float64 for float64).
+        backend: "auto", "cuda", "triton", "cpu" or "reference". Where gradients are taken of 256 channels or more on a GPU,
+            "auto" is the reference, which keeps everything for the backward pass: what the kernels compute again is a third of
+            all products (not measured). Sums are accumulated in float32 (float64 for float64).
 
     Returns:
         y, the shape and dtype of x. The compiled backends give it channels_last strides.
@@ -89,7 +86,8 @@ def nafblock(
         gamma,
     )
     _check("nafblock", x, parameters)
-    if backend == "auto" and x.shape[1] >= WIDE and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    if backend == "auto" and trains and x.shape[1] >= WIDE and not keeps(x):
         backend = preferred("reference")
     return declaration.nafblock(autocast(x), *parameters, eps, backend=backend)
 

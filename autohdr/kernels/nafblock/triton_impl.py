@@ -25,13 +25,13 @@ _FIRST, _ATTENTION, _SECOND, _OUT = slice(0, 6), slice(6, 11), slice(11, 15), sl
 _TILE = 2048  # pixels × channels that a program of _simple_gate holds, twice
 
 
-def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """arguments: the block's parameters in the op's order, and eps."""
-    *parameters, eps = arguments
+def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """arguments: the block's parameters in the op's order, eps, and whether there will be a backward pass: nothing is kept."""
+    *parameters, eps, _ = arguments
     y = torch.empty_like(x)
     means = _local(x, parameters, eps, range(x.shape[2]), View.of(y)) / (x.shape[2] * x.shape[3])
     _finish(x, y, means, parameters, eps)
-    return y, means.float()
+    return y, means.float(), x.new_empty(0)
 
 
 def statistics(x: Tensor, *arguments) -> Tensor:
@@ -48,7 +48,7 @@ def apply(x: Tensor, *arguments) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    *parameters, means, eps = arguments
+    *parameters, means, _, eps = arguments
     attention, conv5 = _Attention(means, *parameters[_ATTENTION]), _Scaled(*parameters[_OUT])
     d_middle, d_combined, d_conv5, second = _second_half_backward(dy, x, attention, conv5, parameters, eps)
     shift, of_attention = attention.backward(d_combined, pixel_sums(View.of(d_middle)), x.shape[2] * x.shape[3])
