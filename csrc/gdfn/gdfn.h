@@ -24,6 +24,7 @@ struct GdfnForward {
   GdfnShape shape;
   GdfnWeights weights;
   const T* x;  // [B, H, W, C]
+  T* kept;     // [B, H, W, 2·hidden], before the 3×3 convolution, for the backward pass, or null
   T* y;        // [B, H, W, C]
 };
 
@@ -52,6 +53,7 @@ struct GdfnBackward {
   GdfnShape shape;
   GdfnWeights weights;
   const T *dy, *x;                                 // [B, H, W, C]
+  const T* kept;                                   // as the forward pass left it, or null
   T* dx;                                           // [B, H, W, C]
   float *d_norm_weight, *d_norm_bias;              // [C]; the bias's unused without one
   float *d_project_in, *d_dwconv, *d_project_out;  // as the weights

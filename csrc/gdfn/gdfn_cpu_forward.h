@@ -2,10 +2,10 @@
 // Compiled per instruction set: common/cpu_each_isa.h.
 
 // y = x + project_out · (gelu(a) ⊙ b) of the halves a and b that `op` expands x to. Number: of the gate's values, as project_out
-// takes them, float or Code.
+// takes them, float or Code. keep: where hidden channels are kept for the backward pass, or null.
 template <class Number, class T, class Op, class Weight>
 static void forward(Scratch& scratch, const ImageShape& shape, const Groups& groups, const Op& op, const Weight& project_out,
-                    const T* x, T* y) {
+                    const T* x, T* y, T* keep = nullptr) {
   using Word = typename Op::Word;
   constexpr int64_t kNumbers = sizeof(Word) / sizeof(Number);  // in a word
   const View<const T> in{x, shape};
@@ -29,6 +29,7 @@ static void forward(Scratch& scratch, const ImageShape& shape, const Groups& gro
     for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
       const int64_t end = std::min(first + steps.rows, tile.rows.end);
       hidden.advance(end + 1);
+      if (keep) hidden.keep(groups, {first, end}, columns, {keep, groups.images(shape)});
       for (int64_t p = 0; p < half; ++p)
         for (int64_t x = columns.first; x < columns.end; x += block)
           for (int64_t y = first; y < end; ++y) {

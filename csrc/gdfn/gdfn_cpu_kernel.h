@@ -1,7 +1,8 @@
 // gdfn on a CPU, compiled once per instruction set (no include guard; see common/cpu_each_isa.h).
 //
 // Forward: one pass; a worker owns a tile at a time and takes its rows through norm, 1×1, 3×3, gate and 1×1 while they are in
-// its cache. Backward: one pass that recomputes the hidden rows. Sums are per worker and added in order.
+// its cache. Backward: one pass that recomputes the hidden rows, unless the forward pass kept them. Sums are per worker and added in
+// order.
 
 #include "common/cpu_math.h"
 #include "common/cpu_view.h"
@@ -29,7 +30,7 @@ static void run(const GdfnForward<T>& a) {
     const float* column = a.weights.project_out + n * s.hidden;
     return [=, count = n < s.channels ? s.hidden : 0](int64_t k) { return k < count ? column[k] : 0.0f; };
   });
-  forward<float>(scratch, image_shape(s), groups, op, project_out, a.x, a.y);
+  forward<float>(scratch, image_shape(s), groups, op, project_out, a.x, a.y, a.kept);
 }
 
 template <class T>
@@ -41,7 +42,7 @@ static void run(const GdfnBackward<T>& a) {
   const Groups groups(2, s.hidden);
   const int64_t half = groups.panels_each, width = groups.width(), padded = groups.padded(), channels = s.channels;
   const ExpansionWeights weights = expansion_weights(a.weights, s.eps);
-  const Expansion op = make_expansion(scratch, groups, channels, weights);
+  const Expansion op = make_expansion(scratch, groups, channels, weights, a.kept);
   ExpansionBackward expansion(scratch, groups, op, weights, shape);
   const Packed project_out{scratch.take<float>(channels * padded), half, groups.vecs, channels};  // from dy to the gate
   pack_rows(project_out, [&](int64_t k) {
@@ -84,7 +85,8 @@ static void run(const GdfnBackward<T>& a) {
           outer(channels, width, own.size() * count, dy + pixel * ldd, ldd, first + pixel * width, width,
                 d_project_out + worker * sums_size + p * width, padded);
         }
-      });
+      },
+      a.kept);
   expansion.finish(weights, {a.d_norm_weight, a.d_norm_bias, a.d_project_in}, a.d_dwconv);
   add_up(d_project_out, workers, sums_size);
   for (int64_t c = 0; c < channels; ++c) std::copy_n(d_project_out + c * padded, s.hidden, a.d_project_out + c * s.hidden);

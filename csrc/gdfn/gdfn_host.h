@@ -3,6 +3,7 @@
 #pragma once
 #include <tuple>
 
+#include "common/kept.h"
 #include "common/registration.h"
 #include "common/tensor_check.h"
 #include "gdfn/gdfn.h"
@@ -27,33 +28,34 @@ inline GdfnWeights weights_from(const GdfnShape& s, const Tensor& norm_weight, c
 }
 
 template <class Kernels>
-Tensor gdfn(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tensor project_in_weight, Tensor dwconv_weight,
-            Tensor project_out_weight, double eps) {
+std::tuple<Tensor, Tensor> gdfn(Tensor x, Tensor norm_weight, std::optional<Tensor> norm_bias, Tensor project_in_weight,
+                                Tensor dwconv_weight, Tensor project_out_weight, double eps, bool keep) {
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
-  Tensor y = new_like("gdfn", x);
+  Tensor y = new_like("gdfn", x), kept = new_kept(x, 2 * s.hidden, keep);
   Kernels::with_type("gdfn", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(GdfnForward<T>{s, w, read<T>(x), write<T>(y)}, x);
+    Kernels::run(GdfnForward<T>{s, w, read<T>(x), write_kept<T>(kept), write<T>(y)}, x);
   });
-  return y;
+  return {y, kept};
 }
 
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdfn_backward(Tensor dy, Tensor x, Tensor norm_weight,
                                                                          std::optional<Tensor> norm_bias,
                                                                          Tensor project_in_weight, Tensor dwconv_weight,
-                                                                         Tensor project_out_weight, double eps) {
+                                                                         Tensor project_out_weight, Tensor kept, double eps) {
   const GdfnShape s = shape_from(x, project_out_weight, eps);
   const GdfnWeights w = weights_from(s, norm_weight, norm_bias, project_in_weight, dwconv_weight, project_out_weight);
   check_like("gdfn_backward", "dy", dy, x);
+  check_kept("gdfn_backward", "kept", kept, x, 2 * s.hidden);
   const auto like = [](const Tensor& t) { return new_like("gdfn_backward", t); };
   Tensor dx = like(x), d_norm_weight = like(norm_weight), d_project_in = like(project_in_weight), d_dwconv = like(dwconv_weight),
          d_project_out = like(project_out_weight);
   Tensor d_norm_bias = norm_bias ? like(*norm_bias) : new_float(x, {0});
   Kernels::with_type("gdfn_backward", x, [&](auto zero) {
     using T = decltype(zero);
-    Kernels::run(GdfnBackward<T>{s, w, read<T>(dy), read<T>(x), write<T>(dx), write<float>(d_norm_weight),
+    Kernels::run(GdfnBackward<T>{s, w, read<T>(dy), read<T>(x), read_kept<T>(kept), write<T>(dx), write<float>(d_norm_weight),
                                  write<float>(d_norm_bias), write<float>(d_project_in), write<float>(d_dwconv),
                                  write<float>(d_project_out)},
                  x);

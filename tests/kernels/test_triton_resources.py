@@ -50,10 +50,10 @@ def gdfn_calls():
     """Products as wide as the widest tile and narrower ones."""
     for channels, hidden, dtype in ((48, 127, torch.bfloat16), (192, 510, torch.bfloat16), (48, 127, torch.float32)):
         sizes = (2 * hidden, channels, 1, 1), (2 * hidden, 1, 3, 3), (channels, hidden, 1, 1)
-        arguments = *_image_arguments(channels, dtype, *sizes), 1e-6
-        yield "forward", arguments
+        arguments = _image_arguments(channels, dtype, *sizes)
+        yield "forward", (*arguments, 1e-6, True)
         if channels == 48:
-            yield "backward", (arguments[0], *arguments)
+            yield "backward", (arguments[0], *arguments, torch.zeros(0), 1e-6)
 
 
 def mdta_calls():

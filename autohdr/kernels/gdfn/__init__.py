@@ -19,8 +19,8 @@ def gdfn(
 ) -> Tensor:
     """Gated-Dconv feed-forward network: ``y = x + W_out · (gelu(a) ⊙ b)``.
 
-    a and b are the halves of ``dwconv3x3(W_in · norm(x))``; gelu is the exact one. Saved for the backward pass: the inputs alone;
-    everything else is computed again.
+    a and b are the halves of ``dwconv3x3(W_in · norm(x))``; gelu is the exact one. Saved for the backward pass: the inputs alone,
+    and on a CPU, from 256 channels on, ``W_in · norm(x)``; everything else is computed again.
 
     Args:
         x: [batch, channels, height, width], float32, bfloat16, float16 or float64, any strides (channels_last is taken without a

@@ -2,9 +2,13 @@
 
 import torch
 
-from autohdr.kernels.common import HALVES, channels_last
+from autohdr.kernels.common import HALVES, channels_last, fake_kept
 from autohdr.kernels.declare import declare, declare_inference
 from autohdr.kernels.gdfn import reference
+
+
+def _fake(x, norm_weight, norm_bias, project_in_weight, *arguments):
+    return torch.empty_like(x), fake_kept(x, project_in_weight.shape[0], arguments[-1])
 
 
 def _flops(x, norm_weight, norm_bias, project_in_weight, *_) -> int:
@@ -16,7 +20,9 @@ def _flops(x, norm_weight, norm_bias, project_in_weight, *_) -> int:
 gdfn = declare(
     reference.gdfn,
     dtypes={"cuda": HALVES, "triton": HALVES, "cpu": (torch.float32, torch.bfloat16)},
-    fake=lambda x, *_: torch.empty_like(x),
+    outputs=("y", "kept"),
+    keep="keep",
+    fake=_fake,
     flops=_flops,
     layout=channels_last,
 )

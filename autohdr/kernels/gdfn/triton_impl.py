@@ -24,7 +24,9 @@ def forward(
     dwconv_weight: Tensor,
     project_out_weight: Tensor,
     eps: float,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Nothing is kept."""
     y = torch.empty_like(x)
     from_, to = View.of(x), View.of(y)
     expansion = Expansion(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
@@ -35,7 +37,7 @@ def forward(
         hidden, _ = memory.of(images, rows)
         here = from_.at(rows, images)
         product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=expansion.taps, added=here, add="plain")
-    return y
+    return y, x.new_empty(0)
 
 
 def backward(
@@ -46,6 +48,7 @@ def backward(
     project_in_weight: Tensor,
     dwconv_weight: Tensor,
     project_out_weight: Tensor,
+    kept: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
     dx = torch.empty_like(x)
