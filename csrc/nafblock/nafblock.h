@@ -27,8 +27,9 @@ struct NafblockTensors {
 };
 using NafblockWeights = NafblockTensors<const float>;
 
-// Images that the forward pass may keep (common/kept.h): what each 1×1 convolution but the last gives, of 2C, C and 2C channels.
-constexpr int64_t kKeptImages = 5;
+// Images that the forward pass may keep (common/kept.h): both sides of the 3×3 convolution, 2C and, gated, C channels; C between
+// the halves of the block; and 2C before the second gate.
+constexpr int64_t kKeptImages = 6;
 
 template <class T>
 struct NafblockForward {

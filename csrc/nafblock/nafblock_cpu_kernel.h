@@ -27,11 +27,12 @@ static ExpansionWeights second_weights(const NafblockShape& s, const NafblockWei
 template <class T>
 struct Kept {
   T* hidden = nullptr;    // [pixel][2][C], before the 3×3 convolution
+  T* local = nullptr;     // [pixel][C], behind it and the gate
   T* middle = nullptr;    // [pixel][C], between both halves of the block
   T* expanded = nullptr;  // [pixel][2][C], before the second gate
   Kept(T* data, const NafblockShape& s) {
     const int64_t image = s.batch * s.height * s.width * s.channels;
-    if (data) hidden = data, middle = data + 2 * image, expanded = data + 3 * image;
+    if (data) hidden = data, local = data + 2 * image, middle = data + 3 * image, expanded = data + 4 * image;
   }
 };
 
@@ -43,17 +44,17 @@ static const float* local_bias(Scratch& scratch, const Groups& groups, const Exp
   return bias;
 }
 
-// The gated 3×3 convolution of rows of every image, into out and summed over these rows, either of which may be null. Hidden
-// channels are taken from `kept` or, where that is null, computed, and kept in `keep`, which may be null.
+// The gated 3×3 convolution of rows of every image, into out and summed over these rows, and its hidden channels into keep. Each of
+// the three may be null.
 template <class T>
 static void make_local(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const Range& all_rows,
-                       T* out, double* sums, T* keep = nullptr, const T* kept = nullptr) {
+                       T* out, double* sums, T* keep = nullptr) {
   const ImageShape shape = image_shape(s);
   const int64_t channels = s.channels;
   const View<T> local{out, shape};
   const Groups groups(2, channels);
   const int64_t half = groups.panels_each, width = groups.width(), padded = groups.padded();
-  const Expansion op = make_expansion(scratch, groups, channels, first_weights(s, w), kept);
+  const Expansion op = make_expansion(scratch, groups, channels, first_weights(s, w));
   const float* bias = local_bias(scratch, groups, op, w);
 
   const Steps steps(s.batch, all_rows, s.width, groups.channels() * sizeof(float));
@@ -65,7 +66,6 @@ static void make_local(Scratch& scratch, const NafblockShape& s, const NafblockW
   steps.for_each([&](int64_t worker, const Tile& tile) {
     float *mine = memory + worker * worker_size, *gated = mine + hidden_size;  // [pixel][width]
     Hidden<T> hidden(op, op.weight, op.bias, View<const T>{x, shape}, steps.rows + 2, most + 2, mine);
-    hidden.kept = {kept, groups.images(shape)}, hidden.groups = &groups;
     hidden.start(tile.image, tile.rows.first - 1, tile.columns.around(1));
     for (int64_t first = tile.rows.first; first < tile.rows.end; first += steps.rows) {
       const int64_t end = std::min(first + steps.rows, tile.rows.end);
@@ -187,10 +187,10 @@ struct Pointwise {
   }
 };
 
-// y from x and the gated 3×3 convolution, which is in y.
+// y from x and the gated 3×3 convolution, which may be in y.
 template <class T>
-static void apply(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const float* means, T* y,
-                  const Kept<T>& keep) {
+static void apply(Scratch& scratch, const NafblockShape& s, const NafblockWeights& w, const T* x, const float* means,
+                  const T* local, T* y, const Kept<T>& keep) {
   const Pointwise rest(scratch, s, w, means, s.batch);
   const int64_t half = rest.groups.panels_each, width = rest.groups.width(), panel = rest.panel();
   const Scaled conv5 = make_scaled(scratch, s.channels, rest.groups.padded(), w.conv5_weight, w.conv5_bias, w.gamma);
@@ -198,7 +198,7 @@ static void apply(Scratch& scratch, const NafblockShape& s, const NafblockWeight
   rest.steps.for_each([&](int64_t worker, const Tile& tile) {
     const Pointwise::Memory m = rest.memory(memory + worker * rest.floats());
     const int64_t pixels = tile.columns.size(), first = (tile.image * s.height * s.width + tile.columns.first) * s.channels;
-    rest.expand(tile.image, x + first, y + first, pixels, m);
+    rest.expand(tile.image, x + first, local + first, pixels, m);
     if (keep.middle) {
       add_pixels(x + first, m.out, rest.out_width(), pixels, s.channels, keep.middle + first);
       write_panels(rest.groups, m.halves, panel, pixels, keep.expanded + 2 * first);
@@ -217,11 +217,12 @@ static void run(const NafblockForward<T>& a) {
   Scratch scratch;
   const NafblockShape& s = a.shape;
   const Kept<T> keep(a.kept, s);
+  T* local = keep.local ? keep.local : a.y;
   double* sums = scratch.take<double>(s.batch * s.channels);
-  make_local(scratch, s, a.weights, a.x, {0, s.height}, a.y, sums, keep.hidden);
+  make_local(scratch, s, a.weights, a.x, {0, s.height}, local, sums, keep.hidden);
   for (int64_t i = 0; i < s.batch * s.channels; ++i)
     a.means[i] = static_cast<float>(sums[i] / static_cast<double>(s.height * s.width));
-  apply(scratch, s, a.weights, a.x, a.means, a.y, keep);
+  apply(scratch, s, a.weights, a.x, a.means, local, a.y, keep);
 }
 
 template <class T>
@@ -234,7 +235,7 @@ template <class T>
 static void run(const NafblockApply<T>& a) {
   Scratch scratch;
   make_local(scratch, a.shape, a.weights, a.x, {0, a.shape.height}, a.y, nullptr);
-  apply(scratch, a.shape, a.weights, a.x, a.means, a.y, Kept<T>(nullptr, a.shape));
+  apply(scratch, a.shape, a.weights, a.x, a.means, a.y, a.y, Kept<T>(nullptr, a.shape));
 }
 
 // Σ of the rows of d [pixels][ld], added to total [channels].
@@ -270,8 +271,8 @@ static void run(const NafblockBackward<T>& a) {
   const ImageShape shape = image_shape(s);
   const int64_t channels = s.channels, image_pixels = s.height * s.width;
   const Kept<const T> kept(a.kept, s);
-  T* local = a.dx;  // until the last pass
-  make_local<T>(scratch, s, w, a.x, {0, s.height}, local, nullptr, nullptr, kept.hidden);
+  if (!a.kept) make_local<T>(scratch, s, w, a.x, {0, s.height}, a.dx, nullptr);
+  const T* local = a.kept ? kept.local : a.dx;  // which is free until the last pass
 
   // 1. The pixels of the second half, image by image: its parameters' gradients and conv3's, and the image's behind the first half.
   const Pointwise rest(scratch, s, w, a.means, 1, a.kept);

@@ -39,7 +39,7 @@ def nafblock(
     ``t = gate(dwconv3x3(W_1 · norm1(x)))``, where gate multiplies the first half of the channels by the second, and the
     simplified channel attention ``s = W_sca · mean(t)`` is of the mean over all pixels; each convolution adds its bias. Saved
     for the backward pass: the inputs and the means; everything image-sized is computed again, but on a CPU from 256 channels
-    on, where what the 1×1 convolutions give, ``W_5`` apart, is saved too: five times x.
+    on, where what lies between x and the second gate, norms apart, is saved too: six times x.
 
     Args:
         x: [batch, channels, height, width], float32, bfloat16, float16 or float64, any strides (channels_last is taken without a

@@ -6,7 +6,7 @@ from autohdr.kernels.common import HALVES, channels_last, fake_kept
 from autohdr.kernels.declare import declare, declare_pass
 from autohdr.kernels.nafblock import reference
 
-KEPT_IMAGES = 5
+KEPT_IMAGES = 6
 """Images that the forward pass may keep; kKeptImages in nafblock.h."""
 
 
