@@ -21,7 +21,7 @@ SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
         (1, 7, 33, 63, 2, True),
         (1, 192, 510, 6, 6, True),
         (1, 32, 208, 5, 7, True),  # ten panels: a product's depth goes in pieces, the last of which is short
-        (1, 256, 90, 5, 9, True),
+        (1, 256, 90, 3, 200, True),
         (2, 264, 130, 6, 3, False),
     ],
     "slow": [

@@ -17,7 +17,7 @@ SHAPES = {  # batch, channels, height, width, and that the norms have a bias
         (2, 10, 5, 7, True),
         (1, 7, 63, 2, True),
         (1, 112, 4, 9, True),
-        (1, 256, 5, 9, True),
+        (1, 256, 3, 200, True),
         (2, 264, 6, 3, True),
     ],
     "slow": [
