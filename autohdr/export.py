@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from autohdr import __version__
@@ -33,7 +33,8 @@ Program = Callable[[Tensor], Tensor]
 SIZES = ((61, 97), (5, 1031), (1031, 1))
 """Height and width of what is compared: odd, smaller and larger than a thumbnail; thin ones are large in no time."""
 FARTHEST = 1 / 255
-"""The largest difference of a file that is kept."""
+"""The largest difference of a file that is kept. In 8 bits an image's mean difference: where a float falls between two codes its
+last digit decides, so that single pixels say nothing."""
 EMBEDDED = 1 << 30
 """Bytes of weights up to which an ONNX file holds them; it can hold less than 2 GB. Above, they are in a second one beside it."""
 METADATA = "autohdr.json"
@@ -42,22 +43,26 @@ METADATA = "autohdr.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote: the files, and the largest difference from the model, of values between 0 and 1."""
+    """What `export` wrote: the files, and the difference from the model that FARTHEST limits, of values between 0 and 1."""
 
     files: list[Path]
     difference: float
+    mean: bool
+    """The difference is an image's mean, as for a model in 8 bits, not the largest."""
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{height}×{width}" for height, width in SIZES)
         files = ", ".join(f"{file} ({file.stat().st_size / 1e6:.2f} MB)" for file in self.files)
-        return f"{files}: at {sizes} pixels at most {255 * self.difference:.4f} / 255 from the model"
+        which = "on average" if self.mean else "at most"
+        return f"{files}: at {sizes} pixels {which} {255 * self.difference:.4f} / 255 from the model"
 
 
 def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weights = "float32") -> Exported:
     """Writes a checkpoint's model, by default the one that ships, as a program for photos of any size, or as a checkpoint again.
 
     A program takes float32 [1, 3, height, width], as the model does, and gives the same. A checkpoint (safetensors) holds its
-    floating-point tensors in `weights`, and says beside them what the first one said; programs are float32 alone.
+    floating-point tensors in `weights`, but for the scales of 8-bit codes, and says beside them what the first one said; programs
+    are float32 alone.
     Raises UserError where the format can't hold the model or its weights, where what it needs is not installed, and where the
     file, run on the CPU, is farther than FARTHEST from the model.
     """
@@ -75,16 +80,23 @@ def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weigh
     with TemporaryDirectory() as folder, torch.no_grad():
         run = _write(model, to, Path(folder) / out.name, checkpoint, weights)
         try:
-            difference = max(float((run(image) - model(image)).abs().max()) for image in _images())
+            differences = [(run(image) - model(image)).abs() for image in _images()]
         except Exception as error:  # each runtime has its own
             raise UserError(f"export: {out}: not written: it does not run: {error}") from error
+        mean = bool(_coded(model))
+        difference = float(torch.stack([apart.mean() if mean else apart.max() for apart in differences]).max())
         if not difference <= FARTHEST:
             raise UserError(f"export: {out}: not written: {255 * difference:.2f} / 255 from the model, expected 1 at most")
         files = [out.with_name(file.name) for file in sorted(Path(folder).iterdir(), reverse=True)]
         for file in files:  # the weights beside a program before the program
             with replacing(file) as part:
                 shutil.copyfile(Path(folder) / file.name, part)
-    return Exported(files[::-1], difference)
+    return Exported(files[::-1], difference, mean)
+
+
+def _coded(network: nn.Module) -> set[str]:
+    """The layers in 8 bits, by name."""
+    return {name.rpartition(".")[0] for name, tensor in network.state_dict().items() if tensor.dtype == torch.int8}
 
 
 def _write(model: Network, to: Format, path: Path, checkpoint: Path, weights: Weights) -> Program:
@@ -102,6 +114,8 @@ def _traced(model: Network, to: Format, backend: str, checkpoint: Path) -> Expor
     """The model for every size. backend: of its ops; "reference" is PyTorch's own alone."""
     if model.steps is not None:
         raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
+    if to == "onnx" and _coded(model):  # in float64 convolutions, which ONNX Runtime has not
+        raise UserError(f"export: {model.config.name} of {checkpoint} is in 8 bits: not for onnx; torch-export has the op itself")
     try:
         with default_backend(backend):
             image, free = torch.zeros(1, 3, 40, 48), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
@@ -150,7 +164,9 @@ def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]
 
 def _safetensors(model: Network, path: Path, checkpoint: Path, weights: Weights) -> Program:
     dtype, network = getattr(torch, weights), model.network if isinstance(model, Sampler) else model
-    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    state, coded = network.state_dict(), _coded(network)  # a code's scale can be too small for float16
+    kept = {name for name, tensor in state.items() if not tensor.is_floating_point() or name.rpartition(".")[0] in coded}
+    tensors = {name: tensor if name in kept else tensor.to(dtype) for name, tensor in state.items()}
     if beyond := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         most = f"up to {torch.finfo(dtype).max:g}"
         raise UserError(f"--weights: {weights} has values {most}, {checkpoint} more in {len(beyond)} tensors: {some(beyond)}")

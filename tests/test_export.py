@@ -19,9 +19,12 @@ import autohdr
 from autohdr import export, kernels
 from autohdr.autotone import thumbnail
 from autohdr.cli import main
+from autohdr.data.images import read_rgb
+from autohdr.demo import SAMPLES
 from autohdr.files import sha256
 from autohdr.kernels.backends import default_backend
 from autohdr.models import create_model, load_checkpoint, save_weights
+from autohdr.models.int8 import quantized
 from autohdr.models.lite import LiteConfig
 from autohdr.models.network import Network
 
@@ -191,6 +194,36 @@ def test_weights_in_half_are_loaded_as_they_are(weights, tmp_path, capsys):
     for name, values in model.state_dict().items():
         assert torch.equal(tensors[name], values.to(getattr(torch, weights)))
         assert kept.state_dict()[name].dtype == torch.float32 and torch.equal(kept.state_dict()[name], tensors[name].float())
+
+
+@pytest.fixture
+def in_8_bits(tmp_path):
+    """A checkpoint of whose codes some change by any rounding before them, by more than 1/255 in a few pixels."""
+    photo = torch.from_numpy(read_rgb(SAMPLES.parent / "dining_room_src.jpg")).permute(2, 0, 1)[None, :, ::8, ::8]
+    model = quantized(load_checkpoint(saved(tmp_path / "float.safetensors", "restormer_nano")), [photo])
+    save_weights(tmp_path / "coded.safetensors", model, {"epoch": 3})
+    return tmp_path / "coded.safetensors"
+
+
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+def test_what_is_not_in_8_bits_becomes_half(in_8_bits, weights, tmp_path, capsys):
+    out, dtype = tmp_path / "half.safetensors", getattr(torch, weights)
+    assert run(in_8_bits, "--to", "safetensors", "--weights", weights, "--out", out) == 0
+    assert "pixels on average 0." in capsys.readouterr().out and out.stat().st_size < 0.75 * in_8_bits.stat().st_size
+    state, kept = (load_checkpoint(file).state_dict() for file in (in_8_bits, out))
+    tensors = safetensors.torch.load_file(out)
+    for name, values in state.items():
+        coded = name.endswith((".scale", "project_in.weight", "ffn.project_out.weight"))
+        assert torch.equal(tensors[name], values if coded else values.to(dtype)) and (coded or tensors[name].dtype == dtype)
+        assert kept[name].dtype == values.dtype and torch.equal(kept[name], tensors[name].to(values.dtype))
+
+
+def test_a_file_of_8_bits_that_differs_is_not_kept(in_8_bits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "FARTHEST", 0.05 / 255)
+    said = refusal(capsys, tmp_path / "half.safetensors", in_8_bits, "--to", "safetensors", "--weights", "bfloat16")
+    assert re.search(r"not written: 0\.\d\d / 255 from the model", said)
+    said = refusal(capsys, tmp_path / "coded.onnx", in_8_bits, "--to", "onnx")
+    assert "in 8 bits: not for onnx; torch-export has the op itself" in said
 
 
 def test_any_checkpoint_becomes_a_smaller_one(tmp_path):
