@@ -13,6 +13,7 @@ import torch
 from autohdr import kernels
 from autohdr import measure as measuring
 from autohdr.errors import UserError
+from autohdr.kernels.backends import _DEVICES, _REASONS, default_backend
 from autohdr.models import create_model
 from autohdr.models.restormer import Attention, FeedForward
 from autohdr.models.tiling import make_plan
@@ -159,6 +160,15 @@ def test_the_meta_device_counts_tensors_alone():
         model = create_model("restormer_nano")
     assert plan(model, 128) == plan("restormer_nano", 128)
     assert "There is no meta here" in table("restormer_nano", (64, 64), 1, "meta")
+
+
+def test_tritons_ops_are_planned_as_the_others(monkeypatch):
+    """With the gradient between the halves of nafblock's backward pass, which no op declares."""
+    compiled = plan("nafnet_nano", 128, mode="training", device="meta")
+    monkeypatch.setitem(_DEVICES, "triton", "cpu")  # a plan runs no kernel
+    monkeypatch.setitem(_REASONS, "triton", "")
+    with default_backend("triton"):
+        assert plan("nafnet_nano", 128, mode="training", device="meta") == compiled
 
 
 @pytest.mark.long
