@@ -25,6 +25,7 @@ from autohdr.files import finite, write_text
 from autohdr.lpips import LPIPS
 from autohdr.measure import Measurement, give_back, measure
 from autohdr.metrics import METRICS, mean_interval
+from autohdr.models.network import not_finite
 from autohdr.report import SHOWN_PAIRS, encode_pictures, write_page
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -303,8 +304,8 @@ def _predict(model: nn.Module, precision: str, photo: Path, source: Tensor) -> t
         prediction = model(source)
     if prediction.shape != source.shape:
         raise UserError(f"{photo}: expected a prediction {list(source.shape)}, got {list(prediction.shape)}")
-    if broken := prediction.numel() - int(prediction.isfinite().sum()):
-        raise UserError(f"{photo}: {broken} of the prediction's {prediction.numel()} values are not finite")
+    if refused := not_finite(prediction, precision):
+        raise UserError(f"{photo}: {refused}")
     return prediction.float().clamp(0, 1), _cost(cost)
 
 

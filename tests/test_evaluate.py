@@ -232,8 +232,11 @@ def test_names_tell_folders_apart(pairs, tmp_path):
 
 
 def test_rejects_a_prediction_that_is_not_finite(pairs, tmp_path):
-    with pytest.raises(UserError, match=r"a_src\.png: \d+ of the prediction's 2880 values are not finite"):
+    said = r"a_src\.png: the network's result is not finite in "
+    with pytest.raises(UserError, match=said + "float32$"):
         evaluate(pairs, tmp_path / "out", model=Broken())
+    with pytest.raises(UserError, match=said + "float16; its largest number is 65504: take bfloat16 or float32$"):
+        evaluate(pairs, tmp_path / "out", model=Broken(), precision="float16")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -16,7 +16,7 @@ from autohdr.errors import UserError
 from autohdr.measure import free_bytes, is_out_of_memory, resident_bytes
 from autohdr.models.combined import LEAST, Combined, Reduced
 from autohdr.models.graphs import Graphed
-from autohdr.models.network import Network
+from autohdr.models.network import Network, not_finite
 from autohdr.models.tiling import Rows, in_strips, most_bytes, rows_in_strips, works_in_strips
 from autohdr.plan import IMAGES, PARAMETERS, plan
 
@@ -46,9 +46,8 @@ class Networks:
 
     def pixels(self, image: Tensor) -> np.ndarray:
         """The way back, floating point in float32. UserError where a value is not finite, which a file would have as black."""
-        if image.is_floating_point() and not image.sum(dtype=torch.float32).isfinite():  # without a mask as large as the image
-            why = "; its largest number is 65504: take bfloat16 or float32" if self.settings.precision == "float16" else ""
-            raise UserError(f"the network's result is not finite in {self.settings.precision}{why}")
+        if refused := not_finite(image, self.settings.precision):
+            raise UserError(refused)
         rows = image[0].permute(1, 2, 0)
         return (rows.float() if rows.is_floating_point() else rows).cpu().numpy()
 

@@ -214,6 +214,14 @@ class StagedNetwork(Network):
         return crop(x, *image.shape[-2:]) + image
 
 
+def not_finite(output: Tensor, precision: str) -> str:
+    """Why a network's output is refused that has a value which is not finite; empty for another one, and for samples."""
+    if not output.is_floating_point() or output.sum(dtype=torch.float32).isfinite():  # without a mask as large as the image
+        return ""
+    why = "; its largest number is 65504: take bfloat16 or float32" if precision == "float16" else ""
+    return f"the network's result is not finite in {precision}{why}"
+
+
 def count(names: Collection[str], prefix: str) -> int:
     """How many modules are numbered behind a prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
