@@ -71,7 +71,7 @@ def outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def feature_loss(features: list[Tensor], hints: list[Tensor]) -> Tensor:
-    """Mean over the stages of the mean |feature - hint|² over the mean |hint|², a scalar in float32.
+    """Mean over stages and samples of the mean |feature - hint|² over the mean |hint|², a scalar in float32.
 
     features, hints: (B, C, H, W) of each stage; where one network has padded more than the other, what both have counts.
     """
@@ -79,7 +79,8 @@ def feature_loss(features: list[Tensor], hints: list[Tensor]) -> Tensor:
     for feature, hint in zip(features, hints, strict=True):
         height, width = map(min, zip(feature.shape[2:], hint.shape[2:], strict=True))
         feature, hint = (tensor[:, :, :height, :width].float() for tensor in (feature, hint))
-        terms.append((feature - hint).square().mean() / hint.square().mean().clamp(min=1e-12))
+        apart, length = (tensor.square().mean((1, 2, 3)) for tensor in (feature - hint, hint))
+        terms.append((apart / length.clamp(min=1e-12)).mean())
     return torch.stack(terms).mean()
 
 

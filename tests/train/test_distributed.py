@@ -131,11 +131,13 @@ def test_two_processes_train_one_discriminator(folder, two, parallel):
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_processes_learn_from_one_teacher(folder, two, parallel):
-    settings = {"out": folder / f"{parallel} taught by one", "teacher": folder / parallel / "checkpoint_last.safetensors"}
-    alone = train(load_config(folder / "one.toml", settings))
+    """Its outputs, and its features, which hooks take within what FSDP2 shards."""
+    settings = {"teacher": folder / parallel / "checkpoint_last.safetensors", "teacher_features_weight": 0.5}
+    alone = train(load_config(folder / "one.toml", settings | {"out": folder / f"{parallel} taught by one"}))
     check_same_run(folder / f"{parallel} taught", alone)
     rows = [load_state(out / STATE)["history"][-1] for out in (folder / f"{parallel} taught", alone.out)]
-    assert rows[0]["train_teacher"] == pytest.approx(rows[1]["train_teacher"], rel=1e-4)
+    for name in ("train_teacher", "train_teacher_features"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4)
     assert two[0][f"{parallel} taught"] == two[1][f"{parallel} taught"]
 
 

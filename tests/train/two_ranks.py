@@ -104,7 +104,8 @@ def main(config, out):
         run(f"{parallel} accumulating", parallel=parallel, batch_size=1, accumulate=2)
         run(f"{parallel} tuned", parallel=parallel, branch=Path(out) / parallel, **TUNED)
         run(f"{parallel} adversarial", parallel=parallel, losses=ADVERSARIAL)
-        run(f"{parallel} taught", parallel=parallel, teacher=Path(out) / parallel / "checkpoint_last.safetensors")
+        teacher = Path(out) / parallel / "checkpoint_last.safetensors"
+        run(f"{parallel} taught", parallel=parallel, teacher=teacher, teacher_features_weight=0.5)
         with in_steps({3}, 1, lambda learner: signal.raise_signal(signal.SIGTERM)):
             run(f"{parallel} stopped", parallel=parallel)
         # What one process left in step 3 goes on in two.
