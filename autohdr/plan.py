@@ -136,7 +136,7 @@ def plan(
     if not isinstance(model, str):
         for own, given in zip(network.parameters(), model.parameters(), strict=True):
             own.requires_grad_(given.requires_grad)
-    network.recompute = recompute
+    network.train(mode == "training").recompute = recompute
     if str(device).split(":")[0] not in ("cpu", "cuda", "meta"):
         raise UserError(f"device: expected cpu, cuda or meta, got {str(device)!r}")
     device = here = torch.device(device)
@@ -177,7 +177,7 @@ def _plan_strips(network: Network, shape, precision: str, device, max_memory: in
     parts = {PARAMETERS: weights, IMAGES: pixels, STRIPS: peak - weights - pixels}
     seconds = None
     if timed:
-        real = build(network.config).to(device)
+        real = build(network.config).to(device).eval()
         with torch.inference_mode(), _autocast(device, precision):
             seconds = tiling.seconds_of(real, image, strips)
     return Plan(peak, parts, seconds)
@@ -274,7 +274,7 @@ def _seconds(planned: Network, shape, precision, training, device) -> tuple[floa
     """From small images of growing size, the last one above a third of a second, on a network of its own."""
     network = build(planned.config)
     network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch declares no memory_format
-    network.recompute = planned.recompute
+    network.train(training).recompute = planned.recompute
     optimizer = torch.optim.AdamW(network.parameters()) if training else None
 
     def run(side: int) -> None:

@@ -178,6 +178,14 @@ def test_recomputing_keeps_a_block_of_many():
     assert recomputed.parts[SAVED] < 0.1 * kept.parts[SAVED] and recomputed.parts[PARAMETERS] == kept.parts[PARAMETERS]
 
 
+def test_a_model_in_8_bits_is_planned_for_inference_alone():
+    model = create_model("restormer_nano", int8=True)
+    assert plan(model, 64, timed=True).peak_bytes < plan("restormer_nano", 64).peak_bytes
+    assert plan(model, 128, max_memory=10**10, timed=True).seconds[0] > 0
+    with pytest.raises(UserError, match="a model in 8 bits is for inference on a CPU, but it is being trained"):
+        plan(model, 64, mode="training")
+
+
 def test_what_onednn_takes_inside_is_the_cpus():
     here, there = (plan("mamba_diffusion_nano", 128, mode="training", device=d) for d in ("cpu", "cuda"))
     assert here.peak_bytes - here.parts[SCRATCH] > there.peak_bytes - there.parts[SCRATCH]
