@@ -30,10 +30,10 @@ class Graphed(nn.Module):
     """A network on a GPU that replays CUDA graphs of its forward and backward pass where the same kind of call repeats.
 
     forward(image, ...): as the network's, which takes tensors alone, changes nothing, and returns an image of the first one's
-    shape. A kind of call is the tensors' shapes and dtypes, the autocast, the mode, and whether there will be gradients. What has
-    come REPEATS times in a row is captured, and the graph's results are compared with the plain pass's, twice, by ROUNDING; where
-    they differ, or the capture fails, a warning says so, and all calls are plain from then on. There is one graph, which keeps
-    the memory of its passes. The next one takes its place; a call of another kind without gradients lets it go.
+    shape. A kind of call is the tensors' shapes and dtypes, the autocast, the modes, and whether there will be gradients. What
+    has come REPEATS times in a row is captured, and the graph's results are compared with the plain pass's, twice, by ROUNDING;
+    where they differ, or the capture fails, a warning says so, and all calls are plain from then on. There is one graph, which
+    keeps the memory of its passes. The next one takes its place; a call of another kind without gradients lets it go.
 
     Gradients reach the parameters alone, and come from one backward pass of the last forward pass. Hooks do not run in a replay.
     device: the network's. UserError where that is no GPU.
@@ -94,6 +94,8 @@ class _Kind(NamedTuple):
     tensors: tuple[tuple[torch.Size, torch.dtype], ...]
     autocast: torch.dtype | None
     training: bool
+    inference: bool
+    """Outside of inference mode nothing is copied into the inputs of a graph that was captured in it."""
     differentiable: bool
 
     @staticmethod
@@ -101,7 +103,7 @@ class _Kind(NamedTuple):
         device = tensors[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        return _Kind(shapes, autocast, network.training, torch.is_grad_enabled())
+        return _Kind(shapes, autocast, network.training, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
 
     def describe(self) -> str:
         return f"{list(self.tensors[0][0])} in {str(self.autocast or self.tensors[0][1]).removeprefix('torch.')}"

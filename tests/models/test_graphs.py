@@ -101,6 +101,15 @@ def test_another_autocast_is_another_kind(network, recorded):  # noqa: F811
     assert [graph.replays for graph in recorded] == [3, 3]
 
 
+def test_a_graph_of_inference_mode_is_for_that_alone(network, recorded):  # noqa: F811
+    """Outside of it no copy may go into what it has allocated."""
+    graphed, images = Graphed(network, CPU), photos(REPEATS + 2)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert same([graphed(image) for image in images], [network(image) for image in images])
+    assert len(recorded) == 3
+
+
 def test_one_graph_at_a_time_of_what_repeats(network, recorded):  # noqa: F811
     graphed = Graphed(network, CPU)
     (wide,), (tall,), (odd,) = photos(1), photos(1, 24, 16), photos(1, batch=2)
