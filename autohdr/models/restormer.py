@@ -307,6 +307,7 @@ class Restormer(StagedNetwork):
             "num_heads": tuple(math.prod(shape(f"{level}.blocks.0.attn.temperature")) for level in levels),
             "norm_bias": "latent.blocks.0.norm1.bias" in names,
             "reduce_level1": "reduce_chan_level1.weight" in names,
+            "int8": "latent.blocks.0.ffn.project_in.scale" in names,
         }
 
 

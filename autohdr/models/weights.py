@@ -150,12 +150,14 @@ def load_weights(model: Network, path: str | Path) -> LoadReport:
 
     Tensors are float16, bfloat16, float32 or float64 and take the model's dtype; a shape may differ by axes of length 1.
     Raises UserError, and leaves the model as it was, if the file can't be read safely, if nothing fits, if a tensor that fits
-    holds NaN or infinity, if the file's layer norms have a bias and the model's have none, or if its weights are in 8 bits.
+    holds NaN or infinity, if the file's layer norms have a bias and the model's have none, or if only one of them is in 8 bits.
     """
-    names, file = {WRAPPERS.sub("", name): name for name in model.state_dict()}, read(Path(path))
-    if file.overrides.get("int8") and not model.config.overrides.get("int8"):  # whose norms and 3×3 weights are scaled
-        raise UserError(f"{path}: holds products in 8 bits, for inference: expected the checkpoint that it was made of")
-    report, tensors = _match(model, file)
+    names = {WRAPPERS.sub("", name): name for name in model.state_dict()}
+    report, tensors = _match(model, read(Path(path)))
+    coded = _in_8_bits([*report.loaded, *report.mismatched, *report.unexpected])
+    if coded != _in_8_bits(names):  # norms and 3×3 weights differ too, which no shape tells
+        own = "holds products in 8 bits, for inference: expected the checkpoint that it was made of"
+        raise UserError(f"{path}: {own if coded else 'expected products in 8 bits, as the model has them, got floats'}")
     model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()}, strict=False)
     print(report)
     return report
@@ -291,6 +293,10 @@ def _fault(value: Any, own: Tensor) -> str:
 
 def _is_norm_bias(name: str) -> bool:
     return name.endswith((".norm1.bias", ".norm2.bias"))
+
+
+def _in_8_bits(names: Collection[str]) -> bool:
+    return any(name.endswith(".ffn.project_in.scale") for name in names)
 
 
 # Building: which model

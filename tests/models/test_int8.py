@@ -1,5 +1,7 @@
 """Restormers with products in 8 bits: near the one in floats, and read from their files as any other."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,8 +68,16 @@ def test_its_file_is_read_as_any_other(models, photos, tmp_path):
     assert (tmp_path / "float").stat().st_size - (tmp_path / "coded").stat().st_size > 2 * codes  # of 3, but for scales and names
     loaded = load_checkpoint(tmp_path / "coded")
     assert loaded.metadata == {"epoch": 3} and torch.equal(change(loaded, photos[0]), change(coded, photos[0]))
-    with pytest.raises(UserError, match="coded: holds products in 8 bits, for inference"):
-        load_weights(model, tmp_path / "coded")
+    torch.save(coded.state_dict(), tmp_path / "bare")
+    assert torch.equal(change(load_checkpoint(tmp_path / "bare"), photos[0]), change(coded, photos[0]))
+    before = [copy.deepcopy(network.state_dict()) for network in (model, coded)]
+    for file in ("coded", "bare"):
+        with pytest.raises(UserError, match=f"{file}: holds products in 8 bits, for inference"):
+            load_weights(model, tmp_path / file)
+    with pytest.raises(UserError, match="float: expected products in 8 bits, as the model has them, got floats"):
+        load_weights(coded, tmp_path / "float")
+    for network, state in zip((model, coded), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_works_in_strips(models, photos):
