@@ -27,6 +27,11 @@ struct AddNormArguments {
                     " rows of ", channels, " channels, got ", shape_of(t));
     return {const_cast<void*>(t.const_data_ptr()), dtype_of(kOp, name, t)};
   }
+  // The gradient of an output, whose dtype is that of x or of branch: `like`.
+  Rows gradient(const char* name, const Tensor& t, const Tensor& like) const {
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have the dtype of its output");
+    return of(name, t);
+  }
 };
 
 // The branch has x's dtype, unless that is float32.
@@ -53,9 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(Tensor dy, 
   const AddNormArguments a(x, scale, norm_weight, norm_bias, eps);
   Tensor dx = contiguous_like(x), d_branch = contiguous_like(branch), d_scale = contiguous_like(scale),
          d_norm_weight = contiguous_like(norm_weight), d_norm_bias = contiguous_like(norm_bias);
-  Kernels::run(AddNormBackward{a.rows, a.channels, a.of("x", x), branch_of(a, x, branch), a.weights, a.of("dy", dy),
-                               d_normed ? a.of("d_normed", *d_normed) : Rows{}, a.of("dx", dx), a.of("d_branch", d_branch),
-                               write<float>(d_scale), write<float>(d_norm_weight), write<float>(d_norm_bias)},
+  Kernels::run(AddNormBackward{a.rows, a.channels, a.of("x", x), branch_of(a, x, branch), a.weights, a.gradient("dy", dy, x),
+                               d_normed ? a.gradient("d_normed", *d_normed, branch) : Rows{}, a.of("dx", dx),
+                               a.of("d_branch", d_branch), write<float>(d_scale), write<float>(d_norm_weight),
+                               write<float>(d_norm_bias)},
                x);
   return {dx, d_branch, d_scale, d_norm_weight, d_norm_bias};
 }

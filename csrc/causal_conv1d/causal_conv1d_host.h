@@ -45,6 +45,7 @@ template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                           bool reverse, bool channel_last) {
   const ConvArguments a(x, weight, bias, reverse, channel_last);
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), kOp, ": dy must have the dtype of x");
   Tensor dx = contiguous_like(x), d_weight = contiguous_like(weight), d_bias = bias ? contiguous_like(*bias) : new_float(x, {0});
   Kernels::run(ConvBackward{a.shape, a.sequence("x", x), a.taps(), a.shift(), a.sequence("dy", dy), a.sequence("dx", dx),
                             write<float>(d_weight), bias ? write<float>(d_bias) : nullptr},

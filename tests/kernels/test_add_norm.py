@@ -230,3 +230,7 @@ def test_the_compiled_kernels_refuse_dtypes_that_do_not_go_together():
     tensors, _ = arguments(SMALL, torch.bfloat16, torch.float32)
     with pytest.raises(RuntimeError, match="add_norm: branch must have the dtype of x, or x be float32"):
         raw_op("add_norm")(*tensors.values(), 1e-5)
+    tensors, (dy, d_normed) = arguments(SMALL)
+    for name, grads in (("dy", (dy.bfloat16(), d_normed)), ("d_normed", (dy, d_normed.bfloat16()))):
+        with pytest.raises(RuntimeError, match=f"add_norm: {name} must have the dtype of its output"):
+            raw_op("add_norm_backward")(*grads, *tensors.values(), 1e-5)

@@ -146,6 +146,13 @@ def test_opcheck(features):
     library.opcheck(raw_op("causal_conv1d"), raw_arguments(tensors, keywords), test_utils=OPCHECKS)
 
 
+@pytest.mark.skipif(BACKEND == "triton", reason="its functions are not registered by C++")
+def test_the_compiled_kernels_refuse_a_gradient_of_another_dtype():
+    tensors, keywords, dy = arguments(SMALL)
+    with pytest.raises(RuntimeError, match="causal_conv1d: dy must have the dtype of x"):
+        raw_op("causal_conv1d_backward")(dy.bfloat16(), *raw_arguments(tensors, keywords))
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_compile_fullgraph(backend):
     tensors, keywords, dy = arguments(SMALL)
