@@ -60,9 +60,9 @@ def quantize(checkpoint: Path, photos: Path, pairs: Sequence[Pair], out: Path, m
     if not loss[0] <= most_loss:
         lost = f"8 bits lose {with_interval(loss, 3)} dB on {len(pairs)} pairs, {most_loss:g} are allowed"
         raise UserError(f"{out}: not written: {lost}: {mean(before):.3f} dB PSNR become {mean(after):.3f}")
+    size = checkpoint.stat().st_size  # before its place may be taken
     save_weights(out, models["int8"], model.metadata)
-    size = checkpoint.stat().st_size, out.stat().st_size
-    return Quantized((mean(before), mean(after)), (median(first), median(second)), size, loss)
+    return Quantized((mean(before), mean(after)), (median(first), median(second)), (size, out.stat().st_size), loss)
 
 
 def _thumbnails(folder: Path) -> Iterator[Tensor]:

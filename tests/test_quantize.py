@@ -51,6 +51,13 @@ def test_writes_a_checkpoint(run, tmp_path, capsys):
     assert model.config.int8 and model.metadata == {"trained_on": ["1f"]}
 
 
+def test_a_checkpoint_may_take_its_own_place(run, checkpoint, capsys):
+    size = f"{checkpoint.stat().st_size / 1e6:.2f} MB"
+    assert run(out=checkpoint.name) == 0 and load_checkpoint(checkpoint).config.int8
+    before, after, _ = capsys.readouterr().out.splitlines()
+    assert before.endswith(size) and not after.endswith(size)
+
+
 def test_refuses_what_loses_more(run, tmp_path, capsys):
     assert run("--most-loss=-1") == 2 and not (tmp_path / "coded.safetensors").exists()
     said = capsys.readouterr().err
