@@ -36,6 +36,7 @@ if EMULATED:
         assert ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches").value > 0
 
 elif INTERPRETED:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch, patched, convert_float = interpreter._patch_lang, set(), interpreter._convert_float
@@ -61,6 +62,24 @@ elif INTERPRETED:
             numpy_types[name] = numpy_type(of)
         return numpy_types[name]
 
+    init_block, init_tensor, blocks, tensors = tl.block_type.__init__, tl.tensor.__init__, {}, {}
+
+    def known_block(self, element_ty, shape):
+        """The same, which every operation of a kernel does, once for each type: a third of the time."""
+        key = element_ty.name, *(n.value if isinstance(n, tl.constexpr) else n for n in shape)
+        if key not in blocks:
+            init_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def known_tensor(self, handle, type):
+        """The same once for each type, but for the values."""
+        if type.name not in tensors:
+            init_tensor(self, None, type)
+            tensors[type.name] = dict(vars(self))
+        vars(self).update(tensors[type.name], handle=handle)
+
+    tl.block_type.__init__, tl.tensor.__init__ = known_block, known_tensor
     interpreter.InterpretedFunction.__call__, interpreter._convert_float = call, convert
     interpreter._get_np_dtype = known_numpy_type
     # Of sums of integers it finds whether they overflow, and then looks whether anybody asked: a quarter of the time.
