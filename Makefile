@@ -8,10 +8,10 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/installed-$(subst /,_,$(subst =,-,$(subst <,-,$(subst >,-,$(subst $() ,_,$(TORCH))))))
 
-.PHONY: demo demo-train compare model test test-long check drills lint docs bench gpu-check install
+.PHONY: demo demo-train compare model test test-long coverage check drills lint docs bench gpu-check install
 
 # For ninja. Not for gpu-check, whose $(PYTHON) is the user's.
-demo demo-train compare model test test-long check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
+demo demo-train compare model test test-long coverage check drills lint bench install: export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: install
 	$(BIN)/autohdr demo
@@ -42,10 +42,15 @@ demo_train_run/report/report.html:
 model: install
 	$(BIN)/python -m autohdr.train.lite
 
-# A process a core, of one thread each; tests of several threads ask for them. What a test starts in another process is not counted
-# in the figure of coverage. TESTS="not drill" takes test-long's with it: what one half leaves of the cores the other takes.
+# A process a core, of one thread each; tests of several threads ask for them. TESTS="not drill" takes test-long's with it: what one
+# half leaves of the cores the other takes.
 TESTS := not drill and not long
 test: install lint
+	$(PYTEST) -m "$(TESTS)"
+
+# The same tests, and which part of autohdr/ they run, but for what they start in other processes. On Python 3.11 tracing makes
+# training take a third longer.
+coverage: install
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
 	  $(PYTEST) -m "$(TESTS)" --cov --cov-report=
 	@echo "Lines of autohdr/ that the tests run: $$($(BIN)/coverage report --format=total) %"
