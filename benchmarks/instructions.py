@@ -160,6 +160,7 @@ def ops_of(subject: str, size: tuple[int, ...], mode: str, dtype: str, backend: 
     from autohdr import create_model, kernels
     from autohdr.kernels.backends import as_on_a_gpu
 
+    dtype = "float32" if dtype == "tf32" else dtype
     kernels.backends  # noqa: B018
     resolving = sys.modules["autohdr.kernels.backends"]
     resolving._REASONS[backend], resolving._DEVICES[backend] = "", "cpu"  # fake tensors are on no GPU
@@ -189,7 +190,9 @@ Recorded = tuple[Launch, list[tuple[int, int]]]
 
 
 @cache
-def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str) -> list[list[Recorded]]:
+def recorded(
+    calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str, tf32: bool
+) -> list[list[Recorded]]:
     """The launches of each call, from a process in which nothing is computed."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "calls").write_text("\n".join(calls))
@@ -202,6 +205,7 @@ def recorded(calls: tuple[str, ...], architecture: str, multiprocessors: int, sh
             library = str(build.emulated_kernels(checked=False))
             environment |= {"AUTOHDR_EMULATED_LIBRARY": library, "AUTOHDR_MULTIPROCESSORS": str(multiprocessors)}
             environment |= {"AUTOHDR_SHARED": str(shared - 1024)}  # of a block: the rest is the system's
+            environment |= {"AUTOHDR_TF32": "1"} if tf32 else {}
         command = [sys.executable, __file__, "--record", folder, backend, architecture, str(multiprocessors)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -498,7 +502,7 @@ def predict(
         launches_of = [mamba_launches.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
     else:
         ops = ops_of(subject, size, mode, dtype, backend)
-        launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, gpu.shared, backend)
+        launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, gpu.shared, backend, dtype == "tf32")
     totals, launched = dict.fromkeys(SCENARIOS, 0.0), 0
     kernels, bounds = defaultdict(dict.fromkeys(SCENARIOS, 0.0).copy), defaultdict(Counter)
     for call, launches in zip(ops.calls, launches_of, strict=True):
@@ -532,7 +536,7 @@ def predict(
 
 
 MODELS = [("restormer_base", size) for size in ((384, 384), (896, 896), (2192, 3296))]
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "tf32")  # the last: float32 whose products PyTorch allows to be of TF32
 
 
 def cases() -> list[tuple]:
@@ -542,7 +546,14 @@ def cases() -> list[tuple]:
     subjects = [*MODELS, *(("selective_scan", shape) for shape in problems.SCAN_SHAPES)]
     subjects += [("causal_conv1d", shape) for shape in problems.SCAN_SHAPES]
     subjects += [("add_norm", shape) for shape in problems.NORM_SHAPES]
-    return [(subject, size, mode, dtype) for dtype in DTYPES for subject, size in subjects for mode in ("forward", "training")]
+    multiplies = {subject for subject, _ in MODELS}
+    return [
+        (subject, size, mode, dtype)
+        for dtype in DTYPES
+        for subject, size in subjects
+        for mode in ("forward", "training")
+        if dtype != "tf32" or subject in multiplies
+    ]
 
 
 IDENTITY = ("gpu", "op", "shape", "mode", "dtype", "backend")

@@ -150,7 +150,7 @@ class TestSymbols:
 
     shim = set((ROOT / "tests" / "torch_2_11_shim.txt").read_text().splitlines()[1:])
     python = re.compile(r"_?Py[A-Z_]\w*")
-    weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize"}
+    weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize", "cublasGetMathMode"}
 
     def unknown(self, binary: Path, system) -> set[str]:
         return {n for n in needed(binary) - self.shim - self.weak - set(system) if not self.python.fullmatch(n)}

@@ -3,7 +3,7 @@
 // A step of a product takes 32 bytes along k: 16 elements of bfloat16 or float16, or 8 of float32. Matrices of 8 rows of 16 bytes
 // lie in the registers of a warp alike for all three types, so the types differ only in mma(). float32 is split into two numbers
 // of the tensor cores' 11 bits each: three products reach float32's precision but for two bits, at more than twice the speed of
-// the other units.
+// the other units. As Tf32 it is rounded to 11 bits, and multiplied once.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,6 +17,20 @@
 #include "common/cuda_launch.cuh"
 
 namespace autohdr {
+
+// float32 in memory, TF32 as an operand.
+struct Tf32 {};
+// What lies in memory of such elements.
+template <class Element>
+struct StoredAs {
+  using Type = Element;
+};
+template <>
+struct StoredAs<Tf32> {
+  using Type = float;
+};
+template <class Element>
+using Stored = typename StoredAs<Element>::Type;
 
 template <class T>
 constexpr int kStep = 32 / static_cast<int>(sizeof(T));  // elements along k of one step
@@ -157,10 +171,16 @@ __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], 
 }
 #undef AUTOHDR_MMA_HALF
 
+// To TF32, in the bits that mma_tf32 takes: cvt.rna.tf32 takes three instructions.
+__device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) { return bits + 0x1000; }
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tf32) {
+  mma_tf32(d, {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]), rounded_to_tf32(a[3])},
+           {rounded_to_tf32(b[0]), rounded_to_tf32(b[1])});
+}
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
   const auto split = [](uint32_t bits, uint32_t& high, uint32_t& low) {
-    high = (bits + 0x1000) & ~0x1fffu;  // rounded: cvt.rna.tf32 takes three instructions
+    high = rounded_to_tf32(bits) & ~0x1fffu;
     low = __float_as_uint(__uint_as_float(bits) - __uint_as_float(high));
   };
 #pragma unroll

@@ -5,6 +5,7 @@
 
 #include "common/cuda_async.cuh"
 #include "common/cuda_mma.cuh"
+#include "common/cuda_tf32.h"
 #include "common/cuda_view.cuh"
 
 namespace autohdr {
@@ -103,28 +104,34 @@ struct ScaledPlus {
 };
 
 // A block owns kN columns of 128 pixels, and may go on to others; a warp multiplies 64 × kWarpColumns at a time: the more, the fewer
-// operands it loads. A tile's rows are 32 elements along k, whose pieces change places by row so that no two that are read together
-// share banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread. w_tiles: of w that shared memory
-// holds: all, which are then loaded once, or kStages. The tensor cores cut where an addition rounds: their sums of float32 are of one
-// tile, and added to others.
-constexpr int kProductRows = 128, kProductChunk = 32;
-template <class T>
-constexpr int kTileBytes = kProductChunk * sizeof(T);  // of a row
-template <class T, int kN>
-constexpr int kWarpColumns = sizeof(T) == 2 && kN > 64 ? 64 : 32;
-template <class T, int kN>
-constexpr int kProductThreads = kProductRows / 64 * kN / kWarpColumns<T, kN> * 32;
-template <class T, class Out, int kN, class Epilogue>
-__global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN == 64 ? 512 : 256) / kProductThreads<T, kN>)
-    multiply(Product<T> p, Matrices<Out> out, Epilogue epilogue, int w_tiles) {
+// operands it loads. A tile's rows are 64 bytes along k, of float32 128, whose pieces change places by row so that no two that are
+// read together share banks. Rows of w are stored in an order that leaves 8 neighbouring columns in a thread. w_tiles: of w that
+// shared memory holds: all, which are then loaded once, or kStages. The tensor cores cut where an addition rounds, which the rounded
+// operands of the other elements outweigh: sums of float32 are of one tile, and added to others.
+constexpr int kProductRows = 128;
+template <class Element>
+constexpr bool kSplits = std::is_same_v<Element, float>;  // its operands
+template <class Element>
+constexpr int kTileBytes = kSplits<Element> ? 128 : 64;  // of a row
+template <class Element>
+constexpr int kProductChunk = kTileBytes<Element> / sizeof(Stored<Element>);
+template <class Element, int kN>
+constexpr int kWarpColumns = !kSplits<Element> && kN > 64 ? 64 : 32;
+template <class Element, int kN>
+constexpr int kProductThreads = kProductRows / 64 * kN / kWarpColumns<Element, kN> * 32;
+template <class Element, class Out, int kN, class Epilogue>
+__global__ void __launch_bounds__(kProductThreads<Element, kN>,
+                                  (!kSplits<Element> && kN == 64 ? 512 : 256) / kProductThreads<Element, kN>)
+    multiply(Product<Stored<Element>> p, Matrices<Out> out, Epilogue epilogue, int w_tiles) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
-  constexpr int kRow = kTileBytes<T>, kTile = kProductRows * kRow, kRight = kN * kRow,
-                kLoadRows = kProductThreads<T, kN> / 4;  // that are loaded at once
-  constexpr int kColumns = kWarpColumns<T, kN>, kSize = Piece<T>::kSize, kSteps = kRow / 32,
-                kTogether = sizeof(T) == 2 ? 1 : kSteps;
+  using T = Stored<Element>;
+  constexpr int kRow = kTileBytes<Element>, kTile = kProductRows * kRow, kRight = kN * kRow, kChunk = kProductChunk<Element>,
+                kLoadRows = kProductThreads<Element, kN> / 4;  // that are loaded at once
+  constexpr int kColumns = kWarpColumns<Element, kN>, kSize = Piece<T>::kSize, kSteps = kRow / 32,
+                kTogether = kSplits<Element> ? kSteps : 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m0 = warp % 2 * 64, n0 = warp / 2 * kColumns;
   const int tiles = (p.n + kN - 1) / kN, first_n = blockIdx.x % tiles * kN, first_pixel = blockIdx.x / tiles * kProductRows,
-            stride = gridDim.x / tiles * kProductRows, chunks = (p.k + kProductChunk - 1) / kProductChunk;
+            stride = gridDim.x / tiles * kProductRows, chunks = (p.k + kChunk - 1) / kChunk;
   const int64_t image = blockIdx.z / p.heads, head = blockIdx.z % p.heads;
 
   // What this thread copies: every fourth piece of some rows of a and of w.
@@ -154,7 +161,7 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
             copy_async_or_zero(shared + (w_place + w_next ^ turn * 64) + i * kLoadRows * kRow, w + loaded + more + i * w_step,
                                inside && row + i * kLoadRows < columns_left);
       }
-      a += kProductChunk, loaded += kProductChunk;
+      a += kChunk, loaded += kChunk;
       if (!Epilogue::kGoesOn && loaded >= p.k) to_load = -row;
       if (Epilogue::kGoesOn && loaded >= p.k) {
         w_there = w_tiles == chunks, to_load -= stride;
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
               float (&to)[4] = kTogether > 1 ? part : sums[i][j];
 #pragma unroll
               for (int s = 0; s < kTogether; ++s)
-                mma(to, left[s], {right[j / 2][s][j % 2 * 2], right[j / 2][s][j % 2 * 2 + 1]}, T{});
+                mma(to, left[s], {right[j / 2][s][j % 2 * 2], right[j / 2][s][j % 2 * 2 + 1]}, Element{});
               if (kTogether > 1)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) sums[i][j][e] += part[e];
@@ -245,18 +252,20 @@ __global__ void __launch_bounds__(kProductThreads<T, kN>, (sizeof(T) == 2 && kN 
   }
 }
 
-template <class T, class Out, class Epilogue = Plain>
-void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cudaStream_t stream, const Epilogue& epilogue = {}) {
-  const int64_t chunks = ceil_div(p.k, kProductChunk), pixel_tiles = ceil_div(p.pixels, kProductRows);
-  const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes<T>; };
+template <class Element, class Out, class Epilogue = Plain>
+void product_of(const Product<Stored<Element>>& p, const Matrices<Out>& out, int64_t images, cudaStream_t stream,
+                const Epilogue& epilogue = {}) {
+  const int64_t chunks = ceil_div(p.k, kProductChunk<Element>), pixel_tiles = ceil_div(p.pixels, kProductRows);
+  const auto shared = [](int width, int64_t w_tiles) { return (kStages * kProductRows + w_tiles * width) * kTileBytes<Element>; };
   const int64_t room = Epilogue::kGoesOn ? most_shared() : 0;
   // All of w, where as many blocks as otherwise share a multiprocessor's memory.
   const auto keeps = [&](int width) {
-    return chunks <= kStages || Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 9 * kTileBytes<T>);
+    return chunks <= kStages ||
+           Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 9 * kTileBytes<Element>);
   };
   const auto run = [&](auto kernel, int width, int threads) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,
-                  resident = size_for(multiprocessors() * (sizeof(T) == 2 ? 256 : 128) / width, 1),
+                  resident = size_for(multiprocessors() * (kSplits<Element> ? 128 : 256) / width, 1),
                   few = std::clamp<int64_t>(resident / (across * images * p.heads), 1, pixel_tiles),
                   down = Epilogue::kGoesOn ? few : pixel_tiles;
     launch(kernel, dim3(across * down, 1, images * p.heads), dim3(threads), shared(width, w_tiles), stream, p, out, epilogue,
@@ -265,11 +274,19 @@ void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cuda
   const auto loads = [&](int width) {  // of rows of both operands
     return ceil_div(p.n, width) * (kProductRows * 4 + (Epilogue::kGoesOn && keeps(width) ? width / 2 : width * 4));
   };
-  if constexpr (sizeof(T) == 2)
+  if constexpr (!kSplits<Element>)
     if (loads(256) < std::min(loads(64), loads(128)) && ceil_div(p.n, 128) % 2 == 0)  // or it would multiply more
-      return run(multiply<T, Out, 256, Epilogue>, 256, kProductThreads<T, 256>);
-  loads(128) <= loads(64) ? run(multiply<T, Out, 128, Epilogue>, 128, kProductThreads<T, 128>)
-                          : run(multiply<T, Out, 64, Epilogue>, 64, kProductThreads<T, 64>);
+      return run(multiply<Element, Out, 256, Epilogue>, 256, kProductThreads<Element, 256>);
+  loads(128) <= loads(64) ? run(multiply<Element, Out, 128, Epilogue>, 128, kProductThreads<Element, 128>)
+                          : run(multiply<Element, Out, 64, Epilogue>, 64, kProductThreads<Element, 64>);
+}
+
+// Of images: float32 as Tf32 where that is allowed.
+template <class T, class Out, class Epilogue = Plain>
+void product(const Product<T>& p, const Matrices<Out>& out, int64_t images, cudaStream_t stream, const Epilogue& epilogue = {}) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32_allowed()) return product_of<Tf32>(p, out, images, stream, epilogue);
+  product_of<T>(p, out, images, stream, epilogue);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -288,14 +305,15 @@ struct Outer {
 constexpr int kOuterPixels = 32;
 
 // A block owns kM × kN sums over its split of the pixels, a warp 32 columns of them. The tensor cores' sums are moved to others every
-// 256 pixels, of float32 every 32: they cut instead of rounding, and a long sum would drift.
+// 256 pixels, of float32 that is split every 32: they cut instead of rounding, and a long sum would drift.
 template <class T>
 __host__ __device__ constexpr int outer_rows(int m) {  // of a warp: more of float32, so that it splits fewer elements
   return sizeof(T) == 4 && m == 128 ? 64 : 32;
 }
-template <class T, int kM, int kN>
-__global__ void __launch_bounds__(kM* kN / outer_rows<T>(kM)) multiply_outer(Outer<T> p) {
+template <class Element, int kM, int kN>
+__global__ void __launch_bounds__(kM* kN / outer_rows<Stored<Element>>(kM)) multiply_outer(Outer<Stored<Element>> p) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
+  using T = Stored<Element>;
   constexpr int kLeftRow = row_of_columns<T>(kM), kRightRow = row_of_columns<T>(kN), kLeftTile = kOuterPixels * kLeftRow,
                 kStage = kLeftTile + kOuterPixels * kRightRow, kSize = Piece<T>::kSize;
   // Across: pieces of a row. LoadRows: that the block's threads load at once.
@@ -371,9 +389,9 @@ __global__ void __launch_bounds__(kM* kN / outer_rows<T>(kM)) multiply_outer(Out
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma(sums[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, T{});
+        for (int j = 0; j < 4; ++j) mma(sums[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]}, Element{});
     }
-    if (sizeof(T) == 4 || ++summed == 8) move_sums(), summed = 0;
+    if (kSplits<Element> || ++summed == 8) move_sums(), summed = 0;
     now = now == 2 * kStage ? 0 : now + kStage;
     next = next == 2 * kStage ? 0 : next + kStage;
   }
@@ -416,19 +434,28 @@ int64_t splits_of(int64_t m, int64_t n, int64_t matrices, int64_t pixels) {
   return std::clamp<int64_t>(ceil_div(2048, warps), 1, std::max<int64_t>(1, std::min<int64_t>(256, pixels / 256)));
 }
 
-template <class T>
-void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
+template <class Element>
+void outer_of(const Outer<Stored<Element>>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
+  using T = Stored<Element>;
   const OuterTile<T> tile(p.m, p.n);
   const auto run = [&](auto kernel) {
     launch(kernel, dim3(tile.blocks(p.m, p.n), matrices, splits), dim3(tile.warps() * 32),
            kStages * kOuterPixels * (row_of_columns<T>(tile.m) + row_of_columns<T>(tile.n)), stream, p);
   };
   if constexpr (sizeof(T) == 2) {
-    if (tile.n == 128) return run(multiply_outer<T, 128, 128>);
-    if (tile.m == 256) return run(multiply_outer<T, 256, 64>);
+    if (tile.n == 128) return run(multiply_outer<Element, 128, 128>);
+    if (tile.m == 256) return run(multiply_outer<Element, 256, 64>);
   }
-  if (tile.m == 128) return run(multiply_outer<T, 128, 64>);
-  run(multiply_outer<T, 64, 64>);
+  if (tile.m == 128) return run(multiply_outer<Element, 128, 64>);
+  run(multiply_outer<Element, 64, 64>);
+}
+
+// Of images: float32 as Tf32 where that is allowed.
+template <class T>
+void outer(const Outer<T>& p, int64_t matrices, int64_t splits, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32_allowed()) return outer_of<Tf32>(p, matrices, splits, stream);
+  outer_of<T>(p, matrices, splits, stream);
 }
 
 }  // namespace image

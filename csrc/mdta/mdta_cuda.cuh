@@ -337,8 +337,8 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
   T* combined = workspace.take<T>(steps.images * square);  // [image][columns][hidden], project_out · attention
   const auto combine = [&](int64_t b, int64_t images) {
     attention.attend(b, images, stream);
-    product<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
-                      {combined, square, hidden, padded}, images, stream);
+    product_of<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
+                         {combined, square, hidden, padded}, images, stream);
   };
   const Matrices<const T> w_out{combined, square, hidden, 0};
   if (can_fuse<T>(layout)) {
@@ -480,17 +480,18 @@ int64_t queue(const MdtaBackward<T>& a, void* memory, cudaStream_t stream) {
     const Matrices<const float> d_combined_rows{d_combined, combined_size, columns, int64_t{padded} * columns};
     const Matrices<const float> attention_rows = attention.rows_of(attention.attention);
     attention.attend(b, images, stream);
-    product<float, float>({d_combined_rows, {transposed, 0, columns, int64_t{padded} * columns}, padded, columns, padded, heads},
-                          attention.rows_of(d_attention), images, stream);
-    outer<float>({d_combined_rows, attention_rows, d_project_out, images, size, columns, padded, heads, !first}, heads,
-                 out_splits, stream);
+    product_of<float, float>(
+        {d_combined_rows, {transposed, 0, columns, int64_t{padded} * columns}, padded, columns, padded, heads},
+        attention.rows_of(d_attention), images, stream);
+    outer_of<float>({d_combined_rows, attention_rows, d_project_out, images, size, columns, padded, heads, !first}, heads,
+                    out_splits, stream);
     const Heads of = attention.heads(b, images);
     launch(attend_backward, row_blocks(of.matrices * size), dim3(kRowWarps * 32), 0, stream, of, d_attention, d_gram,
            d_temperature);
     launch(make_attention_grad<T>, row_blocks(of.matrices * padded), dim3(kRowWarps * 32), 0, stream, of, d_gram, d_temperature,
            grad, temperature_sums + b * heads);
-    product<float, T>({attention_rows, attention.project_out_rows(), padded, padded, columns, heads},
-                      {to_v, combined_size, columns, int64_t{padded} * columns}, images, stream);
+    product_of<float, T>({attention_rows, attention.project_out_rows(), padded, padded, columns, heads},
+                         {to_v, combined_size, columns, int64_t{padded} * columns}, images, stream);
 
     // Everything else.
     steps.each_strip([&](const Range& rows) {

@@ -12,6 +12,7 @@
 // With AUTOHDR_RECORD_LAUNCHES, a file's name, nothing runs: every launch becomes a line of it, "kernel grid block shared parameters"
 // (its place in the library; 3 and 3 numbers; bytes; hexadecimal, as they lie in a GPU's memory), and host code chooses sizes as for
 // a GPU of AUTOHDR_MULTIPROCESSORS, whose blocks can have AUTOHDR_SHARED bytes of shared memory.
+// With AUTOHDR_TF32 products of float32 may be of TF32.
 // Stricter than the hardware: a thread that has returned counts as missing from barriers and masks.
 // Not seen: races within a warp that lockstep execution would hide, memory ordering between blocks, speed.
 //
@@ -76,9 +77,15 @@ autohdr_switch_stack:
 .size autohdr_switch_stack, .-autohdr_switch_stack
 )");
 
-// How many kernels have run, for those who want to be sure.
 extern "C" {
+// How many kernels have run, for those who want to be sure.
 __attribute__((weak)) unsigned long autohdr_emulated_launches = 0;
+// cuBLAS, as far as tf32_cuda.cpp asks it.
+__attribute__((weak)) int32_t torch_get_current_cuda_blas_handle(void**) { return 0; }
+__attribute__((weak)) int cublasGetMathMode(void*, int* mode) {
+  *mode = std::getenv("AUTOHDR_TF32") ? 3 : 0;
+  return 0;
+}
 }
 
 namespace emulation {

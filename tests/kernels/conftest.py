@@ -95,6 +95,16 @@ elif INTERPRETED:
         assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
 
 
+@pytest.fixture
+def tf32(monkeypatch):
+    """PyTorch may multiply float32 as TF32. Of the emulation that has no cuBLAS to tell, the environment says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setenv("AUTOHDR_TF32", "1")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 ISAS = _C.build_info()["cpu_isas_here"]
 
 

@@ -3,6 +3,8 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 # The largest error may be this many times the reference's (values, gradients), its RMS this many. The RMS of few numbers is
 # chance: two of n independent errors each differ by a factor of about 1 ± 1/√n, of which SPREADS are allowed. test_gold.py shows
@@ -19,10 +21,27 @@ def run(op, tensors, dy, **keywords):
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
 
 
-def neighbours(tensors, count):
-    """Yields tensors whose values differ from these by one eps or not at all, that of the first one's dtype, which the reference
-    rounds all of them to."""
-    g, eps = torch.Generator().manual_seed(1), torch.finfo(tensors[0].dtype).eps
+class InTF32(TorchDispatchMode):
+    """Rounds the operands of every product, forward and backward, to TF32's 11 bits; not those of depthwise convolutions."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        convolution = function.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+        groups = args[8 if function.overloadpacket == torch.ops.aten.convolution else 9] if convolution else 1
+        if groups == 1 and (convolution or function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)):
+            args = tree_map(self._rounded, args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rounded(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return ((value.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(value.dtype)
+
+
+def neighbours(tensors, count, dtype=None):
+    """Yields tensors whose values differ from these by one eps or not at all: that of the dtype which the reference rounds all of
+    them to, by default the first one's."""
+    g, eps = torch.Generator().manual_seed(1), torch.finfo(dtype or tensors[0].dtype).eps
     for _ in range(count):
         moves = [None if t is None else torch.randint(-1, 2, t.shape, generator=g).to(t.device) for t in tensors]
         pairs = zip(tensors, moves, strict=True)

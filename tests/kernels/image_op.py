@@ -8,7 +8,7 @@ import pytest
 import torch
 from backend import BACKEND, COMPILED, DEVICE, DTYPES, INTERPRETED, OPCHECKS, PLACE, SLOW, raw_op
 from calls import threads
-from gold import assert_as_good_as_reference, neighbours, run
+from gold import InTF32, assert_as_good_as_reference, neighbours, run
 from torch import library
 
 from autohdr.kernels.backends import as_on_a_gpu
@@ -40,6 +40,13 @@ def fill(x, contents):
 def reference_and_gold(op, tensors, dy, keywords):
     with as_on_a_gpu() if SLOW else nullcontext():  # where it rounds weights too
         return run(op, tensors, dy, **keywords, backend="reference"), run(op, double(tensors), dy.double(), **keywords)
+
+
+def tf32_and_gold(op, tensors, dy, keywords):
+    arguments = double(tensors), dy.double()
+    with InTF32():
+        rounded = run(op, *arguments, **keywords, backend="reference")
+    return [r.float() for r in rounded], run(op, *arguments, **keywords)
 
 
 def draws_of(pixels, dtype):
@@ -98,9 +105,9 @@ def cases(shapes, names):
 
 
 class ImageOpTests:
-    """A subclass sets ``name``, ``op``, ``small`` (a shape) and ``channels`` (of a shape, what stands between batch and height),
-    and has ``arguments(shape, dtype) -> (tensors, dy, keywords)`` and ``saved_bytes(shape)``, what the backward pass may keep
-    beside the parameters."""
+    """A subclass sets ``name``, ``op``, ``small`` and ``middle`` (shapes) and ``channels`` (of a shape, what stands between batch
+    and height), and has ``arguments(shape, dtype) -> (tensors, dy, keywords)`` and ``saved_bytes(shape)``, what the backward pass
+    may keep beside the parameters."""
 
     options = (1e-6,)  # of the raw op, behind its tensors and the keywords
 
@@ -140,6 +147,18 @@ class ImageOpTests:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for a, e in zip(run(compiled, tensors, dy), run(function, tensors, dy), strict=True):
             assert torch.equal(a, e)
+
+    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    def test_tf32(self, tf32):
+        """The reference is float64 with operands of 11 bits, as many as float16's. An error that is not much smaller shows that
+        such were multiplied."""
+        tensors, dy, keywords = self.arguments(self.middle, torch.float32)
+        inputs = [tensors, *neighbours(tensors, 8, torch.float16)]
+        (reference, gold), *others = [tf32_and_gold(self.op, t, dy, keywords) for t in inputs]
+        actual = run(self.op, tensors, dy, **keywords, backend=BACKEND)
+        assert_as_good_as_reference(actual, reference, gold, torch.float16, dy[:, 0].numel(), others)
+        for a, r, g in zip(actual, reference, gold, strict=True):
+            assert a.dim() < 4 or (a - g).norm() > 0.5 * (r - g).norm()  # the others may be sums without products
 
     @pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted", "shifted"])
     def test_noncontiguous(self, layout):

@@ -61,6 +61,7 @@ class TestGdfn(KeepingOpTests):
     name = "gdfn"
     op = staticmethod(gdfn)
     small = (2, 8, 21, 6, 5, True)
+    middle = (1, 48, 127, 11, 13, True)
     wide = (2, WIDE, 90, 9, 7, True)
     channels = (10, 21)
 

@@ -57,6 +57,7 @@ class TestMdta(ImageOpTests):
     name = "mdta"
     op = staticmethod(mdta)
     small = (2, 8, 2, 6, 5, True)
+    middle = (1, 96, 2, 7, 8, True)
     channels = (10, 2)
 
     @staticmethod

@@ -53,6 +53,7 @@ class TestNafblock(KeepingOpTests):
     name = "nafblock"
     op = staticmethod(nafblock)
     small = (2, 8, 6, 5, True)
+    middle = (1, 48, 5, 17, True)
     wide = (2, WIDE, 9, 7, True)
 
     @staticmethod
