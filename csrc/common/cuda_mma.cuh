@@ -171,11 +171,13 @@ __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], 
 }
 #undef AUTOHDR_MMA_HALF
 
-// To TF32, in the bits that mma_tf32 takes: cvt.rna.tf32 takes three instructions.
+// To TF32, in the bits that mma_tf32 takes: cvt.rna.tf32 takes three instructions. A NaN may become a number.
 __device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) { return bits + 0x1000; }
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tf32) {
-  mma_tf32(d, {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]), rounded_to_tf32(a[3])},
-           {rounded_to_tf32(b[0]), rounded_to_tf32(b[1])});
+  const auto rounded = [](uint32_t bits) {  // plus 0, or NaN of what is not finite
+    return __float_as_uint(__fmaf_rn(__uint_as_float(bits), 0.0f, __uint_as_float(rounded_to_tf32(bits))));
+  };
+  mma_tf32(d, {rounded(a[0]), rounded(a[1]), rounded(a[2]), rounded(a[3])}, {rounded(b[0]), rounded(b[1])});
 }
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
