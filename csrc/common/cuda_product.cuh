@@ -119,9 +119,13 @@ template <class Element, int kN>
 constexpr int kWarpColumns = !kSplits<Element> && kN > 64 ? 64 : 32;
 template <class Element, int kN>
 constexpr int kProductThreads = kProductRows / 64 * kN / kWarpColumns<Element, kN> * 32;
+// That a multiprocessor holds, for their registers; rounding to TF32 takes some too.
+template <class Element, int kN>
+constexpr int kProductBlocks = kSplits<Element> || kN > 64     ? 256 / kProductThreads<Element, kN>
+                               : std::is_same_v<Element, Tf32> ? 3
+                                                               : 4;
 template <class Element, class Out, int kN, class Epilogue>
-__global__ void __launch_bounds__(kProductThreads<Element, kN>,
-                                  (!kSplits<Element> && kN == 64 ? 512 : 256) / kProductThreads<Element, kN>)
+__global__ void __launch_bounds__(kProductThreads<Element, kN>, kProductBlocks<Element, kN>)
     multiply(Product<Stored<Element>> p, Matrices<Out> out, Epilogue epilogue, int w_tiles) {
   AUTOHDR_DYNAMIC_SHARED(unsigned char, shared);
   using T = Stored<Element>;
@@ -263,9 +267,9 @@ void product_of(const Product<Stored<Element>>& p, const Matrices<Out>& out, int
     return chunks <= kStages ||
            Epilogue::kGoesOn && shared(width, chunks) <= std::min<int64_t>(room, width * 9 * kTileBytes<Element>);
   };
-  const auto run = [&](auto kernel, int width, int threads) {
+  const auto run = [&](auto kernel, int width, int threads, int blocks) {
     const int64_t across = ceil_div(p.n, width), w_tiles = keeps(width) ? chunks : kStages,
-                  resident = size_for(multiprocessors() * (kSplits<Element> ? 128 : 256) / width, 1),
+                  resident = size_for(multiprocessors() * blocks, 1),
                   few = std::clamp<int64_t>(resident / (across * images * p.heads), 1, pixel_tiles),
                   down = Epilogue::kGoesOn ? few : pixel_tiles;
     launch(kernel, dim3(across * down, 1, images * p.heads), dim3(threads), shared(width, w_tiles), stream, p, out, epilogue,
@@ -276,9 +280,10 @@ void product_of(const Product<Stored<Element>>& p, const Matrices<Out>& out, int
   };
   if constexpr (!kSplits<Element>)
     if (loads(256) < std::min(loads(64), loads(128)) && ceil_div(p.n, 128) % 2 == 0)  // or it would multiply more
-      return run(multiply<Element, Out, 256, Epilogue>, 256, kProductThreads<Element, 256>);
-  loads(128) <= loads(64) ? run(multiply<Element, Out, 128, Epilogue>, 128, kProductThreads<Element, 128>)
-                          : run(multiply<Element, Out, 64, Epilogue>, 64, kProductThreads<Element, 64>);
+      return run(multiply<Element, Out, 256, Epilogue>, 256, kProductThreads<Element, 256>, kProductBlocks<Element, 256>);
+  loads(128) <= loads(64)
+      ? run(multiply<Element, Out, 128, Epilogue>, 128, kProductThreads<Element, 128>, kProductBlocks<Element, 128>)
+      : run(multiply<Element, Out, 64, Epilogue>, 64, kProductThreads<Element, 64>, kProductBlocks<Element, 64>);
 }
 
 // Of images: float32 as Tf32 where that is allowed.
