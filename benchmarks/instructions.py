@@ -192,8 +192,8 @@ Recorded = tuple[Launch, list[tuple[int, int]]]
 @cache
 def recorded(
     calls: tuple[str, ...], architecture: str, multiprocessors: int, shared: int, backend: str, tf32: bool
-) -> list[list[Recorded]]:
-    """The launches of each call, from a process in which nothing is computed."""
+) -> list[tuple[list[Recorded], int, int]]:
+    """Of each call its launches, and how many of PyTorch's own ops it makes and their bytes. No kernel runs."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "calls").write_text("\n".join(calls))
         environment = os.environ | {
@@ -222,10 +222,10 @@ def record(folder: Path, backend: str, architecture: str, multiprocessors: int) 
     for call in (folder / "calls").read_text().splitlines():
         name, arguments = literal_eval(call)
         tensors = tree_map(made, arguments)
-        with torch.no_grad():
+        with torch.no_grad(), Ops() as ops:
             returned = kernels(name, tensors)
         places = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in tree_leaves((tensors, returned[0])) if torch.is_tensor(t)]
-        found.append([(launch, places) for launch in returned[1]])
+        found.append(([(launch, places) for launch in returned[1]], ops.others, ops.other_bytes))
     (folder / "recorded").write_bytes(pickle.dumps(found))
 
 
@@ -499,15 +499,16 @@ def predict(
     if backend == mamba_launches.NAME:
         ops = Ops()
         ops.calls[subject] = 1
-        launches_of = [mamba_launches.launches(mamba, size, mode, dtype, gpu.architecture, TRITON)]
+        launches_of = [(mamba_launches.launches(mamba, size, mode, dtype, gpu.architecture, TRITON), 0, 0)]
     else:
         ops = ops_of(subject, size, mode, dtype, backend)
         launches_of = recorded(tuple(ops.calls), gpu.architecture, gpu.multiprocessors, gpu.shared, backend, dtype == "tf32")
     totals, launched = dict.fromkeys(SCENARIOS, 0.0), 0
     kernels, bounds = defaultdict(dict.fromkeys(SCENARIOS, 0.0).copy), defaultdict(Counter)
-    for call, launches in zip(ops.calls, launches_of, strict=True):
+    for called, (launches, others, other_bytes) in zip(ops.calls.values(), launches_of, strict=True):
+        ops.others, ops.other_bytes = ops.others + called * others, ops.other_bytes + called * other_bytes
         for launch, count, work in works_of(launches, gpu.architecture):
-            count *= ops.calls[call]
+            count *= called
             launched += count
             if work.unknown > 0.01:
                 print(f"not followed: {work.unknown:.1%} of {machine_code.short_name(launch.kernel)}", file=sys.stderr)

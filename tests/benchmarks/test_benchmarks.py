@@ -169,6 +169,16 @@ def test_predictions_are_added_to_those_of_the_same_kernels():
     assert changed["predictions"] == [] and changed["history"] == [{"commit": "2222222", "ms": times}]
 
 
+def test_what_an_op_asks_of_pytorch_is_predicted_too(monkeypatch):
+    ops = instructions.Ops()
+    ops.calls["an op's"], ops.others, ops.other_bytes = 2, 1, 0
+    monkeypatch.setattr(instructions, "ops_of", lambda *_: ops)
+    monkeypatch.setattr(instructions, "recorded", lambda *_: [([], 3, 43_000_000)])
+    row = instructions.predict("H200", instructions.GPUS["H200"], "gdfn", (48, 8, 8), "forward", "bfloat16", "triton")
+    assert row["launches"] == 1 + 2 * 3
+    assert row["ms"] == pytest.approx(7 * 1.2e-3 + 2 * 0.01, rel=1e-3)
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     """A launch of a kernel of 64 registers, four blocks of which fit a multiprocessor of an H200, and its work."""
