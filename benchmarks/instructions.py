@@ -2,7 +2,7 @@
 
 1. The ops are those that a model really calls, forward and backward, on tensors without data.
 2. The launches of an op are those that its host code really makes: the emulation records them (tests/emulation). Triton compiles
-   what it would launch.
+   what it would launch, and PyTorch's own ops that are called beside it count as much as the bytes that they touch.
 3. Some warps of every launch walk through its machine code (warp.py). Counted are instructions by unit, the cycles that a warp
    takes alone (the code says where it waits), wavefronts of shared memory and sectors of global memory. How much of what one warp
    touches its neighbours in block and grid touch too says what caches keep.

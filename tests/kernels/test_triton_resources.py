@@ -47,8 +47,9 @@ def _image_arguments(channels, dtype, *sizes):
 
 
 def gdfn_calls():
-    """Products as wide as the widest tile and narrower ones."""
-    for channels, hidden, dtype in ((48, 127, torch.bfloat16), (192, 510, torch.bfloat16), (48, 127, torch.float32)):
+    """Products as wide as the widest tile and narrower ones, the most channels that one kernel expands and more."""
+    cases = (48, 127, torch.bfloat16), (192, 510, torch.bfloat16), (128, 340, torch.bfloat16), (128, 340, torch.float32)
+    for channels, hidden, dtype in (*cases, (48, 127, torch.float32)):
         sizes = (2 * hidden, channels, 1, 1), (2 * hidden, 1, 3, 3), (channels, hidden, 1, 1)
         arguments = _image_arguments(channels, dtype, *sizes)
         yield "forward", (*arguments, 1e-6, True)

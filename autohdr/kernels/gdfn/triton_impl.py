@@ -1,14 +1,14 @@
 """gdfn in Triton; what it shares with mdta is in autohdr/kernels/image.
 
-Forward, a step: norm statistics, 1×1 (hidden), and 3×3, gate, 1×1 and residual in one. Backward, a step: hidden again, the 3×3
-and the gradients of the gate's operands in one (d, and the gated values for project_out's gradient), and the expansion's backward
-pass.
+Forward, a step: norm and 1×1 (hidden), 3×3 and gate, 1×1 and residual. Backward, a step: hidden again, the 3×3 and the
+gradients of the gate's operands in one (d, and the gated values for project_out's gradient), and the expansion's backward pass.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autohdr.kernels.image.depthwise import convolve
 from autohdr.kernels.image.expansion import Expansion, ExpansionBackward, Hidden
 from autohdr.kernels.image.product import outer, product, slots_of
 from autohdr.kernels.image.repack import add_up, round_up
@@ -30,13 +30,14 @@ def forward(
     y = torch.empty_like(x)
     from_, to = View.of(x), View.of(y)
     expansion = Expansion(from_, norm_weight, norm_bias, project_in_weight, dwconv_weight, 2, eps)
+    padded = expansion.groups.padded
     weight = F.pad(project_out_weight[:, :, 0, 0], (0, expansion.groups.padding)).to(x.dtype)[None, None]
-    steps = Steps(from_, expansion.channels * x.element_size(), 1, FORWARD_BUDGET)
-    memory = Hidden(expansion, steps, 1)
+    steps = Steps(from_, (expansion.channels + padded) * x.element_size(), 1, FORWARD_BUDGET)
+    memory, gated = Hidden(expansion, steps, 1), Buffer(steps, padded, 0, x.dtype)
     for images, rows in steps:
         hidden, _ = memory.of(images, rows)
-        here = from_.at(rows, images)
-        product(hidden.at(rows), weight, to.at(rows, images), kind="gate", taps=expansion.taps, added=here, add="plain")
+        own = convolve(hidden.at(rows), expansion.taps, gated.view(images, rows), gated=True)
+        product(own, weight, to.at(rows, images), added=from_.at(rows, images), add="plain")
     return y, x.new_empty(0)
 
 

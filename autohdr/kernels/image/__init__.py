@@ -8,6 +8,5 @@ depthwise  the 3×3 convolution
 product    matrix products between pixels and channels
 expansion  norm, 1×1 and 3×3, which both ops begin with
 
-Images are NHWC. A 3×3 convolution is computed where its result is multiplied, and not stored. Every sum has a fixed order: a
-program adds to its own slot, and slots are added up in order.
+Images are NHWC. Every sum has a fixed order: a program adds to its own slot, and slots are added up in order.
 """

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from autohdr.kernels.image.view import VARYING, Place, View, tile
 
+_ROWS = 4  # that a program of the forward pass convolves at once: a row is loaded for three of them
 _TILE = 2048  # pixels × channels that a program of the backward pass holds, nine sums of them
 _SUMS = 131072  # channels × slots of the taps' gradients: enough programs for a device where there are few channels
 _FEWEST_SLOTS, _MOST_SLOTS = 32, 512
@@ -44,6 +45,101 @@ def depthwise(image, taps, place, begin, channel, has, channels, SIZE: tl.conste
             tap = tl.load(taps + (i * 3 + j) * channels + channel, mask=has, other=0.0)
             total += load_tap(row, offset, in_row, x, j - 1, place.width, channels) * tap[None, :]
     return total
+
+
+@triton.jit
+def normal_cdf(x, DTYPE: tl.constexpr):
+    """The standard normal distribution function, for results that become a DTYPE."""
+    if DTYPE == tl.bfloat16:  # of csrc/common/cuda_math.cuh, which says its error: a third of erf's instructions
+        t = x * x
+        p = ((1.3276467e-05 * t - 1.4344088e-03) * t + 1.0953641e-01) * t + 2.2971661
+        return 1.0 / (1.0 + tl.exp2(-x * p))
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # 1 / √2
+
+
+@triton.jit
+def convolution(image, taps, y, x, channel, height, width, pitch, taps_pitch, ROWS: tl.constexpr):
+    """The 3×3 convolution with taps [9, taps_pitch] of the pixels x of ROWS rows from y on, each float32 [x, channel]. image
+    is at row y; its pixels are `pitch` apart. A row that is loaded serves three."""
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([x.shape[0], channel.shape[0]], tl.float32),)
+    for j in tl.static_range(3):
+        column = x + (j - 1)
+        offset = column[:, None] * pitch + channel[None, :]
+        above, own = tl.load(taps + j * taps_pitch + channel)[None, :], tl.load(taps + (3 + j) * taps_pitch + channel)[None, :]
+        below = tl.load(taps + (6 + j) * taps_pitch + channel)[None, :]
+        for i in tl.static_range(-1, ROWS + 1):
+            there = (column >= 0) & (column < tl.where((y + i >= 0) & (y + i < height), width, 0))
+            value = tl.load(image + i * width.to(tl.int64) * pitch + offset, mask=there[:, None], other=0.0).to(tl.float32)
+            added = ()
+            for r in tl.static_range(ROWS):
+                if i == r - 1:
+                    added = added + (sums[r] + value * above,)
+                elif i == r:
+                    added = added + (sums[r] + value * own,)
+                elif i == r + 1:
+                    added = added + (sums[r] + value * below,)
+                else:
+                    added = added + (sums[r],)
+            sums = added
+    return sums
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _convolve(
+    image,  # [images][pixels][image.row]
+    taps,  # [9][taps_pitch]
+    out,  # [images][pixels][out.row]
+    part,
+    taps_pitch,
+    pixels,
+    first,
+    height,
+    width,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """out = the 3×3 convolution, or its gelu times that `part` channels on. A program owns ROWS × BX pixels and BC channels."""
+    of_row = tl.cdiv(width, BX)
+    x = tl.program_id(0) % of_row * BX + tl.arange(0, BX)
+    row, channel = tl.program_id(0) // of_row * ROWS, tl.program_id(1) * BC + tl.arange(0, BC)
+    place, begin = (height, width, image.row, taps_pitch), row * width.to(tl.int64)
+    data = image.data + tl.program_id(2).to(tl.int64) * image.image + begin * image.row
+    values = convolution(data, taps, first + row, x, channel, *place, ROWS)
+    if GATED:
+        gates = convolution(data + part, taps + part, first + row, x, channel, *place, ROWS)
+    to = out.data + tl.program_id(2).to(tl.int64) * out.image + begin * out.row + x[:, None] * out.row + channel[None, :]
+    for r in tl.static_range(ROWS):
+        value = values[r]
+        if GATED:
+            value *= normal_cdf(value, out.data.dtype.element_ty) * gates[r]
+        there = x < tl.where((row + r) * width < pixels, width, 0)
+        tl.store(to + r * width.to(tl.int64) * out.row, value, mask=there[:, None])
+
+
+def convolve(hidden: View, taps: Tensor, out: View, *, gated: bool = False) -> View:
+    """out = hidden's 3×3 convolution with taps [9, channels], or the gelu of its first half of channels times the second one. The
+    channels of both are multiples of 16, hidden reaches a row further. Returns out."""
+    images, rows, width, channels = out.data.shape
+    bc = min(channels & -channels, 64)
+    bx = (512 if gated else 1024) // bc
+    _convolve[triton.cdiv(width, bx) * triton.cdiv(rows, _ROWS), channels // bc, images](
+        hidden.matrix,
+        taps,
+        out.matrix,
+        channels,
+        taps.stride(0),
+        *hidden.place,
+        GATED=gated,
+        ROWS=_ROWS,
+        BX=bx,
+        BC=bc,
+        enable_fp_fusion=True,
+    )
+    return out
 
 
 @triton.jit(do_not_specialize=VARYING)

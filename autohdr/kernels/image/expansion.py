@@ -1,14 +1,65 @@
 """The expansion that the ops begin with: layer norm, and a 1×1 convolution to the channels that a 3×3 convolution reads."""
 
+import copy
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from autohdr.kernels.image.depthwise import depthwise_backward, depthwise_sums
-from autohdr.kernels.image.norm import Norm, norm_backward, norm_stats, norm_sums
-from autohdr.kernels.image.product import outer, product, slots_of
+from autohdr.kernels.image.norm import Norm, norm_backward, norm_stats, norm_sums, standardize
+from autohdr.kernels.image.product import dot, outer, product, slots_of
 from autohdr.kernels.image.repack import Groups, add_up, pixel_sums, round_up
 from autohdr.kernels.image.steps import Buffer, Steps
-from autohdr.kernels.image.view import View
+from autohdr.kernels.image.view import VARYING, Matrix, View, tile
+
+_WIDEST = 256  # bytes of a pixel that a program of _expand holds
+_PROGRAMS = 264  # of _expand, where its columns are as many
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _expand(
+    x,  # [images][pixels][k]
+    norm,
+    w,  # [n][w.row]
+    bias,  # [n], or None
+    out,  # [images][pixels][n]
+    k,
+    n,
+    each,
+    eps,
+    pixels,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out[p][n] = Σ_k norm(x)[p][k] w[n][k] + bias[n]; norm's shift and factor. A program owns BM pixels and `each` columns."""
+    image, begin, channel = tl.program_id(2).to(tl.int64), tl.program_id(0) * BM, tl.arange(0, BK)
+    pixel, has = begin + tl.arange(0, BM), channel < k
+    inside = pixel < pixels
+    row, there = pixel.to(tl.int64)[:, None], inside[:, None] & has[None, :]
+    data = x.data + image * x.image
+    value = tl.load(data + row * k + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    left, mean, factor = standardize(value, data + pixel.to(tl.int64) * k, inside, there, k, eps)
+    if norm.bias is None:
+        left, mean = value, tl.zeros_like(mean)
+    left *= factor[:, None] * tl.load(norm.weight + channel, mask=has, other=0.0)[None, :]
+    if norm.bias is not None:
+        left += tl.load(norm.bias + channel, mask=has, other=0.0)[None, :]
+    left = left.to(w.data.dtype.element_ty)
+    if tl.program_id(1) == 0:
+        tl.store(norm.shift + image * norm.image + pixel, mean, mask=inside)
+        tl.store(norm.factor + image * norm.image + pixel, factor, mask=inside)
+    to = out.data + image * out.image + row * n
+    for start in range(tl.program_id(1) * each, min(tl.program_id(1) * each + each, n), BN):
+        column = start + tl.arange(0, BN)
+        wanted = column < n
+        right = w.data + column[None, :] * w.row + channel[:, None]
+        sums = dot(left, tl.load(right, mask=has[:, None] & wanted[None, :], other=0.0), tl.zeros([BM, BN], tl.float32))
+        if bias is not None:
+            sums += tl.load(bias + column, mask=wanted, other=0.0)[None, :]
+        tl.store(to + column[None, :], sums, mask=inside[:, None] & wanted[None, :])
 
 
 class Expansion:
@@ -31,14 +82,47 @@ class Expansion:
         self.groups = Groups(groups, weight.shape[0] // groups)
         self.channels = self.groups.channels
         self.weight = self.groups.pad(weight, round_up(weight.shape[1])).to(x.data.dtype)[None, None]
-        self.taps = None if dwconv is None else self.groups.pad(dwconv, 9).T.contiguous()
+        self.taps = None if dwconv is None else self.groups.pad_taps(dwconv)
         self.bias, self.taps_bias = (None if b is None else self.groups.pad(b, 1).T[None] for b in (bias, dwconv_bias))
+
+    def part(self, first: int, end: int) -> "Expansion":
+        """Groups [first, end) of one without biases."""
+        part, groups = copy.copy(self), self.groups
+        part.groups = Groups(end - first, groups.size)
+        part.channels = part.groups.channels
+        channels = slice(first * groups.padded, end * groups.padded)
+        part.weight, part.taps = self.weight[:, :, channels], self.taps[:, channels]
+        return part
 
     def expand(self, x: View, hidden: View, stats: View) -> Norm:
         """Writes hidden of x, and the norm of x into stats, which has two channels."""
-        norm = self.norm.of(stats)
-        norm_stats(x, norm, self.eps)
-        product(x, self.weight, hidden, kind="norm", norm=norm, bias=self.bias)
+        norm, (images, *_, k), n = self.norm.of(stats), x.data.shape, self.channels
+        size = x.data.element_size()
+        if k * size > _WIDEST:
+            norm_stats(x, norm, self.eps)
+            product(x, self.weight, hidden, kind="norm", norm=norm, bias=self.bias)
+            return norm
+        pixels, bm, bn, bk = x.place.pixels, 256 // size, tile(n, 128 // size), tile(k, _WIDEST // size)
+        tiles, columns = triton.cdiv(pixels, bm), triton.cdiv(n, bn)
+        each = triton.cdiv(columns, triton.cdiv(_PROGRAMS, tiles * images)) * bn
+        _expand[tiles, triton.cdiv(n, each), images](
+            x.matrix,
+            norm,
+            Matrix(self.weight, 0, self.weight.stride(2)),
+            self.bias,
+            hidden.matrix,
+            k,
+            n,
+            each,
+            self.eps,
+            pixels,
+            BM=bm,
+            BN=bn,
+            BK=bk,
+            num_warps=8,
+            num_stages=2,
+            enable_fp_fusion=True,
+        )
         return norm
 
 

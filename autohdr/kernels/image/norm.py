@@ -35,11 +35,14 @@ class Norm(NamedTuple):
 
 
 @triton.jit
-def _mean(value, at, inside, there, channels):
-    """The means of pixels' channels. Summed as differences from the first channel, which lies `at`: the mean of equal channels is
-    exact, whose rounding 1 / √eps would multiply."""
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    return first + tl.sum(tl.where(there, value - first[:, None], 0.0), 1) / channels
+def standardize(value, first, inside, there, channels, eps):
+    """Of pixels [BM, BC], the first of whose channels lie at `first`: value − mean, and [BM] the mean and
+    1 / sqrt(variance + eps). The mean is summed as differences from the first channel: that of equal channels is exact, whose
+    rounding 1 / √eps would multiply."""
+    of_first = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    mean = of_first + tl.sum(tl.where(there, value - of_first[:, None], 0.0), 1) / channels
+    centred = tl.where(there, value - mean[:, None], 0.0)
+    return centred, mean, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -51,10 +54,10 @@ def _stats(x, shift, factor, pixels, channels, eps, BIASED: tl.constexpr, BM: tl
     there = inside[:, None] & (channel < channels)[None, :]
     at = x.data + image * x.image + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     value = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    mean = _mean(value, x.data + image * x.image + pixel.to(tl.int64) * channels, inside, there, channels)
-    centred = tl.where(there, value - mean[:, None], 0.0)
+    first = x.data + image * x.image + pixel.to(tl.int64) * channels
+    _, mean, of_pixel = standardize(value, first, inside, there, channels, eps)
     place = image * pixels + pixel
-    tl.store(factor + place, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps), mask=inside)
+    tl.store(factor + place, of_pixel, mask=inside)
     tl.store(shift + place, mean if BIASED else tl.zeros_like(mean), mask=inside)
 
 
@@ -106,9 +109,9 @@ def _backward(
         at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
         value = tl.load(x.data + image * x.image + at, mask=there, other=0.0).to(tl.float32)
         d = tl.load(d_normal.data + image * d_normal.image + at, mask=there, other=0.0)
-        mean = _mean(value, x.data + image * x.image + pixel.to(tl.int64) * channels, pixel < pixels, there, channels)
-        centred = tl.where(there, value - mean[:, None], 0.0)
-        factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)[:, None]
+        first = x.data + image * x.image + pixel.to(tl.int64) * channels
+        centred, _, factor = standardize(value, first, pixel < pixels, there, channels, eps)
+        factor = factor[:, None]
         normal = tl.where(there, (centred if BIASED else value) * factor, 0.0)  # where nothing is, factor may be infinite
         g = d * w
         result = g - centred * factor * (tl.sum(g * normal, 1) / channels)[:, None]

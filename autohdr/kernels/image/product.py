@@ -1,12 +1,12 @@
 """Matrix products between pixels and channels: product over the channels, outer over the pixels. An operand may be an image, or
-what is computed of it on the way: its norm, its 3×3 convolution, the gate of its halves."""
+what is computed of it on the way: its norm, or the product of its halves."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from autohdr.kernels.image import view
-from autohdr.kernels.image.depthwise import depthwise
+from autohdr.kernels.image.depthwise import depthwise, normal_cdf
 from autohdr.kernels.image.norm import Norm
 from autohdr.kernels.image.view import VARYING, Matrix, Place, View, tile
 
@@ -21,11 +21,6 @@ def dot(a, b, sums):
     if INTERPRETED:  # it would multiply bfloat16's bits as integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     return tl.dot(a, b, sums, input_precision="tf32x3")
-
-
-@triton.jit
-def normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # 1 / √2
 
 
 @triton.jit
@@ -53,18 +48,12 @@ def halves(image, taps, bias, place, begin, channel, has, row, part, SIZE: tl.co
 
 
 @triton.jit
-def operand(a, taps, norm, place, image, begin, channel, has, origin, part, KIND: tl.constexpr, SIZE: tl.constexpr):
+def operand(a, norm, place, image, begin, channel, has, origin, part, KIND: tl.constexpr, SIZE: tl.constexpr):
     """SIZE pixels of an image from `begin` on, channels from `origin` on, as an operand of a product: a itself ("plain"), its
-    layer norm ("norm"), its 3×3 convolution ("conv"), the convolution's gelu times that `part` channels on ("gate"), or a itself
-    times that `part` channels on ("simple gate")."""
+    layer norm ("norm"), or a itself times that `part` channels on ("simple gate")."""
     dtype: tl.constexpr = a.data.dtype.element_ty
     data = a.data + image * a.image + origin
-    if KIND == "conv":
-        return depthwise(data, taps + origin, place, begin, channel, has, a.row, SIZE).to(dtype)
-    elif KIND == "gate":
-        value, gate = halves(data, taps + origin, None, place, begin, channel, has, a.row, part, SIZE)
-        return (value * (normal_cdf(value) * gate)).to(dtype)
-    elif KIND == "simple gate":
+    if KIND == "simple gate":
         value, gate = halves(data, None, None, place, begin, channel, has, a.row, part, SIZE)
         return (value * gate).to(dtype)
     else:
@@ -85,14 +74,13 @@ def operand(a, taps, norm, place, image, begin, channel, has, origin, part, KIND
 @triton.jit(do_not_specialize=VARYING)
 def multiply(
     a,  # [images][pixels][a.row], of head h the channels from h · k on
-    taps,  # [9][a.row], of "conv" and "gate"
     norm,  # of "norm"
     w,  # [images or 1][heads][n][w.row]; SPLIT: what its rounding left follows in every row
     bias,  # [images or 1][heads][n], or None
     added,  # [images][pixels][added.row]
-    added_taps,  # [9][added.row], of ADDED "conv" and the gates, or None: of added itself
+    added_taps,  # [9][added.row], of the gates, or None: of added itself
     added_bias,  # [added.row], of the gates, or None
-    scale,  # [images][heads][2][n], of ADDED "conv"
+    scale,  # [images][heads][2][n], of ADDED "scaled"
     out,  # [images][pixels][out.row]
     gated,  # [images][pixels][n], of the gates, or None
     k,
@@ -113,10 +101,9 @@ def multiply(
     """out[p][n] = Σ_k operand(a)[p][k] w[n][k] + bias[n], and what is ADDED, for every image and head. A program owns BM pixels ×
     BN.
 
-    ADDED: "none", "plain", "conv" (the sum and added's convolution, each times a scale), or "gate" or "simple gate": the sum is
+    ADDED: "none", "plain", "scaled" (the sum and what is added, each times a scale), or "gate" or "simple gate": the sum is
     the gradient of that gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
     """
-    dtype: tl.constexpr = w.data.dtype.element_ty
     place = Place(pixels, first, height, width)
     image, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
     begin, column = tl.program_id(0) * BM, tl.program_id(1) * BN + tl.arange(0, BN)
@@ -126,7 +113,7 @@ def multiply(
     for start in range(0, k, BK):
         channel = start + tl.arange(0, BK)
         has = channel < k
-        left = operand(a, taps, norm, place, image, begin, channel, has, head * k, part, KIND, BM)
+        left = operand(a, norm, place, image, begin, channel, has, head * k, part, KIND, BM)
         at, there = rows + column[None, :] * w.row + channel[:, None], has[:, None] & wanted[None, :]
         sums = dot(left, tl.load(at, mask=there, other=0.0), sums)
         if SPLIT:
@@ -139,19 +126,18 @@ def multiply(
     to = out.data + image * out.image + head * n + row * out.row + column[None, :]
     if ADDED != "none":
         more = added.data + image * added.image + head * n
-    if ADDED == "plain":
-        sums += tl.load(more + row * added.row + column[None, :], mask=there, other=0.0).to(tl.float32)
-    elif ADDED == "conv":
-        scale += (image * heads + head) * 2 * n + column
-        own, of_added = tl.load(scale, mask=wanted, other=0.0), tl.load(scale + n, mask=wanted, other=0.0)
-        value = depthwise(more, added_taps + head * n, place, begin, column, wanted, added.row, BM)
-        value = value.to(dtype).to(tl.float32)  # as the sum's operand is, which it nearly cancels
-        sums = sums * own[None, :] + value * of_added[None, :]
+    if ADDED == "plain" or ADDED == "scaled":
+        value = tl.load(more + row * added.row + column[None, :], mask=there, other=0.0).to(tl.float32)
+        if ADDED == "scaled":
+            scale += (image * heads + head) * 2 * n + column
+            sums *= tl.load(scale, mask=wanted, other=0.0)[None, :]
+            value *= tl.load(scale + n, mask=wanted, other=0.0)[None, :]
+        sums += value
     elif ADDED == "gate" or ADDED == "simple gate":
         value, gate = halves(more, added_taps, added_bias, place, begin, column, wanted, added.row, part, BM)
         along = gate
         if ADDED == "gate":
-            cdf = normal_cdf(value)
+            cdf = normal_cdf(value, out.data.dtype.element_ty)
             along *= cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / √(2π)
             value *= cdf
         if gated is not None:
@@ -167,7 +153,6 @@ def product(
     out: View,
     *,
     kind: str = "plain",
-    taps: Tensor | None = None,
     norm: Norm | None = None,
     bias: Tensor | None = None,
     added: View | None = None,
@@ -183,16 +168,15 @@ def product(
     (images, *_, channels), (_, heads, n, _) = a.data.shape, w.shape
     pixels, *place = a.place
     through_gate = add in GATES
-    k = channels // (2 * heads if kind in GATES else heads)
-    conv, wide = kind in ("conv", "gate"), a.data.element_size() == 4
-    # Tiles as large as the registers hold: a convolution in front or behind needs some too.
-    narrow = through_gate or wide and add == "conv"
-    bn, bk = tile(n, 64 if narrow else 256 if conv and not wide else 128), tile(k, 32)
-    area = 2048 if wide and through_gate else 4096 if conv or wide or through_gate or add == "conv" else 16384
+    k, wide = channels // (2 * heads if kind == "simple gate" else heads), a.data.element_size() == 4
+    # Tiles as large as the registers hold: a convolution behind, or twice the products, need some too.
+    narrow = through_gate or wide and split
+    broad = n >= 512 and add == "none" and not wide  # there are enough programs, and each loads fewer operands
+    bn, bk = tile(n, 256 if broad else 64 if narrow else 128), tile(k, 32)
+    area = 32768 if broad else 2048 if wide and through_gate else 4096 if wide or through_gate else 16384
     bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
     multiply[triton.cdiv(pixels, bm), triton.cdiv(n, bn), images * heads](
         a.matrix,
-        taps,
         norm,
         Matrix(w, w.stride(0) if w.shape[0] > 1 else 0, w.stride(2)),
         None if bias is None else Matrix(bias, bias.stride(0) if bias.shape[0] > 1 else 0, 0),
@@ -214,8 +198,8 @@ def product(
         BM=bm,
         BN=bn,
         BK=bk,
-        num_warps=8 if bm * bn > (4096 if wide else 8192) or through_gate or add == "conv" else 4,
-        num_stages=1 if conv else 3,
+        num_warps=8 if bm * bn > (4096 if wide else 8192) or narrow else 4,
+        num_stages=3,
         enable_fp_fusion=True,
     )
 
@@ -223,9 +207,7 @@ def product(
 @triton.jit(do_not_specialize=VARYING)
 def multiply_outer(
     a,  # [images][pixels][a.row], of head h the channels from h · m on
-    a_taps,  # [9][a.row], of "conv"
     b,  # [images][pixels][b.row], of head h the channels from h · n on
-    b_taps,
     norm,  # of "norm"
     sums,  # [slots, sums_slot apart][matrices][m][n]
     a_squares,  # [slots, squares_slot apart][matrices][m], or None
@@ -257,19 +239,19 @@ def multiply_outer(
     chunks, slot, slots = each * images, tl.program_id(2), tl.num_programs(2)
     first_chunk = (chunks.to(tl.int64) * slot // slots).to(tl.int32)
     end_chunk = (chunks.to(tl.int64) * (slot + 1) // slots).to(tl.int32)
-    total, a_total, b_total = tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BN], tl.float32)
+    total, a_total, b_total = tl.zeros([BM, BN], tl.float32), tl.zeros([BP, BM], tl.float32), tl.zeros([BP, BN], tl.float32)
     for start in range(first_chunk, end_chunk, _ROUND // BP):
         # The tensor cores' sums cut instead of rounding: a long one would drift.
         part = tl.zeros([BM, BN], tl.float32)
         for chunk in range(start, min(start + _ROUND // BP, end_chunk)):
             image, pixel = (tl.program_id(1) // heads + chunk // each).to(tl.int64), chunk % each * BP
-            left = operand(a, a_taps, norm, place, image, pixel, row, has_row, head * m, 0, A, BP)
-            right = operand(b, b_taps, norm, place, image, pixel, column, has_column, head * n, 0, B, BP)
+            left = operand(a, norm, place, image, pixel, row, has_row, head * m, 0, A, BP)
+            right = operand(b, norm, place, image, pixel, column, has_column, head * n, 0, B, BP)
             part = dot(tl.trans(left), right, part)
             if a_squares is not None:
                 left, right = left.to(tl.float32), right.to(tl.float32)
-                a_total += tl.sum(left * left, 0)
-                b_total += tl.sum(right * right, 0)
+                a_total += left * left
+                b_total += right * right
         total += part
     matrix, slot = tl.program_id(1).to(tl.int64), slot.to(tl.int64)
     at = sums + slot * sums_slot + (matrix * m + row[:, None]) * n + column[None, :]
@@ -279,16 +261,16 @@ def multiply_outer(
         of_a = a_squares + slot * squares_slot + matrix * m + row
         of_b = b_squares + slot * squares_slot + matrix * n + column
         if tl.program_id(0) % tiles == 0:
-            tl.store(of_a, a_total + tl.load(of_a, mask=has_row, other=0.0), mask=has_row)
+            tl.store(of_a, tl.sum(a_total, 0) + tl.load(of_a, mask=has_row, other=0.0), mask=has_row)
         if tl.program_id(0) < tiles:
-            tl.store(of_b, b_total + tl.load(of_b, mask=has_column, other=0.0), mask=has_column)
+            tl.store(of_b, tl.sum(b_total, 0) + tl.load(of_b, mask=has_column, other=0.0), mask=has_column)
 
 
 def slots_of(m: int, n: int, matrices: int, pixels: int) -> int:
     """In how many parts a sum of m × n products over the pixels is taken: as many as fill a device, with 512 programs of 64 × 64
     sums, but of 256 pixels at least. The same on all devices, so that the results are."""
     programs = triton.cdiv(m, 64) * triton.cdiv(n, 64) * matrices
-    return min(max(triton.cdiv(512, programs), 1), max(1, min(64, pixels // 256)))
+    return min(max(triton.cdiv(512, programs), 1), max(1, min(256, pixels // 256)))
 
 
 def outer(
@@ -297,7 +279,6 @@ def outer(
     sums: Tensor,
     *,
     kinds: tuple[str, str] = ("plain", "plain"),
-    taps: tuple[Tensor | None, Tensor | None] = (None, None),
     norm: Norm | None = None,
     heads: int = 1,
     squares: tuple[Tensor, Tensor] | None = None,
@@ -305,15 +286,11 @@ def outer(
     """Launches multiply_outer. a and b begin at the same row; sums [slots, matrices, m, n], where the matrices are those of every
     image and head, or one that sums over all images; squares [slots, matrices, m] and the same of n."""
     images, (slots, matrices, m, n) = a.data.shape[0], sums.shape
-    conv = "conv" in kinds
-    # A convolution is computed again for every tile of the other operand.
-    bm, bn = tile(m, 128 if kinds == ("plain", "conv") else 64), tile(n, 64)
-    bp = min(max((2048 if conv or a.data.element_size() == 4 else 4096) // max(bm, bn), 32), 128)
+    bm, bn = tile(m, 64), tile(n, 64)
+    bp = min((2048 if a.data.element_size() == 4 else 4096) // max(bm, bn), 128)
     multiply_outer[triton.cdiv(m, bm) * triton.cdiv(n, bn), matrices, slots](
         a.matrix,
-        taps[0],
         b.matrix,
-        taps[1],
         norm,
         sums,
         *(squares or (None, None)),
@@ -329,7 +306,7 @@ def outer(
         BP=bp,
         BM=bm,
         BN=bn,
-        num_warps=8 if conv else 4,
-        num_stages=1 if conv else 3,
+        num_warps=4,
+        num_stages=3,
         enable_fp_fusion=True,
     )

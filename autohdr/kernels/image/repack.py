@@ -31,8 +31,15 @@ class Groups:
     def pad(self, weight: Tensor, channels: int) -> Tensor:
         """weight [count · size, c], padded with zeros to [count · padded, channels]."""
         by_group = weight.reshape(self.count, self.size, -1)
+        if not self.padding and by_group.shape[2] == channels:  # F.pad would copy it
+            return by_group.flatten(0, 1)
         by_group = F.pad(by_group, (0, channels - by_group.shape[2], 0, self.padding))
         return by_group.view(self.channels, channels)
+
+    def pad_taps(self, taps: Tensor) -> Tensor:
+        """taps [count · size, ...] of a convolution as [..., count · padded]."""
+        by_tap = taps.reshape(self.count, self.size, -1).permute(2, 0, 1)
+        return (F.pad(by_tap, (0, self.padding)) if self.padding else by_tap).contiguous().flatten(1)
 
     def unpad(self, values: Tensor) -> Tensor:
         """Of [count · padded, ...] those that are not padding, contiguous."""

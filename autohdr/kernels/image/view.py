@@ -47,6 +47,12 @@ class View(NamedTuple):
         return self._replace(data=self.data[..., first:end])
 
     @property
+    def halves(self) -> tuple["View", "View"]:
+        """Of the channels."""
+        part = self.data.shape[3] // 2
+        return self.channels(0, part), self.channels(part, 2 * part)
+
+    @property
     def matrix(self) -> Matrix:
         """Pixels × channels."""
         return Matrix(self.data, self.data.stride(0), self.data.stride(2))
