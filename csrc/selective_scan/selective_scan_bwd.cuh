@@ -3,8 +3,9 @@
 // A thread owns kOwn neighbouring channels, and of each kStates states; the kLanes threads of a channel are neighbours in a warp. A
 // block owns kChannels channels of one group and batch entry and a segment of the sequence, and walks its chunks from the last to
 // the first: forward from the states that the forward pass left, keeping those before every kSub tokens in shared memory; then back,
-// tile by tile, kSub tokens at a time, whose gates and states are made once more and stay in registers. Between tensors and scan, a
-// thread takes kRun neighbouring tokens of one channel. The tensors' next tile is on its way into shared memory meanwhile.
+// tile by tile, kSub tokens at a time, whose gates and gradients stay in registers until their states are made once more. Between
+// tensors and scan, a thread takes kRun neighbouring tokens of one channel. The tensors' next tile is on its way into shared memory
+// meanwhile.
 //
 // dB and dC are summed over a warp's channels by shuffles, over a block's warps in shared memory, over the blocks by another kernel.
 // Every sum has a fixed order.
@@ -22,7 +23,7 @@ struct BackwardConfig {
   static constexpr int kChannels = kThreads / Lanes * Own;
   static constexpr int kRun = kChannels * Tokens / kThreads < 4 ? 4 : kChannels * Tokens / kThreads;
   static constexpr int kHelpers = kChannels * Tokens / kRun;             // threads with tokens of a channel
-  static constexpr int kSub = 8;                                         // tokens whose gates and states are in registers
+  static constexpr int kSub = 8;                                         // tokens whose gates and gradients are in registers
   static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;  // of the states in a thread; see sum_over_channels
   static constexpr int kRow = kChannels + 2;                             // floats of a row of channels
   static constexpr int kPairRow = 2 * kRow;                              // of a row of (Δ, Δ u)
@@ -72,10 +73,10 @@ struct Round {
   }
 };
 
-// Sums over the channel lanes of a warp of v, [2][States] of dB and dC. The states of a thread are in an order of its own, register j
+// Sums over the channel lanes of a warp of v, [2][States] of two tokens. The states of a thread are in an order of its own, register j
 // holding state j ^ order with the order of lane l being l mod kOrders: so what a lane keeps and what it sends are the same registers
 // in every lane, and need not be chosen. Afterwards those v[k] with k % kOrders == 0 that are left are sums of state k % kStates ^
-// order; where a sum of both kinds is left to add, the lower lanes keep dB, the upper dC.
+// order; where sums of both tokens are left to add, the lower lanes keep the first, the upper the second.
 template <class C>
 __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
   constexpr int S = C::kStates;
@@ -99,8 +100,8 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
 enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz, kSequences };
 
 // Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles. kPairs has
-// (Δ, Δ u), and the gradient in place of Δ u afterwards; kInputs u and what the gates add to the gradient of Δ; kSlopes the derivatives
-// of Δ by softplus's input and, but for y, of the output by z. As pairs they have rows of one length, and one access takes both.
+// (Δ, Δ u), and what the gates add to the gradient of Δ in place of Δ u afterwards; kInputs u and the gradient of Δ u; kSlopes the
+// derivatives of Δ by softplus's input and, but for y, of the output by z. As pairs they have rows of one length, and one access takes both.
 template <class C, class L, bool Gated>
 struct BackwardShared {
   static constexpr int kTile = round_up(C::kTokens * C::kRow, 4);
@@ -359,11 +360,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ __forceinline__ const float* states_of(int tile, int row) const {
     return shared + tile + order * C::kPadded + lane * kStates + row * C::kStateRow;
   }
-  // h after a token; returns the gate.
-  __device__ __forceinline__ float advance(const Token& t, int i, int j) {
-    const float gate = exp2_approx(t.delta[i] * rates[i][j]);
+  __device__ __forceinline__ float gate_of(const Token& t, int i, int j) const { return exp2_approx(t.delta[i] * rates[i][j]); }
+  // h after a token.
+  __device__ __forceinline__ void advance(const Token& t, float gate, int i, int j) {
     h[i][j] = gate * h[i][j] + t.input[i] * t.Bs[j];
-    return gate;
   }
   __device__ float* saved(int slot, int i, int j) const {
     return shared + M::kSaved + 4 * threadIdx.x + ((slot * kOwn + i) * (kStates / 4) + j / 4) * 4 * C::kThreads;
@@ -377,8 +377,11 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
 
   // Keeps the states before every kSub tokens of a tile; those after the chunk's last tile are not needed.
   __device__ __forceinline__ void go_forward(int slot, bool last) {
-#pragma unroll 1
+#pragma unroll
     for (int sub = 0; sub < kSubs; ++sub) {
+      Token tokens[kSub];  // loaded before states are stored: the compiler would not move them there
+#pragma unroll
+      for (int k = 0; k < kSub; ++k) load_input(sub * kSub + k, tokens[k]);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
 #pragma unroll
@@ -386,99 +389,99 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
           *reinterpret_cast<float4*>(saved(slot + sub, i, j)) = make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
       if (last && sub + 1 == kSubs) return;
 #pragma unroll
-      for (int k = 0; k < kSub; ++k) {
-        Token t;
-        load_input(sub * kSub + k, t);
-        each_state([&](int i, int j) { advance(t, i, j); });
-      }
+      for (int k = 0; k < kSub; ++k) each_state([&](int i, int j) { advance(tokens[k], gate_of(tokens[k], i, j), i, j); });
     }
   }
 
-  // kSub tokens from the states before them on, and back.
+  // kSub tokens, in pairs: back, for which their gates are enough, then on from the states before them, which meet what the gates let
+  // through. So exponentials stand among products; all of a warp's gates first would keep it waiting.
   __device__ __forceinline__ void go_back(int slot, int row0) {
-    float gate[kSub][kOwn][kStates], after[kSub][kOwn][kStates], y[kSub * kOwn] = {};
-    restore(slot);
+    float gate[kSub][kOwn][kStates], through[kSub][kOwn][kStates];  // through: gradients of the states before the tokens
+    float sums_input[kSub / 2][kAcross], sums_decay[kSub / 2][kAcross], sums_y[kSub / 2][kAcross];
+    int first = 0;          // of a lane's sums
+    Token now[2], next[2];  // a pair is loaded before the one before it is stored: the compiler would not move it there
+    load_pair(row0 + kSub - 2, next);
 #pragma unroll
-    for (int k = 0; k < kSub; ++k) {
-      Token t;
-      load_input(row0 + k, t);
-      if (Gated) load_floats<kStates>(states_of(M::kStatesC, row0 + k), t.Cs);
-      each_state([&](int i, int j) {
-        gate[k][i][j] = advance(t, i, j);
-        after[k][i][j] = h[i][j];
-        if (Gated) y[k * kOwn + i] += h[i][j] * t.Cs[j];
-      });
-    }
-    if (Gated) store_y(y, row0);
-    // A token is loaded before what follows it is stored, where registers have room: the compiler would not move it there.
-    // Where a lane keeps few of the sums over a channel's lanes, those of all tokens stay in registers too, and a warp meets once.
-    constexpr bool kAhead = kStates * C::kLanes <= 16;
-    constexpr int kTogether = kAhead && C::kLanes >= 4 ? kSub : 1;
-    float sums[kTogether][kAcross];
-    Token token, next;
-    int first = 0;
-    load_token(row0 + kSub - 1, token);
+    for (int k = kSub - 2; k >= 0; k -= 2) {
+      now[0] = next[0], now[1] = next[1];
+      load_pair(row0 + (k > 0 ? k - 2 : 0), next);
+      if (k == 0) restore(slot);
+      float d_input[2 * kOwn] = {}, dB[2 * kStates] = {};
 #pragma unroll
-    for (int k = kSub - 1; k >= 0; --k) {
-      if (k == (kAhead ? kSub - 1 : 0)) restore(slot);  // the states before the first token
-      if (kAhead && k > 0) load_token(row0 + k - 1, next);
-      float across[2 * kOwn] = {}, products[2 * kStates] = {};  // the gradients of Δ u and of the rates; of B and C
-      each_state([&](int i, int j) {
-        const float dh = token.d_y[i] * token.Cs[j] + carry[i][j];
-        products[j] += dh * token.input[i];
-        products[kStates + j] += token.d_y[i] * after[k][i][j];
-        across[i] += dh * token.Bs[j];
-        carry[i][j] = dh * gate[k][i][j];
-        const float decay = carry[i][j] * (k > 0 ? after[k - (k > 0)][i][j] : h[i][j]);
-        across[kOwn + i] += decay * rates[i][j];
-        dA[i][j] += decay * token.delta[i];
-      });
-      first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(across);
-#pragma unroll
-      for (int v = 0; v < kAcross; ++v) sums[k % kTogether][v] = across[v];
-      if (k % kTogether == 0) {
-        __syncwarp();  // all of it have read Δ u, in whose place its gradient goes
-        store_across(sums, first, row0 + k);
+      for (int one = 1; one >= 0; --one) {
+        const Token& t = now[one];
+        each_state([&](int i, int j) {
+          const float dh = t.d_y[i] * t.Cs[j] + carry[i][j];
+          d_input[one * kOwn + i] += dh * t.Bs[j];
+          dB[one * kStates + j] += dh * t.input[i];
+          gate[k + one][i][j] = gate_of(t, i, j);
+          through[k + one][i][j] = carry[i][j] = dh * gate[k + one][i][j];
+        });
       }
-      store_products(products, row0 + k);
-      if (kAhead)
-        token = next;
-      else if (k > 0)
-        load_token(row0 + k - 1, token);
+      first = sum_across(d_input, sums_input[k / 2]);
+      store_products(dB, row0 + k, 0);
+    }
+#pragma unroll
+    for (int k = 0; k < kSub; k += 2) {
+      now[0] = next[0], now[1] = next[1];
+      if (k + 2 < kSub) load_pair(row0 + k + 2, next);
+      float decays[2 * kOwn] = {}, y[2 * kOwn] = {}, dC[2 * kStates] = {};
+#pragma unroll
+      for (int one = 0; one < 2; ++one) {
+        const Token& t = now[one];
+        each_state([&](int i, int j) {
+          const float decay = through[k + one][i][j] * h[i][j];
+          decays[one * kOwn + i] += decay * rates[i][j];
+          dA[i][j] += decay * t.delta[i];
+          advance(t, gate[k + one][i][j], i, j);
+          dC[one * kStates + j] += t.d_y[i] * h[i][j];
+          if (Gated) y[one * kOwn + i] += h[i][j] * t.Cs[j];
+        });
+      }
+      if (Gated) sum_across(y, sums_y[k / 2]);
+      sum_across(decays, sums_decay[k / 2]);
+      store_products(dC, row0 + k, C::kPadded);
+    }
+    store_across(sums_input, first, [&](int at) { return &pair(M::kInputs, row0 * kRow + own + at)->y; });
+    if (Gated) store_across(sums_y, first, [&](int at) { return shared + M::kY + row0 * kRow + own + at; });
+    __syncwarp();  // all of it have read Δ u, in whose place this goes
+    store_across(sums_decay, first, [&](int at) { return &pair(M::kPairs, row0 * kRow + own + at)->y; });
+  }
+  __device__ __forceinline__ void load_pair(int row, Token (&tokens)[2]) const {
+    load_token(row, tokens[0]), load_token(row + 1, tokens[1]);
+  }
+  // The sums over a channel's lanes of a pair's values, [2][kOwn]; returns which is the first that this lane has.
+  __device__ __forceinline__ int sum_across(float (&values)[2 * kOwn], float (&sums)[kAcross]) const {
+    const int first = sum_over_lanes<2 * kOwn, C::kLanes, 1>(values);
+#pragma unroll
+    for (int v = 0; v < kAcross; ++v) sums[v] = values[v];
+    return first;
+  }
+  // Those of all pairs, to where `place` says of a row of channels.
+  template <class Place>
+  __device__ __forceinline__ void store_across(const float (&sums)[kSub / 2][kAcross], int first, const Place& place) const {
+    if (!owns_sum<2 * kOwn, C::kLanes, 1>()) return;
+#pragma unroll
+    for (int k = 0; k < kSub / 2; ++k)
+#pragma unroll
+      for (int v = 0; v < kAcross; ++v) *place((2 * k + (first + v) / kOwn) * kRow + (first + v) % kOwn) = sums[k][v];
+  }
+  // Of two tokens, [2][kStates], the sums over a warp's channels, to columns first_column and on.
+  __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row, int first_column) {
+    sum_over_channels<C>(products);
+    float* to = shared + M::kSums + (threadIdx.x / 32 * kTokens + row) * C::kColumns + first_column + lane * kStates;
+    const int channel_lane = threadIdx.x % 32 / C::kLanes;
+    if (C::kChannelLanes > C::kOrders) {
+      if (channel_lane < 2 * C::kOrders) to[(channel_lane >= C::kOrders ? C::kColumns : 0) + order] = products[0];
+    } else {
+#pragma unroll
+      for (int v = 0; v < 2 * kStates; v += C::kOrders) to[v / kStates * C::kColumns + (v % kStates ^ order)] = products[v];
     }
   }
   __device__ __forceinline__ void load_token(int row, Token& t) const {
     load_input(row, t);
     load_floats<kOwn>(shared + M::kDy + row * kRow + own, t.d_y);
     load_floats<kStates>(states_of(M::kStatesC, row), t.Cs);
-  }
-  __device__ __forceinline__ void store_y(float (&y)[kSub * kOwn], int row0) {
-    const int first = sum_over_lanes<kSub * kOwn, C::kLanes, 1>(y);
-    if (!owns_sum<kSub * kOwn, C::kLanes, 1>()) return;
-#pragma unroll
-    for (int v = 0; v < kLeft<kSub * kOwn, C::kLanes>; ++v)
-      shared[M::kY + (row0 + (first + v) / kOwn) * kRow + own + (first + v) % kOwn] = y[v];
-  }
-  template <int Tokens>
-  __device__ __forceinline__ void store_across(const float (&sums)[Tokens][kAcross], int first, int row0) {
-    if (!owns_sum<2 * kOwn, C::kLanes, 1>()) return;
-#pragma unroll
-    for (int v = 0; v < kAcross; ++v) {
-      float2* to = pair(first + v < kOwn ? M::kPairs : M::kInputs, row0 * kRow + own + (first + v) % kOwn);
-#pragma unroll
-      for (int k = 0; k < Tokens; ++k) to[k * kRow].y = sums[k][v];
-    }
-  }
-  __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row) {
-    sum_over_channels<C>(products);
-    float* to = shared + M::kSums + (threadIdx.x / 32 * kTokens + row) * C::kColumns + lane * kStates;
-    const int channel_lane = threadIdx.x % 32 / C::kLanes;
-    if (C::kChannelLanes > C::kOrders) {
-      if (channel_lane < 2 * C::kOrders) to[(channel_lane >= C::kOrders ? C::kPadded : 0) + order] = products[0];
-    } else {
-#pragma unroll
-      for (int v = 0; v < 2 * kStates; v += C::kOrders) to[v / kStates * C::kPadded + (v % kStates ^ order)] = products[v];
-    }
   }
 
   // From the gradients of y, Δ u and the gates to those of the tensors; and the tile's part of dB and dC.
@@ -516,8 +519,8 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       const int at = first + k * step;
-      const auto [delta, d_input] = *pair(M::kPairs, at);
-      const auto [u, decay] = *pair(M::kInputs, at);
+      const auto [delta, decay] = *pair(M::kPairs, at);
+      const auto [u, d_input] = *pair(M::kInputs, at);
       const auto [slope, gate] = *pair(M::kSlopes, at);
       const float dy = shared[M::kDy + at];
       du[k] = d_input * delta + D * dy;
