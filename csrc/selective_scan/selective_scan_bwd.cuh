@@ -398,14 +398,20 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ __forceinline__ void go_back(int slot, int row0) {
     float gate[kSub][kOwn][kStates], through[kSub][kOwn][kStates];  // through: gradients of the states before the tokens
     float sums_input[kSub / 2][kAcross], sums_decay[kSub / 2][kAcross], sums_y[kSub / 2][kAcross];
+    // With 16 states registers have room for the next pass's first loads before this one's last sums, and for those until the end.
+    constexpr bool kRoom = C::kPadded == 16;
     int first = 0;          // of a lane's sums
     Token now[2], next[2];  // a pair is loaded before the one before it is stored: the compiler would not move it there
+    const auto turn = [&] { restore(slot), load_pair(row0, next); };
+    const auto store_inputs = [&] {
+      store_across(sums_input, first, [&](int at) { return &pair(M::kInputs, row0 * kRow + own + at)->y; });
+    };
     load_pair(row0 + kSub - 2, next);
 #pragma unroll
     for (int k = kSub - 2; k >= 0; k -= 2) {
       now[0] = next[0], now[1] = next[1];
-      load_pair(row0 + (k > 0 ? k - 2 : 0), next);
-      if (k == 0) restore(slot);
+      if (k > 0) load_pair(row0 + k - 2, next);
+      if (kRoom && k == 0) turn();
       float d_input[2 * kOwn] = {}, dB[2 * kStates] = {};
 #pragma unroll
       for (int one = 1; one >= 0; --one) {
@@ -421,6 +427,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       first = sum_across(d_input, sums_input[k / 2]);
       store_products(dB, row0 + k, 0);
     }
+    if (!kRoom) store_inputs(), turn();
 #pragma unroll
     for (int k = 0; k < kSub; k += 2) {
       now[0] = next[0], now[1] = next[1];
@@ -442,7 +449,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       sum_across(decays, sums_decay[k / 2]);
       store_products(dC, row0 + k, C::kPadded);
     }
-    store_across(sums_input, first, [&](int at) { return &pair(M::kInputs, row0 * kRow + own + at)->y; });
+    if (kRoom) store_inputs();
     if (Gated) store_across(sums_y, first, [&](int at) { return shared + M::kY + row0 * kRow + own + at; });
     __syncwarp();  // all of it have read Δ u, in whose place this goes
     store_across(sums_decay, first, [&](int at) { return &pair(M::kPairs, row0 * kRow + own + at)->y; });
