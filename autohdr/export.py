@@ -83,7 +83,7 @@ def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weigh
             differences = [(run(image) - model(image)).abs() for image in _images()]
         except Exception as error:  # each runtime has its own
             raise UserError(f"export: {out}: not written: it does not run: {error}") from error
-        mean = bool(_coded(model))
+        mean = _in_8_bits(model)
         difference = float(torch.stack([apart.mean() if mean else apart.max() for apart in differences]).max())
         if not difference <= FARTHEST:
             raise UserError(f"export: {out}: not written: {255 * difference:.2f} / 255 from the model, expected 1 at most")
@@ -94,9 +94,8 @@ def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weigh
     return Exported(files[::-1], difference, mean)
 
 
-def _coded(network: nn.Module) -> set[str]:
-    """The layers in 8 bits, by name."""
-    return {name.rpartition(".")[0] for name, tensor in network.state_dict().items() if tensor.dtype == torch.int8}
+def _in_8_bits(network: nn.Module) -> bool:
+    return any(tensor.dtype == torch.int8 for tensor in network.state_dict().values())
 
 
 def _write(model: Network, to: Format, path: Path, checkpoint: Path, weights: Weights) -> Program:
@@ -114,7 +113,7 @@ def _traced(model: Network, to: Format, backend: str, checkpoint: Path) -> Expor
     """The model for every size. backend: of its ops; "reference" is PyTorch's own alone."""
     if model.steps is not None:
         raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
-    if to == "onnx" and _coded(model):  # in float64 convolutions, which ONNX Runtime has not
+    if to == "onnx" and _in_8_bits(model):  # in float64 convolutions, which ONNX Runtime has not
         raise UserError(f"export: {model.config.name} of {checkpoint} is in 8 bits: not for onnx; torch-export has the op itself")
     try:
         with default_backend(backend):
@@ -164,9 +163,11 @@ def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]
 
 def _safetensors(model: Network, path: Path, checkpoint: Path, weights: Weights) -> Program:
     dtype, network = getattr(torch, weights), model.network if isinstance(model, Sampler) else model
-    state, coded = network.state_dict(), _coded(network)  # a code's scale can be too small for float16
-    kept = {name for name, tensor in state.items() if not tensor.is_floating_point() or name.rpartition(".")[0] in coded}
-    tensors = {name: tensor if name in kept else tensor.to(dtype) for name, tensor in state.items()}
+    whole = "scale" if _in_8_bits(network) else ()  # a code's can be too small for float16
+    tensors = {
+        name: tensor if name.endswith(whole) or not tensor.is_floating_point() else tensor.to(dtype)
+        for name, tensor in network.state_dict().items()
+    }
     if beyond := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         most = f"up to {torch.finfo(dtype).max:g}"
         raise UserError(f"--weights: {weights} has values {most}, {checkpoint} more in {len(beyond)} tensors: {some(beyond)}")
