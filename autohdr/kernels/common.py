@@ -135,6 +135,11 @@ def as_codes(values: Tensor) -> Tensor:
     return values.round().clamp(-MOST_CODE, MOST_CODE)
 
 
+def scale_of_codes(largest: Tensor) -> Tensor:
+    """What a code of 1 stands for where `largest` becomes MOST_CODE; 1 where there is nothing but zeros."""
+    return torch.where(largest > 0, largest / MOST_CODE, 1.0)
+
+
 def product_of_codes(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The 1×1 convolution of codes [batch, channels, height, width] by weight, int8 [rows, channels, 1, 1], each row times its
     scale [rows]. The sums are exact."""

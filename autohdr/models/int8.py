@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autohdr.errors import UserError
-from autohdr.kernels.common import MOST_CODE, as_codes, layer_norm
+from autohdr.kernels.common import as_codes, layer_norm, scale_of_codes
 from autohdr.kernels.gdfn.reference import gated
 from autohdr.kernels.mdta.reference import hidden
 from autohdr.models.network import Network
@@ -38,7 +38,7 @@ def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
 
     def to_codes(layer: str, channels: Tensor) -> None:
         weight = state[f"{layer}.weight"] * channels[:, None, None]
-        scale = _scale(weight.abs().amax((1, 2, 3)))
+        scale = scale_of_codes(weight.abs().amax((1, 2, 3)))
         state[f"{layer}.weight"] = as_codes(weight / scale[:, None, None, None]).to(torch.int8)
         state[f"{layer}.scale"] = scale
 
@@ -94,9 +94,4 @@ def _largest(model: Restormer, photos: Iterable[Tensor]) -> dict[str, tuple[Tens
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: tuple(map(_scale, seen)) for name, seen in found.items()}
-
-
-def _scale(largest: Tensor) -> Tensor:
-    """What a code of 1 stands for; 1 where there is nothing but zeros."""
-    return torch.where(largest > 0, largest / MOST_CODE, 1.0)
+    return {name: tuple(map(scale_of_codes, seen)) for name, seen in found.items()}

@@ -87,30 +87,36 @@ class Attention(nn.Module):
     forward(x, norm): a whole image. For one in strips of rows, `statistics` of each strip, added up, are what `attend` needs.
     """
 
+    op = "mdta"
+    """The op of autohdr.kernels, whose passes have its name too."""
+    projection: Callable[[int, int], Any] = staticmethod(partial(_conv, size=1))
+
     def __init__(self, channels: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = _conv(channels, 3 * channels, 1)
+        self.qkv = self.projection(channels, 3 * channels)
         self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
         self.project_out = _conv(channels, channels, 1)
 
-    def _weights(self, norm: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        """As kernels.mdta takes them."""
+    def _weights(self, x: Tensor, norm: nn.Module) -> tuple[Tensor | None, ...]:
+        """As the op takes them for x."""
         norm, qkv = reach(norm, Norm), _weight(self.qkv, 1)
         dwconv = _weight(self.qkv_dwconv, 3, groups=len(qkv))
         return norm.weight, norm.bias, qkv, dwconv, self.temperature, _weight(self.project_out, 1)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return kernels.mdta(x, *self._weights(norm), self.num_heads, eps=self.eps)
+        return getattr(kernels, self.op)(x, *self._weights(x, norm), self.num_heads, eps=self.eps)
 
     def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]:
         """What attention sums over the pixels, of rows [first, end) of x."""
-        return kernels.mdta_statistics(x, self._weights(norm), self.num_heads, first, end, eps=self.eps)
+        op = getattr(kernels, f"{self.op}_statistics")
+        return op(x, self._weights(x, norm), self.num_heads, first, end, eps=self.eps)
 
     def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor:
         """forward(x, norm) with the statistics of the image that x is a strip of."""
-        return kernels.mdta_apply(x, self._weights(norm), self.num_heads, statistics=statistics, eps=self.eps)
+        op = getattr(kernels, f"{self.op}_apply")
+        return op(x, self._weights(x, norm), self.num_heads, statistics=statistics, eps=self.eps)
 
 
 class FeedForward(nn.Module):
@@ -147,37 +153,22 @@ def _check_int8(half: nn.Module, x: Tensor) -> None:
         raise UserError(f"a model in 8 bits is for inference on a CPU, but {did}: take the checkpoint that it was made of")
 
 
-class AttentionInt8(nn.Module):
+class AttentionInt8(Attention):
     """Attention with its 1×1 products in 8 bits. Scales of what these read are in its norm and, of v, in qkv_dwconv; project_out
     becomes codes once it is multiplied by what attends."""
 
+    op, projection = "mdta_int8", Codes
+
     def __init__(self, channels: int, num_heads: int, eps: float):
-        super().__init__()
-        self.num_heads, self.eps = num_heads, eps
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = Codes(channels, 3 * channels)
-        self.qkv_dwconv = _conv(3 * channels, 3 * channels, 3, groups=3 * channels)
-        self.project_out = _conv(channels, channels, 1)
+        super().__init__(channels, num_heads, eps)
         self.v_scale = nn.Parameter(torch.ones(channels))
 
-    def _weights(
-        self, x: Tensor, norm: nn.Module
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As kernels.mdta_int8 takes them."""
+    def _weights(self, x: Tensor, norm: nn.Module) -> tuple[Tensor | None, ...]:
         _check_int8(self, x)
         norm, qkv = reach(norm, Norm), reach(self.qkv, Codes)
         dwconv = _weight(self.qkv_dwconv, 3, groups=len(qkv.scale))
         rest = self.temperature, _weight(self.project_out, 1), self.v_scale
         return norm.weight, norm.bias, qkv.weight, qkv.scale, dwconv, *rest
-
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return kernels.mdta_int8(x, *self._weights(x, norm), self.num_heads, eps=self.eps)
-
-    def statistics(self, x: Tensor, norm: nn.Module, first: int, end: int) -> tuple[Tensor, ...]:
-        return kernels.mdta_int8_statistics(x, self._weights(x, norm), self.num_heads, first, end, eps=self.eps)
-
-    def attend(self, x: Tensor, norm: nn.Module, statistics: tuple[Tensor, ...]) -> Tensor:
-        return kernels.mdta_int8_apply(x, self._weights(x, norm), self.num_heads, statistics=statistics, eps=self.eps)
 
 
 class FeedForwardInt8(nn.Module):

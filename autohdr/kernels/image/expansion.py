@@ -63,8 +63,7 @@ def _expand(
 
 
 class Expansion:
-    """hidden = 1×1 of the layer norm of x, its channels in groups; hidden's 3×3 convolution, if any, is computed by who
-    multiplies it."""
+    """hidden = 1×1 of the layer norm of x, its channels in groups; who calls it computes hidden's 3×3 convolution, if any."""
 
     def __init__(
         self,

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from autohdr.kernels.common import autocast, channels_of, check_image, check_tensors
 from autohdr.kernels.declare import Op
-from autohdr.kernels.mdta import declaration
+from autohdr.kernels.mdta import declaration, reference
 
 
 def mdta(
@@ -213,8 +212,7 @@ def _apply(
     check_tensors(op.name, "x", x, expected)
     x = autocast(x)
     gram, q_square, k_square = statistics
-    wide = torch.promote_types(x.dtype, torch.float32)
-    attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
+    attention = reference.lengths(gram, q_square, k_square, x.dtype)
     return op(x, *parameters, *attention, num_heads, eps, backend=backend)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from autohdr.kernels.common import MOST_CODE, as_codes, layer_norm, product_of_codes
+from autohdr.kernels.common import as_codes, layer_norm, product_of_codes, scale_of_codes
 
 
 def mdta(
@@ -66,6 +66,12 @@ def _sums(qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return gram.double(), q_square.double(), k_square.double()
 
 
+def lengths(gram: Tensor, q_square: Tensor, k_square: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics as mdta_apply takes them for images of this dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
+
+
 def mdta_apply(
     x: Tensor,
     norm_weight: Tensor,
@@ -109,10 +115,8 @@ def mdta_int8(
 ) -> Tensor:
     expansion = norm_weight, norm_bias, qkv_weight, qkv_scale, dwconv_weight
     rest = temperature, project_out_weight, v_scale
-    gram, q_square, k_square = mdta_int8_statistics(x, *expansion, *rest, num_heads, eps, 0, x.shape[2])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    attention = gram.to(wide), q_square.sqrt().to(wide), k_square.sqrt().to(wide)
-    return mdta_int8_apply(x, *expansion, *rest, *attention, num_heads, eps)
+    statistics = mdta_int8_statistics(x, *expansion, *rest, num_heads, eps, 0, x.shape[2])
+    return mdta_int8_apply(x, *expansion, *rest, *lengths(*statistics, x.dtype), num_heads, eps)
 
 
 def _hidden_int8(
@@ -161,7 +165,6 @@ def mdta_int8_apply(
     two, wide = 2 * x.shape[1], x.to(torch.promote_types(x.dtype, torch.float32))
     v = as_codes(_hidden_int8(wide, norm_weight, norm_bias, qkv_weight[two:], qkv_scale[two:], dwconv_weight[two:], eps))
     combined = _combined(gram, q_norm, k_norm, temperature, project_out_weight) * v_scale.to(gram.dtype)
-    largest = combined.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / MOST_CODE)
+    scale = scale_of_codes(combined.abs().amax(-1, keepdim=True))
     sums = (as_codes(combined / scale).double() @ v.flatten(2).double()).to(wide.dtype)
     return (wide + (sums * scale).view_as(x)).to(x.dtype)
