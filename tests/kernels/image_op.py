@@ -22,7 +22,8 @@ FEW = 2048  # pixels of which neighbours are drawn at most; see gold.py
 
 
 def double(tensors):
-    return [None if t is None else t.double() for t in tensors]
+    """Those in floats become float64."""
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def fill(x, contents):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import threads
-from image_op import shifted
+from image_op import double
+from int8_op import Int8OpTests, int8_call
 from torch import library
 
 from autohdr.kernels import gdfn_int8
@@ -50,18 +50,17 @@ def arguments(shape, dtype=torch.float32):
 
 
 def call(shape):
-    tensors = arguments(shape)
-    given = [t for t in tensors if t is not None]
-
-    def function(*leaves, backend="cpu"):
-        leaves = iter(leaves)
-        return gdfn_int8(*(t if t is None else next(leaves) for t in tensors), backend=backend)
-
-    return function, given, torch.randn_like(tensors[0])
+    return int8_call(TestGdfnInt8, shape)
 
 
-def double(tensors):
-    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+class TestGdfnInt8(Int8OpTests):
+    name = "gdfn_int8"
+    small, second = SMALL, 21
+    arguments = staticmethod(arguments)
+
+    @staticmethod
+    def op(tensors, backend):
+        return gdfn_int8(*tensors, backend=backend)
 
 
 def undecided(tensors):
@@ -122,45 +121,10 @@ def test_largest_codes(int8_isa):
     torch.testing.assert_close(gdfn_int8(*tensors, backend="cpu") - x, changed.float(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "sliced", "shifted"])
-def test_noncontiguous(layout):
-    tensors = arguments((2, 8, 21, 6, 5, True))
-    x, expected = tensors[0], gdfn_int8(*tensors, backend="cpu")
-    if layout == "channels_last":
-        tensors[0] = x.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        tensors[0] = torch.cat([x, x], 3)[..., : x.shape[3]]
-        tensors[3] = torch.stack([tensors[3], tensors[3]], -1)[..., 0]
-    else:
-        tensors[0] = shifted(x)
-    assert torch.equal(gdfn_int8(*tensors, backend="cpu"), expected)
-
-
-def test_threads():
-    tensors = arguments((1, 8, 21, 33, 40, True))
-    for count in (1, 2, 5):
-        with threads(count):
-            assert torch.equal(gdfn_int8(*tensors, backend="cpu"), gdfn_int8(*tensors, backend="cpu"))
-
-
 def test_opcheck():
     tensors = arguments(SMALL)
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     library.opcheck(torch.ops.autohdr.gdfn_int8.default, (*tensors, 1e-6))
-
-
-def test_a_nan_reaches_the_output():
-    tensors = arguments((1, 8, 21, 7, 9, True))
-    tensors[0][0, 3, 2, 4] = torch.nan
-    for backend in ("cpu", "reference"):
-        assert gdfn_int8(*tensors, backend=backend)[0, 3, 2, 4].isnan()
-
-
-def test_has_no_gradient():
-    tensors = arguments(SMALL)
-    y = gdfn_int8(tensors[0].requires_grad_(), *tensors[1:], backend="cpu")
-    with pytest.raises(RuntimeError, match="gdfn_int8: a derivative is not implemented"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import threads
-from image_op import shifted
+from image_op import double
+from int8_op import Int8OpTests, int8_call
 from torch import library
 
 from autohdr.kernels import mdta_int8, mdta_int8_apply, mdta_int8_statistics
@@ -60,18 +60,17 @@ def normal(x, weight, bias):
 
 
 def call(shape):
-    tensors = arguments(shape)
-    given = [t for t in tensors if t is not None]
-
-    def function(*leaves, backend="cpu"):
-        leaves = iter(leaves)
-        return mdta_int8(*(t if t is None else next(leaves) for t in tensors), shape[2], backend=backend)
-
-    return function, given, torch.randn_like(tensors[0])
+    return int8_call(TestMdtaInt8, shape)
 
 
-def double(tensors):
-    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+class TestMdtaInt8(Int8OpTests):
+    name = "mdta_int8"
+    small, second = SMALL, 2
+    arguments = staticmethod(arguments)
+
+    @staticmethod
+    def op(tensors, backend):
+        return mdta_int8(*tensors, len(tensors[6]), backend=backend)
 
 
 def definition(tensors, heads):
@@ -156,27 +155,6 @@ def test_nothing_to_attend_to():
         assert torch.equal(y[:, 1], tensors[0][:, 1]) and y.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "sliced", "shifted"])
-def test_noncontiguous(layout):
-    tensors = arguments((2, 8, 2, 6, 5, True))
-    x, expected = tensors[0], mdta_int8(*tensors, 2, backend="cpu")
-    if layout == "channels_last":
-        tensors[0] = x.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        tensors[0] = torch.cat([x, x], 3)[..., : x.shape[3]]
-        tensors[3] = torch.stack([tensors[3], tensors[3]], -1)[..., 0]
-    else:
-        tensors[0] = shifted(x)
-    assert torch.equal(mdta_int8(*tensors, 2, backend="cpu"), expected)
-
-
-def test_threads():
-    tensors = arguments((1, 8, 2, 33, 40, True))
-    for count in (1, 2, 5):
-        with threads(count):
-            assert torch.equal(mdta_int8(*tensors, 2, backend="cpu"), mdta_int8(*tensors, 2, backend="cpu"))
-
-
 def test_opcheck():
     x, *parameters = arguments(SMALL)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -185,20 +163,6 @@ def test_opcheck():
     library.opcheck(ops.mdta_int8.default, (x, *parameters, *last))
     library.opcheck(ops.mdta_int8_statistics.default, (x, *parameters, *last, 1, 3))
     library.opcheck(ops.mdta_int8_apply.default, (x, *parameters, gram.float(), q_square.float(), k_square.float(), *last))
-
-
-def test_a_nan_reaches_the_output():
-    tensors = arguments((1, 8, 2, 7, 9, True))
-    tensors[0][0, 3, 2, 4] = torch.nan
-    for backend in ("cpu", "reference"):
-        assert mdta_int8(*tensors, 2, backend=backend)[0, 3, 2, 4].isnan()
-
-
-def test_has_no_gradient():
-    tensors = arguments(SMALL)
-    y = mdta_int8(tensors[0].requires_grad_(), *tensors[1:], 2, backend="cpu")
-    with pytest.raises(RuntimeError, match="mdta_int8: a derivative is not implemented"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize(
