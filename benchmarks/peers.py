@@ -1,8 +1,12 @@
 """Ours beside other people's runtimes on a CPU, in float32, forward, call by call in turn: whole networks against eager PyTorch,
-torch.compile, ONNX Runtime and OpenVINO, and the scan against a plain loop in C and mamba.py.
+torch.compile, ONNX Runtime and OpenVINO, and the scan against a plain loop in C, mamba.py and Intel's extension of PyTorch.
 
     pip install openvino mambapy        in an environment of their own; what is absent is left out, and named
-    python benchmarks/peers.py [--rounds 5] [--out results/peers.json]
+    python benchmarks/peers.py [--rounds 5] [--ipex PYTHON] [--out results/peers_avx512.json]
+
+--ipex names a Python of another environment, which has intel-extension-for-pytorch and the PyTorch of its version: the scan runs
+there, in a process of its own. `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` keep ours, eager
+PyTorch and torch.compile to AVX2; ONNX Runtime and Intel's extension have no such setting, and of OpenVINO none is known.
 
 Under the tuned malloc of run.py, with as many threads as PyTorch takes. What is farther from PyTorch in float32 than 1e-4 of the
 network's change (of the scan's result) is not reported.
@@ -12,6 +16,7 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -62,6 +67,24 @@ extern "C" void scan(const float* u, const float* delta, const float* A, const f
 }
 """
 """The recurrence as one writes it down; gcc makes vectors of it."""
+
+IPEX = """
+import sys
+
+import intel_extension_for_pytorch
+import torch
+
+folder, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+tensors = torch.load(f"{folder}/tensors.pt")
+for line in sys.stdin:
+    with torch.inference_mode():
+        y = torch.ops.torch_ipex.selective_scan_fn(*tensors, True, False)[0]
+    if line == "keep\\n":
+        torch.save(y, f"{folder}/y.pt")
+    print("done", flush=True)
+"""
+"""A call a line."""
 
 Run = Callable[[], list[Tensor]]
 
@@ -121,11 +144,40 @@ def c_loop(problem: Problem, folder: Path) -> Run:
     return run
 
 
-def scans(shape: tuple[int, int, int], folder: Path) -> tuple[list[Tensor], dict[str, Run]]:
+def in_ipex(python: str, problem: Problem, folder: Path) -> Run:
+    torch.save([t.contiguous() for t in problem.tensors], folder / "tensors.pt")
+    process = subprocess.Popen(
+        [python, "-c", IPEX, str(folder), str(torch.get_num_threads())],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # Packages that are found by it are for this PyTorch.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+
+    def ask(line: str) -> None:
+        assert process.stdin and process.stdout
+        print(line, file=process.stdin, flush=True)
+        if process.stdout.readline() != "done\n":
+            raise SystemExit(f"{python}: intel-extension-for-pytorch does not run there")
+
+    ask("keep")
+    y = torch.load(folder / "y.pt")
+
+    def run() -> list[Tensor]:
+        ask("")
+        return [y]
+
+    return run
+
+
+def scans(shape: tuple[int, int, int], folder: Path, ipex: str | None = None) -> tuple[list[Tensor], dict[str, Run]]:
     problem = selective_scan(*shape, torch.float32, "cpu")
     runs = {"autohdr": problem.runner("forward", "auto"), "the loop in C": c_loop(problem, folder)}
     if importlib.util.find_spec("mambapy"):
         runs["mamba.py"] = problem.runner("forward", "mamba.py")
+    if ipex:
+        runs["Intel's extension"] = in_ipex(ipex, problem, folder)
     return problem.runner("forward", "reference")(), runs
 
 
@@ -137,6 +189,7 @@ def row(case: str, expected: list[Tensor], runs: dict[str, Run], rounds: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in runs if name not in wrong}
     for _ in range(rounds):
         for name, taken in seconds.items():
+            time.sleep(0.01)  # until the other's threads no longer wait for work in a loop
             begin = time.perf_counter()
             runs[name]()
             taken.append(time.perf_counter() - begin)
@@ -149,7 +202,9 @@ def row(case: str, expected: list[Tensor], runs: dict[str, Run], rounds: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    parser.add_argument("--ipex", help="a Python that has intel-extension-for-pytorch")
+    capability = torch.backends.cpu.get_cpu_capability()
+    parser.add_argument("--out", type=Path, default=RESULTS / f"peers_{capability.lower()}.json")
     options = parser.parse_args()
     under_tuned_malloc()
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
@@ -157,14 +212,27 @@ def main() -> None:
         if importlib.util.find_spec(name):
             versions[name] = importlib.import_module(name).__version__
     absent = [name for name in ("openvino", "mambapy") if not importlib.util.find_spec(name)]
+    if not options.ipex:
+        absent.append("intel-extension-for-pytorch")
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        # torch.compile would take from its cache what it wrote for other vectors, which crashes.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         for name, side in NETWORKS:
             rows.append(row(f"{name} {side}×{side}", *networks(name, side, Path(folder)), options.rounds))
         for shape in SCANS:
-            rows.append(row(f"selective_scan {'×'.join(map(str, shape))}", *scans(shape, Path(folder)), options.rounds))
-    facts = {"processor": processor(), "threads": torch.get_num_threads(), "commit": commit(), "absent": absent}
-    options.out.write_text(json.dumps(facts | {"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+            case = f"selective_scan {'×'.join(map(str, shape))}"
+            rows.append(row(case, *scans(shape, Path(folder), options.ipex), options.rounds))
+    facts = {
+        "processor": processor(),
+        "instruction_set": capability,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "absent": absent,
+        "versions": versions,
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

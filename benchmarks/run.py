@@ -143,7 +143,8 @@ def main() -> int:
     if options.tables:
         put(text, README, "benchmarks")
         put(tables.predictions(json.loads((RESULTS / "instructions.json").read_text())), PERFORMANCE, "predictions")
-        put(tables.peers(json.loads((RESULTS / "peers.json").read_text())), README, "peers")
+        measured = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("peers_*.json"))]
+        put("\n\n".join(map(tables.peers, measured)), README, "peers")
         compared = RESULTS / "families.json"
         put(tables.families(json.loads(compared.read_text()) if compared.exists() else None), README, "families")
     for fault in faults:

@@ -179,8 +179,8 @@ def peers(results: dict) -> str:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     source = (
-        f"Medians of calls in turn on {results['processor']}, {results['threads']} threads, tuned malloc, {versions}, commit"
-        f" {results['commit']}."
+        f"Medians of calls in turn on {results['processor']}, {results['instruction_set']}, {results['threads']} threads, tuned"
+        f" malloc, {versions}, commit {results['commit']}."
     )
     return table(["forward, float32, times as long as autohdr", *names], lines) + "\n\n" + source
 

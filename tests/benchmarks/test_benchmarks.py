@@ -256,10 +256,17 @@ def test_table_of_peers():
         {"case": "a scan", "times_as_long": {"autohdr": 1.0, "C": 8.5}},
     ]
     lines = tables.peers(
-        {"rows": rows, "processor": "Some CPU", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": "1234567"}
+        {
+            "rows": rows,
+            "processor": "Some CPU",
+            "instruction_set": "AVX2",
+            "threads": 2,
+            "versions": {"torch": "2.13.0"},
+            "commit": "1234567",
+        }
     ).splitlines()
     assert lines[0].endswith("| eager | C |") and lines[2:4] == ["| a network | 2.00 |  |", "| a scan |  | 8.50 |"]
-    assert all(fact in lines[-1] for fact in ("Some CPU, 2 threads", "torch 2.13.0", "commit 1234567"))
+    assert all(fact in lines[-1] for fact in ("Some CPU, AVX2, 2 threads", "torch 2.13.0", "commit 1234567"))
 
 
 def test_families(tmp_path, monkeypatch):
