@@ -192,12 +192,13 @@ def test_what_onednn_takes_inside_is_the_cpus():
 
 
 def test_a_limit_is_planned_in_strips():
-    model, size = create_model("restormer_tiny"), (2201, 3297)
-    strips, whole = plan(model, size, max_memory=2 * 10**9), plan(model, size)
-    resident = measuring.resident_bytes()
-    assert strips.peak_bytes <= 2 * 10**9 - resident + 50e6 and strips.peak_bytes < whole.peak_bytes
+    """Beside what this process holds, which may be more than the strips take."""
+    model, size, resident = create_model("restormer_tiny"), (2201, 3297), measuring.resident_bytes()
+    limit = resident + 15 * 10**8
+    strips, whole = plan(model, size, max_memory=limit), plan(model, size)
+    assert strips.peak_bytes <= limit - resident + 50e6 and strips.peak_bytes < whole.peak_bytes
     assert sum(strips.parts.values()) == strips.peak_bytes
-    assert make_plan(model, torch.empty(1, 3, *size), 2 * 10**9, resident).peak_bytes > strips.peak_bytes
+    assert make_plan(model, torch.empty(1, 3, *size), limit, resident).peak_bytes > strips.peak_bytes
 
 
 def test_time_is_measured_where_asked_for():
