@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from autohdr.kernels import OPS
+
 ROOT = Path(__file__).parents[1]
 PASSED = ROOT / ".cache" / "passed"  # ignored by git: a clean checkout has none, and leaves no check out
 KERNELS = ("csrc", "autohdr/kernels", "tests/kernels", "tests/emulation", "tests/conftest.py", "tests/again.py")
@@ -54,9 +56,16 @@ def unless_passed(sources: Iterable[str], *more: object) -> Iterator[None]:
     passed.touch()
 
 
-def run_tests(*arguments: str | Path, env: dict[str, str], part: str = "0/1") -> None:
-    """Passes when these tests do with env on top of this process's; of them, every nth from the ith on, where part is "i/n"."""
+def ops_of(backend: str) -> list:
+    """The ops that have the backend, as parameters of a test: some together, since to start a process takes as long as the tests
+    of a small op."""
+    ops = [op for op in OPS if backend in OPS[op]]
+    return [pytest.param(several, id="-".join(several)) for several in (ops[first::4] for first in range(4))]
+
+
+def run_tests(*arguments: str | Path, env: dict[str, str]) -> None:
+    """Passes when these tests do with env on top of this process's."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
-    env = os.environ | {"AUTOHDR_TEST_PART": part, "OMP_NUM_THREADS": "1"} | env
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-20000:]}"

@@ -1,8 +1,7 @@
 """For every test: uninitialised tensors and scratch memory hold NaN, so that an element nobody wrote cannot look right.
 
-The environment may ask for a part of the tests (AUTOHDR_TEST_PART, "i/n": see again.py), and for what another processor would do:
-ATEN_CPU_CAPABILITY limits our kernels too, and AUTOHDR_TEST_ONEDNN=0 leaves oneDNN out, as PyTorch does in bfloat16 where the
-processor has no instructions for it.
+The environment may ask for what another processor would do: ATEN_CPU_CAPABILITY limits our kernels too, and AUTOHDR_TEST_ONEDNN=0
+leaves oneDNN out, as PyTorch does in bfloat16 where the processor has no instructions for it.
 """
 
 import os
@@ -25,8 +24,6 @@ if ISA in _C.build_info()["cpu_isas_here"]:
 def pytest_collection_modifyitems(items):
     """Long tests come first and one by one, all others file by file: a fixture may serve a whole file. Of a test with several
     parameters coverage traces the first, and of long ones none, since tracing slows all Python down."""
-    part, parts = map(int, os.environ.get("AUTOHDR_TEST_PART", "0/1").split("/"))
-    items[:] = items[part::parts]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     traced = set()
     for item in items:

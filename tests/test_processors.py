@@ -13,11 +13,12 @@ from autohdr.kernels import OPS
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 BASELINE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
 NO_BFLOAT16 = {"AUTOHDR_TEST_ONEDNN": "0"}
-KERNELS = [f"tests/kernels/test_{op}.py" for op in OPS]
-ON = "test_forward and {}"  # by our kernels for that processor; those for the others are compared without this
 MODELS = [f"tests/models/test_{name}.py" for name in ("restormer", "mamba_diffusion", "tiling")]
-COMPUTES = "not parameter_count and not layout and not stays_within and not (test_plan and not measured)"
 PLAN = "tests/test_plan.py"  # not below AVX2, where oneDNN's convolutions take memory that the plan does not count
+COMPUTES = "not parameter_count and not layout and not stays_within and not (test_plan and not measured)"
+KERNELS = [f"tests/kernels/test_{op}.py" for op in OPS]
+# The models, and our kernels for that processor; those for the others are compared without this.
+BOTH = f"(kernels and test_forward and {{}}) or (not kernels and {COMPUTES})"
 
 FLAGS = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
 IS_AVX2 = pytest.mark.skipif(not FLAGS & {"avx512f", "avx_vnni"}, reason="this processor has nothing beyond AVX2")
@@ -30,11 +31,9 @@ HAS_NO_BFLOAT16 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("processor", "tests"),
     [
-        pytest.param(AVX2, [*KERNELS, "-k", ON.format("avx2")], id="avx2-kernels", marks=IS_AVX2),
-        pytest.param(AVX2, [*MODELS, PLAN, "-k", COMPUTES], id="avx2-models", marks=IS_AVX2),
-        pytest.param(BASELINE, [*KERNELS, "-k", ON.format("baseline")], id="baseline-kernels"),
-        pytest.param(BASELINE, [*MODELS, "-k", COMPUTES], id="baseline-models"),
-        pytest.param(NO_BFLOAT16, [*MODELS, PLAN, "-k", "bf16 or bfloat16"], id="no-bfloat16-models", marks=HAS_NO_BFLOAT16),
+        pytest.param(AVX2, [*KERNELS, *MODELS, PLAN, "-k", BOTH.format("avx2")], id="avx2", marks=IS_AVX2),
+        pytest.param(BASELINE, [*KERNELS, *MODELS, "-k", BOTH.format("baseline")], id="baseline"),
+        pytest.param(NO_BFLOAT16, [*MODELS, PLAN, "-k", "bf16 or bfloat16"], id="no-bfloat16", marks=HAS_NO_BFLOAT16),
     ],
 )
 def test_on(processor, tests):

@@ -30,10 +30,12 @@ if EMULATED:
     not_emulated = [s for s in _C.signatures() if "cuda" not in OPS[declare.KERNELS[s[1]][0]]]
     declare.check_signatures(not_emulated + [tuple(line.split("\t")) for line in signatures().decode().splitlines()])
 
-    @pytest.fixture(autouse=True, scope="session")
+    @pytest.fixture(autouse=True, scope="module")
     def kernels_have_run():
+        launches = ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches")
+        before = launches.value
         yield
-        assert ctypes.c_ulong.in_dll(ctypes.CDLL(LIBRARY), "autohdr_emulated_launches").value > 0
+        assert launches.value > before
 
 elif INTERPRETED:
     import triton.language as tl
@@ -89,10 +91,10 @@ elif INTERPRETED:
     for name in declare.KERNELS:
         declare.register_triton(name, "cpu")
 
-    @pytest.fixture(autouse=True, scope="session")
-    def kernels_have_run():
+    @pytest.fixture(autouse=True, scope="module")
+    def kernels_have_run(request):
         yield
-        assert any(f"autohdr.kernels.{op}.triton_impl" in sys.modules for op in OPS)
+        assert f"autohdr.kernels.{request.module.__name__.removeprefix('test_')}.triton_impl" in sys.modules
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from again import KERNELS, run_tests, unless_passed
-
-from autohdr.kernels import OPS
+from again import KERNELS, ops_of, run_tests, unless_passed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import build
@@ -15,7 +13,7 @@ HERE = Path(__file__).parent
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "cuda" in OPS[op]])
-def test_op(op):
-    with unless_passed(KERNELS, "emulated", op):
-        run_tests(HERE / f"test_{op}.py", "-s", env=build.environment())
+@pytest.mark.parametrize("ops", ops_of("cuda"))
+def test_ops(ops):
+    with unless_passed(KERNELS, "emulated", ops):
+        run_tests(*(HERE / f"test_{op}.py" for op in ops), "-s", env=build.environment())
