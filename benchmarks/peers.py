@@ -2,11 +2,11 @@
 torch.compile, ONNX Runtime and OpenVINO, and the scan against a plain loop in C, mamba.py and Intel's extension of PyTorch.
 
     pip install openvino mambapy        in an environment of their own; what is absent is left out, and named
-    python benchmarks/peers.py [--rounds 5] [--ipex PYTHON] [--out results/peers_avx512.json]
+    python benchmarks/peers.py [--rounds 5] [--avx2] [--ipex PYTHON] [--out results/peers_avx512.json]
 
 --ipex names a Python of another environment, which has intel-extension-for-pytorch and the PyTorch of its version: the scan runs
-there, in a process of its own. `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` keep ours, eager
-PyTorch and torch.compile to AVX2; ONNX Runtime and Intel's extension have no such setting, and of OpenVINO none is known.
+there, in a process of its own. --avx2 keeps ours, PyTorch, torch.compile and the loop in C to AVX2 on a processor with AVX-512;
+ONNX Runtime and Intel's extension have no such setting, and of OpenVINO none is known.
 
 Under the tuned malloc of run.py, with as many threads as PyTorch takes. What is farther from PyTorch in float32 than 1e-4 of the
 network's change (of the scan's result) is not reported.
@@ -33,7 +33,7 @@ from run import commit, processor
 from runtimes import in_runtimes, under_tuned_malloc
 from torch import Tensor, nn
 
-from autohdr import create_model, export
+from autohdr import _C, create_model, export
 from autohdr.kernels.backends import default_backend
 from autohdr.models import save_weights
 from autohdr.models.network import Blocks
@@ -42,6 +42,8 @@ RESULTS = Path(__file__).parent / "results"
 NETWORKS = [("restormer_base", 384), ("restormer_tiny", 1024)]
 SCANS = [(1, 192, 4096), (2, 96, 9216)]
 LIMIT = 1e-4
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 LOOP = """
 #include <math.h>
@@ -128,7 +130,8 @@ def networks(name: str, side: int, folder: Path) -> tuple[list[Tensor], dict[str
 
 def c_loop(problem: Problem, folder: Path) -> Run:
     made, library = folder / "scan.o", folder / "scan.so"
-    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", f"-DN={DSTATE}", "-fPIC", "-x", "c++", "-c", "-"]
+    processor = "haswell" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
+    flags = ["-O3", f"-march={processor}", "-ffast-math", "-fopenmp", f"-DN={DSTATE}", "-fPIC", "-x", "c++", "-c", "-"]
     subprocess.run(["g++", *flags, "-o", str(made)], input=LOOP, text=True, check=True)
     # Without -ffast-math, which would have the whole process flush subnormal numbers to zero.
     subprocess.run(["g++", "-shared", "-fopenmp", str(made), "-o", str(library), "-lm"], check=True)
@@ -202,11 +205,14 @@ def row(case: str, expected: list[Tensor], runs: dict[str, Run], rounds: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--avx2", action="store_true", help="no more than AVX2")
     parser.add_argument("--ipex", help="a Python that has intel-extension-for-pytorch")
-    capability = torch.backends.cpu.get_cpu_capability()
-    parser.add_argument("--out", type=Path, default=RESULTS / f"peers_{capability.lower()}.json")
+    parser.add_argument("--out", type=Path, help="by default results/peers_INSTRUCTIONS.json")
     options = parser.parse_args()
-    under_tuned_malloc()
+    under_tuned_malloc(**AVX2 if options.avx2 else {})
+    capability = torch.backends.cpu.get_cpu_capability()
+    if options.avx2:
+        _C.use_cpu_isa("avx2")
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in ("onnxruntime", "openvino"):
         if importlib.util.find_spec(name):
@@ -232,7 +238,8 @@ def main() -> None:
         "versions": versions,
         "rows": rows,
     }
-    options.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    out = options.out or RESULTS / f"peers_{capability.lower()}.json"
+    out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
