@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from autohdr import __version__
@@ -23,7 +23,7 @@ from autohdr.files import replacing, sha256
 from autohdr.kernels.backends import default_backend
 from autohdr.models import load_checkpoint, save_weights
 from autohdr.models.diffusion import Sampler
-from autohdr.models.network import Network
+from autohdr.models.network import Network, in_8_bits
 from autohdr.models.weight_files import some
 
 Format = Literal["onnx", "torch-export", "safetensors"]
@@ -83,7 +83,7 @@ def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weigh
             differences = [(run(image) - model(image)).abs() for image in _images()]
         except Exception as error:  # each runtime has its own
             raise UserError(f"export: {out}: not written: it does not run: {error}") from error
-        mean = _in_8_bits(model)
+        mean = in_8_bits(model)
         difference = float(torch.stack([apart.mean() if mean else apart.max() for apart in differences]).max())
         if not difference <= FARTHEST:
             raise UserError(f"export: {out}: not written: {255 * difference:.2f} / 255 from the model, expected 1 at most")
@@ -92,10 +92,6 @@ def export(out: Path, to: Format, checkpoint: Path | None = None, weights: Weigh
             with replacing(file) as part:
                 shutil.copyfile(Path(folder) / file.name, part)
     return Exported(files[::-1], difference, mean)
-
-
-def _in_8_bits(network: nn.Module) -> bool:
-    return any(tensor.dtype == torch.int8 for tensor in network.state_dict().values())
 
 
 def _write(model: Network, to: Format, path: Path, checkpoint: Path, weights: Weights) -> Program:
@@ -113,7 +109,7 @@ def _traced(model: Network, to: Format, backend: str, checkpoint: Path) -> Expor
     """The model for every size. backend: of its ops; "reference" is PyTorch's own alone."""
     if model.steps is not None:
         raise UserError(f"export: {model.config.name} of {checkpoint} is a bridge, which draws noise at each call: no program")
-    if to == "onnx" and _in_8_bits(model):  # in float64 convolutions, which ONNX Runtime has not
+    if to == "onnx" and in_8_bits(model):  # in float64 convolutions, which ONNX Runtime has not
         raise UserError(f"export: {model.config.name} of {checkpoint} is in 8 bits: not for onnx; torch-export has the op itself")
     try:
         with default_backend(backend):
@@ -163,7 +159,7 @@ def _torch_export(program: ExportedProgram, path: Path, metadata: dict[str, str]
 
 def _safetensors(model: Network, path: Path, checkpoint: Path, weights: Weights) -> Program:
     dtype, network = getattr(torch, weights), model.network if isinstance(model, Sampler) else model
-    whole = "scale" if _in_8_bits(network) else ()  # a code's can be too small for float16
+    whole = "scale" if in_8_bits(network) else ()  # a code's can be too small for float16
     tensors = {
         name: tensor if name.endswith(whole) or not tensor.is_floating_point() else tensor.to(dtype)
         for name, tensor in network.state_dict().items()

@@ -22,8 +22,8 @@ from autohdr.errors import UserError
 from autohdr.kernels.backends import as_on_a_gpu
 from autohdr.measure import expected_seconds, format_bytes, format_seconds, free_bytes, measure, resident_bytes
 from autohdr.models import create_model, tiling
-from autohdr.models.network import Network
-from autohdr.models.registry import build
+from autohdr.models.network import Network, in_8_bits, only_on_a_cpu
+from autohdr.models.registry import build, check_tensors
 
 MODES = ("inference", "training")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -118,7 +118,8 @@ def plan(
         timed: whether to measure: small passes on this device, on real memory (see measure.expected_seconds).
 
     Raises:
-        UserError: no such model, mode, precision or size; max_memory or recompute where it has no meaning, or too little memory.
+        UserError: no such model, mode, precision or size; max_memory or recompute where it has no meaning, or too little memory;
+            a model in 8 bits for another device than the CPU; as check_tensors.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if mode not in MODES or precision not in PRECISIONS or min(height, width, batch, accumulate) < 1:
@@ -134,12 +135,15 @@ def plan(
             f"got {network.config.name}, {mode}"
         )
     if not isinstance(model, str):
+        check_tensors(model, "plan")
         for own, given in zip(network.parameters(), model.parameters(), strict=True):
             own.requires_grad_(given.requires_grad)
     network.train(mode == "training").recompute = recompute
     if str(device).split(":")[0] not in ("cpu", "cuda", "meta"):
         raise UserError(f"device: expected cpu, cuda or meta, got {str(device)!r}")
     device = here = torch.device(device)
+    if device.type != "cpu" and in_8_bits(network):
+        raise only_on_a_cpu(f"the plan is for {device}")
     if not _is_here(device):
         here, timed = torch.device("cpu"), False
         precision = "bfloat16" if precision == "float16" else precision  # of the same size, and the CPU's ops take it

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -183,6 +184,16 @@ def test_a_model_in_8_bits_is_planned_for_inference_alone():
     assert plan(model, 128, max_memory=10**10, timed=True).seconds[0] > 0
     with pytest.raises(UserError, match="a model in 8 bits is for inference on a CPU, but it is being trained"):
         plan(model, 64, mode="training")
+    for device, options in product(("cuda", "meta"), ({}, {"max_memory": 10**10})):
+        with pytest.raises(UserError, match=f"a model in 8 bits is for inference on a CPU, but the plan is for {device}: take"):
+            plan(model, 64, device=device, **options)
+
+
+def test_what_is_not_merged_is_not_planned():
+    model = create_model("restormer_nano")
+    torch.nn.utils.parametrizations.weight_norm(model.output)
+    with pytest.raises(UserError, match="plan: expected the tensors of restormer_nano, got output.parametrizations.*: merge"):
+        plan(model, 64)
 
 
 def test_what_onednn_takes_inside_is_the_cpus():

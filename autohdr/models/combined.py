@@ -1,6 +1,7 @@
 """Networks made of networks: more from the same weights, for as many passes as there are members or flips; or nearly as much, for
 a fraction of one."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -13,7 +14,8 @@ from autohdr.autotone import luma
 from autohdr.errors import UserError
 from autohdr.models import guided
 from autohdr.models.lite import Lite
-from autohdr.models.network import Network, NetworkConfig
+from autohdr.models.network import Network, NetworkConfig, in_8_bits
+from autohdr.models.registry import check_tensors
 from autohdr.models.tiling import Rows, TensorRows
 
 VIEWS = (2, 4, 8)
@@ -36,9 +38,7 @@ class Combined(Network):
         super().__init__(NetworkConfig(name))
         self.networks: Sequence[Network] = nn.ModuleList(networks)  # pyright: ignore[reportAttributeAccessIssue]
         self.reduction = max(network.reduction for network in networks)
-        said = [network.metadata for network in networks]
-        if all("trained_on" in one for one in said):
-            self.metadata = {"trained_on": sorted({photo for one in said for photo in one["trained_on"]})}
+        self.metadata = _trained_on(networks)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.over(image, lambda network, view: network(view))
@@ -188,10 +188,10 @@ def combine(
 
 
 def soup(networks: Sequence[Network]) -> Network:
-    """The network whose weights are the mean of those of several checkpoints of one run, which becomes the first of them.
+    """A network whose weights are the mean of those of several checkpoints of one run.
 
     Source: Wortsman et al., Model Soups (2022), uniform. UserError for networks of several kinds or runs: the mean of weights
-    that no training has led from one another is no network.
+    that no training has led from one another is no network; for weights in 8 bits, and as check_tensors.
     """
     first, runs = networks[0], {network.metadata.get("run") for network in networks}
     kinds = {network.config.name for network in networks}
@@ -199,14 +199,23 @@ def soup(networks: Sequence[Network]) -> Network:
         raise UserError(f"a mean of weights: expected checkpoints of one model, got several: {', '.join(sorted(kinds))}")
     if len(runs) > 1 or None in runs:
         raise UserError("a mean of weights: expected checkpoints of one run, got several; a mean of outputs takes any")
-    states = [network.state_dict() for network in networks]
+    if in_8_bits(first):
+        raise UserError(f"a mean of weights: expected weights in floats, got {first.config.name} in 8 bits")
+    for network in networks:
+        check_tensors(network, "a mean of weights")
+    states, made = [network.state_dict() for network in networks], copy.deepcopy(first)
     with torch.no_grad():
-        for name, value in states[0].items():
+        for name, value in made.state_dict().items():
             if value.is_floating_point():
                 value.copy_(reduce(torch.add, (state[name].double() for state in states)) / len(states))
-    trained_on: set[Any] = {photo for network in networks for photo in network.metadata.get("trained_on", [])}
-    first.metadata = first.metadata | {"trained_on": sorted(trained_on)}
-    return first
+    made.metadata = {key: said for key, said in first.metadata.items() if key != "trained_on"} | _trained_on(networks)
+    return made
+
+
+def _trained_on(networks: Sequence[Network]) -> dict[str, Any]:
+    """What any of them was trained on, as metadata; {} unless all say it."""
+    said = [network.metadata.get("trained_on") for network in networks]
+    return {} if None in said else {"trained_on": sorted({photo for photos in said for photo in photos or ()})}
 
 
 def _over(network: Network, image: Tensor, run: Pass) -> Tensor:

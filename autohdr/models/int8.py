@@ -14,7 +14,7 @@ from autohdr.kernels.common import as_codes, layer_norm, scale_of_codes
 from autohdr.kernels.gdfn.reference import gated
 from autohdr.kernels.mdta.reference import hidden
 from autohdr.models.network import Network
-from autohdr.models.registry import build
+from autohdr.models.registry import build, check_tensors
 from autohdr.models.restormer import Attention, FeedForward, Restormer
 
 
@@ -26,11 +26,12 @@ def quantized(model: nn.Module, photos: Iterable[Tensor]) -> Network:
     it is multiplied by first is another for each image.
 
     photos: as the model takes them, (1, 3, H, W) float32.
-    Raises UserError unless the model is a Restormer in floats, and where there are no photos.
+    Raises UserError unless the model is a Restormer in floats, where there are no photos, and as check_tensors.
     """
     if not isinstance(model, Restormer) or model.config.int8:
         name = model.config.name if isinstance(model, Network) else type(model).__name__
         raise UserError(f"8 bits: expected a Restormer in floats, got {name}{' in 8 bits' * isinstance(model, Restormer)}")
+    check_tensors(model, "8 bits")
     largest = _largest(model, photos)
     if not largest:
         raise UserError("8 bits: expected at least one photo to calibrate with, got none")

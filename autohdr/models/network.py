@@ -214,6 +214,16 @@ class StagedNetwork(Network):
         return crop(x, *image.shape[-2:]) + image
 
 
+def in_8_bits(network: nn.Module) -> bool:
+    """Whether weights of it are codes of 8 bits, as int8.quantized makes them: for inference on a CPU alone."""
+    return any(parameter.dtype == torch.int8 for parameter in network.parameters())
+
+
+def only_on_a_cpu(use: str) -> UserError:
+    """The error for a model in 8 bits of which such a use is made."""
+    return UserError(f"a model in 8 bits is for inference on a CPU, but {use}: take the checkpoint that it was made of")
+
+
 def not_finite(output: Tensor, precision: str) -> str:
     """Why a network's output is refused that has a value which is not finite; empty for another one, and for samples."""
     if not output.is_floating_point() or output.sum(dtype=torch.float32).isfinite():  # without a mask as large as the image

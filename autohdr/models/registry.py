@@ -3,7 +3,11 @@
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from autohdr.errors import UserError
+from autohdr.models.diffusion import Sampler
 from autohdr.models.lite import Lite, LiteConfig
 from autohdr.models.mamba_diffusion import MambaDiffusion, MambaDiffusionConfig
 from autohdr.models.nafnet import NAFNet, NAFNetConfig
@@ -72,3 +76,19 @@ def build(config: NetworkConfig) -> Network:
     """A network of this configuration, with fresh weights."""
     (family,) = (family for family in FAMILIES.values() if family.Config is type(config))
     return family(config)
+
+
+def check_tensors(network: Network, what: str) -> None:
+    """UserError, which says for what, unless the network's tensors have the names that its configuration gives them.
+
+    Adapters and parametrisations have others until they are merged into the weights: who goes by names would miss what they do.
+    """
+    plain: nn.Module = network.network if isinstance(network, Sampler) else network
+    with torch.device("meta"):
+        expected = build(network.config).state_dict().keys()
+    if others := plain.state_dict().keys() ^ expected:
+        unlike = next((name for name in plain.state_dict() if name in others), min(others))
+        raise UserError(
+            f"{what}: expected the tensors of {network.config.name}, {'got' if unlike not in expected else 'without'} {unlike}: "
+            "merge adapters and parametrisations into the weights first: docs/fine_tuning.md"
+        )

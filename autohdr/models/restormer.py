@@ -13,9 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from autohdr import kernels
-from autohdr.errors import UserError
 from autohdr.models.layers import Conv2d, add_pointwise, pointwise, reach
-from autohdr.models.network import Blocks, Down, Embed, Half, NetworkConfig, Output, Stage, StagedNetwork, Up, count, is_whole
+from autohdr.models.network import (
+    Blocks,
+    Down,
+    Embed,
+    Half,
+    NetworkConfig,
+    Output,
+    Stage,
+    StagedNetwork,
+    Up,
+    count,
+    is_whole,
+    only_on_a_cpu,
+)
 
 
 @dataclass(frozen=True)
@@ -149,8 +161,7 @@ class Codes(nn.Module):
 def _check_int8(half: nn.Module, x: Tensor) -> None:
     """UserError where a half of a block in 8 bits is not used as it can be."""
     if half.training or x.device.type == "cuda":
-        did = "it is being trained" if half.training else f"the image is on {x.device}"
-        raise UserError(f"a model in 8 bits is for inference on a CPU, but {did}: take the checkpoint that it was made of")
+        raise only_on_a_cpu("it is being trained" if half.training else f"the image is on {x.device}")
 
 
 class AttentionInt8(Attention):

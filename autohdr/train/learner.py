@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_weights
 from autohdr.models.graphs import Graphed
+from autohdr.models.network import in_8_bits
 from autohdr.train.adversarial import Adversary
 from autohdr.train.checkpoint import to_cpu
 from autohdr.train.config import TrainConfig
@@ -49,7 +50,7 @@ class Learner:
         self.teacher = Teacher(config.teacher, device) if config.teacher else None  # before the seed: it draws weights, too
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **config.model_args)
-        if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
+        if in_8_bits(self.model):
             raise UserError(f"model_args: expected a model to train, got {config.model} in 8 bits, which is for inference alone")
         self.trained_on: set[str] = set(self.teacher.trained_on if self.teacher else ())
         if config.init_weights and fresh:

@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from autohdr.errors import UserError
-from autohdr.models import combine, create_model, guided
+from autohdr.models import Bridge, Sampler, combine, create_model, guided
 from autohdr.models.combined import LEAST, Ensemble, Reduced, SelfEnsemble, Sharpened, sharpen, soup
 from autohdr.models.network import Network, NetworkConfig
 
@@ -149,9 +150,12 @@ def nano(seed, **metadata):
 def test_a_soup_is_the_mean_of_weights_of_one_run():
     networks = [nano(seed, run="a", trained_on=[str(seed)]) for seed in range(3)]
     wanted = sum(network.output.weight.detach().double() for network in networks) / 3
+    before = networks[0].output.weight.detach().clone()
     made = soup(networks)
     torch.testing.assert_close(made.output.weight.detach(), wanted.float())
     assert made.metadata == {"run": "a", "trained_on": ["0", "1", "2"]}
+    assert torch.equal(networks[0].output.weight, before) and networks[0].metadata["trained_on"] == ["0"]
+    assert soup([networks[0], nano(1, run="a")]).metadata == {"run": "a"}  # one does not say it
 
 
 def test_no_soup_of_several_runs_or_models():
@@ -161,6 +165,31 @@ def test_no_soup_of_several_runs_or_models():
         soup([nano(0), nano(1)])
     with pytest.raises(UserError, match="one model, got several: lite, restormer_nano"):
         soup([nano(0, run="a"), create_model("lite")])
+
+
+def test_no_soup_of_codes_or_of_what_is_not_merged():
+    """Codes have no mean, and the mean of an adapter's factors is not that of the weights that they make."""
+    coded = [create_model("restormer_nano", int8=True) for _ in range(2)]
+    adapted = [nano(0, run="a"), nano(1, run="a")]
+    layer = adapted[1].latent.blocks[0].attn.qkv
+    parametrizations.weight_norm(layer)
+    for network in coded:
+        network.metadata = {"run": "a"}
+    with pytest.raises(UserError, match="a mean of weights: expected weights in floats, got restormer_nano in 8 bits"):
+        soup(coded)
+    name = "latent.blocks.0.attn.qkv.parametrizations.weight.original0"
+    with pytest.raises(UserError, match=f"a mean of weights: expected the tensors of restormer_nano, got {name}: merge"):
+        soup(adapted)
+    parametrize.remove_parametrizations(layer, "weight")
+    soup(adapted)
+
+
+def test_a_soup_of_a_bridges_checkpoints():
+    networks = [Sampler(create_model("mamba_diffusion_nano", dim=8, num_groups=1, dstate=3), Bridge()) for _ in range(2)]
+    for network in networks:
+        network.metadata = {"run": "a"}
+    made, wanted = soup(networks), sum(network.network.conv_last[0].weight.detach() for network in networks) / 2
+    torch.testing.assert_close(made.network.conv_last[0].weight.detach(), wanted)
 
 
 def test_what_they_were_trained_on_is_known_if_all_say_it():

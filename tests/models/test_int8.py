@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize
 
 from autohdr.errors import UserError
 from autohdr.models import create_model, load_checkpoint, load_weights, save_weights, tiling
@@ -101,3 +102,18 @@ def test_refuses_other_models(models, photos):
             quantized(model, photos)
     with pytest.raises(UserError, match="expected at least one photo to calibrate with, got none"):
         quantized(models[0], [])
+
+
+def test_refuses_what_is_not_merged(small, photos):
+    """A parametrisation and an adapter, each of a layer that is called and of one that is not; merged, it is quantised."""
+    for name in ("latent.blocks.0.attn.qkv", "patch_embed"):
+        model = small().eval()
+        layer = model.get_submodule(name)
+        parametrizations.weight_norm(layer)
+        with pytest.raises(UserError, match=f"the tensors of restormer_nano, got {name}.parametrizations.*: merge"):
+            quantized(model, photos)
+        parametrize.remove_parametrizations(layer, "weight")
+        quantized(model, photos)
+    model.output = torch.nn.Sequential(model.output)
+    with pytest.raises(UserError, match="expected the tensors of restormer_nano, got output.0.weight: merge"):
+        quantized(model, photos)
