@@ -195,7 +195,8 @@ class ModelOptions:
     average: Literal["outputs", "weights"] = "outputs"
     """Of several models, the mean of what they make, or of their weights, where they are checkpoints of one run."""
     flips: Literal[1, 2, 4, 8] = 1
-    """The mean over so many views of the photo: mirrored, upside down, transposed. Each costs a pass."""
+    """The mean over so many views of the photo, each a pass. 2 adds its mirror image, and is safe; 4 adds both upside down and 8
+    these transposed, and lose where a look treats above and below differently, as ceilings and floors."""
     fast: Annotated[bool, FlagCreatePairsOff] = False
     """Let the model see the photo at a third of its height and width, and carry its edit up: about a ninth of the work. Photos
     with a side of less than 64 pixels it sees whole."""
