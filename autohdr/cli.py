@@ -297,7 +297,8 @@ def compare(
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     forms: tuple[Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8", "sharpen"], ...] = (),
-    ensemble: tuple[Path, ...] = (),
+    ensemble: UseAppendAction[tuple[tuple[Path, ...], ...]] = (),
+    average: tuple[Literal["outputs", "weights"], ...] = ("outputs",),
     cost_size: str | None = None,
     lpips: tuple[Path, ...] = (),
     allow_trained: Annotated[bool, FlagCreatePairsOff] = False,
@@ -317,7 +318,9 @@ def compare(
         precision: bfloat16 and float16 run the models under autocast.
         forms: Measure each model in these forms too: in half precision, and as `enhance` has it with --fast, --flips 2, 4 and 8,
             and --sharpen 0.3.
-        ensemble: Two of the checkpoints or more, whose results' mean is measured as well.
+        ensemble: Two checkpoints or more, which are measured together as well. Given more than once, there are several.
+        average: Of each ensemble, the mean of what its models make, of their weights, where they are checkpoints of one run, or
+            both.
         cost_size: WIDTHxHEIGHT in pixels: seconds and memory are those of the first pair's source, brought to this size; by
             default those of the pairs.
         lpips: Measure LPIPS too, by the weights in these files: torchvision's alexnet-owt-7be5be79.pth and lpips'
@@ -330,13 +333,14 @@ def compare(
     from autohdr.measure import pick_device
     from autohdr.report import format_comparison
 
-    files, members = (
-        [SHIPPED if path == Path("lite") and not path.exists() else path for path in paths] for paths in (checkpoints, ensemble)
+    files, *ensembles = (
+        [SHIPPED if path == Path("lite") and not path.exists() else path for path in paths] for paths in (checkpoints, *ensemble)
     )
     listed = read_pairs(pairs)
     check_pairs(listed)
     settings = {"size": size, "resize": resize, "device": pick_device(device), "precision": precision, "points": points}
-    settings |= {"forms": forms, "ensemble": members, "cost_size": _parse_size(cost_size, "--cost-size") if cost_size else None}
+    settings |= {"forms": forms, "ensembles": ensembles, "average": average}
+    settings |= {"cost_size": _parse_size(cost_size, "--cost-size") if cost_size else None}
     print(format_comparison(compare(files, listed, out, lpips=lpips, allow_trained=allow_trained, **settings)))
     print(f"page: {out / 'compare.html'}")
 

@@ -39,6 +39,8 @@ SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
 Form = Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8", "sharpen"]
 """What a model can be measured as beside itself, by the options of `enhance`."""
+Average = Literal["outputs", "weights"]
+"""Of several models, what their mean is taken of."""
 _OPTIONS: dict[str, dict[str, Any]] = {"fast": {"fast": True}, "sharpen": {"sharpen": 0.3}} | {
     f"flips-{views}": {"flips": views} for views in (2, 4, 8)
 }
@@ -56,7 +58,8 @@ def compare(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     forms: Sequence[Form] = (),
-    ensemble: Sequence[Path] = (),
+    ensembles: Sequence[Sequence[Path]] = (),
+    average: Sequence[Average] = ("outputs",),
     cost_size: tuple[int, int] | None = None,
     allow_trained: bool = False,
     points: Points | None = None,
@@ -69,7 +72,9 @@ def compare(
     forms: what each model is measured as besides: under autocast, at a third of the size, as the mean over so many views,
         sharpened. One that a model does not have is left out, and the results' "left_out" says why. A form's differences are from
         its own model.
-    ensemble: those of the checkpoints whose mean of outputs is measured as well.
+    ensembles: checkpoints that are measured together as well, several times so many; they need not be compared by themselves.
+    average: what each ensemble's mean is taken of: outputs, weights (a soup) or both. A soup counts as a form of the first of its
+        members that is compared by itself; one whose members are not of one run is left out.
     cost_size: height and width of the photo that costs are measured on (evaluate.measure_costs), in the place of the pairs.
     points: what the score is made of; score.Points by default. The others as in `evaluate`.
 
@@ -77,24 +82,26 @@ def compare(
     mean of each metric with the half width of its 95% interval, the score and whether it is on the Pareto front; "told" how many
     images a metric is the mean of: those of which every method's is known (metrics.DETAILS). "worst" are the images that even the
     best of the models leaves farthest from the target, in ΔE2000.
-    Raises UserError where there are no checkpoints or pairs, for an ensemble of other checkpoints or of one, for a checkpoint
-    that can't be read, for pairs that one was trained on, and for a prediction that is not finite: before anything is written.
+    Raises UserError where there are no checkpoints or pairs, for an ensemble of one, for a checkpoint that can't be read, for
+    pairs that one was trained on, and for a prediction that is not finite: before any file is written. OSError where out_dir
+    can't be made: before anything is measured.
     """
     if not checkpoints:
         raise UserError("compare: expected at least one checkpoint, got none")
-    if strangers := [str(path) for path in ensemble if path not in checkpoints]:
-        raise UserError(f"compare: ensemble: expected some of the checkpoints that are compared, got {', '.join(strangers)}")
-    if len(ensemble) == 1:
-        raise UserError("compare: ensemble: expected two checkpoints or more, got one")
+    if any(len(members) < 2 for members in ensembles):
+        raise UserError(f"compare: ensemble: expected two checkpoints or more, got {min(map(len, ensembles))}")
+    if "weights" in average and not ensembles:
+        raise UserError("compare: average: expected ensembles to take the mean of the weights of, got none")
     check_settings(pairs, precision)
-    if unknown := sorted(set(forms) - set(get_args(Form))):
-        raise UserError(f"compare: forms: expected some of {', '.join(get_args(Form))}, got {', '.join(unknown)}")
+    for setting, given, known in (("forms", forms, get_args(Form)), ("average", average, get_args(Average))):
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"compare: {setting}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if precision in forms:
         raise UserError(f"compare: forms: {precision} is the precision of all models as it is")
     if cost_size and min(cost_size) < 1:
         raise UserError(f"compare: cost_size: expected a height and a width above 0, got {list(cost_size)}")
     points, out_dir, device = points or Points(), Path(out_dir), torch.device(device)
-    candidates, left_out = _candidates(checkpoints, forms, ensemble, precision, device)
+    candidates, left_out = _candidates(checkpoints, forms, ensembles, average, precision, device)
     first = next(iter(candidates))
     methods: dict[str, dict[str, Any]] = {"source": dict(_FREE)} | {name: dict(_FREE) for name in BASELINES}
     for name, (model, _, files, model_name, form_of) in candidates.items():
@@ -102,6 +109,7 @@ def compare(
         trained = count_trained(trained_photos(pairs, model, named, allow_trained))
         methods[name] = {"checkpoint": named, "file_bytes": sum(file.stat().st_size for file in files), "trained_pairs": trained}
         methods[name] |= model_facts(model, device) | {"name": model_name, "form_of": form_of}
+    out_dir.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost where it can't be
     models = {name: (candidate.model, candidate.precision) for name, candidate in candidates.items()}
     whole = [name for name, method in methods.items() if not method.get("form_of")]
 
@@ -132,7 +140,6 @@ def compare(
     results |= {"told": {metric: len(kept) for metric, kept in _told(images).items()}}
     worst.sort(reverse=True)
     results |= {"worst": [images[index]["name"] for _, index, _ in worst], "images": images}
-    out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / "compare.json", results)
     write_comparison(out_dir / "compare.html", results, [(images[index], pictures) for _, index, pictures in worst])
     return results
@@ -149,12 +156,18 @@ class _Candidate(NamedTuple):
 
 
 def _candidates(
-    checkpoints: Sequence[Path], forms: Sequence[Form], ensemble: Sequence[Path], precision: str, device: torch.device
+    checkpoints: Sequence[Path],
+    forms: Sequence[Form],
+    ensembles: Sequence[Sequence[Path]],
+    average: Sequence[Average],
+    precision: str,
+    device: torch.device,
 ) -> tuple[dict[str, _Candidate], list[str]]:
-    """By their names as methods the models, each before its forms, then the ensemble; and why a form is left out."""
+    """By their names as methods the models, each before its forms, then the ensembles; and why a form or a mean is left out."""
     names = _names(checkpoints)
     found: dict[str, _Candidate] = {}
-    networks, left_out = {path: load_checkpoint(path).to(device) for path in checkpoints}, []
+    files = dict.fromkeys([*checkpoints, *itertools.chain(*ensembles)])
+    networks, left_out = {path: load_checkpoint(path).to(device) for path in files}, []
     for name, path in zip(names, checkpoints, strict=True):
         network = networks[path]
         original = next((other for other, candidate in found.items() if made_of(network, candidate.model)), None)
@@ -171,9 +184,17 @@ def _candidates(
                 continue
             its_own = form if form in PRECISIONS else precision
             found[_free(f"{name}, {form}", {*names, *found})] = _Candidate(formed, its_own, [path], network.config.name, name)
-    if ensemble:
-        mean = combine([networks[path] for path in ensemble])
-        found[_free("ensemble", {*names, *found})] = _Candidate(mean, precision, ensemble, mean.config.name)
+    for members, kind in itertools.product(ensembles, dict.fromkeys(average)):
+        try:
+            mean = combine([networks[path] for path in members], average=kind)
+        except UserError as error:  # not all are checkpoints of one run
+            left_out.append(f"{' and '.join(map(str, members))}: {error}")
+            continue
+        name, own = "ensemble", None
+        if kind == "weights":
+            own = next((name for path, name in zip(checkpoints, names, strict=True) if path in members and name in found), None)
+            name = f"{own}, soup" if own else "soup"
+        found[_free(name, {*names, *found})] = _Candidate(mean, precision, members, mean.config.name, own)
     return found, left_out
 
 

@@ -154,10 +154,13 @@ def test_refuses_pairs_that_one_of_the_models_was_trained_on(pairs, files, tmp_p
 def test_command_line(pairs, tmp_path, capsys):
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     options = ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
-    assert main(["compare", "lite", *options, "--ssim", "0.5", "1"]) == 0
+    run = [str(weights(tmp_path / f"{name}.safetensors", seed, run="r")) for name, seed in (("a", 0), ("b", 1))]
+    together = ["--ensemble", "lite", run[0], "--ensemble", *run, "--average", "outputs", "weights"]
+    assert main(["compare", "lite", *options, "--ssim", "0.5", "1", *together]) == 0
     said = capsys.readouterr().out
     assert "Costs were measured on pictures of 0.00077 megapixels" in said
     assert "\nlite " in said and "\nauto-tone " in said and str(tmp_path / "out" / "compare.html") in said
+    assert all(f"\n{name} (" in said for name in ("ensemble", "ensemble (2)", "soup")) and "one model, got several" in said
     assert json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))["settings"]["points"]["ssim"] == [0.5, 1]
     for wrong, reason in (
         ([], "at least one checkpoint, got none"),
@@ -173,7 +176,7 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     for pair in large:  # fast sees what is smaller whole
         for file in (pair.src, pair.tar):
             Image.open(file).resize((66, 64)).save(file)
-    given = {"forms": ("bfloat16", "fast", "flips-8", "sharpen"), "ensemble": files, "cost_size": (32, 40)}
+    given = {"forms": ("bfloat16", "fast", "flips-8", "sharpen"), "ensembles": [files], "cost_size": (32, 40)}
     results = compare([*files, SHIPPED], large, tmp_path / "out", **given)
     methods, networks = results["methods"], [load_checkpoint(file) for file in files]
     formed = [f"{name}{form}" for name in (first, second) for form in ("", ", bfloat16", ", fast", ", flips-8", ", sharpen")]
@@ -182,7 +185,7 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
         "lite: fast: lite sees no more than a thumbnail as it is; expected another model",
         "lite: flips: lite lightens ceilings, whose mean with floors is none: expected 1 or 2, got 8",
     ]
-    sample = PairDataset(large)[0]  # as it lies in memory there: sums of other strides may end in another last bit
+    sample = PairDataset(large)[0]  # not the pixels alone: sums follow how they lie in memory
     source, target = sample["src"][None], sample["tar"][None]
     with torch.inference_mode():
         outputs = {f"{second}, fast": combine([networks[1]], fast=True)(source)}
@@ -207,6 +210,34 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
     assert "Not measured: lite: fast: lite sees no more" in said and said.count("does not say which photos") == 3
 
 
+def test_a_soup_is_a_form_of_its_member(pairs, files, tmp_path):
+    """Both means of an ensemble, of which one member is measured by itself; the mean of weights of other runs is left out."""
+    best, other = (weights(tmp_path / "run" / f"{name}.safetensors", seed, run="r") for name, seed in (("best", 3), ("last", 4)))
+    given = {"ensembles": [files, [other, best]], "average": ["outputs", "weights"]}
+    results = compare([files[0], best], pairs, tmp_path / "out", **given)
+    methods = results["methods"]
+    assert list(methods) == [*FIXED, "checkpoint_best", "best", "ensemble", "ensemble (2)", "best, soup"]
+    (reason,) = results["left_out"]
+    assert reason.startswith(f"{files[0]} and {files[1]}: a mean of weights: expected checkpoints of one run, got several")
+    networks = [load_checkpoint(file) for file in (other, best)]
+    sample = PairDataset(pairs)[0]
+    source, target = sample["src"][None], sample["tar"][None]
+    with torch.inference_mode():
+        outputs = {"best": networks[1](source), "ensemble (2)": combine(networks)(source)}
+        outputs["best, soup"] = combine(networks, average="weights")(source)
+    figures = results["images"][0]["figures"]
+    for name, output in outputs.items():
+        assert figures[name]["psnr"] == pytest.approx(METRICS["psnr"](output.clamp(0, 1), target).item(), abs=1e-6), name
+    assert len({round(figures[name]["psnr"], 3) for name in outputs}) == 3
+    soup = methods["best, soup"]
+    assert soup["form_of"] == "best" and soup["parameters"] == methods["best"]["parameters"]
+    assert soup["file_bytes"] == other.stat().st_size + best.stat().st_size and soup["macs_per_megapixel"] > 0
+    gains = [image["figures"]["best, soup"]["psnr"] - image["figures"]["best"]["psnr"] for image in results["images"]]
+    assert soup["difference"]["psnr"][0] == pytest.approx(np.mean(gains)) and any(gains)
+    alone = compare(files[:1], pairs, tmp_path / "out", ensembles=[[other, best]], average=["weights"])["methods"]
+    assert list(alone) == [*FIXED, "checkpoint_best", "soup"] and alone["soup"]["form_of"] is None
+
+
 def test_a_model_in_8_bits_is_a_form_of_its_own(pairs, files, tmp_path):
     coded = tmp_path / "coded.safetensors"
     save_weights(coded, quantized(load_checkpoint(files[1]), [torch.rand(1, 3, 24, 32)]), {})
@@ -224,13 +255,15 @@ def test_a_model_in_8_bits_is_a_form_of_its_own(pairs, files, tmp_path):
 
 def test_a_form_never_takes_another_files_name(files, tmp_path):
     odd = weights(tmp_path / "one" / "checkpoint_best, flips-8.safetensors", 2)
-    names = list(comparison._candidates([files[0], odd], ["flips-8"], [files[0], odd], "float32", torch.device("cpu"))[0])
+    together = [[files[0], odd]] * 2, ["outputs"]
+    names = list(comparison._candidates([files[0], odd], ["flips-8"], *together, "float32", torch.device("cpu"))[0])
     assert names == [
         "checkpoint_best",
         "checkpoint_best, flips-8 (2)",
         "checkpoint_best, flips-8",
         "checkpoint_best, flips-8, flips-8",
         "ensemble",
+        "ensemble (2)",
     ]
 
 
@@ -245,19 +278,28 @@ def test_costs_are_those_of_the_size_that_is_asked_for(pairs, files, tmp_path, m
     assert results["settings"]["cost_size"] == (40, 60)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(pairs, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "measured", lambda *args, **settings: pytest.fail("measured"))
+    with pytest.raises(OSError, match="checkpoint_best.safetensors"):
+        compare(files[:1], pairs, files[0])
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"ensemble": ["one"]}, "expected two checkpoints or more, got one"),
-        ({"ensemble": ["one", "three"]}, "expected some of the checkpoints that are compared, got .*three"),
+        ({"ensembles": [["one", "two"], ["one"]]}, "ensemble: expected two checkpoints or more, got 1"),
+        ({"ensembles": [["one", "three"]]}, "three/checkpoint_best.safetensors: cannot be read: No such file"),
+        ({"average": ["weights"]}, "average: expected ensembles to take the mean of the weights of, got none"),
+        ({"average": ["photos"], "ensembles": [["one", "two"]]}, "average: expected some of outputs, weights, got photos"),
         ({"forms": ["flips"]}, "forms: expected some of bfloat16, float16, fast, flips-2, flips-4, flips-8, sharpen, got flips"),
         ({"forms": ["bfloat16"], "precision": "bfloat16"}, "forms: bfloat16 is the precision of all models as it is"),
         ({"cost_size": (0, 40)}, r"expected a height and a width above 0, got \[0, 40\]"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong, said, pairs, files, tmp_path):
-    if "ensemble" in wrong:
-        wrong["ensemble"] = [tmp_path / run / "checkpoint_best.safetensors" for run in wrong["ensemble"]]
+    if "ensembles" in wrong:
+        members = [[tmp_path / run / "checkpoint_best.safetensors" for run in runs] for runs in wrong["ensembles"]]
+        wrong = wrong | {"ensembles": members}
     with pytest.raises(UserError, match=said):
         compare(files, pairs, tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
