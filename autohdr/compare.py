@@ -74,7 +74,7 @@ def compare(
         its own model.
     ensembles: checkpoints that are measured together as well, several times so many; they need not be compared by themselves.
     average: what each ensemble's mean is taken of: outputs, weights (a soup) or both. A soup counts as a form of the first of its
-        members that is compared by itself; one whose members are not of one run is left out.
+        members that is compared by itself; one whose members are not of one run is left out, and so is a mean of equal weights.
     cost_size: height and width of the photo that costs are measured on (evaluate.measure_costs), in the place of the pairs.
     points: what the score is made of; score.Points by default. The others as in `evaluate`.
 
@@ -186,8 +186,8 @@ def _candidates(
             found[_free(f"{name}, {form}", {*names, *found})] = _Candidate(formed, its_own, [path], network.config.name, name)
     for members, kind in itertools.product(ensembles, dict.fromkeys(average)):
         try:
-            mean = combine([networks[path] for path in members], average=kind)
-        except UserError as error:  # not all are checkpoints of one run
+            mean = _mean([networks[path] for path in members], kind)
+        except UserError as error:  # such as checkpoints of several runs, for a mean of weights
             left_out.append(f"{' and '.join(map(str, members))}: {error}")
             continue
         name, own = "ensemble", None
@@ -196,6 +196,14 @@ def _candidates(
             name = f"{own}, soup" if own else "soup"
         found[_free(name, {*names, *found})] = _Candidate(mean, precision, members, mean.config.name, own)
     return found, left_out
+
+
+def _mean(members: Sequence[Network], average: Average) -> Network:
+    """UserError as combine raises it, and where all members have the same weights, as a run's best and last epoch can be one."""
+    first, *others = [network.state_dict() for network in members]
+    if all(first.keys() == its.keys() and all(torch.equal(first[name], its[name]) for name in its) for its in others):
+        raise UserError(f"a mean of {average}: expected different weights, got the same: it is each of them")
+    return combine(members, average=average)
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -213,12 +214,16 @@ def test_forms_and_the_ensemble_stand_beside_their_models(pairs, files, tmp_path
 def test_a_soup_is_a_form_of_its_member(pairs, files, tmp_path):
     """Both means of an ensemble, of which one member is measured by itself; the mean of weights of other runs is left out."""
     best, other = (weights(tmp_path / "run" / f"{name}.safetensors", seed, run="r") for name, seed in (("best", 3), ("last", 4)))
-    given = {"ensembles": [files, [other, best]], "average": ["outputs", "weights"]}
+    twice = shutil.copy(best, tmp_path / "twice.safetensors")
+    given = {"ensembles": [files, [other, best], [best, twice]], "average": ["outputs", "weights"]}
     results = compare([files[0], best], pairs, tmp_path / "out", **given)
     methods = results["methods"]
     assert list(methods) == [*FIXED, "checkpoint_best", "best", "ensemble", "ensemble (2)", "best, soup"]
-    (reason,) = results["left_out"]
+    reason, *same = results["left_out"]
     assert reason.startswith(f"{files[0]} and {files[1]}: a mean of weights: expected checkpoints of one run, got several")
+    named = f"{best} and {twice}: a mean of"
+    said = "expected different weights, got the same: it is each of them"
+    assert same == [f"{named} outputs: {said}", f"{named} weights: {said}"]
     networks = [load_checkpoint(file) for file in (other, best)]
     sample = PairDataset(pairs)[0]
     source, target = sample["src"][None], sample["tar"][None]
