@@ -19,7 +19,7 @@ from autohdr import measure as measuring
 from autohdr.autotone import auto_tone
 from autohdr.data.colour import decode_srgb
 from autohdr.data.images import Photo, from_float, photo_layout, read_photo, read_rgb, read_samples, to_float, write_photo
-from autohdr.edits import SHIPPED, Edit, edited_by
+from autohdr.edits import SHIPPED, Edit, edited_by, shipped
 from autohdr.enhance import Enhancer, enhance, enhancer, networks
 from autohdr.errors import UserError
 from autohdr.kernels import apply_edit, backends
@@ -646,6 +646,21 @@ def test_an_edit_by_pixels_makes_no_copy_in_floating_point(tmp_path, monkeypatch
     worker.run(work)
     assert worker.encode(work) and work.photo.pixels is not samples and work.photo.pixels.dtype == samples.dtype
     assert (work.photo.pixels != samples).any()
+
+
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)], ids=lambda size: f"{size[1]}x{size[0]}")
+@pytest.mark.parametrize("model", [shipped(), None], ids=["lite", "auto-tone"])
+def test_photos_of_one_row_or_column(tmp_path, model, size, depth, grey):
+    """Whose axes of one element have any stride."""
+    samples = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(samples[..., 0] if grey else samples).save(tmp_path / "photo.png")
+    for format in ("png", "tiff") if depth == 16 else ("png", "jpeg", "tiff", "webp", "avif"):
+        enhanced, _, reason = Enhancer(model, format=format, depth=depth).file(tmp_path / "photo.png")
+        assert not reason, format
+        (tmp_path / f"enhanced.{format}").write_bytes(enhanced)
+        assert photo_layout(tmp_path / f"enhanced.{format}") == (*size, depth)
 
 
 def p3_profile():

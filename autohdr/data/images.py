@@ -209,6 +209,7 @@ def encode_photo(photo: Photo, quality: int | None = None, subsampling: str = ""
         samples = np.dstack([samples, photo.alpha])
     try:
         samples = np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+        samples = samples.reshape(-1).reshape(samples.shape)  # an axis of one element has any stride, which PNG's encoder minds
         return ENCODERS[photo.format](samples, photo.exif, photo.icc_profile, photo.extra, options)
     except (ValueError, TypeError, struct.error, OSError) as error:  # a size or metadata that the format does not hold
         raise UserError(f"cannot be written as {photo.format}: {error}") from error
