@@ -473,7 +473,7 @@ def _parse_size(text: str, option: str) -> tuple[int, int]:
 def export(
     checkpoint: Positional[Path | None] = None,
     *,
-    to: Literal["onnx", "torch-export", "safetensors"] = "onnx",
+    to: Literal["onnx", "torch-export", "aoti", "safetensors"] = "onnx",
     out: Path,
     weights: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
@@ -484,7 +484,8 @@ def export(
     Args:
         checkpoint: Weights, such as the checkpoint_best.safetensors of a run folder; by default the model that ships.
         to: onnx: for ONNX Runtime and others (pip install "autohdr[onnx]"). torch-export: for torch.export.load, with autohdr's
-            own ops. safetensors: a checkpoint for autohdr.
+            own ops. aoti: for torch._inductor.aoti_load_package, the same compiled by a C++ compiler for this processor.
+            safetensors: a checkpoint for autohdr.
         out: File, .onnx, .pt2 or .safetensors. One that is farther than 1/255 from the model is not kept.
         weights: Of a checkpoint, in the file: half of it in half precision. The model that is loaded from it is float32 again.
     """

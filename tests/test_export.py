@@ -183,6 +183,30 @@ def test_lite_for_torch_export(tmp_path):
     assert largest_difference(program, load_checkpoint(checkpoint)) <= 1e-5
 
 
+def test_a_network_in_aoti(tmp_path, capsys):
+    """AOTInductor's convolutions of images with sides that it can't follow back were wrong without a word."""
+    quick = {"cpp.simdlen": 1, "aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+    one_level = {"encoder_blocks": (1,), "middle_blocks": 0, "decoder_blocks": (0,)}
+    checkpoint, out = saved(tmp_path / "nafnet.safetensors", "nafnet_nano", **one_level), tmp_path / "nafnet.pt2"
+    with torch._inductor.config.patch(quick):
+        assert run(checkpoint, "--to", "aoti", "--out", out) == 0
+    assert re.search(r"at 61×97, 5×1031, 1031×3 pixels at most 0\.0\d+ / 255 from the model", capsys.readouterr().out)
+    program, model = torch._inductor.aoti_load_package(str(out)), load_checkpoint(checkpoint)
+    said = program.get_metadata()
+    assert said["model"] == "nafnet_nano" and json.loads(said["settings"])["encoder_blocks"] == [1]
+    assert said["weights_sha256"] == sha256(checkpoint) and said["sides"] == "any, from 3 on"
+    assert largest_difference(program, model, [(3, 3), (33, 47), (4, 131), (64, 3)]) <= 1e-5
+    for size in [(2, 33), (33, 1)]:
+        with pytest.raises(RuntimeError, match="Expected"):
+            program(torch.rand(1, 3, *size))
+
+
+def test_what_aoti_can_not_compile_is_named(convolution, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
+    said = refusal(capsys, tmp_path / "lite.pt2", "--to", "aoti")
+    assert "lite.pt2: not written: AOTInductor: InvalidCxxCompiler: No working C++ compiler found" in said
+
+
 @pytest.mark.parametrize("weights", ["float16", "bfloat16"])
 def test_weights_in_half_are_loaded_as_they_are(weights, tmp_path, capsys):
     checkpoint, out = saved(tmp_path / "a.safetensors", "lite", {"trained_on": ["x"]}, members=4), tmp_path / "b.safetensors"
@@ -273,3 +297,24 @@ def test_whole_models_in_onnx_runtime_and_openvino(name, settings, tmp_path):
     assert largest_difference(in_onnx_runtime(out), model) <= 1e-4
     compiled = pytest.importorskip("openvino").Core().compile_model(str(out), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert largest_difference(lambda image: torch.from_numpy(compiled(image.numpy())[0]), model) <= 1e-4
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("lite", {}),
+        ("restormer_nano", {}),
+        ("nafnet_nano", {}),
+        ("swinir_nano", {}),
+        ("mamba_small", {"dim": 8, "num_groups": 2, "num_blocks": 1}),
+    ],
+    ids=str,
+)
+def test_whole_models_in_aoti(name, settings, tmp_path):
+    checkpoint, out = saved(tmp_path / "weights.safetensors", name, **settings), tmp_path / "model.pt2"
+    assert run(checkpoint, "--to", "aoti", "--out", out) == 0
+    model = load_checkpoint(checkpoint)
+    least = model.multiple + 1
+    sizes = [(max(height, least), max(width, least)) for height, width in SIZES]
+    assert largest_difference(torch._inductor.aoti_load_package(str(out)), model, sizes) <= 1e-4

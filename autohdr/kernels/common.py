@@ -1,7 +1,7 @@
 """What the ops share: dtypes, autocast, layouts, checks of arguments, and the image ops' layer norm."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +89,35 @@ def _has_autocast(device: str) -> bool:
     return True
 
 
+_above_one = False
+
+
+@contextmanager
+def counts_above_one() -> Iterator[None]:
+    """What is exported meanwhile, with prefer_deferred_runtime_asserts_over_guards, requires any_count's numbers to be above 1.
+
+    For AOTInductor, which takes a convolution's output for contiguous where a side is not to be followed back, although it is
+    channels-last, and reads the wrong pixels (torch 2.13 and 2.14: conv in torch/_subclasses/fake_impls.py).
+    """
+    global _above_one
+    _above_one = True
+    try:
+        yield
+    finally:
+        _above_one = False
+
+
 def any_count(count: int) -> int:
     """A number above 0 that follows from an image's sides, of which an exported program assumes no more.
 
     PyTorch takes a number out of a tensor for any number. Of one that it can follow back to the sides it would ask whether it is
-    1, as the height of a network's deepest level, and the program would be for images like the example alone.
+    1, as the height of a network's deepest level, and the program would be for images like the example alone; under
+    counts_above_one it asks as it runs, and stops where it is.
     """
     if torch.compiler.is_exporting():
+        if _above_one:
+            torch._check(count > 1)
+            return count
         count = torch.tensor(count).item()  # pyright: ignore[reportAssignmentType]
         torch._check(count >= 1)
     return count
