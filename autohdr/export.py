@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -177,7 +178,9 @@ def _aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Pro
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     try:
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its own use of pytrees
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
     except Exception as error:  # its own kinds, of which most say much more than why, and the compiler's
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"export: {path.name}: not written: AOTInductor: {why}") from error
