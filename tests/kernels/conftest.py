@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from backend import BACKEND, EMULATED, INTERPRETED, SLOW
+from torch.utils._pytree import tree_leaves
 
 from autohdr import _C
 from autohdr.kernels import OPS, declare
@@ -87,6 +88,33 @@ elif INTERPRETED:
     # Of sums of integers it finds whether they overflow, and then looks whether anybody asked: a quarter of the time.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def place(storage):
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+    def known_places(self, args_dev, kwargs):
+        """The same, and notes where the tensors of the launch lie."""
+        found = init_args(self, args_dev, kwargs)
+        places[:] = {place(t.untyped_storage()) for t in tree_leaves(found) if isinstance(t, torch.Tensor)}
+        return found
+
+    def inside(access, of_mask):
+        """The same where it touches the memory of one tensor of the launch and no other, which a GPU may not notice."""
+
+        def run(self, pointers, *more):
+            touched = pointers.data[more[of_mask].data]
+            if touched.size:
+                first, end = int(touched.min()), int(touched.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+                if not any(a <= first and end <= b for a, b in places):
+                    raise IndexError(f"{access.__name__}: {first:#x} to {end:#x} is not within a tensor of the launch")
+            return access(self, pointers, *more)
+
+        return run
+
+    init_args, places = interpreter.GridExecutor._init_args_hst, []
+    interpreter.GridExecutor._init_args_hst = known_places
+    for name, of_mask in (("create_masked_load", 0), ("create_masked_store", 1)):
+        setattr(type(builder), name, inside(getattr(type(builder), name), of_mask))
     importlib.import_module("autohdr.kernels.selective_scan.declaration").CHUNK = 8  # for the same paths with fewer tokens
     for name in declare.KERNELS:
         declare.register_triton(name, "cpu")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from backend import BACKEND, DEVICE, SLOW
+from backend import BACKEND, DEVICE, INTERPRETED, SLOW
 from calls import image_call
 from image_op import KeepingOpTests, case, cases, draws
 
@@ -124,6 +124,27 @@ class TestGdfn(KeepingOpTests):
         tensors[0].view(torch.int32)[0, 3, 2, 4] = 0x7FFFFFFF  # as a GPU computes it
         nan = gdfn(*tensors, backend=BACKEND).isnan()[0]
         assert nan[:, 1:4, 3:6].all() and nan.sum() == 8 * 9
+
+    @pytest.mark.skipif(not INTERPRETED, reason="of the interpreter, which conftest.py has look at addresses")
+    @pytest.mark.parametrize("stores", [False, True])
+    def test_what_lies_beyond_a_tensor_is_not_touched(self, stores):
+        """None of the other tests touches it, or it would fail as this kernel does."""
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def touch(x, COUNT: tl.constexpr, STORES: tl.constexpr):
+            at = x + tl.arange(0, 16)
+            inside = tl.arange(0, 16) < COUNT
+            if STORES:
+                tl.store(at, 1.0, mask=inside)
+            else:
+                tl.load(at, mask=inside)
+
+        x = torch.zeros(9)
+        touch[(1,)](x[1:], 8, stores)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="not within a tensor of the launch"):
+            touch[(1,)](x[1:], 9, stores)
 
     @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
     def test_nan_in_tf32(self, tf32):

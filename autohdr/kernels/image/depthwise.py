@@ -58,9 +58,9 @@ def normal_cdf(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def convolution(image, taps, y, x, channel, height, width, pitch, taps_pitch, ROWS: tl.constexpr):
-    """The 3×3 convolution with taps [9, taps_pitch] of the pixels x of ROWS rows from y on, each float32 [x, channel]. image
-    is at row y; its pixels are `pitch` apart. A row that is loaded serves three."""
+def convolution(image, taps, y, x, channel, end, width, pitch, taps_pitch, ROWS: tl.constexpr):
+    """The 3×3 convolution with taps [9, taps_pitch] of the pixels x of ROWS rows from y on, each float32 [x, channel]; rows are
+    zeros from `end` on. image is at row y; its pixels are `pitch` apart. A row that is loaded serves three."""
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros([x.shape[0], channel.shape[0]], tl.float32),)
@@ -70,7 +70,7 @@ def convolution(image, taps, y, x, channel, height, width, pitch, taps_pitch, RO
         above, own = tl.load(taps + j * taps_pitch + channel)[None, :], tl.load(taps + (3 + j) * taps_pitch + channel)[None, :]
         below = tl.load(taps + (6 + j) * taps_pitch + channel)[None, :]
         for i in tl.static_range(-1, ROWS + 1):
-            there = (column >= 0) & (column < tl.where((y + i >= 0) & (y + i < height), width, 0))
+            there = (column >= 0) & (column < tl.where((y + i >= 0) & (y + i < end), width, 0))
             value = tl.load(image + i * width.to(tl.int64) * pitch + offset, mask=there[:, None], other=0.0).to(tl.float32)
             added = ()
             for r in tl.static_range(ROWS):
@@ -106,7 +106,8 @@ def _convolve(
     of_row = tl.cdiv(width, BX)
     x = tl.program_id(0) % of_row * BX + tl.arange(0, BX)
     row, channel = tl.program_id(0) // of_row * ROWS, tl.program_id(1) * BC + tl.arange(0, BC)
-    place, begin = (height, width, image.row, taps_pitch), row * width.to(tl.int64)
+    end = tl.minimum(height, first + pixels // width + 1)  # of what image has: a tile's rows may be more than are left
+    place, begin = (end, width, image.row, taps_pitch), row * width.to(tl.int64)
     data = image.data + tl.program_id(2).to(tl.int64) * image.image + begin * image.row
     values = convolution(data, taps, first + row, x, channel, *place, ROWS)
     if GATED:
