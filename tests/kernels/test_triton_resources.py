@@ -58,8 +58,9 @@ def gdfn_calls():
 
 
 def mdta_calls():
-    """Heads of 48 and of 96 channels, and products of both widths."""
-    for channels, heads, dtype in ((48, 1, torch.bfloat16), (192, 2, torch.bfloat16), (192, 2, torch.float32)):
+    """Heads of 48 and of 96 channels, products of both widths, and channels that 16, 32 and 64 divide."""
+    cases = (48, 1, torch.bfloat16), (96, 2, torch.bfloat16), (192, 2, torch.bfloat16), (48, 1, torch.float32)
+    for channels, heads, dtype in (*cases, (192, 2, torch.float32)):
         sizes = (3 * channels, channels, 1, 1), (3 * channels, 1, 3, 3), (heads, 1, 1), (channels, channels, 1, 1)
         arguments = _image_arguments(channels, dtype, *sizes)
         gram, norm = torch.ones(1, heads, channels // heads, channels // heads), torch.ones(1, channels)

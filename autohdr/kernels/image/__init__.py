@@ -4,7 +4,7 @@ view       images in memory, as kernels take them
 steps      how an op walks its images, and memory for a step
 norm       layer norm over the channels
 repack     weights and sums in the order that kernels want
-depthwise  the 3×3 convolution
+depthwise  the 3×3 convolution, and the gates that follow it
 product    matrix products between pixels and channels
 expansion  norm, 1×1 and 3×3, which both ops begin with
 

@@ -1,50 +1,18 @@
-"""The depthwise 3×3 convolution, as what a kernel reads, and its backward pass."""
+"""The depthwise 3×3 convolution, with the gates that follow it, and its backward pass."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from autohdr.kernels.image.view import VARYING, Place, View, tile
+from autohdr.kernels.image.view import VARYING, View
 
 _ROWS = 4  # that a program of the forward pass convolves at once: a row is loaded for three of them
-_TILE = 2048  # pixels × channels that a program of the backward pass holds, nine sums of them
-_SUMS = 131072  # channels × slots of the taps' gradients: enough programs for a device where there are few channels
-_FEWEST_SLOTS, _MOST_SLOTS = 32, 512
+_BACKWARD_ROWS = 4
+_TILE = 512  # pixels of a row × channels of a program of the backward pass, which holds nine sums of each
+_PROGRAMS = 1056  # of the backward pass, where there are pixels enough
+_FEWEST_SLOTS = 32
 _TILES_EACH = 4  # that a program of the backward pass takes at least, or its sums would cost more than they
-
-
-@triton.jit
-def row_at(image, there, y, i, place, channels):
-    """The pixels i rows further down: where their elements are, and which of those that are `there` are in the image."""
-    return image + i * place.width.to(tl.int64) * channels, there & ((y + i >= 0) & (y + i < place.height))[:, None]
-
-
-@triton.jit
-def load_tap(row, offset, there, x, J: tl.constexpr, width, channels):
-    """The elements at row + offset of the pixels J further right, float32; zeros where not there and outside the image."""
-    if J == -1:
-        there &= (x > 0)[:, None]
-    elif J == 1:
-        there &= (x < width - 1)[:, None]
-    return tl.load(row + J * channels + offset, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def depthwise(image, taps, place, begin, channel, has, channels, SIZE: tl.constexpr):
-    """The 3×3 convolution with taps [9, channels] of SIZE of an image's pixels from `begin` on, float32 [SIZE, channel]."""
-    pixel = begin + tl.arange(0, SIZE)
-    y, x = place.first + pixel // place.width, pixel % place.width
-    there = (pixel < place.pixels)[:, None] & has[None, :]
-    image += begin.to(tl.int64) * channels
-    offset = tl.arange(0, SIZE)[:, None] * channels + channel[None, :]
-    total = tl.zeros(there.shape, tl.float32)
-    for i in range(3):  # not unrolled: the loads of nine taps at once would not fit the registers
-        row, in_row = row_at(image, there, y, i - 1, place, channels)
-        for j in tl.static_range(3):
-            tap = tl.load(taps + (i * 3 + j) * channels + channel, mask=has, other=0.0)
-            total += load_tap(row, offset, in_row, x, j - 1, place.width, channels) * tap[None, :]
-    return total
 
 
 @triton.jit
@@ -90,61 +58,125 @@ def convolution(image, taps, y, x, channel, end, width, pitch, taps_pitch, ROWS:
 def _convolve(
     image,  # [images][pixels][image.row]
     taps,  # [9][taps_pitch]
-    out,  # [images][pixels][out.row]
+    bias,  # [taps_pitch], or None
+    out,  # [images][pixels][out.row], or None
+    d,  # [images][pixels][d.row], of a gate's backward pass, or None
+    sums,  # [images][programs of an image][channels], or None
     part,
+    channels,
     taps_pitch,
     pixels,
     first,
     height,
     width,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     ROWS: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """out = the 3×3 convolution, or its gelu times that `part` channels on. A program owns ROWS × BX pixels and BC channels."""
+    """out = the 3×3 convolution plus bias, or a gate's value of its halves, the second `part` channels on; sums = what a program
+    adds up of that. A program owns ROWS × BX pixels and BC channels.
+
+    d, whose first half is the gradient of the gate's value, becomes that of the convolution.
+    """
     of_row = tl.cdiv(width, BX)
     x = tl.program_id(0) % of_row * BX + tl.arange(0, BX)
     row, channel = tl.program_id(0) // of_row * ROWS, tl.program_id(1) * BC + tl.arange(0, BC)
-    end = tl.minimum(height, first + pixels // width + 1)  # of what image has: a tile's rows may be more than are left
-    place, begin = (end, width, image.row, taps_pitch), row * width.to(tl.int64)
-    data = image.data + tl.program_id(2).to(tl.int64) * image.image + begin * image.row
-    values = convolution(data, taps, first + row, x, channel, *place, ROWS)
-    if GATED:
-        gates = convolution(data + part, taps + part, first + row, x, channel, *place, ROWS)
-    to = out.data + tl.program_id(2).to(tl.int64) * out.image + begin * out.row + x[:, None] * out.row + channel[None, :]
+    rows, image_at = pixels // width, tl.program_id(2).to(tl.int64)
+    end, begin = tl.minimum(height, first + rows + 1), row * width.to(tl.int64)
+    data, at = image.data + image_at * image.image + begin * image.row, x[:, None]
+    values = convolution(data, taps, first + row, x, channel, end, width, image.row, taps_pitch, ROWS)
+    if GATE != "none":
+        gates = convolution(data + part, taps + part, first + row, x, channel, end, width, image.row, taps_pitch, ROWS)
+    wanted = (channel < channels)[None, :]
+    total = tl.zeros([BX, BC], tl.float32)
     for r in tl.static_range(ROWS):
         value = values[r]
-        if GATED:
-            value *= normal_cdf(value, out.data.dtype.element_ty) * gates[r]
-        there = x < tl.where((row + r) * width < pixels, width, 0)
-        tl.store(to + r * width.to(tl.int64) * out.row, value, mask=there[:, None])
+        there = (x < tl.where(row + r < rows, width, 0))[:, None] & wanted
+        if bias is not None:
+            value += tl.load(bias + channel)[None, :]
+        if GATE != "none":
+            gate = gates[r]
+            if bias is not None:
+                gate += tl.load(bias + part + channel)[None, :]
+            along = gate
+            if GATE == "gelu":
+                cdf = normal_cdf(value, image.data.dtype.element_ty)
+                along *= cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / √(2π)
+                value *= cdf
+            if d is not None:
+                to = d.data + image_at * d.image + (begin + r * width) * d.row + at * d.row + channel[None, :]
+                gradient = tl.load(to, mask=there, other=0.0).to(tl.float32)
+                tl.store(to, gradient * along, mask=there)
+                tl.store(to + part, gradient * value, mask=there)
+            value *= gate
+        if out is not None:
+            to = out.data + image_at * out.image + (begin + r * width) * out.row + at * out.row + channel[None, :]
+            tl.store(to, value, mask=there)
+        if sums is not None:
+            total += tl.where(there, value, 0.0)
+    if sums is not None:
+        to = sums + (image_at * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+        tl.store(to, tl.sum(total, 0), mask=channel < channels)
 
 
-def convolve(hidden: View, taps: Tensor, out: View, *, gated: bool = False) -> View:
-    """out = hidden's 3×3 convolution with taps [9, channels], or the gelu of its first half of channels times the second one. The
-    channels of both are multiples of 16, hidden reaches a row further. Returns out."""
-    images, rows, width, channels = out.data.shape
+def _columns(channels: int, most: int) -> tuple[int, int]:
+    """How many pixels of a row and channels, of a multiple of 16, a program takes: `most` elements."""
     bc = min(channels & -channels, 64)
-    bx = (512 if gated else 1024) // bc
-    _convolve[triton.cdiv(width, bx) * triton.cdiv(rows, _ROWS), channels // bc, images](
+    return most // bc, bc
+
+
+def _forward_grid(hidden: View, gated: bool) -> tuple[int, int, tuple[int, int, int]]:
+    """BX, BC, and how many programs: of an image, of its channels, and of images."""
+    images, rows, width, channels = hidden.data.shape
+    part = channels // 2 if gated else channels
+    bx, bc = _columns(part, 512 if gated else 1024)
+    return bx, bc, (triton.cdiv(width, bx) * triton.cdiv(rows, _ROWS), part // bc, images)
+
+
+def gate_sums(hidden: View, channels: int) -> Tensor:
+    """Memory for what programs of a gate add up [images, programs, channels]."""
+    _, _, (programs, _, images) = _forward_grid(hidden, True)
+    return torch.empty((images, programs, channels), dtype=torch.float32, device=hidden.data.device)
+
+
+def convolve(
+    hidden: View,
+    taps: Tensor,
+    out: View | None,
+    *,
+    bias: Tensor | None = None,
+    gate: str = "none",
+    d: View | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """Launches _convolve: out = hidden's 3×3 convolution with taps [9, channels] plus bias, or the gate of its halves: "gelu" (of
+    the first, times the second) or "simple" (the first times the second). hidden, whose channels are multiples of 16, reaches a
+    row further; out and sums may have fewer channels."""
+    bx, bc, grid = _forward_grid(hidden, gate != "none")
+    part = grid[1] * bc
+    channels = out.data.shape[3] if out else part if sums is None else sums.shape[2]
+    _convolve[grid](
         hidden.matrix,
         taps,
-        out.matrix,
+        bias,
+        out and out.matrix,
+        d and d.matrix,
+        sums,
+        part,
         channels,
         taps.stride(0),
         *hidden.place,
-        GATED=gated,
+        GATE=gate,
         ROWS=_ROWS,
         BX=bx,
         BC=bc,
         enable_fp_fusion=True,
     )
-    return out
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _backward(
+def _depthwise_backward(
     hidden,  # [images][pixels][channels], as d and d_hidden
     d,  # the gradient of hidden's convolution
     taps,  # [9][channels]
@@ -156,50 +188,73 @@ def _backward(
     first,
     height,
     width,
-    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """d_hidden, and sums += the gradients of the taps. A program owns BC channels and every slots-th tile of BP pixels."""
-    place = Place(pixels, first, height, width)
+    """d_hidden, and sums += the gradients of the taps. A program owns BC channels and every slots-th tile of ROWS × BX pixels."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
-    has = channel < channels
-    each = tl.cdiv(pixels, BP)
-    at = tl.arange(0, BP)[:, None] * channels + channel[None, :]
-    zero = tl.zeros([BP, BC], tl.float32)
-    totals = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    of_row, rows = tl.cdiv(width, BX), pixels // width
+    each, end = of_row * tl.cdiv(rows, ROWS), tl.minimum(height, first + rows + 1)
+    totals = ()
+    for _ in tl.static_range(9):
+        totals = totals + (tl.zeros([BX, BC], tl.float32),)
     for index in range(tl.program_id(1), each * images, tl.num_programs(1)):
-        image, begin = (index // each).to(tl.int64), index % each * BP
-        pixel, base = begin + tl.arange(0, BP), begin.to(tl.int64) * channels
-        y, x, there = first + pixel // width, pixel % width, (pixel < pixels)[:, None] & has[None, :]
-        value = tl.load(hidden.data + image * hidden.image + base + at, mask=there, other=0.0).to(tl.float32)
-        gradient, result, added = d.data + image * d.image + base, tl.zeros([BP, BC], tl.float32), ()
-        for i in tl.static_range(3):  # tap (i, j) leads back to a pixel from one 1 - i rows further down and 1 - j to the right
-            row, in_row = row_at(gradient, there, y, 1 - i, place, channels)
-            for j in tl.static_range(3):
-                g = load_tap(row, at, in_row, x, 1 - j, width, channels)
-                result += g * tl.load(taps + (i * 3 + j) * channels + channel, mask=has, other=0.0)[None, :]
-                added = added + (totals[i * 3 + j] + g * value,)
-        totals = added
-        tl.store(d_hidden.data + image * d_hidden.image + base + at, result, mask=there)
+        image, row = (index // each).to(tl.int64), index % each // of_row * ROWS
+        x, begin = index % of_row * BX + tl.arange(0, BX), row * width.to(tl.int64) * channels
+        at, pitch = x[:, None] * channels + channel[None, :], width.to(tl.int64) * channels
+        values, results = (), ()
+        for r in tl.static_range(ROWS):
+            there = x < tl.where(row + r < rows, width, 0)
+            value = tl.load(hidden.data + image * hidden.image + begin + r * pitch + at, mask=there[:, None], other=0.0)
+            values, results = values + (value.to(tl.float32),), results + (tl.zeros([BX, BC], tl.float32),)
+        for j in tl.static_range(3):  # tap (i, j) leads back to a pixel from one 1 - i rows further down and 1 - j to the right
+            column, tap = x + (1 - j), taps + j * channels + channel
+            above, own = tl.load(tap)[None, :], tl.load(tap + 3 * channels)[None, :]
+            below = tl.load(tap + 6 * channels)[None, :]
+            for i in tl.static_range(-1, ROWS + 1):
+                inside = (column >= 0) & (column < tl.where((first + row + i >= 0) & (first + row + i < end), width, 0))
+                from_ = d.data + image * d.image + begin + i * pitch + (1 - j) * channels + at
+                g = tl.load(from_, mask=inside[:, None], other=0.0).to(tl.float32)
+                changed, added = (), ()
+                for r in tl.static_range(ROWS):
+                    if i == r + 1:
+                        changed = changed + (results[r] + g * above,)
+                    elif i == r:
+                        changed = changed + (results[r] + g * own,)
+                    elif i == r - 1:
+                        changed = changed + (results[r] + g * below,)
+                    else:
+                        changed = changed + (results[r],)
+                for t in tl.static_range(9):
+                    if t % 3 == j and i - 1 + t // 3 >= 0 and i - 1 + t // 3 < ROWS:
+                        added = added + (totals[t] + g * values[i - 1 + t // 3],)
+                    else:
+                        added = added + (totals[t],)
+                results, totals = changed, added
+        for r in tl.static_range(ROWS):
+            there = x < tl.where(row + r < rows, width, 0)
+            tl.store(d_hidden.data + image * d_hidden.image + begin + r * pitch + at, results[r], mask=there[:, None])
     to = sums + tl.program_id(1).to(tl.int64) * 9 * channels + channel
     for t in tl.static_range(9):
         tap = to + t * channels
-        tl.store(tap, tl.load(tap, mask=has, other=0.0) + tl.sum(totals[t], 0), mask=has)
+        tl.store(tap, tl.load(tap) + tl.sum(totals[t], 0))
 
 
-def depthwise_sums(channels: int, pixels: int, device: torch.device) -> Tensor:
-    """Zeros [slots, 9, channels] for the sums of depthwise_backward, over steps of up to `pixels`."""
-    enough = triton.cdiv(pixels, _TILES_EACH * _TILE // tile(channels, 64))
-    slots = min(max(_SUMS // channels, _FEWEST_SLOTS), _MOST_SLOTS, enough)
-    return torch.zeros((slots, 9, channels), dtype=torch.float32, device=device)
+def depthwise_slots(channels: int, pixels: int) -> int:
+    """For the sums of depthwise_backward, over steps of up to `pixels`."""
+    bx, bc = _columns(channels, _TILE)
+    enough = triton.cdiv(pixels, _TILES_EACH * _BACKWARD_ROWS * bx)
+    return min(max(_PROGRAMS * bc // channels, _FEWEST_SLOTS), enough)
 
 
 def depthwise_backward(hidden: View, d: View, taps: Tensor, d_hidden: View, sums: Tensor) -> None:
-    """d_hidden, given the gradient d of the convolution, which reaches a row further; adds the taps' gradients to sums."""
+    """d_hidden, given the gradient d of the convolution, which reaches a row further; adds the taps' gradients to sums
+    [slots, 9, channels]."""
     images, *_, channels = hidden.data.shape
     pixels, *place = hidden.place
-    bc = tile(channels, 64)
-    _backward[triton.cdiv(channels, bc), sums.shape[0]](
+    bx, bc = _columns(channels, _TILE)
+    _depthwise_backward[channels // bc, sums.shape[0]](
         hidden.matrix,
         d.matrix,
         taps,
@@ -209,8 +264,9 @@ def depthwise_backward(hidden: View, d: View, taps: Tensor, d_hidden: View, sums
         images,
         channels,
         *place,
-        BP=_TILE // bc,
+        ROWS=_BACKWARD_ROWS,
+        BX=bx,
         BC=bc,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=True,
     )

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autohdr.kernels.image.depthwise import depthwise_backward, depthwise_sums
-from autohdr.kernels.image.norm import Norm, norm_backward, norm_stats, norm_sums, standardize
+from autohdr.kernels.image.depthwise import depthwise_backward, depthwise_slots
+from autohdr.kernels.image.norm import Norm, norm_backward, norm_slots, norm_stats, standardize
 from autohdr.kernels.image.product import dot, outer, product, slots_of
-from autohdr.kernels.image.repack import Groups, add_up, pixel_sums, round_up
+from autohdr.kernels.image.repack import Axis, Groups, Repack, pixel_sums, round_up, zeros
 from autohdr.kernels.image.steps import Buffer, Steps
 from autohdr.kernels.image.view import VARYING, Matrix, View, tile
 
@@ -63,7 +63,8 @@ def _expand(
 
 
 class Expansion:
-    """hidden = 1×1 of the layer norm of x, its channels in groups; who calls it computes hidden's 3×3 convolution, if any."""
+    """hidden = 1×1 of the layer norm of x, its channels in groups; who calls it computes hidden's 3×3 convolution, if any. The
+    weights are there once repack has run."""
 
     def __init__(
         self,
@@ -74,15 +75,17 @@ class Expansion:
         dwconv: Tensor | None,
         groups: int,
         eps: float,
+        repack: Repack,
         bias: Tensor | None = None,
         dwconv_bias: Tensor | None = None,
     ):
         self.norm, self.eps = Norm(norm_weight, norm_bias), eps
         self.groups = Groups(groups, weight.shape[0] // groups)
-        self.channels = self.groups.channels
-        self.weight = self.groups.pad(weight, round_up(weight.shape[1])).to(x.data.dtype)[None, None]
-        self.taps = None if dwconv is None else self.groups.pad_taps(dwconv)
-        self.bias, self.taps_bias = (None if b is None else self.groups.pad(b, 1).T[None] for b in (bias, dwconv_bias))
+        self.channels, axis, channels, dtype = self.groups.channels, self.groups.axis, weight.shape[1], x.data.dtype
+        self.weight = repack.make(weight.flatten(1), axis, Axis.plain(channels, round_up(channels)), dtype)[None, None]
+        self.taps = None if dwconv is None else repack.make(dwconv.flatten(1).T, Axis.plain(9), axis)
+        biases = (None if b is None else repack.make(b[None], Axis.plain(1), axis)[None] for b in (bias, dwconv_bias))
+        self.bias, self.taps_bias = biases
 
     def part(self, first: int, end: int) -> "Expansion":
         """Groups [first, end) of one without biases."""
@@ -141,18 +144,22 @@ class Hidden:
 
 
 class ExpansionBackward:
-    """The backward pass of an expansion, step by step, given the gradient of its convolution, or of hidden where it has none."""
+    """The backward pass of an expansion, step by step, given the gradient of its convolution, or of hidden where it has none.
 
-    def __init__(self, expansion: Expansion, steps: Steps):
+    weight: the 1×1 convolution's, of whose transpose repack makes what this needs."""
+
+    def __init__(self, expansion: Expansion, weight: Tensor, steps: Steps, repack: Repack):
         self.expansion, channels, dtype, device = expansion, steps.x.data.shape[3], steps.x.data.dtype, steps.x.data.device
         self.d_hidden = Buffer(steps, expansion.channels, 0, dtype)
         self.d_normal = Buffer(steps, channels, 0, torch.float32)
-        self.transposed = expansion.weight[..., :channels].transpose(2, 3).contiguous()
+        self.transposed = repack.make(weight.flatten(1).T, Axis.plain(channels), expansion.groups.axis, dtype)[None, None]
         slots = slots_of(expansion.channels, channels, 1, steps.pixels)
-        self.d_weight = torch.zeros((slots, 1, expansion.channels, channels), dtype=torch.float32, device=device)
-        self.d_taps = depthwise_sums(expansion.channels, steps.pixels, device)
-        self.d_norm = norm_sums(channels, steps.pixels, device)
-        self.d_bias, self.d_taps_bias = torch.zeros((2, expansion.channels), dtype=torch.float64, device=device)
+        of_weight = slots, 1, expansion.channels, channels
+        of_taps, of_norm = depthwise_slots(expansion.channels, steps.pixels), norm_slots(channels, steps.pixels)
+        shapes = of_weight, (of_taps, 9, expansion.channels), (of_norm, 2, channels)
+        self.d_weight, self.d_taps, self.d_norm = zeros(device, shapes)
+        if expansion.bias is not None:
+            self.d_bias, self.d_taps_bias = torch.zeros((2, 1, 1, expansion.channels), dtype=torch.float64, device=device)
 
     def step(self, x: View, dy: View, dx: View, hidden: View, d: View, norm: Norm, images: slice) -> None:
         """dx of its rows, and the sums. hidden reaches two rows further, d one; norm is of hidden's rows."""
@@ -173,15 +180,18 @@ class ExpansionBackward:
         product(d_hidden, self.transposed, d_normal)
         norm_backward(x, d_normal, dy, dx, norm, self.expansion.eps, self.d_norm)
 
-    def finish(self, weight: Tensor, dwconv: Tensor | None) -> list[Tensor]:
-        """The gradients of norm_weight, norm_bias, weight, and of bias, dwconv and dwconv_bias where there are any."""
-        expansion, d_norm, unpad = self.expansion, add_up(self.d_norm), self.expansion.groups.unpad
-        d_norm_bias = d_norm[1] if expansion.norm.bias is not None else d_norm.new_empty(0)
-        gradients = [d_norm[0].clone(), d_norm_bias.clone(), unpad(add_up(self.d_weight)[0]).view_as(weight)]
+    def finish(self, repack: Repack) -> list[Tensor]:
+        """The gradients of norm_weight, norm_bias, weight, and of bias, dwconv and dwconv_bias where there are any: memory that
+        repack fills. Convolutions' are matrices."""
+        expansion, axis, channels = self.expansion, self.expansion.groups.axis.inverse, Axis.plain(self.d_norm.shape[2])
+        count = 1 if expansion.norm.bias is None else 2
+        d_norm = [repack.add_up(self.d_norm[:, i : i + 1], Axis.plain(1), channels)[0] for i in range(count)]
+        d_norm += [self.d_norm.new_empty(0)] * (2 - count)
+        gradients = [*d_norm, repack.add_up(self.d_weight[:, 0], axis, channels)]
         if expansion.bias is not None:
-            gradients.append(unpad(self.d_bias.float()))
-        if dwconv is not None:
-            gradients.append(unpad(add_up(self.d_taps).T).view_as(dwconv))
+            gradients.append(repack.add_up(self.d_bias, Axis.plain(1), axis)[0])
+        if expansion.taps is not None:
+            gradients.append(repack.add_up(self.d_taps.mT, axis, Axis.plain(9)))
         if expansion.taps_bias is not None:
-            gradients.append(unpad(self.d_taps_bias.float()))
+            gradients.append(repack.add_up(self.d_taps_bias, Axis.plain(1), axis)[0])
         return gradients

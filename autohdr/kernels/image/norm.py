@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -81,7 +80,7 @@ def norm_stats(x: View, norm: Norm, eps: float) -> None:
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _backward(
+def _norm_backward(
     x,  # [images][pixels][channels], as d_normal, dy and dx
     d_normal,
     dy,
@@ -130,16 +129,15 @@ def _pixels_a_program(channels: int) -> int:
     return max(_TILE // 2 // triton.next_power_of_2(channels), 1)
 
 
-def norm_sums(channels: int, pixels: int, device: torch.device) -> Tensor:
-    """Zeros [slots, 2, channels] for the sums of norm_backward, over steps of up to `pixels`."""
-    slots = min(_MOST_SLOTS, triton.cdiv(pixels, _TILES_EACH * _pixels_a_program(channels)))
-    return torch.zeros((slots, 2, channels), dtype=torch.float32, device=device)
+def norm_slots(channels: int, pixels: int) -> int:
+    """For the sums of norm_backward, over steps of up to `pixels`."""
+    return min(_MOST_SLOTS, triton.cdiv(pixels, _TILES_EACH * _pixels_a_program(channels)))
 
 
 def norm_backward(x: View, d_normal: View, dy: View, dx: View, norm: Norm, eps: float, sums: Tensor) -> None:
-    """dx = dy + the gradient through the norm; adds those of its weight and bias to sums."""
+    """dx = dy + the gradient through the norm; adds those of its weight and bias to sums [slots, 2, channels]."""
     images, *_, channels = x.data.shape
-    _backward[(sums.shape[0],)](
+    _norm_backward[(sums.shape[0],)](
         x.matrix,
         d_normal.matrix,
         dy.matrix,

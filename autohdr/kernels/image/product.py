@@ -6,12 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from autohdr.kernels.image import view
-from autohdr.kernels.image.depthwise import depthwise, normal_cdf
 from autohdr.kernels.image.norm import Norm
 from autohdr.kernels.image.view import VARYING, Matrix, Place, View, tile
 
 INTERPRETED = tl.constexpr(view.INTERPRETED)
-GATES = ("gate", "simple gate")  # of Restormer, with a gelu, and of NAFNet
 _ROUND = tl.constexpr(256)  # pixels that the tensor cores sum up by themselves
 
 
@@ -32,19 +30,10 @@ def load_pixels(image, place, begin, channel, has, row, SIZE: tl.constexpr):
 
 
 @triton.jit
-def halves(image, taps, bias, place, begin, channel, has, row, part, SIZE: tl.constexpr):
-    """What a gate multiplies, float32 [SIZE, channel] twice, the second `part` channels on: an image's 3×3 convolution plus bias,
-    or where there are no taps the image itself."""
-    if taps is None:
-        value = load_pixels(image, place, begin, channel, has, row, SIZE).to(tl.float32)
-        gate = load_pixels(image + part, place, begin, channel, has, row, SIZE).to(tl.float32)
-    else:
-        value = depthwise(image, taps, place, begin, channel, has, row, SIZE)
-        gate = depthwise(image + part, taps + part, place, begin, channel, has, row, SIZE)
-    if bias is not None:
-        value += tl.load(bias + channel, mask=has, other=0.0)[None, :]
-        gate += tl.load(bias + part + channel, mask=has, other=0.0)[None, :]
-    return value, gate
+def halves(image, place, begin, channel, has, row, part, SIZE: tl.constexpr):
+    """What a gate multiplies, float32 [SIZE, channel] twice, the second `part` channels on."""
+    value = load_pixels(image, place, begin, channel, has, row, SIZE).to(tl.float32)
+    return value, load_pixels(image + part, place, begin, channel, has, row, SIZE).to(tl.float32)
 
 
 @triton.jit
@@ -54,7 +43,7 @@ def operand(a, norm, place, image, begin, channel, has, origin, part, KIND: tl.c
     dtype: tl.constexpr = a.data.dtype.element_ty
     data = a.data + image * a.image + origin
     if KIND == "simple gate":
-        value, gate = halves(data, None, None, place, begin, channel, has, a.row, part, SIZE)
+        value, gate = halves(data, place, begin, channel, has, a.row, part, SIZE)
         return (value * gate).to(dtype)
     else:
         value = load_pixels(data, place, begin, channel, has, a.row, SIZE)
@@ -75,14 +64,12 @@ def operand(a, norm, place, image, begin, channel, has, origin, part, KIND: tl.c
 def multiply(
     a,  # [images][pixels][a.row], of head h the channels from h · k on
     norm,  # of "norm"
-    w,  # [images or 1][heads][n][w.row]; SPLIT: what its rounding left follows in every row
+    w,  # [images or 1][heads][n][w.row]
     bias,  # [images or 1][heads][n], or None
     added,  # [images][pixels][added.row]
-    added_taps,  # [9][added.row], of the gates, or None: of added itself
-    added_bias,  # [added.row], of the gates, or None
     scale,  # [images][heads][2][n], of ADDED "scaled"
     out,  # [images][pixels][out.row]
-    gated,  # [images][pixels][n], of the gates, or None
+    gated,  # [images][pixels][n], of ADDED "simple gate"
     k,
     n,
     heads,
@@ -93,7 +80,6 @@ def multiply(
     width,
     KIND: tl.constexpr,
     ADDED: tl.constexpr,
-    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -101,8 +87,8 @@ def multiply(
     """out[p][n] = Σ_k operand(a)[p][k] w[n][k] + bias[n], and what is ADDED, for every image and head. A program owns BM pixels ×
     BN.
 
-    ADDED: "none", "plain", "scaled" (the sum and what is added, each times a scale), or "gate" or "simple gate": the sum is
-    the gradient of that gate of added's convolution; out gets the gradient of the convolution, gated the gate's value.
+    ADDED: "none", "plain", "scaled" (the sum and what is added, each times a scale), or "simple gate": the sum is the gradient of
+    the product of added's halves; out gets the gradients of both, gated the product.
     """
     place = Place(pixels, first, height, width)
     image, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
@@ -116,8 +102,6 @@ def multiply(
         left = operand(a, norm, place, image, begin, channel, has, head * k, part, KIND, BM)
         at, there = rows + column[None, :] * w.row + channel[:, None], has[:, None] & wanted[None, :]
         sums = dot(left, tl.load(at, mask=there, other=0.0), sums)
-        if SPLIT:
-            sums = dot(left, tl.load(at + k, mask=there, other=0.0), sums)
     if bias is not None:
         sums += tl.load(bias.data + image * bias.image + head * n + column, mask=wanted, other=0.0)[None, :]
 
@@ -133,17 +117,11 @@ def multiply(
             sums *= tl.load(scale, mask=wanted, other=0.0)[None, :]
             value *= tl.load(scale + n, mask=wanted, other=0.0)[None, :]
         sums += value
-    elif ADDED == "gate" or ADDED == "simple gate":
-        value, gate = halves(more, added_taps, added_bias, place, begin, column, wanted, added.row, part, BM)
-        along = gate
-        if ADDED == "gate":
-            cdf = normal_cdf(value, out.data.dtype.element_ty)
-            along *= cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / √(2π)
-            value *= cdf
-        if gated is not None:
-            tl.store(gated + (image * pixels + row) * n + column[None, :], value * gate, mask=there)
+    elif ADDED == "simple gate":
+        value, gate = halves(more, place, begin, column, wanted, added.row, part, BM)
+        tl.store(gated + (image * pixels + row) * n + column[None, :], value * gate, mask=there)
         tl.store(to + part, sums * value, mask=there)
-        sums *= along
+        sums *= gate
     tl.store(to, sums, mask=there)
 
 
@@ -157,22 +135,18 @@ def product(
     bias: Tensor | None = None,
     added: View | None = None,
     add: str = "none",
-    added_taps: Tensor | None = None,
-    added_bias: Tensor | None = None,
     scale: Tensor | None = None,
-    split: bool = False,
     gated: View | None = None,
 ) -> None:
     """Launches multiply. a, added, out and gated begin at the same row; w [images or 1, heads, n, at least k], bias [images or 1,
     heads, n]."""
     (images, *_, channels), (_, heads, n, _) = a.data.shape, w.shape
     pixels, *place = a.place
-    through_gate = add in GATES
+    through_gate = add == "simple gate"
     k, wide = channels // (2 * heads if kind == "simple gate" else heads), a.data.element_size() == 4
-    # Tiles as large as the registers hold: a convolution behind, or twice the products, need some too.
-    narrow = through_gate or wide and split
+    # Tiles as large as the registers hold: a gate behind needs some too.
     broad = n >= 512 and add == "none" and not wide  # there are enough programs, and each loads fewer operands
-    bn, bk = tile(n, 256 if broad else 64 if narrow else 128), tile(k, 32)
+    bn, bk = tile(n, 256 if broad else 64 if through_gate else 128), tile(k, 32)
     area = 32768 if broad else 2048 if wide and through_gate else 4096 if wide or through_gate else 16384
     bm = min(max(area // max(bn, bk), 64), 128 if bn > 32 else 256)
     multiply[triton.cdiv(pixels, bm), triton.cdiv(n, bn), images * heads](
@@ -181,8 +155,6 @@ def product(
         Matrix(w, w.stride(0) if w.shape[0] > 1 else 0, w.stride(2)),
         None if bias is None else Matrix(bias, bias.stride(0) if bias.shape[0] > 1 else 0, 0),
         added and added.matrix,
-        added_taps,
-        added_bias,
         scale,
         out.matrix,
         gated and gated.data,
@@ -194,11 +166,10 @@ def product(
         *place,
         KIND=kind,
         ADDED=add,
-        SPLIT=split,
         BM=bm,
         BN=bn,
         BK=bk,
-        num_warps=8 if bm * bn > (4096 if wide else 8192) or narrow else 4,
+        num_warps=8 if bm * bn > (4096 if wide else 8192) or through_gate else 4,
         num_stages=3,
         enable_fp_fusion=True,
     )
@@ -267,10 +238,10 @@ def multiply_outer(
 
 
 def slots_of(m: int, n: int, matrices: int, pixels: int) -> int:
-    """In how many parts a sum of m × n products over the pixels is taken: as many as fill a device, with 512 programs of 64 × 64
-    sums, but of 256 pixels at least. The same on all devices, so that the results are."""
+    """In how many parts a sum of m × n products over the pixels is taken: as many as fill a device, with at most 512 programs of
+    64 × 64 sums, but of 256 pixels at least. The same on all devices, so that the results are."""
     programs = triton.cdiv(m, 64) * triton.cdiv(n, 64) * matrices
-    return min(max(triton.cdiv(512, programs), 1), max(1, min(256, pixels // 256)))
+    return min(max(512 // programs, 1), max(1, min(256, pixels // 256)))
 
 
 def outer(
@@ -286,8 +257,9 @@ def outer(
     """Launches multiply_outer. a and b begin at the same row; sums [slots, matrices, m, n], where the matrices are those of every
     image and head, or one that sums over all images; squares [slots, matrices, m] and the same of n."""
     images, (slots, matrices, m, n) = a.data.shape[0], sums.shape
-    bm, bn = tile(m, 64), tile(n, 64)
-    bp = min((2048 if a.data.element_size() == 4 else 4096) // max(bm, bn), 128)
+    wide = a.data.element_size() == 4
+    bm, bn = tile(m, 64 if wide or squares else 128), tile(n, 64)
+    bp = min((2048 if wide else 4096) // max(bm, bn), 128)
     multiply_outer[triton.cdiv(m, bm) * triton.cdiv(n, bn), matrices, slots](
         a.matrix,
         b.matrix,
@@ -306,7 +278,7 @@ def outer(
         BP=bp,
         BM=bm,
         BN=bn,
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if bm > 64 else 4,
+        num_stages=2 if bm > 64 else 3,  # a third takes more registers than there are
         enable_fp_fusion=True,
     )

@@ -1,6 +1,6 @@
 """nafblock in Triton; what it shares with mdta and gdfn is in autohdr/kernels/image.
 
-Forward, two passes over the image, a step at a time: norm statistics, 1×1 (hidden), and 3×3 and gate in one, which lies in y,
+Forward, two passes over the image, a step at a time: norm and 1×1 (hidden), and 3×3 and gate in one, which lies in y,
 with sums over the pixels; then, in place, the 1×1 that the image's attention is folded into and residual in one (middle), norm
 statistics, 1×1 (expanded), and gate, 1×1 and residual in one. Backward, a pass through the second half to middle's gradient,
 some small matrices in double, and a pass through the first half; both compute again what they need. The residuals' scales are
@@ -9,20 +9,18 @@ folded into the weights before them.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from autohdr.kernels.image.depthwise import convolve, gate_sums
 from autohdr.kernels.image.expansion import Expansion, ExpansionBackward, Hidden
 from autohdr.kernels.image.norm import Norm
-from autohdr.kernels.image.product import halves, outer, product, slots_of
-from autohdr.kernels.image.repack import pixel_sums, round_up
+from autohdr.kernels.image.product import outer, product, slots_of
+from autohdr.kernels.image.repack import Repack, pixel_sums, round_up
 from autohdr.kernels.image.steps import BACKWARD_BUDGET, FORWARD_BUDGET, Buffer, Steps
-from autohdr.kernels.image.view import VARYING, Place, View, tile
+from autohdr.kernels.image.view import View
 
 _FIRST, _ATTENTION, _SECOND, _OUT = slice(0, 6), slice(6, 11), slice(11, 15), slice(15, 18)
 """The op's parameters: norm1, conv1 and conv2; attention, conv3 and beta; norm2 and conv4; conv5 and gamma."""
-_TILE = 2048  # pixels × channels that a program of _simple_gate holds, twice
 
 
 def forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +57,9 @@ def backward(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 def _local(x: Tensor, parameters: list[Tensor], eps: float, rows: range, out: View | None) -> Tensor:
     """Writes the gated 3×3 convolution of rows of x to out; returns its sums over these, double [batch, channels]."""
-    from_, expansion = View.of(x), _first_half(View.of(x), parameters, eps)
+    from_, repack = View.of(x), Repack()
+    expansion = _first_half(from_, parameters, eps, repack)
+    repack.run()
     steps = Steps(from_, expansion.channels * x.element_size(), 1, FORWARD_BUDGET, rows=rows)
     memory = Hidden(expansion, steps, 1)
     sums = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
@@ -73,7 +73,9 @@ def _finish(x: Tensor, y: Tensor, means: Tensor, parameters: list[Tensor], eps: 
     """y of x and the gated 3×3 convolution, which is in y."""
     from_, to, channels, conv5 = View.of(x), View.of(y), x.shape[1], _Scaled(*parameters[_OUT])
     steps = Steps(from_, (channels + 2 * round_up(channels)) * x.element_size(), 0, FORWARD_BUDGET)
-    rest = _Rest(steps, _Attention(means, *parameters[_ATTENTION]), parameters, eps)
+    repack = Repack()
+    rest = _Rest(steps, _Attention(means, *parameters[_ATTENTION]), parameters, eps, repack)
+    repack.run()
     weight, bias = _square(conv5.weight, x.dtype)[:, :, :channels], conv5.bias.float()[None, None]
     for images, rows in steps:
         there = to.at(rows, images)
@@ -87,12 +89,14 @@ def _second_half_backward(
     """The gradients of middle, of the images' combined weights, of conv5's scaled one and of norm2 and conv4."""
     batch, channels, _, width = x.shape
     from_, back, d_middle = View.of(x), View.of(dy), torch.empty_like(x)
-    to, expansion = View.of(d_middle), _first_half(from_, parameters, eps)
+    repack = Repack()
+    to, expansion = View.of(d_middle), _first_half(from_, parameters, eps, repack)
     padded, size = expansion.groups.padded, x.element_size()
     steps = Steps(from_, 9 * padded * size + 4 * channels, 1, BACKWARD_BUDGET)
-    memory, rest = Hidden(expansion, steps, 1), _Rest(steps, attention, parameters, eps)
+    memory, rest = Hidden(expansion, steps, 1), _Rest(steps, attention, parameters, eps, repack)
     local_memory, gated_memory = Buffer(steps, channels, 0, x.dtype), Buffer(steps, padded, 0, x.dtype)
-    rest_backward = ExpansionBackward(rest.expansion, steps)
+    rest_backward = ExpansionBackward(rest.expansion, parameters[13], steps, repack)
+    repack.run()
     transposed = _square(conv5.weight.T, x.dtype)
     slots = slots_of(channels, channels, steps.images, steps.rows * width)
     d_combined = torch.zeros((slots, batch, channels, channels), dtype=torch.float32, device=x.device)
@@ -110,7 +114,9 @@ def _second_half_backward(
         rest_backward.through_product(middle, here, there, d_halves, norm, images)
         outer(there, local, d_combined[:, images])
     d_combined, d_conv5 = d_combined.sum(0, dtype=torch.float64), d_conv5.sum((0, 1), dtype=torch.float64)
-    return d_middle, d_combined, d_conv5, rest_backward.finish(parameters[13], None)
+    gradients = rest_backward.finish(repack)
+    repack.run()
+    return d_middle, d_combined, d_conv5, gradients
 
 
 def _first_half_backward(
@@ -118,32 +124,36 @@ def _first_half_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of norm1, conv1 and conv2. shift: at every pixel of the gated 3×3 convolution, through its means."""
     from_, back, dx = View.of(x), View.of(d_middle), torch.empty_like(x)
-    to, expansion = View.of(dx), _first_half(from_, parameters, eps)
+    repack = Repack()
+    to, expansion = View.of(dx), _first_half(from_, parameters, eps, repack)
     steps = Steps(from_, 3 * expansion.channels * x.element_size() + 4 * x.shape[1], 2, BACKWARD_BUDGET)
     memory, d_memory = Hidden(expansion, steps, 2), Buffer(steps, expansion.channels, 1, x.dtype)
-    expansion_backward = ExpansionBackward(expansion, steps)
+    expansion_backward = ExpansionBackward(expansion, parameters[2], steps, repack)
+    repack.run()
     transposed = _square(attention.combined.transpose(1, 2), x.dtype)
-    shift = F.pad(shift, (0, expansion.groups.padding)).float()[:, None]
+    shift = F.pad(shift, (0, expansion.groups.padded - x.shape[1])).float()[:, None]
     for images, rows in steps:
         near, (hidden, norm) = steps.around(rows, 1), memory.of(images, rows)
         d = d_memory.view(images, near)
-        added = {"add": "simple gate", "added": hidden.at(near), "added_taps": expansion.taps, "added_bias": expansion.taps_bias}
-        product(back.at(near, images), transposed[images], d, bias=shift[images], **added)
+        product(back.at(near, images), transposed[images], d.channels(0, expansion.groups.padded), bias=shift[images])
+        convolve(hidden.at(near), expansion.taps, None, bias=expansion.taps_bias, gate="simple", d=d)
         expansion_backward.step(from_.at(rows, images), back.at(rows, images), to.at(rows, images), hidden, d, norm, images)
-    return dx, expansion_backward.finish(parameters[2], parameters[4])
+    gradients = expansion_backward.finish(repack)
+    repack.run()
+    return dx, gradients
 
 
-def _first_half(x: View, parameters: list[Tensor], eps: float) -> Expansion:
+def _first_half(x: View, parameters: list[Tensor], eps: float, repack: Repack) -> Expansion:
     norm_weight, norm_bias, weight, bias, dwconv, dwconv_bias = parameters[_FIRST]
-    return Expansion(x, norm_weight, norm_bias, weight, dwconv, 2, eps, bias, dwconv_bias)
+    return Expansion(x, norm_weight, norm_bias, weight, dwconv, 2, eps, repack, bias, dwconv_bias)
 
 
 class _Rest:
     """What follows the gated 3×3 convolution up to the second gate, and memory for a step of it."""
 
-    def __init__(self, steps: Steps, attention: "_Attention", parameters: list[Tensor], eps: float):
+    def __init__(self, steps: Steps, attention: "_Attention", parameters: list[Tensor], eps: float, repack: Repack):
         norm_weight, norm_bias, weight, bias = parameters[_SECOND]
-        self.expansion = Expansion(steps.x, norm_weight, norm_bias, weight, None, 2, eps, bias)
+        self.expansion = Expansion(steps.x, norm_weight, norm_bias, weight, None, 2, eps, repack, bias)
         dtype, channels = steps.x.data.dtype, steps.x.data.shape[3]
         self.weight = _square(attention.combined, dtype)[:, :, :channels]
         self.bias = attention.conv3.bias.float()[None, None]
@@ -194,55 +204,8 @@ def _square(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.reshape(-1, 1, padded, padded).contiguous()
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _simple_gate(
-    hidden,  # [images][pixels][hidden.row]
-    taps,  # [9][hidden.row]
-    bias,  # [hidden.row]
-    out,  # [images][pixels][channels], or None
-    sums,  # [images][tiles of pixels][channels]
-    channels,
-    part,
-    pixels,
-    first,
-    height,
-    width,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The simple gate of hidden's convolution, and its sums over a tile. A program owns BP pixels × BC channels."""
-    place = Place(pixels, first, height, width)
-    image, begin = tl.program_id(2).to(tl.int64), tl.program_id(0) * BP
-    channel, pixel = tl.program_id(1) * BC + tl.arange(0, BC), begin + tl.arange(0, BP)
-    has = channel < channels
-    value, gate = halves(hidden.data + image * hidden.image, taps, bias, place, begin, channel, has, hidden.row, part, BP)
-    value *= gate
-    there = (pixel < pixels)[:, None] & has[None, :]
-    if out is not None:
-        at = out.data + image * out.image + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        tl.store(at, value, mask=there)
-    at = sums + (image * tl.num_programs(0) + tl.program_id(0)) * channels + channel
-    tl.store(at, tl.sum(tl.where(there, value, 0.0), 0), mask=has)
-
-
 def _multiply_halves(expansion: Expansion, hidden: View, out: View | None) -> Tensor:
     """Writes the simple gate of hidden's convolution to out; returns its sums over the pixels, double [images, channels]."""
-    groups, (pixels, *place) = expansion.groups, hidden.place
-    bc = tile(groups.size, 64)
-    grid = triton.cdiv(pixels, _TILE // bc), triton.cdiv(groups.size, bc), hidden.data.shape[0]
-    sums = torch.empty((grid[2], grid[0], groups.size), dtype=torch.float32, device=hidden.data.device)
-    _simple_gate[grid](
-        hidden.matrix,
-        expansion.taps,
-        expansion.taps_bias,
-        out and out.matrix,
-        sums,
-        groups.size,
-        groups.padded,
-        pixels,
-        *place,
-        BP=_TILE // bc,
-        BC=bc,
-        enable_fp_fusion=True,
-    )
+    sums = gate_sums(hidden, expansion.groups.size)
+    convolve(hidden, expansion.taps, out, bias=expansion.taps_bias, gate="simple", sums=sums)
     return sums.sum(1, dtype=torch.float64)
