@@ -16,7 +16,7 @@ struct ExpansionWeights {
   Groups groups;
 };
 
-// A channel's three taps of each row, and a zero after them, on 16 bytes.
+// A channel's three taps of each row, and a zero after them; of all rows 16 elements.
 constexpr int kBand = 16;
 
 // The same as the kernels want them; columns: channels of x's view.
@@ -27,7 +27,7 @@ struct Expansion {
   Norm norm;
   const T *weight, *transposed = nullptr;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only
   const float *taps, *flipped = nullptr;   // [9][hidden], likewise
-  const T* bands = nullptr;                // [hidden + 64][kBand], of half precision; not for the backward pass
+  const T* bands = nullptr;                // [hidden + 64][kBand]; not for the backward pass
 
   Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
       : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()), taps_stride(hidden) {
@@ -37,19 +37,20 @@ struct Expansion {
     norm = {repack.template make<float>(memory, vector, w.norm_weight),
             w.norm_bias ? repack.template make<float>(memory, vector, w.norm_bias) : nullptr, w.eps, channels};
     const int64_t size = int64_t{hidden} * columns;
-    weight = repack.template make<T>(memory, {rows, Axis::plain(c, 1), size, columns}, w.weight);
+    Gather operand{rows, Axis::plain(c, 1), size, columns};
+    operand.rounds = std::is_same_v<T, float> && !backward && tf32_allowed();
+    weight = repack.template make<T>(memory, operand, w.weight);
     if (backward) transposed = repack.template make<T>(memory, {Axis::plain(c, 1), rows, size, hidden}, w.weight);
     if (!w.dwconv) return;
     const auto make_taps = [&](const Axis& order, const float* from) {  // as T has them: some kernels take them so
       Gather gather{order, each, 9 * hidden, hidden};
-      gather.rounds = true;
+      gather.rounds = sizeof(T) == 2;
       return repack.template make<float>(memory, gather, from);
     };
     taps = make_taps(Axis::plain(9, 1), w.dwconv);
     if (!backward) {
       const int64_t most = hidden + 64;  // a block takes so many at a time, and finds zeros beyond the last
-      if constexpr (sizeof(T) == 2)
-        bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
+      bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
       return;
     }
     flipped = make_taps(Axis::plain(9, -1), w.dwconv + 8);

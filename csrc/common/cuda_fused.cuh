@@ -1,5 +1,5 @@
 // Norm, 1×1 and 3×3, and the product after them as one kernel, for few channels of half precision: between x and the result nothing
-// leaves the multiprocessor.
+// leaves the multiprocessor. In TF32: cuda_fused_tf32.cuh.
 //
 // A block owns 14 × 14 pixels at a time. It normalises them and those around them, 16 × 16, in registers, and then goes through the
 // hidden channels, some at a time: 1×1 of all these pixels, 3×3 (and gate) into a tile in shared memory, product. All three are
@@ -7,6 +7,7 @@
 // are, and a pixel that is infinite or no number makes those of its block's rows around it no numbers, not its neighbours alone.
 #pragma once
 #include "common/cuda_expansion.cuh"
+#include "common/cuda_fused_tf32.cuh"
 
 namespace autohdr {
 namespace image {
@@ -19,7 +20,7 @@ namespace image {
 template <class T, int kTiles_, int kHidden_, int kParts_, int kResults, bool kBiased = false>
 struct FusedTile {
   static constexpr int kTiles = kTiles_, kHidden = kHidden_, kParts = kParts_;
-  static constexpr int kSide = 14, kNear = 256, kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kSide = 14, kColumns = kSide, kRows = kSide, kNear = 256, kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kChannels = kTiles * 16, kMade = kHidden / kParts, kOwn = kMade / kWarps;  // of the result; a warp's
   static constexpr int kHiddenRow = kNear * 2, kRow = kNear * 2 + 16,
                        kInRow = kChannels * 2 + 16;  // bytes; odd numbers of pieces
@@ -364,12 +365,12 @@ __global__ void __launch_bounds__(256, Kernel::kBlocks* Kernel::kShared <= kShar
   kernel.run(shared);
 }
 
-// Whether there are such kernels for images of these channels.
+// Whether there are such kernels for half precision, and for images of these channels; of float32 in TF32.
 template <class T>
 constexpr bool kFuses = sizeof(T) == 2;
 template <class T>
 bool can_fuse(const Layout& layout) {
-  return kFuses<T> && !layout.copies && layout.channels <= 96;
+  return (kFuses<T> || tf32_allowed()) && !layout.copies && layout.channels <= 96;
 }
 
 // Of whole images.
@@ -377,12 +378,20 @@ template <class Middle, class T>
 void fused(const Expansion<T>& e, View<const T> x, const Matrices<const T>& w_out, View<T> y, int64_t images,
            cudaStream_t stream) {
   const auto run = [&](auto tiles) {
-    using F = Fused<T, decltype(tiles)::value, Middle>;
-    constexpr int kSide = F::Tile::kSide;
-    launch(run_fused<T, F>, dim3(ceil_div(x.width, kSide), ceil_div(x.rows.size(), kSide), images), dim3(F::Tile::kThreads),
-           F::kShared, stream, F{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+    constexpr int kTiles = decltype(tiles)::value;
+    const auto run = [&](auto kernel) {
+      using F = decltype(kernel);
+      launch(run_fused<T, F>, dim3(ceil_div(x.width, F::Tile::kColumns), ceil_div(x.rows.size(), F::Tile::kRows), images),
+             dim3(F::Tile::kThreads), F::kShared, stream, kernel);
+    };
+    if constexpr (kFuses<T>)
+      return run(Fused<T, kTiles, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+    else if (FusedTf32<kTiles, 32, Middle>::kBlocks * FusedTf32<kTiles, 32, Middle>::kShared <= most_shared())
+      return run(FusedTf32<kTiles, 32, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+    else
+      return run(FusedTf32<kTiles, 16, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
   };
-  if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 6>{});
+  x.channels <= 48 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 6>{});
 }
 
 }  // namespace image

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "common/cuda_tf32.h"
 #include "common/tensor_check.h"
 
 // The dispatch key of the CUDA kernels: STABLE_TORCH_LIBRARY_IMPL(autohdr, AUTOHDR_CUDA_KEY, m). In the emulation they take the
@@ -60,6 +61,7 @@ void with_cuda_type(const char* op, const Tensor& x, const F& run) {
 template <class F>
 void run_with_memory(const Tensor& x, const F& work) {
   const OnDevice device(x);
+  forget_tf32_allowed();
   const int64_t bytes = work(nullptr, device.stream);
   Tensor memory = [&] {
     try {

@@ -25,6 +25,16 @@ __device__ __forceinline__ T from_float(float v) {
     return __float2bfloat16_rn(v);
 }
 
+// float32 in memory, TF32 as an operand: results that become one are made like those that become half precision.
+struct Tf32 {};
+
+// To TF32, in the bits that a tensor core takes: cvt.rna.tf32 takes three instructions. A NaN may become a number.
+__device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) { return bits + 0x1000; }
+// The same, plus 0, or NaN of what is not finite.
+__device__ __forceinline__ uint32_t tf32_operand(float v) {
+  return __float_as_uint(__fmaf_rn(v, 0.0f, __uint_as_float(rounded_to_tf32(__float_as_uint(v)))));
+}
+
 // 2^x within 2 units in the last place; one instruction of the exponential unit, which takes subnormals for zero.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef AUTOHDR_EMULATION
@@ -72,7 +82,7 @@ __device__ __forceinline__ float tanh_approx(float x) {
 template <class T>
 __device__ __forceinline__ float inverse_root(float x) {
 #ifndef AUTOHDR_EMULATION
-  if constexpr (sizeof(T) < 4) {
+  if constexpr (!std::is_same_v<T, float>) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -84,7 +94,7 @@ __device__ __forceinline__ float inverse_root(float x) {
 // a / b likewise, for b up to 2^126.
 template <class T>
 __device__ __forceinline__ float divide(float a, float b) {
-  if constexpr (sizeof(T) < 4) return divide_approx(a, b);
+  if constexpr (!std::is_same_v<T, float>) return divide_approx(a, b);
   return a / b;
 }
 
@@ -98,7 +108,7 @@ __device__ __forceinline__ float exp_in_range(float y) {
 // 1 / (1 + exp(-x)) within a few units in the last place; below -87 it stays what it is there.
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp_in_range(fminf(-x, 87.0f))); }
 
-// What the standard normal distribution function and gelu are made of, for results of half precision: the density less its constant,
+// What the standard normal distribution function and gelu are made of, for results of 11 bits: the density less its constant,
 // exp(-v²/2), and how much lies beyond |v|, that times P(1 / (1 + 0.34 |v|)), P fitted by least largest error. The absolute error of
 // `beyond` is below 7e-7, its relative error below 2e-4 up to |v| = 4.
 struct NormalTail {

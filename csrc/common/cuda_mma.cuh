@@ -15,11 +15,10 @@
 #include <type_traits>
 
 #include "common/cuda_launch.cuh"
+#include "common/cuda_math.cuh"
 
 namespace autohdr {
 
-// float32 in memory, TF32 as an operand.
-struct Tf32 {};
 // What lies in memory of such elements.
 template <class Element>
 struct StoredAs {
@@ -171,12 +170,8 @@ __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[2], 
 }
 #undef AUTOHDR_MMA_HALF
 
-// To TF32, in the bits that mma_tf32 takes: cvt.rna.tf32 takes three instructions. A NaN may become a number.
-__device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) { return bits + 0x1000; }
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tf32) {
-  const auto rounded = [](uint32_t bits) {  // plus 0, or NaN of what is not finite
-    return __float_as_uint(__fmaf_rn(__uint_as_float(bits), 0.0f, __uint_as_float(rounded_to_tf32(bits))));
-  };
+  const auto rounded = [](uint32_t bits) { return tf32_operand(__uint_as_float(bits)); };
   mma_tf32(d, {rounded(a[0]), rounded(a[1]), rounded(a[2]), rounded(a[3])}, {rounded(b[0]), rounded(b[1])});
 }
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {

@@ -34,11 +34,11 @@ struct NormLanes {
   __device__ int group() const { return threadIdx.x >> log_lanes; }
 };
 
-// What a lane holds of a pixel of `view` channels, of which the norm's are real.
-template <class T, class Lanes = NormLanes<T>>
+// What a lane holds of a pixel of `view` channels, of which the norm's are real. Result: what the norm becomes.
+template <class T, class Lanes = NormLanes<T>, class Result = T>
 struct NormPixel {
   static constexpr int kPieces = Lanes::kPieces, kSize = Lanes::kSize;
-  static constexpr bool kAtOnce = sizeof(T) < 4;  // both sums
+  static constexpr bool kAtOnce = !std::is_same_v<Result, float>;  // both sums
   float v[kPieces][kSize];
 
   static __device__ __forceinline__ int channel(const Lanes& l, int round, int i) {
@@ -69,7 +69,7 @@ struct NormPixel {
   }
   // The pixel's mean and 1 / sqrt(variance + eps); afterwards v holds the last round, and finite numbers where no channels are.
   // Summed as differences from the first channel: the mean of equal channels is exact, whose rounding 1 / √eps would multiply. And
-  // the variance is at least the channels' part of the squares of these, so that for half precision it can be made of both sums.
+  // the variance is at least the channels' part of the squares of these, so that for few digits it can be made of both sums.
   __device__ __forceinline__ float2 statistics(const Lanes& l, const T* x, int view, const Norm& norm) {
     const float origin = to_float(x[0]);
     float sum = 0, squares = 0;
@@ -88,10 +88,10 @@ struct NormPixel {
     }
     if (kAtOnce) {
       sum = sum_over(l.lanes, sum), squares = sum_over(l.lanes, squares);
-      const float part = divide<T>(1, norm.channels), mean = sum * part;
-      return make_float2(origin + mean, inverse_root<T>((squares - sum * mean) * part + norm.eps));
+      const float part = divide<Result>(1, norm.channels), mean = sum * part;
+      return make_float2(origin + mean, inverse_root<Result>((squares - sum * mean) * part + norm.eps));
     }
-    const float mean = origin + divide<T>(sum_over(l.lanes, sum), norm.channels);
+    const float mean = origin + divide<Result>(sum_over(l.lanes, sum), norm.channels);
     for (int round = 0; round < l.rounds; ++round) {
       if (l.rounds > 1) load(l, round, x, view);
       set_rest(l, round, norm.channels, mean);
@@ -101,7 +101,7 @@ struct NormPixel {
 #pragma unroll
           for (int e = 0; e < kSize; ++e) squares += (v[i][e] - mean) * (v[i][e] - mean);
     }
-    return make_float2(mean, inverse_root<T>(divide<T>(sum_over(l.lanes, squares), norm.channels) + norm.eps));
+    return make_float2(mean, inverse_root<Result>(divide<Result>(sum_over(l.lanes, squares), norm.channels) + norm.eps));
   }
   // out (the norm's bias, or zeros) += piece i, normalised; zeros in channels that x has not. shift: the mean, without a bias 0.
   __device__ __forceinline__ void normalize(int i, float factor, float shift, const float (&weight)[kSize],

@@ -43,6 +43,14 @@ struct Plain {
   static __device__ void apply(const Columns&, const Held&, float (&)[8]) {}
 };
 
+// Rounded to TF32, an operand of another product.
+struct InTf32 : Plain {
+  static __device__ void apply(const Columns&, const Held&, float (&v)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = __uint_as_float(tf32_operand(v[e]));
+  }
+};
+
 // + residual.
 template <class T>
 struct Plus {

@@ -50,7 +50,7 @@ struct Gather {
   int64_t slot = 0;
   int slots = 1;
   bool roots = false;   // of the sums
-  bool rounds = false;  // to the kernels' T, whatever the copy is of
+  bool rounds = false;  // to the kernels' T, whatever the copy is of; of float32 to TF32
 };
 
 // A thread makes some neighbouring elements of a row, or, where there are many slots, a warp.
@@ -106,7 +106,7 @@ struct GatherTask {
     if (element == 8)
       store_as(static_cast<double*>(to) + at, column, v);
     else if (element == 4 && gather.rounds)
-      store_as<T>(static_cast<float*>(to) + at, column, v);
+      store_as<std::conditional_t<std::is_same_v<T, float>, Tf32, T>>(static_cast<float*>(to) + at, column, v);
     else if (element == 4)
       store_as(static_cast<float*>(to) + at, column, v);
     else
@@ -123,7 +123,13 @@ struct GatherTask {
     } else {
       float rounded[kGathered];
 #pragma unroll
-      for (int e = 0; e < kGathered; ++e) rounded[e] = to_float(from_float<Rounded>(static_cast<float>(v[e])));
+      for (int e = 0; e < kGathered; ++e) {
+        const float single = static_cast<float>(v[e]);
+        if constexpr (std::is_same_v<Rounded, Tf32>)
+          rounded[e] = __uint_as_float(tf32_operand(single) & ~0x1fffu);
+        else
+          rounded[e] = to_float(from_float<Rounded>(single));
+      }
       if (stores_pieces) return store_floats(at, rounded);
 #pragma unroll
       for (int e = 0; e < kGathered; ++e)

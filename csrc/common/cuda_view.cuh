@@ -72,6 +72,10 @@ __device__ __forceinline__ void load_floats(const T* from, float (&v)[N]) {
     }
   }
 }
+template <class T>
+__device__ __forceinline__ void load_floats(const T* from, float (&v)[1]) {
+  v[0] = to_float(*from);
+}
 template <int N, class T>
 __device__ __forceinline__ void store_floats(T* to, const float (&v)[N]) {
   constexpr int kCount = N < Piece<T>::kSize ? N / 2 : Piece<T>::kSize / 2;

@@ -1,7 +1,7 @@
 // gdfn on a GPU, for one dtype; what its steps share with mdta is in common/cuda_expansion.cuh.
 //
-// Forward: one kernel for few channels of half precision (common/cuda_fused.cuh); else, a step: norm, 1×1 (hidden), 3×3 and gate
-// (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of gated, 3×3 and the gate's derivative (d, and gated
+// Forward: one kernel for few channels of half precision or TF32 (common/cuda_fused.cuh); else, a step: norm, 1×1 (hidden), 3×3 and
+// gate (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of gated, 3×3 and the gate's derivative (d, and gated
 // for project_out's gradient), then the expansion's backward pass, of which one kernel takes d in half precision (gdfn_backward.cuh).
 #pragma once
 #include "common/cuda_fused.cuh"
@@ -63,7 +63,8 @@ int64_t queue(const GdfnForward<T>& a, void* memory, cudaStream_t stream) {
   Repack<T> repack(stream);
   const Expansion<T> expansion(workspace, w, s.channels, columns, false, repack);
   const int64_t real = a.shape.hidden;
-  const Gather gather{Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded};
+  Gather gather{Axis::plain(s.channels, real), Axis::plain(real, 1), int64_t{columns} * padded, padded};
+  gather.rounds = fuses && !kFuses<T>;
   const Matrices<const T> w_out{repack.template make<T>(workspace, gather, a.weights.project_out), 0, padded, 0};
   if (fuses) {
     if (workspace.counts_only()) return workspace.used();

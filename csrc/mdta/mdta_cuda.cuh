@@ -1,11 +1,11 @@
 // mdta on a GPU, for one dtype; what its steps share with gdfn is in common/cuda_expansion.cuh.
 //
-// Forward: pass 1 (statistics), a step: norm, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix; the last two are often
-// one kernel (mdta_fused.cuh). Then the attention and project_out · attention, one matrix an image. Pass 2 (apply), a step: norm, where
-// pass 1 has not kept it, 1×1 (hidden, of v), 3×3, 1×1 with the residual. For few channels of half precision each pass is one kernel
-// (mdta_fused.cuh, common/cuda_fused.cuh). Backward, image by image or some small ones at once: a pass over v for the gradient of that
-// matrix, some small matrices, and a pass that computes q and k again for everything else. Channels of q, k and v are padded head by
-// head.
+// Forward: pass 1 (statistics), a step: norm, 1×1 (hidden, of q and k), 3×3 with the squares' sums, Gram matrix; the last two are
+// often one kernel (mdta_fused.cuh). Then the attention and project_out · attention, one matrix an image. Pass 2 (apply), a step:
+// norm, where pass 1 has not kept it, 1×1 (hidden, of v), 3×3, 1×1 with the residual. For few channels of half precision or TF32
+// each pass is one kernel (mdta_fused.cuh, common/cuda_fused.cuh). Backward, image by image or some small ones at once: a pass over
+// v for the gradient of that matrix, some small matrices, and a pass that computes q and k again for everything else. Channels of
+// q, k and v are padded head by head.
 #pragma once
 #include "mdta/mdta.h"
 #include "mdta/mdta_fused.cuh"
@@ -276,18 +276,17 @@ int64_t statistics(Workspace workspace, const MdtaShape& shape, const Layout& la
     repack.add(each, squares + hidden / 2, sums.k + b * s.channels);
     repack.run();
   };
-  if (can_fuse<T>(layout) && can_fuse_statistics(columns, heads, padded)) {
-    const int64_t fused_slots = fused_statistics_slots(view_of(x, s, 0), steps.all_rows),
+  if (can_fuse<T>(layout) && can_fuse_statistics<T>(columns, heads, padded)) {
+    const int64_t blocks = fused_statistics_blocks(view_of(x, s, 0), steps.all_rows), fused_slots = blocks * kSlotsOfBlock<T>,
                   most = std::clamp<int64_t>(kForwardBudget / (fused_slots * count * 4), 1,
                                              std::clamp<int64_t>(s.batch, 1, kMostImages));
-    float *gram = workspace.take<float>(fused_slots * most * count),
-          *squares = workspace.take<float>(most * fused_slots * hidden);
+    float *gram = workspace.take<float>(fused_slots * most * count), *squares = workspace.take<float>(most * blocks * hidden);
     if (workspace.counts_only()) return workspace.used();
     repack.run();
     for (int64_t b = 0; b < s.batch; b += most) {
       const int64_t images = std::min(most, s.batch - b);
-      fused_statistics(expansion, view_of(x, s, b), steps.all_rows, heads, fused_slots, gram, squares, images, stream);
-      add_up(b, images, gram, fused_slots, squares, fused_slots);
+      fused_statistics(expansion, view_of(x, s, b), steps.all_rows, heads, blocks, gram, squares, images, stream);
+      add_up(b, images, gram, fused_slots, squares, blocks);
     }
     return workspace.used();
   }
@@ -335,17 +334,17 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
             columns = layout.channels;
   const int64_t square = int64_t{columns} * hidden;
   T* combined = workspace.take<T>(steps.images * square);  // [image][columns][hidden], project_out · attention
-  const auto combine = [&](int64_t b, int64_t images) {
+  const auto combine = [&](int64_t b, int64_t images, const auto& epilogue) {
     attention.attend(b, images, stream);
     product_of<float, T>({attention.project_out_rows(), attention.rows_of(attention.attention), columns, padded, padded, heads},
-                         {combined, square, hidden, padded}, images, stream);
+                         {combined, square, hidden, padded}, images, stream, epilogue);
   };
   const Matrices<const T> w_out{combined, square, hidden, 0};
   if (can_fuse<T>(layout)) {
     if (workspace.counts_only()) return workspace.used();
     repack.run();
     steps.each_group([&](int64_t b, int64_t images) {
-      combine(b, images);
+      combine(b, images, std::conditional_t<kFuses<T>, Plain, InTf32>{});
       fused<Convolved, T>(expansion, view_of(a.x, s, b), w_out, view_of(a.y, s, b), images, stream);
     });
     return workspace.used();
@@ -358,7 +357,7 @@ int64_t apply(Workspace workspace, const MdtaApply<T>& a, const Layout& layout, 
 
   repack.run();
   steps.each_group([&](int64_t b, int64_t images) {
-    combine(b, images);
+    combine(b, images, Plain{});
     steps.each_strip([&](const Range& rows) {
       const Range near = steps.around(rows, 1);
       const View<const T> x = x_image.read(b, images, near, stream);

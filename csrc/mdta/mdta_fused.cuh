@@ -1,6 +1,6 @@
-// mdta's statistics in half precision, of heads of up to 48 channels: q and k of a head are made for some pixels at a time, and what
-// they add to its Gram matrix and to their squares' sums, which are diagonals of q qᵀ and k kᵀ. For few channels this is one kernel
-// (common/cuda_fused.cuh), of 14 × 14 pixels at a time.
+// mdta's statistics in half precision or TF32, of heads of up to 48 channels: q and k of a head are made for some pixels at a time,
+// and what they add to its Gram matrix and to their squares' sums, in half precision diagonals of q qᵀ and k kᵀ. For few channels
+// this is one kernel (common/cuda_fused.cuh), of 14 × 14 pixels at a time, in TF32 of fewer.
 #pragma once
 #include "common/cuda_fused.cuh"
 
@@ -127,25 +127,149 @@ struct FusedStatistics {
   }
 };
 
-inline bool can_fuse_statistics(int channels, int heads, int padded) { return padded <= 48 && heads <= (channels <= 48 ? 1 : 2); }
+// The same of float32 in TF32: see common/cuda_fused_tf32.cuh. A warp multiplies half of k's channels by q's, over a quarter of a
+// tile's pixels, and has a slot of its own, to which it adds its sums every 8 tiles: the tensor cores cut instead of rounding, and a
+// long sum would drift. Squares are of what is not rounded yet.
+template <int kHeads>
+struct FusedStatisticsTf32 {
+  static constexpr int kSize = 48, kMade = 32, kQuarters = 4;
+  using Tile = Tf32Tile<kHeads * 3, 1, kMade, 2 * kSize, true>;
+  static constexpr int kShared = (Tile::kFloats + kHeads * 2 * kSize) * 4, kBlocks = kHeads == 1 ? 2 : 1;
 
-// Blocks that share the tiles of an image: enough to fill a device, and as many on every one, so that results are the same.
+  View<const float> x;  // the images as a whole
+  Range rows;           // that are summed
+  Norm norm;
+  const float* w_in;   // [hidden][channels]: q of all heads, k of all heads
+  const float* bands;  // [hidden + 64][kBand]
+  int hidden, heads, size, padded;
+  float *gram, *squares;  // [slot][image][head][size][size], [image][block][hidden]
+
+  // The hidden channel that row `row` of a head's q and k is, or a negative number.
+  __device__ __forceinline__ int channel_of(int head, int row) const {
+    const int which = row / kSize, within = row - which * kSize;
+    return within < padded ? which * (hidden / 2) + head * padded + within : -1;
+  }
+
+  __device__ __forceinline__ void run(unsigned char* shared) const {
+    float *memory = reinterpret_cast<float*>(shared), *square = memory + Tile::kFloats;  // [head][q and k]
+    Tile t(x, memory, blockIdx.y, 0, 0);
+    const unsigned across = (x.width + Tile::kColumns - 1) / Tile::kColumns,
+                   tiles = across * ((rows.end - rows.first + Tile::kRows - 1) / Tile::kRows);
+    const auto load_in = [&](int head, int first) { t.load_in(w_in, [&](int row) { return channel_of(head, first + row); }); };
+    const auto half = [] { return Tile::warp() % 2; };
+    const auto quarter = [] { return Tile::warp() / 2; };
+    for (int i = threadIdx.x; i < kHeads * 2 * kSize; i += Tile::kThreads) square[i] = 0;
+    float sums[kHeads][3][3][4] = {};
+    const auto tile_of = [](unsigned turn) { return blockIdx.x + turn * gridDim.x; };
+#pragma unroll 1
+    for (unsigned turn = 0; tile_of(turn) < tiles; ++turn) {
+      const unsigned index = tile_of(turn);
+      t.y0 = rows.first + index / across * Tile::kRows, t.x0 = index % across * Tile::kColumns;
+      load_in(0, 0);
+      t.normalise(norm);
+      wait_for_copies();
+      __syncthreads();
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        if (head >= heads) break;
+#pragma unroll 1
+        for (int first = 0; first < 2 * kSize; first += kMade) {
+          t.expand();
+          __syncthreads();
+          const typename Tile::Taps taps(bands + max(channel_of(head, first + Tile::hidden_channel()), 0) * kBand);
+          if (first + kMade < 2 * kSize)
+            load_in(head, first + kMade);
+          else if (head + 1 < heads)
+            load_in(head + 1, 0);
+          const int columns = x.width - t.x0 - Tile::own_column(), there = rows.end - t.y0;
+          float sum = 0;
+          t.convolve(taps, first, [&](int row, const float2(&v)[1]) {
+            const bool inside = row < there;
+            const float2 own = make_float2(inside && columns > 0 ? v[0].x : 0.0f, inside && columns > 1 ? v[0].y : 0.0f);
+            sum += own.x * own.x + own.y * own.y;
+            return own;
+          });
+          sum = sum_over(8, sum);  // of the thread's channel, over the columns
+          if (Tile::lane() % 8 == 0) square[head * 2 * kSize + first + Tile::own_channel()] += sum;
+          wait_for_copies();
+          __syncthreads();
+        }
+        constexpr int kOwn = Tile::kPixels / kQuarters;
+        const float *left_from = t.tile + left_lane().row * Tile::kRow + quarter() * kOwn + left_lane().piece * 4,
+                    *right_from =
+                        t.tile + (kSize + half() * 24 + Tile::lane() % 8) * Tile::kRow + quarter() * kOwn + Tile::lane() / 8 * 4;
+#pragma unroll
+        for (int p = 0; p < kOwn; p += 16) {
+          uint32_t right[3][4];
+#pragma unroll
+          for (int j = 0; j < 3; ++j) load_matrices(right[j], right_from + j * 8 * Tile::kRow + p);
+#pragma unroll
+          for (int step = 0; step < 2; ++step)
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+              uint32_t left[4];
+              load_matrices(left, left_from + i * 16 * Tile::kRow + p + step * 8);
+#pragma unroll
+              for (int j = 0; j < 3; ++j) mma_tf32(sums[head][i][j], left, {right[j][step * 2], right[j][step * 2 + 1]});
+            }
+        }
+      }
+      if (turn % 8 < 7 && tile_of(turn + 1) < tiles) continue;
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        if (head >= heads) break;
+        const int lane = Tile::lane();
+        const int64_t slot = blockIdx.x * kQuarters + quarter();
+        float* to = gram + ((slot * gridDim.y + t.image) * heads + head) * size * size;
+#pragma unroll
+        for (int i = 0; i < 36; ++i) {
+          const int m = i / 12 * 16 + i % 4 / 2 * 8 + lane / 4, n = half() * 24 + i / 4 % 3 * 8 + lane % 4 * 2 + i % 2;
+          float& sum = sums[head][i / 12][i / 4 % 3][i % 4];
+          if (m < size && n < size) to[m * size + n] = turn < 8 ? sum : to[m * size + n] + sum;
+          sum = 0;
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * 2 * kSize; i += Tile::kThreads) {
+      const int channel = channel_of(i / (2 * kSize), i % (2 * kSize));
+      if (channel >= 0) squares[(t.image * gridDim.x + blockIdx.x) * hidden + channel] = square[i];
+    }
+  }
+};
+
+template <class T, int kHeads>
+using Statistics = std::conditional_t<kFuses<T>, FusedStatistics<T, kHeads>, FusedStatisticsTf32<kHeads>>;
+
+// Where images of these channels have fused kernels.
 template <class T>
-int64_t fused_statistics_slots(const View<const T>& x, const Range& rows) {
-  constexpr int kSide = FusedStatistics<T, 1>::Tile::kSide;
-  return std::min<int64_t>(512, ceil_div(x.width, kSide) * ceil_div(rows.size(), kSide));
+bool can_fuse_statistics(int channels, int heads, int padded) {
+  if (padded > 48 || heads > (channels <= 48 ? 1 : 2)) return false;
+  return kFuses<T> || (channels <= 48 ? FusedStatisticsTf32<1>::kShared : FusedStatisticsTf32<2>::kShared) <= most_shared();
+}
+
+// Blocks that share the tiles of an image: enough to fill a device, and as many on every one, so that results are the same. And how
+// many slots of the Gram matrix each has.
+template <class T>
+constexpr int kSlotsOfBlock = kFuses<T> ? 1 : FusedStatisticsTf32<1>::kQuarters;
+template <class T>
+int64_t fused_statistics_blocks(const View<const T>& x, const Range& rows) {
+  using One = typename Statistics<T, 1>::Tile;
+  using Two = typename Statistics<T, 2>::Tile;
+  return std::min<int64_t>(512,
+                           ceil_div(x.width, One::kColumns) * ceil_div(rows.size(), x.channels <= 48 ? One::kRows : Two::kRows));
 }
 
 template <class T>
-void fused_statistics(const Expansion<T>& e, View<const T> x, const Range& rows, int heads, int64_t slots, float* gram,
+void fused_statistics(const Expansion<T>& e, View<const T> x, const Range& rows, int heads, int64_t blocks, float* gram,
                       float* squares, int64_t images, cudaStream_t stream) {
   const auto run = [&](auto count) {
-    using F = FusedStatistics<T, decltype(count)::value>;
-    launch(run_fused<T, F>, dim3(slots, images), dim3(F::Tile::kThreads), F::kShared, stream,
+    using F = Statistics<T, decltype(count)::value>;
+    launch(run_fused<T, F>, dim3(blocks, images), dim3(F::Tile::kThreads), F::kShared, stream,
            F{x, rows, e.norm, e.weight, e.bands, e.hidden, heads, static_cast<int>(e.groups.size), e.groups.padded(), gram,
              squares});
   };
-  if constexpr (kFuses<T>) x.channels <= 48 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
+  x.channels <= 48 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ IMAGE_DTYPES = {name: dtype for name, dtype in DTYPES.items() if BACKEND != "cpu
 
 SIDES = ((1, 2),) if SLOW else ((1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (9, 1))  # of images of few pixels
 CONTENTS = [("random", "flat"), ("grey", "grey", "grey", "black")]  # of the images of a batch; see fill
+SHARED = [str(kib << 10) for kib in (99, 163, 227)]  # bytes of a block's, as the GPUs have them; the emulation reads it
 FEW = 2048  # pixels of which neighbours are drawn at most; see gold.py
 
 
@@ -151,9 +152,12 @@ class ImageOpTests:
 
     @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
     def test_tf32(self, tf32):
+        self.check_in_tf32(self.middle)
+
+    def check_in_tf32(self, shape):
         """The reference is float64 with operands of 11 bits, as many as float16's. An error that is not much smaller shows that
         such were multiplied."""
-        tensors, dy, keywords = self.arguments(self.middle, torch.float32)
+        tensors, dy, keywords = self.arguments(shape, torch.float32)
         inputs = [tensors, *neighbours(tensors, 8, torch.float16)]
         (reference, gold), *others = [tf32_and_gold(self.op, t, dy, keywords) for t in inputs]
         actual = run(self.op, tensors, dy, **keywords, backend=BACKEND)

@@ -1,9 +1,24 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from backend import BACKEND, DEVICE, PLACE, SLOW
 from calls import image_call
 from gold import neighbours, run
-from image_op import CONTENTS, IMAGE_DTYPES, SIDES, ImageOpTests, case, cases, double, draws, draws_of, fill, reference_and_gold
+from image_op import (
+    CONTENTS,
+    IMAGE_DTYPES,
+    SHARED,
+    SIDES,
+    ImageOpTests,
+    case,
+    cases,
+    double,
+    draws,
+    draws_of,
+    fill,
+    reference_and_gold,
+)
 
 from autohdr.kernels import mdta, mdta_apply, mdta_statistics
 
@@ -43,6 +58,8 @@ SHAPES["gpu"] = SHAPES["slow"] + [
 CASES = cases(SHAPES["slow" if SLOW else "cpu" if BACKEND == "cpu" else "gpu"], ("B", "C", "heads", "H", "W"))
 if BACKEND == "cuda":  # several tiles of the fused kernels, which half precision alone has
     CASES += [pytest.param((2, 80, 2, 9, 18, False), dtype, id=f"B2-C80-{dtype}") for dtype in (torch.bfloat16, torch.float16)]
+# One kernel makes each pass of these in TF32, by tiles of 16 × 12 or 16 × 8 pixels.
+FUSED = [(1, 80, 2, 13, 17, False), (2, 48, 1, 9, 33, True), (1, 20, 1, 17, 16, True)]
 STRIPS = [(2, 10, 2, 12, 7, True), (1, 48, 1, 9, 11, False) if SLOW else (1, 48, 1, 17, 21, False)]
 
 
@@ -201,6 +218,31 @@ class TestMdta(ImageOpTests):
         for y, end, above, below in strips:
             out = mdta_apply(x[:, :, above:below], parameters, heads, total, backend=backend)[:, :, y - above : end - above]
             torch.testing.assert_close(out, whole[:, :, y:end], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    @pytest.mark.parametrize("shared", SHARED)
+    @pytest.mark.parametrize("shape", FUSED, ids=str)
+    def test_fused_in_tf32(self, shape, shared, tf32, monkeypatch):
+        monkeypatch.setenv("AUTOHDR_SHARED", shared)
+        self.check_in_tf32(shape)
+
+    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    @pytest.mark.parametrize("shape", [(1, 96, 2, 21, 18, True), (1, 48, 1, 13, 20, False)], ids=str)
+    def test_fused_strips_in_tf32(self, shape, tf32, monkeypatch):
+        """The same operands are rounded, whichever rows are summed."""
+        monkeypatch.setenv("AUTOHDR_SHARED", SHARED[-1])
+        (x, *parameters), _, keywords = self.arguments(shape, torch.float32)
+        heads, height = keywords["num_heads"], shape[3]
+        whole = mdta_statistics(x, parameters, heads, 0, height, backend=BACKEND)
+        applied = mdta_apply(x, parameters, heads, whole, backend=BACKEND)
+        cuts = [0, 5, 14, height] if height > 14 else [0, 5, height]
+        strips = [(y, end, max(y - 1, 0), min(end + 1, height)) for y, end in pairwise(cuts)]
+        sums = [mdta_statistics(x[:, :, a:b], parameters, heads, y - a, end - a, backend=BACKEND) for y, end, a, b in strips]
+        for total, expected in zip((sum(s) for s in zip(*sums, strict=True)), whole, strict=True):
+            torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+        for y, end, above, below in strips:
+            out = mdta_apply(x[:, :, above:below], parameters, heads, whole, backend=BACKEND)[:, :, y - above : end - above]
+            assert torch.equal(out, applied[:, :, y:end])
 
     @pytest.mark.parametrize(
         ("index", "value", "message"),
