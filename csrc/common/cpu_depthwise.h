@@ -1,32 +1,40 @@
 // The depthwise 3×3 convolution of a panel of channels, that of two panels and their gate, and the gradient of the taps.
 // Compiled per instruction set: common/cpu_each_isa.h.
 
-// Columns that a depthwise convolution takes at a time, so that three rows of them stay in the first-level cache while it goes
-// down the rows.
-AUTOHDR_INLINE int64_t column_block(int64_t bytes_per_pixel) { return std::max<int64_t>(8, (32 << 10) / (3 * bytes_per_pixel)); }
+// Columns that a depthwise convolution takes at a time, so that three rows of them stay in the first-level cache, beside what is
+// written, while it goes down the rows.
+AUTOHDR_INLINE int64_t column_block(int64_t bytes_per_pixel) { return std::max<int64_t>(8, (20 << 10) / (3 * bytes_per_pixel)); }
 
-// A depthwise 3×3 convolution of one panel along a row: rows[r] points at the pixel left of the first output.
-// With Squares, squares[c] += Σ out².
+// The convolution of the channels from c on, along a row: put(p, v) for each pixel, of which rows[r] point at the one left of the
+// first.
+template <class Put>
+AUTOHDR_INLINE void convolve(const float* const* rows, const float* taps, int64_t c, int64_t width, int64_t pixels,
+                             const Put& put) {
+  vf w[9];
+  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) w[t] = load(taps + t * width + c);
+  const float *r0 = rows[0] + c, *r1 = rows[1] + c, *r2 = rows[2] + c;
+  for (int64_t p = 0; p < pixels; ++p) {
+    const int64_t o = p * width;
+    vf a = load(r0 + o) * w[0], b = load(r1 + o) * w[3], d = load(r2 + o) * w[6];
+    a += load(r0 + o + width) * w[1];
+    b += load(r1 + o + width) * w[4];
+    d += load(r2 + o + width) * w[7];
+    a += load(r0 + o + 2 * width) * w[2];
+    b += load(r1 + o + 2 * width) * w[5];
+    d += load(r2 + o + 2 * width) * w[8];
+    put(p, a + b + d);
+  }
+}
+
+// A depthwise 3×3 convolution of one panel along a row. With Squares, squares[c] += Σ out².
 template <bool Squares, class Out>
 static void depthwise_row(const float* const* rows, const float* taps, int64_t width, int64_t pixels, Out* out, float* squares) {
   for (int64_t c = 0; c < width; c += W) {
-    vf w[9];
-  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) w[t] = load(taps + t * width + c);
-    const float *r0 = rows[0] + c, *r1 = rows[1] + c, *r2 = rows[2] + c;
     vf total = {};
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t o = p * width;
-      vf a = load(r0 + o) * w[0], b = load(r1 + o) * w[3], d = load(r2 + o) * w[6];
-      a += load(r0 + o + width) * w[1];
-      b += load(r1 + o + width) * w[4];
-      d += load(r2 + o + width) * w[7];
-      a += load(r0 + o + 2 * width) * w[2];
-      b += load(r1 + o + 2 * width) * w[5];
-      d += load(r2 + o + 2 * width) * w[8];
-      const vf v = a + b + d;
-      store(out + o + c, v);
+    convolve(rows, taps, c, width, pixels, [&](int64_t p, vf v) {
+      store(out + p * width + c, v);
       if constexpr (Squares) total += v * v;
-    }
+    });
     if constexpr (Squares) store(squares + c, load(squares + c) + total);
   }
 }
@@ -45,24 +53,20 @@ static void depthwise(const Ring& in, int64_t panel, const Range& rows, const Ra
     }
 }
 
-// The same of two panels along a row, out = gate(c, a, b) of the channels from c on.
+// The same of two panels along a row, out = gate(c, a, b) of the channels from c on. One after the other: AVX2 has registers for the
+// taps of one.
 template <class Out, class Gate>
 AUTOHDR_INLINE void gated_row(const float* const* a_rows, const float* const* b_rows, const float* a_taps, const float* b_taps,
                               int64_t width, int64_t pixels, Out* out, const Gate& gate) {
-  for (int64_t c = 0; c < width; c += W) {
-    vf wa[9], wb[9];
-  AUTOHDR_UNROLL for (int t = 0; t < 9; ++t) wa[t] = load(a_taps + t * width + c), wb[t] = load(b_taps + t * width + c);
-    const float *a0 = a_rows[0] + c, *a1 = a_rows[1] + c, *a2 = a_rows[2] + c;
-    const float *b0 = b_rows[0] + c, *b1 = b_rows[1] + c, *b2 = b_rows[2] + c;
-    for (int64_t o = 0; o < pixels * width; o += width) {
-      const int64_t o1 = o + width, o2 = o1 + width;
-      const vf va = (load(a0 + o) * wa[0] + load(a0 + o1) * wa[1] + load(a0 + o2) * wa[2]) +
-                    (load(a1 + o) * wa[3] + load(a1 + o1) * wa[4] + load(a1 + o2) * wa[5]) +
-                    (load(a2 + o) * wa[6] + load(a2 + o1) * wa[7] + load(a2 + o2) * wa[8]);
-      const vf vb = (load(b0 + o) * wb[0] + load(b0 + o1) * wb[1] + load(b0 + o2) * wb[2]) +
-                    (load(b1 + o) * wb[3] + load(b1 + o1) * wb[4] + load(b1 + o2) * wb[5]) +
-                    (load(b2 + o) * wb[6] + load(b2 + o1) * wb[7] + load(b2 + o2) * wb[8]);
-      store(out + o + c, gate(c, va, vb));
+  constexpr int64_t kRun = 32;  // pixels whose a waits for their b
+  vf a[kRun];
+  for (int64_t first = 0; first < pixels; first += kRun) {
+    const int64_t count = std::min(kRun, pixels - first), at = first * width;
+    const float* a_run[3] = {a_rows[0] + at, a_rows[1] + at, a_rows[2] + at};
+    const float* b_run[3] = {b_rows[0] + at, b_rows[1] + at, b_rows[2] + at};
+    for (int64_t c = 0; c < width; c += W) {
+      convolve(a_run, a_taps, c, width, count, [&](int64_t p, vf v) { a[p] = v; });
+      convolve(b_run, b_taps, c, width, count, [&](int64_t p, vf v) { store(out + at + p * width + c, gate(c, a[p], v)); });
     }
   }
 }

@@ -116,7 +116,7 @@ struct Hidden {
         ring.clear_columns(next, {seen.end, columns.end});
         float* row = normal_at(next, seen.first);
         normalize(x.at(image, next, seen.first), seen.size(), x.shape.channels, op.eps, op.centre, row, ld,
-                  stats_at(next, seen.first));
+                  stats_at(next, seen.first), next + 1 < x.shape.height ? x.shape.width * x.shape.channels : 0);
         if (kept.data) {
           read_panels(*groups, kept.at(image, next, seen.first), seen.size(), ring.at(next, 0, seen.first), ring.panel_stride());
           continue;

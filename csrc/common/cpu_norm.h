@@ -14,10 +14,10 @@ struct Stats {
 };
 
 // Without weight and bias, which are folded into the 1×1 convolution. In the bias-free norm, not `centre`, the variance is centred
-// and the value is not.
+// and the value is not. ahead: how many elements further lie the pixels that will be read next, which are fetched; or 0.
 template <class T>
-static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, bool centre, float* out, int64_t ld,
-                      Stats* stats) {
+static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, bool centre, float* out, int64_t ld, Stats* stats,
+                      int64_t ahead = 0) {
   const float inverse = 1.0f / static_cast<float>(channels);
   const int64_t whole = channels / W * W, padded = round_up(channels, 16);
   for (int64_t p = 0; p < pixels; ++p) {
@@ -47,6 +47,7 @@ static void normalize(const T* x, int64_t pixels, int64_t channels, float eps, b
     for (int64_t c = 0; c < channels; c += W) store(row + c, (load(row + c) - shift) * factor);
     for (int64_t c = channels; c < padded; ++c) row[c] = 0.0f;
     stats[p] = {mean, factor};
+    if (ahead) fetch(in + ahead, channels);
   }
 }
 

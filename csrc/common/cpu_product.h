@@ -114,7 +114,7 @@ AUTOHDR_INLINE void product(const Packed& b, const Left* left, int64_t count, co
 }
 
 // c[m][n] += aᵀ b over `depth` rows of a [depth][m] and b [depth][n], few enough that their parts stay in the first-level cache; n a
-// multiple of 16.
+// multiple of W.
 static void outer_few(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                       int64_t ldc) {
   constexpr int MR = W == 16 ? 8 : 4;

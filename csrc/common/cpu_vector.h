@@ -59,15 +59,30 @@ AUTOHDR_INLINE void store(f16* p, vf v) {  // round to nearest even
 // The first n lanes, n < W; the rest are zero.
 template <class T>
 AUTOHDR_INLINE vf load_part(const T* p, int64_t n) {
+#if AUTOHDR_WIDTH == 16
+  const __mmask16 first = _bzhi_u32(0xffff, n);
+  if constexpr (sizeof(T) == sizeof(float)) return (vf)_mm512_maskz_loadu_ps(first, p);
+  const __m256i lanes = _mm256_maskz_loadu_epi16(first, p);
+  return load(reinterpret_cast<const T*>(&lanes));
+#else
   T lanes[W] = {};
   __builtin_memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
+#endif
 }
 template <class T>
 AUTOHDR_INLINE void store_part(T* p, vf v, int64_t n) {
+#if AUTOHDR_WIDTH == 16
+  const __mmask16 first = _bzhi_u32(0xffff, n);
+  if constexpr (sizeof(T) == sizeof(float)) return _mm512_mask_storeu_ps(p, first, (__m512)v);
+  __m256i lanes;
+  store(reinterpret_cast<T*>(&lanes), v);
+  _mm256_mask_storeu_epi16(p, first, lanes);
+#else
   T lanes[W];
   store(lanes, v);
   __builtin_memcpy(p, lanes, n * sizeof(T));
+#endif
 }
 template <class T>
 AUTOHDR_INLINE vf load_at(const T* p, int64_t i, int64_t n) {
@@ -81,6 +96,12 @@ AUTOHDR_INLINE void store_at(T* p, int64_t i, int64_t n, vf v) {
 template <class T>
 AUTOHDR_INLINE void add_at(T* p, int64_t i, int64_t n, vf v) {
   store_at(p, i, n, load_at(p, i, n) + v);
+}
+
+// Has what will be read soon brought into the second-level cache.
+template <class T>
+AUTOHDR_INLINE void fetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
 AUTOHDR_INLINE float sum(vf v) {
@@ -98,7 +119,13 @@ AUTOHDR_INLINE float sum(vf v) {
   return lanes[0];
 #endif
 }
-AUTOHDR_INLINE vf clamp(vf v, float low, float high) {  // a NaN stays one
+AUTOHDR_INLINE vf clamp(vf v, float low, float high) {  // a NaN stays one: of two operands min and max take the second then
+#if AUTOHDR_WIDTH == 16
+  return (vf)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)v));
+#elif AUTOHDR_WIDTH == 8
+  return (vf)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)v));
+#else
   v = v < splat(low) ? splat(low) : v;
   return v > splat(high) ? splat(high) : v;
+#endif
 }

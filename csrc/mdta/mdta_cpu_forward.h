@@ -58,24 +58,37 @@ struct Attention {
 
 static ImageShape image_shape(const MdtaShape& s) { return {s.batch, s.height, s.width, s.channels}; }
 
-// Gram matrix and squares, over the rows [first, end) of every image, of what `op` expands x to: the heads of q, then those of k.
+// q and k of all heads, those of neighbours in one panel where fewer of its lanes are empty so.
+static Groups query_key_groups(const MdtaShape& s) {
+  const int64_t parts = 2 * s.heads, size = s.head_size();
+  Groups best(parts, size);
+  for (int64_t together = 2; together <= parts && together * size <= 64; ++together) {
+    const Groups groups(parts / together, together * size);
+    if (parts % together == 0 && groups.channels() < best.channels()) best = groups;
+  }
+  return best;
+}
+
+// Gram matrix and squares, over the rows [first, end) of every image, of what `op` expands x to: query_key_groups.
 template <class T, class Weights, class Op>
 static void statistics(Scratch& scratch, const Groups& groups, const Op& op, const MdtaStatistics<T, Weights>& a) {
   const MdtaShape& s = a.shape;
   const ImageShape shape = image_shape(s);
-  const int64_t size = s.head_size();
-  const Groups heads(s.heads, size);
-  const int64_t part = heads.panels(), each = heads.panels_each, width = groups.width(), padded = heads.padded();
+  const int64_t size = s.head_size(), together = groups.size / size;
+  const int64_t each = groups.panels_each, width = groups.width(), padded = groups.padded();
+  // Of q and k, one after the other: the first panel, and the first lane in it.
+  const auto panel_of = [&](int64_t part) { return part / together * each; };
+  const auto lane_of = [&](int64_t part) { return part % together * size; };
 
   // Image by image: the sums of many images at once would take more memory than they are worth.
   const Steps steps(1, {a.first, a.end}, s.width, groups.channels() * sizeof(float));
   const int64_t most = steps.most_columns();
   const int64_t hidden_size = Hidden<T, Op>::floats(shape, steps.rows + 2, groups.panels(), width, most + 2);
   const int64_t panel = steps.rows * most * width;  // between panels of q, k
-  const int64_t gram_size = s.heads * padded * padded, sums_size = gram_size + 2 * heads.channels();
+  const int64_t gram_size = s.channels * padded, sums_size = gram_size + groups.channels();
   const int64_t worker_size = hidden_size + groups.panels() * panel + sums_size;
   float* memory = scratch.take<float>(steps.workers * worker_size);
-  double* sums = scratch.take<double>(steps.workers * sums_size);  // Gram matrix, squares of q, squares of k
+  double* sums = scratch.take<double>(steps.workers * sums_size);  // Gram matrices [channel of q][lane of k], squares
   for (int64_t b = 0; b < s.batch; ++b) {
     std::fill_n(sums, steps.workers * sums_size, 0.0);
     steps.for_each([&](int64_t worker, const Tile& tile) {
@@ -94,18 +107,24 @@ static void statistics(Scratch& scratch, const Groups& groups, const Op& op, con
           depthwise<true>(hidden.ring, p, rows, tile.columns, op.taps + p * 9 * width, qk + p * panel, squares + p * width);
         for (int64_t h = 0; h < s.heads; ++h)
           for (int64_t i = 0; i < each; ++i)
-            for (int64_t j = 0; j < each; ++j)
-              outer(width, width, pixels, qk + (h * each + i) * panel, width, qk + (part + h * each + j) * panel, width,
-                    gram + (h * padded + i * width) * padded + j * width, padded);
+            for (int64_t j = 0; j < each; ++j) {
+              const int64_t lane = lane_of(s.heads + h), first = lane / W * W;  // of k, and of the vector that it lies in
+              const int64_t end = round_up(lane + std::min(width, size - j * width), W);
+              outer(std::min(width, size - i * width), end - first, pixels, qk + (panel_of(h) + i) * panel + lane_of(h), width,
+                    qk + (panel_of(s.heads + h) + j) * panel + first, width,
+                    gram + (h * size + i * width) * padded + j * width + first, padded);
+            }
         for (int64_t i = 0; i < sums_size; ++i) sums[worker * sums_size + i] += gram[i];
       }
     });
     add_up(sums, steps.workers, sums_size);
-    for (int64_t c = 0; c < s.channels; ++c) {
-      const int64_t row = c / size * padded + c % size, at = b * s.channels + c;
-      a.q_square[at] = sums[gram_size + row];
-      a.k_square[at] = sums[gram_size + heads.channels() + row];
-      std::copy_n(sums + row * padded, size, a.gram + at * size);
+    const double* squares = sums + gram_size;
+    for (int64_t h = 0; h < s.heads; ++h) {
+      const int64_t q = h, k = s.heads + h, first = (b * s.heads + h) * size;
+      std::copy_n(squares + q / together * padded + lane_of(q), size, a.q_square + first);
+      std::copy_n(squares + k / together * padded + lane_of(k), size, a.k_square + first);
+      for (int64_t c = 0; c < size; ++c)
+        std::copy_n(sums + (h * size + c) * padded + lane_of(k), size, a.gram + (first + c) * size);
     }
   }
 }

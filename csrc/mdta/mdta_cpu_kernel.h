@@ -21,7 +21,7 @@ template <class T>
 static void run(const MdtaStatistics<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
-  const Groups groups(2 * s.heads, s.head_size());
+  const Groups groups = query_key_groups(s);
   statistics(scratch, groups, make_expansion(scratch, groups, s.channels, expansion_weights(a.weights, s.eps)), a);
 }
 
@@ -29,12 +29,13 @@ template <class T>
 static void run(const MdtaApply<T>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
-  const Groups groups(s.heads, s.head_size());
+  const Groups groups(1, s.channels);
   const int64_t v = 2 * s.channels;
   MdtaWeights w = a.weights;
   w.qkv += v * s.channels, w.dwconv += v * 9;
   const Expansion op = make_expansion(scratch, groups, s.channels, expansion_weights(w, s.eps));
-  const Packed combined = Packed::make(scratch, s.channels, groups.channels());
+  // The product goes as far as v does in the only panel, of several to the end of each.
+  const Packed combined = Packed::make(scratch, s.channels, groups.panels() == 1 ? s.channels : groups.channels());
   apply<float>(scratch, groups, op, combined, a, [&](const float* matrix) {
     pack_columns(combined, [&](int64_t n) {
       return [=, rows = op.rows, column = matrix + n * s.channels, padding = n >= s.channels](int64_t k) {

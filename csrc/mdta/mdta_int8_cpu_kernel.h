@@ -21,7 +21,7 @@ static ExpansionCodes make_expansion(Scratch& scratch, const Groups& groups, con
 template <class T>
 static void run(const MdtaStatistics<T, MdtaInt8Weights>& a) {
   Scratch scratch;
-  const Groups groups(2 * a.shape.heads, a.shape.head_size());
+  const Groups groups = query_key_groups(a.shape);
   statistics(scratch, groups, make_expansion(scratch, groups, a.shape, a.weights, 0), a);
 }
 
@@ -30,7 +30,7 @@ static void run(const MdtaApply<T, MdtaInt8Weights>& a) {
   Scratch scratch;
   const MdtaShape& s = a.shape;
   const int64_t channels = s.channels, ld = round_up(channels, W);
-  const Groups groups(s.heads, s.head_size());
+  const Groups groups(1, s.channels);
   const ExpansionCodes op = make_expansion(scratch, groups, s, a.weights, 2 * channels);
   const PackedCodes combined = PackedCodes::make(scratch, channels, groups.channels());
   Code* codes = scratch.take<Code>(channels * ld);

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backend import BACKEND, DEVICE, INTERPRETED, SLOW
 from calls import image_call
 from image_op import SHARED, KeepingOpTests, case, cases, draws
 
 from autohdr.kernels import gdfn
-from autohdr.kernels.common import WIDE
+from autohdr.kernels.common import WIDE, layer_norm
 
 SHAPES = {  # batch, channels, hidden channels, height, width, norm bias
     "cpu": [
@@ -108,6 +109,21 @@ class TestGdfn(KeepingOpTests):
         expected = x[0] + torch.einsum("oc,chw->ohw", project_out, gate)
         actual = gdfn(x, weight, bias, project_in[:, :, None, None], dw[:, None], project_out[:, :, None, None])
         torch.testing.assert_close(actual[0], expected)
+
+    @pytest.mark.parametrize("most", [0.5, 3, 9])
+    def test_gate_all_over_its_range(self, most, isa):
+        """Where a is from -most to most and b is 1: what few values reach of a table or a polynomial may be wrong as well."""
+        c = 16 if SLOW else 256
+        x = torch.randn(1, c, 3, 3, generator=torch.Generator().manual_seed(0)).double().to(DEVICE) / 1000
+        normal = layer_norm(x.float().double(), torch.ones(c, device=DEVICE).double(), None, 0)[0, :, 1, 1]
+        a = torch.linspace(-most, most, c, device=DEVICE, dtype=torch.float64)
+        project_in = torch.cat([(a / normal).diag(), (1 / normal).diag()])[:, :, None, None]
+        dwconv = torch.zeros(2 * c, 1, 3, 3, device=DEVICE)
+        dwconv[:, :, 1, 1] = 1
+        project_out = torch.eye(c, device=DEVICE)[:, :, None, None]
+        y = gdfn(x.float(), torch.ones(c, device=DEVICE), None, project_in.float(), dwconv, project_out, eps=0.0, backend=BACKEND)
+        gate = (y.double() - x.float())[0, :, 1, 1]
+        assert ((gate - F.gelu(a)).abs() <= 4e-7 * (1 + a.abs())).all()
 
     def test_long_sums(self):
         """Large and far from zero in every pixel: a running sum in float32 would go astray by percents."""

@@ -35,6 +35,8 @@ SHAPES = {  # batch, channels, heads, height, width, norm bias
         (1, 192, 4, 6, 6, True),
         (1, 64, 1, 5, 6, True),
         (1, 112, 1, 4, 9, False),
+        (1, 48, 4, 6, 13, True),  # q and k of several heads in a panel
+        (2, 40, 2, 9, 11, False),  # they begin within a vector, and go on in others
     ],
     # d_temperature has one value a head. In half precision it is partly chance whose error of so few is smaller: these are sizes
     # where the reference is not lucky.

@@ -19,6 +19,8 @@ SHAPES = [  # batch, channels, heads, height, width, norm bias
     (1, 7, 1, 63, 2, True),
     (1, 192, 4, 6, 6, True),
     (1, 112, 1, 4, 9, False),
+    (1, 48, 4, 6, 13, True),
+    (2, 40, 2, 9, 11, False),
 ]
 SMALL, PLAIN = (2, 6, 2, 4, 3, True), (2, 6, 2, 4, 3, False)
 
