@@ -34,7 +34,8 @@ compare: install demo_train_run/report/report.html
 	$(BIN)/$(LEARN) --out demo_train_run/swinir --model swinir_nano --model-args '{"dim": 22}'
 	$(BIN)/autohdr quantize $(firstword $(TRAINED)) --calibrate autohdr/samples --pairs $(ROOMS)/val.jsonl --out $(CODED)
 	$(BIN)/autohdr compare lite $(firstword $(TRAINED)) $(CODED) $(wordlist 2,3,$(TRAINED)) --ensemble $(TRAINED) \
-	  --ensemble $(OF_ONE_RUN) --average outputs weights --forms bfloat16 fast flips-2 flips-4 sharpen --cost-size 3297x2201 --pairs $(ROOMS)/test.jsonl --out demo_train_run/compare
+	  --ensemble $(OF_ONE_RUN) --average outputs weights --forms bfloat16 fast flips-2 flips-4 sharpen \
+	  --cost-size 3297x2201 --pairs $(ROOMS)/test.jsonl --out demo_train_run/compare
 	$(BIN)/python benchmarks/families.py demo_train_run/compare/compare.json
 
 demo_train_run/report/report.html:

@@ -5,8 +5,8 @@ torch.compile, ONNX Runtime and OpenVINO, and the scan against a plain loop in C
     python benchmarks/peers.py [--rounds 5] [--avx2] [--ipex PYTHON] [--out results/peers_avx512.json]
 
 --ipex names a Python of another environment, which has intel-extension-for-pytorch and the PyTorch of its version: the scan runs
-there, in a process of its own. --avx2 keeps ours, PyTorch, torch.compile and the loop in C to AVX2 on a processor with AVX-512;
-ONNX Runtime and Intel's extension have no such setting, and of OpenVINO none is known.
+there, in a process of its own. --avx2 keeps ours, PyTorch, its extension, torch.compile and the loop in C to AVX2 on a processor
+with AVX-512; ONNX Runtime has no such setting, and of OpenVINO none is known.
 
 Under the tuned malloc of run.py, with as many threads as PyTorch takes. What is farther from PyTorch in float32 than 1e-4 of the
 network's change (of the scan's result) is not reported.
