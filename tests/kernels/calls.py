@@ -20,7 +20,7 @@ def call(op: str, size: str) -> tuple[Callable[..., Tensor], list[Tensor], Tenso
 
 
 def image_call(tests, shape):
-    """Of a subclass of ImageOpTests."""
+    """Of a subclass of ImageOpTests or Int8OpTests."""
     tensors, dy, keywords = tests.arguments(shape, torch.float32)
     given = [t for t in tensors if t is not None]
 

@@ -19,6 +19,7 @@ IMAGE_DTYPES = {name: dtype for name, dtype in DTYPES.items() if BACKEND != "cpu
 SIDES = ((1, 2),) if SLOW else ((1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (9, 1))  # of images of few pixels
 CONTENTS = [("random", "flat"), ("grey", "grey", "grey", "black")]  # of the images of a batch; see fill
 SHARED = [str(kib << 10) for kib in (99, 163, 227)]  # bytes of a block's, as the GPUs have them; the emulation reads it
+IN_TF32 = pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
 FEW = 2048  # pixels of which neighbours are drawn at most; see gold.py
 
 
@@ -106,6 +107,19 @@ def cases(shapes, names):
     ]
 
 
+def fused_in_tf32(shapes):
+    """A test of what one kernel makes of these in TF32, on each GPU's shared memory."""
+
+    @IN_TF32
+    @pytest.mark.parametrize("shared", SHARED)
+    @pytest.mark.parametrize("shape", shapes, ids=str)
+    def test(self, shape, shared, tf32, monkeypatch):
+        monkeypatch.setenv("AUTOHDR_SHARED", shared)
+        self.check_in_tf32(shape)
+
+    return test
+
+
 class ImageOpTests:
     """A subclass sets ``name``, ``op``, ``small`` and ``middle`` (shapes) and ``channels`` (of a shape, what stands between batch
     and height), and has ``arguments(shape, dtype) -> (tensors, dy, keywords)`` and ``saved_bytes(shape)``, what the backward pass
@@ -150,7 +164,7 @@ class ImageOpTests:
         for a, e in zip(run(compiled, tensors, dy), run(function, tensors, dy), strict=True):
             assert torch.equal(a, e)
 
-    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    @IN_TF32
     def test_tf32(self, tf32):
         self.check_in_tf32(self.middle)
 

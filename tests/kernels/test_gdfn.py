@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from backend import BACKEND, DEVICE, INTERPRETED, SLOW
 from calls import image_call
-from image_op import SHARED, KeepingOpTests, case, cases, draws
+from image_op import IN_TF32, KeepingOpTests, case, cases, draws, fused_in_tf32
 
 from autohdr.kernels import gdfn
 from autohdr.kernels.common import WIDE, layer_norm
@@ -164,14 +164,9 @@ class TestGdfn(KeepingOpTests):
         with pytest.raises(triton.runtime.errors.InterpreterError, match="not within a tensor of the launch"):
             touch[(1,)](x[1:], 9, stores)
 
-    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
-    @pytest.mark.parametrize("shared", SHARED)
-    @pytest.mark.parametrize("shape", FUSED, ids=str)
-    def test_fused_in_tf32(self, shape, shared, tf32, monkeypatch):
-        monkeypatch.setenv("AUTOHDR_SHARED", shared)
-        self.check_in_tf32(shape)
+    test_fused_in_tf32 = fused_in_tf32(FUSED)
 
-    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    @IN_TF32
     def test_nan_in_tf32(self, tf32):
         self.test_nan_stays_in_its_neighbourhood()
 

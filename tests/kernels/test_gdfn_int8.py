@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import image_call
 from image_op import double
-from int8_op import Int8OpTests, int8_call
+from int8_op import Int8OpTests
 from torch import library
 
 from autohdr.kernels import gdfn_int8
@@ -50,17 +51,17 @@ def arguments(shape, dtype=torch.float32):
 
 
 def call(shape):
-    return int8_call(TestGdfnInt8, shape)
+    return image_call(TestGdfnInt8, shape)
 
 
 class TestGdfnInt8(Int8OpTests):
-    name = "gdfn_int8"
+    name, op = "gdfn_int8", staticmethod(gdfn_int8)
     small, second = SMALL, 21
-    arguments = staticmethod(arguments)
 
     @staticmethod
-    def op(tensors, backend):
-        return gdfn_int8(*tensors, backend=backend)
+    def arguments(shape, dtype):
+        tensors = arguments(shape, dtype)
+        return tensors, torch.randn_like(tensors[0]), {}
 
 
 def undecided(tensors):

@@ -8,6 +8,7 @@ from gold import neighbours, run
 from image_op import (
     CONTENTS,
     IMAGE_DTYPES,
+    IN_TF32,
     SHARED,
     SIDES,
     ImageOpTests,
@@ -17,6 +18,7 @@ from image_op import (
     draws,
     draws_of,
     fill,
+    fused_in_tf32,
     reference_and_gold,
 )
 
@@ -221,14 +223,9 @@ class TestMdta(ImageOpTests):
             out = mdta_apply(x[:, :, above:below], parameters, heads, total, backend=backend)[:, :, y - above : end - above]
             torch.testing.assert_close(out, whole[:, :, y:end], atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
-    @pytest.mark.parametrize("shared", SHARED)
-    @pytest.mark.parametrize("shape", FUSED, ids=str)
-    def test_fused_in_tf32(self, shape, shared, tf32, monkeypatch):
-        monkeypatch.setenv("AUTOHDR_SHARED", shared)
-        self.check_in_tf32(shape)
+    test_fused_in_tf32 = fused_in_tf32(FUSED)
 
-    @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels multiply as TF32")
+    @IN_TF32
     @pytest.mark.parametrize("shape", [(1, 96, 2, 21, 18, True), (1, 48, 1, 13, 20, False)], ids=str)
     def test_fused_strips_in_tf32(self, shape, tf32, monkeypatch):
         """The same operands are rounded, whichever rows are summed."""

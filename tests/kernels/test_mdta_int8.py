@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import image_call
 from image_op import double
-from int8_op import Int8OpTests, int8_call
+from int8_op import Int8OpTests
 from torch import library
 
 from autohdr.kernels import mdta_int8, mdta_int8_apply, mdta_int8_statistics
@@ -62,17 +63,17 @@ def normal(x, weight, bias):
 
 
 def call(shape):
-    return int8_call(TestMdtaInt8, shape)
+    return image_call(TestMdtaInt8, shape)
 
 
 class TestMdtaInt8(Int8OpTests):
-    name = "mdta_int8"
+    name, op = "mdta_int8", staticmethod(mdta_int8)
     small, second = SMALL, 2
-    arguments = staticmethod(arguments)
 
     @staticmethod
-    def op(tensors, backend):
-        return mdta_int8(*tensors, len(tensors[6]), backend=backend)
+    def arguments(shape, dtype):
+        tensors = arguments(shape, dtype)
+        return tensors, torch.randn_like(tensors[0]), {"num_heads": shape[2]}
 
 
 def definition(tensors, heads):
