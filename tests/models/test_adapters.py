@@ -32,6 +32,7 @@ def model(request, small):
 IMAGE = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 HOOKS = {
     "forward": lambda module, hook: module.register_forward_hook(hook),
+    "forward with keywords": lambda module, hook: module.register_forward_hook(hook, with_kwargs=True),
     "forward pre": lambda module, hook: module.register_forward_pre_hook(hook),
     "full backward": lambda module, hook: module.register_full_backward_hook(hook),
     "full backward pre": lambda module, hook: module.register_full_backward_pre_hook(hook),
