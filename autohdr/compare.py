@@ -29,6 +29,7 @@ from autohdr.evaluate import (
 )
 from autohdr.metrics import DETAILS, METRICS
 from autohdr.models import combine, load_checkpoint
+from autohdr.models.combined import AverageOf
 from autohdr.models.int8 import made_of
 from autohdr.models.network import Network
 from autohdr.report import encode_pictures, write_comparison
@@ -39,8 +40,6 @@ SHOWN_WORST = 10
 _RESERVED = {*LABELS, *LABELS.values()}
 Form = Literal["bfloat16", "float16", "fast", "flips-2", "flips-4", "flips-8", "sharpen"]
 """What a model can be measured as beside itself, by the options of `enhance`."""
-Average = Literal["outputs", "weights"]
-"""Of several models, what their mean is taken of."""
 _OPTIONS: dict[str, dict[str, Any]] = {"fast": {"fast": True}, "sharpen": {"sharpen": 0.3}} | {
     f"flips-{views}": {"flips": views} for views in (2, 4, 8)
 }
@@ -59,7 +58,7 @@ def compare(
     precision: str = "float32",
     forms: Sequence[Form] = (),
     ensembles: Sequence[Sequence[Path]] = (),
-    average: Sequence[Average] = ("outputs",),
+    average: Sequence[AverageOf] = ("outputs",),
     cost_size: tuple[int, int] | None = None,
     allow_trained: bool = False,
     points: Points | None = None,
@@ -93,7 +92,7 @@ def compare(
     if "weights" in average and not ensembles:
         raise UserError("compare: average: expected ensembles to take the mean of the weights of, got none")
     check_settings(pairs, precision)
-    for setting, given, known in (("forms", forms, get_args(Form)), ("average", average, get_args(Average))):
+    for setting, given, known in (("forms", forms, get_args(Form)), ("average", average, get_args(AverageOf))):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"compare: {setting}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if precision in forms:
@@ -159,7 +158,7 @@ def _candidates(
     checkpoints: Sequence[Path],
     forms: Sequence[Form],
     ensembles: Sequence[Sequence[Path]],
-    average: Sequence[Average],
+    average: Sequence[AverageOf],
     precision: str,
     device: torch.device,
 ) -> tuple[dict[str, _Candidate], list[str]]:
@@ -198,7 +197,7 @@ def _candidates(
     return found, left_out
 
 
-def _mean(members: Sequence[Network], average: Average) -> Network:
+def _mean(members: Sequence[Network], average: AverageOf) -> Network:
     """UserError as combine raises it, and where all members have the same weights, as a run's best and last epoch can be one."""
     first, *others = [network.state_dict() for network in members]
     if all(first.keys() == its.keys() and all(torch.equal(first[name], its[name]) for name in its) for its in others):

@@ -130,8 +130,8 @@ def networks(name: str, side: int, folder: Path) -> tuple[list[Tensor], dict[str
 
 def c_loop(problem: Problem, folder: Path) -> Run:
     made, library = folder / "scan.o", folder / "scan.so"
-    processor = "haswell" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
-    flags = ["-O3", f"-march={processor}", "-ffast-math", "-fopenmp", f"-DN={DSTATE}", "-fPIC", "-x", "c++", "-c", "-"]
+    march = "haswell" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
+    flags = ["-O3", f"-march={march}", "-ffast-math", "-fopenmp", f"-DN={DSTATE}", "-fPIC", "-x", "c++", "-c", "-"]
     subprocess.run(["g++", *flags, "-o", str(made)], input=LOOP, text=True, check=True)
     # Without -ffast-math, which would have the whole process flush subnormal numbers to zero.
     subprocess.run(["g++", "-shared", "-fopenmp", str(made), "-o", str(library), "-lm"], check=True)

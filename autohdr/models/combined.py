@@ -4,7 +4,7 @@ a fraction of one."""
 import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from autohdr.models.network import Network, NetworkConfig, in_8_bits
 from autohdr.models.registry import check_tensors
 from autohdr.models.tiling import Rows, TensorRows
 
+AverageOf = Literal["outputs", "weights"]
+"""Of several models, what their mean is taken of."""
 VIEWS = (2, 4, 8)
 """Of a photo: it and its mirror image, these two upside down, these four transposed."""
 BLUR = 1.0  # standard deviation of the unsharp mask's blur, in pixels: of the finest detail
@@ -167,7 +169,7 @@ def sharpen(image: Tensor, amount: float) -> Tensor:
 
 
 def combine(
-    networks: Sequence[Network], *, average: str = "outputs", flips: int = 1, fast: bool = False, sharpen: float = 0.0
+    networks: Sequence[Network], *, average: AverageOf = "outputs", flips: int = 1, fast: bool = False, sharpen: float = 0.0
 ) -> Network:
     """One network of several, as the command line asks for it: 0 and 1 are none, and one network with none is itself.
 
@@ -175,8 +177,8 @@ def combine(
     sharpen: Sharpened's amount, at full size.
     UserError as these raise it.
     """
-    if average not in ("outputs", "weights"):
-        raise UserError(f"average: expected outputs or weights, got {average!r}")
+    if average not in get_args(AverageOf):
+        raise UserError(f"average: expected {' or '.join(get_args(AverageOf))}, got {average!r}")
     network = networks[0]
     if len(networks) > 1:
         network = soup(networks) if average == "weights" else Ensemble(networks)
