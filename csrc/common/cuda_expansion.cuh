@@ -27,7 +27,7 @@ struct Expansion {
   Norm norm;
   const T *weight, *transposed = nullptr;  // [hidden][columns], [columns][hidden]; the latter for the backward pass only
   const float *taps, *flipped = nullptr;   // [9][hidden], likewise
-  const T* bands = nullptr;                // [hidden + 64][kBand]; not for the backward pass
+  const T* bands = nullptr;                // [hidden + 64][kBand], for fused kernels alone
 
   Expansion(Workspace& memory, const ExpansionWeights& w, int channels_, int columns_, bool backward, Repack<T>& repack)
       : groups(w.groups), channels(channels_), columns(columns_), hidden(w.groups.channels()), taps_stride(hidden) {
@@ -50,7 +50,8 @@ struct Expansion {
     taps = make_taps(Axis::plain(9, 1), w.dwconv);
     if (!backward) {
       const int64_t most = hidden + 64;  // a block takes so many at a time, and finds zeros beyond the last
-      bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
+      if (sizeof(T) == 2 || tf32_allowed())
+        bands = repack.template make<T>(memory, {each, Axis::pad({3, 3, 4}, 1), most * kBand, kBand}, w.dwconv);
       return;
     }
     flipped = make_taps(Axis::plain(9, -1), w.dwconv + 8);

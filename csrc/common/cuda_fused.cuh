@@ -379,19 +379,19 @@ void fused(const Expansion<T>& e, View<const T> x, const Matrices<const T>& w_ou
            cudaStream_t stream) {
   const auto run = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    const auto run = [&](auto kernel) {
+    const auto start = [&](auto kernel) {
       using F = decltype(kernel);
       launch(run_fused<T, F>, dim3(ceil_div(x.width, F::Tile::kColumns), ceil_div(x.rows.size(), F::Tile::kRows), images),
              dim3(F::Tile::kThreads), F::kShared, stream, kernel);
     };
     if constexpr (kFuses<T>) {
-      run(Fused<T, kTiles, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+      start(Fused<T, kTiles, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
     } else {
       using Most = FusedTf32<kTiles, 32, Middle>;
       if constexpr (Most::kShared > kMaxShared)
         if (Most::kShared > most_shared())
-          return run(FusedTf32<kTiles, 16, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
-      run(Most{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+          return start(FusedTf32<kTiles, 16, Middle>{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
+      start(Most{x, y, e.norm, e.weight, e.bands, w_out, e.hidden});
     }
   };
   x.channels <= 48 ? run(std::integral_constant<int, 3>{}) : run(std::integral_constant<int, 6>{});

@@ -1,8 +1,9 @@
 // gdfn on a GPU, for one dtype; what its steps share with mdta is in common/cuda_expansion.cuh.
 //
 // Forward: one kernel for few channels of half precision or TF32 (common/cuda_fused.cuh); else, a step: norm, 1×1 (hidden), 3×3 and
-// gate (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of gated, 3×3 and the gate's derivative (d, and gated
-// for project_out's gradient), then the expansion's backward pass, of which one kernel takes d in half precision (gdfn_backward.cuh).
+// gate (gated), 1×1 with the residual. Backward, a step: hidden again, the gradient of gated, 3×3 and the gate's derivative (d, and
+// gated for project_out's gradient), then the expansion's backward pass, of which one kernel takes d in half precision
+// (gdfn_backward.cuh).
 #pragma once
 #include "common/cuda_fused.cuh"
 #include "gdfn/gdfn.h"
