@@ -596,6 +596,11 @@ def touch(way: Way, step: Step, is_global: bool, where: Value, mask: Value, near
     if step.unit == "shared" or step.base == "LDGSTS":
         words = 4 if step.base == "LDSM" else max(1, step.instruction.bits() // 32)
         together = 8 if step.base == "LDSM" else LANES // words
+        # 128 bytes a cycle go to registers, and twice as many where each lane n has the address of lane n^1, or each that of n^2:
+        # so NVIDIA says (forums.developer.nvidia.com/t/77228) of compute capability 7; taken to hold for 8 and 9.
+        every = numpy.arange(LANES)
+        if step.base == "LDS" and len(lanes) == LANES and any((lanes == lanes[every ^ bit]).all() for bit in (1, 2)):
+            together = min(LANES, 2 * together)
         for k in range(0, len(lanes), together):
             different = numpy.unique(lanes[k : k + together, None] // 4 + numpy.arange(words))
             way.wavefronts += int(numpy.bincount(different % 32).max(initial=0))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -25,11 +26,13 @@ import families
 import floors
 import gpu_check
 import instructions
+import machine_code
 import peers
 import plot
 import problems
 import run
 import tables
+import warp
 from machine_code import Resources
 from recorded_graphs import recorded  # noqa: F401  a fixture
 from warp import Launch, Way
@@ -217,6 +220,28 @@ def test_launches_that_differ_in_their_pointers(kernel):
     moved, other = (replace(launch, parameters=struct.pack("<QqQ", 0x7F0000002000, n, 0x7F0000001000)) for n in (5, 6))
     assert instructions.without_places(moved) == instructions.without_places(launch)
     assert instructions.without_places(other) != instructions.without_places(launch)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "address", "wavefronts"),
+    [
+        ("LDS", lambda lane: 4 * lane, 1),
+        ("LDS.64", lambda lane: 8 * lane, 2),
+        ("LDS.64", lambda lane: 8 * (lane // 4), 1),
+        ("LDS.128", lambda lane: 16 * (lane % 4), 4),
+        ("LDS.128", lambda lane: 16 * (lane // 2 % 4), 2),
+        ("LDS.128", lambda lane: 16 * (lane % 2 + lane // 4 * 2), 2),
+        ("LDS.128", lambda lane: 128 * (lane % 8), 32),
+        ("STS.128", lambda lane: 16 * (lane // 2 % 4), 4),
+    ],
+)
+def test_cycles_of_shared_memory(opcode, address, wavefronts):
+    """Half as many where pairs of lanes read the same, neighbours or those two apart; not where they write it."""
+    register = ("R2", "[R1]") if opcode[0] == "L" else ("[R1]", "R2")
+    step = warp.Program(machine_code.Code("", [machine_code.Instruction("", opcode, register, 0)]), "sm_90").steps[0]
+    way = Way()
+    warp.touch(way, step, False, address(numpy.arange(32)), None, set())
+    assert way.wavefronts == wavefronts
 
 
 def test_what_neighbours_touch_as_well():
