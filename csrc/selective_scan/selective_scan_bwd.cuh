@@ -30,6 +30,7 @@ struct BackwardConfig {
   static constexpr int kStateRow = kOrders * kPadded + 4;
   static constexpr int kColumns = 2 * kPadded;  // of a row of dB and dC
   static constexpr int kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
+  AUTOHDR_ANYWHERE static constexpr int pad(int row) { return 16; }  // bytes behind a row of tokens, against bank conflicts
   static constexpr int kSaved = static_cast<int>(kChunk) / kSub * kOwn * kStates * kThreads;  // floats of states
   static constexpr int kSums = kWarps * kTokens * kColumns;
   static_assert(kThreads % kChannels == 0 && kTokens % kSub == 0 && kStates % 4 == 0);
@@ -124,9 +125,9 @@ template <class C, class L, bool Gated>
 struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   using M = BackwardShared<C, L, Gated>;
   using Base = Tiles<C, L, M::kPlaces>;
-  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::column, Base::run, Base::kTokens, Base::kRow,
-      Base::kRun, Base::place, Base::raw, Base::pair, Base::helps, Base::row_of, Base::next_row;
+  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::kTokens, Base::place, Base::raw;
   using typename Base::Channels, typename Base::States, typename Base::RankOne;
+  static constexpr int kRow = C::kRow, kRun = C::kRun;
   static constexpr int kOwn = C::kOwn, kStates = C::kStates, kSub = C::kSub, kAcross = kLeft<2 * kOwn, C::kLanes>;
   static constexpr int kTiles = static_cast<int>(kChunk) / kTokens, kSubs = kTokens / kSub;
 
@@ -136,8 +137,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   const int local;   // of the entries of this launch
   const bool later;  // whether this is not the first round
   Round chunks;
-  int lane, own, order;  // of the thread: its lane and channels, the order of its states (see sum_over_channels)
-  bool aligned;          // whether every sequence lies at multiples of 16 bytes
+  const int column, run;  // the channel and first token that the thread prepares
+  int lane, own, order;   // of the thread: its lane and channels, the order of its states (see sum_over_channels)
+  bool aligned;           // whether every sequence lies at multiples of 16 bytes
   // Of each of its channels and states: A log2(e), the gradient of the state after the tokens to come, dA so far, the state.
   float rates[kOwn][kStates], carry[kOwn][kStates], dA[kOwn][kStates], h[kOwn][kStates];
 
@@ -145,7 +147,8 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
                            int64_t first_batch, int64_t round)
       : Base(a.shape, a.in, plan.split, shared, first_batch), a(a), plan(plan), workspace(workspace),
         local(static_cast<int>(b.batch - first_batch)), later(round > 0), chunks(a.shape, plan, b.segment, round),
-        lane(threadIdx.x % C::kLanes), own(threadIdx.x / C::kLanes * kOwn), order(threadIdx.x / C::kLanes % C::kOrders) {}
+        column(threadIdx.x % C::kChannels), run(threadIdx.x / C::kChannels * kRun), lane(threadIdx.x % C::kLanes),
+        own(threadIdx.x / C::kLanes * kOwn), order(threadIdx.x / C::kLanes % C::kOrders) {}
 
   __device__ void walk() {
     if (chunks.last <= chunks.first) return;
@@ -191,6 +194,11 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   }
 
  private:
+  __device__ float2* pair(int tile, int at) const { return reinterpret_cast<float2*>(shared + tile) + at; }
+  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
+  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
+  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
+
   // Pointers that registers have no room for.
   struct Bases {
     const float* states;
@@ -300,8 +308,8 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ __forceinline__ void prepare(const Window<C>& w, bool backward) {
     if (helps() && backward) prepare_channel<true>(w);
     if (helps() && !backward) prepare_channel<false>(w);
-    this->prepare_states(kB, kRawOf<kB>, M::kStatesB);
-    if (backward) this->prepare_states(kC, kRawOf<kC>, M::kStatesC);
+    this->template prepare_states<false>(kB, raw(kRawOf<kB>), M::kStatesB, s.reverse);
+    if (backward) this->template prepare_states<false>(kC, raw(kRawOf<kC>), M::kStatesC, s.reverse);
   }
   template <bool Backward>
   __device__ __forceinline__ void prepare_channel(const Window<C>& w) {

@@ -9,15 +9,16 @@ int64_t queue(const ScanForward& a, void* memory, cudaStream_t stream) {
   int64_t floats = 0;
   scan::with_config(a.shape.dstate, [&](auto config) {
     using C = decltype(config);
-    const scan::Split p = scan::split_of<C>(a.shape, multiprocessors());
-    floats = p.segments > 1 ? scan::carry_floats(a.shape, p) : 0;
-    if (!memory) return;
-    float* carries = static_cast<float*>(memory);
-    if (p.segments > 1) scan::find_carries<C, false>(a.shape, a.in, Sequence{}, p, a.in.initial_state, carries, stream);
     const ScanInputs& in = a.in;
     scan::with_layout<C>({in.u, in.delta_weight ? Sequence{} : in.delta, in.B, in.C, in.z}, [&](auto layout) {
-      launch(scan::scan_forward<C, decltype(layout)>, dim3(p.blocks(a.shape)), dim3(C::kThreads),
-             scan::walk_shared<C, decltype(layout), scan::Purpose::kOutputs>(), stream, a, p, static_cast<const float*>(carries));
+      using L = decltype(layout);
+      const scan::Split p = scan::split_of<C>(a.shape, multiprocessors(), scan::kForwardBlocks<C, L>);
+      floats = scan::carry_floats(a.shape, p);
+      if (!memory) return;
+      float* carries = static_cast<float*>(memory);
+      if (p.segments > 1) scan::find_carries<C, false>(a.shape, in, Sequence{}, p, in.initial_state, carries, stream);
+      launch(scan::scan_forward<C, L>, dim3(p.blocks(a.shape)), dim3(C::kThreads),
+             scan::walk_shared<C, L, scan::Purpose::kOutputs>(), stream, a, p, static_cast<const float*>(carries));
     });
   });
   return floats * static_cast<int64_t>(sizeof(float));

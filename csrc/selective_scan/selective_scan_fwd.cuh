@@ -1,9 +1,11 @@
 // selective_scan forward on a GPU, and what segments leave behind. selective_scan_tile.cuh says what a block and a thread own.
 //
 // A block walks its segment tile by tile with the states in registers: one exponential for a state and token. The tensors' next tile
-// is on its way into shared memory meanwhile. y is summed over the lanes of a channel for 16 tokens at once and ends in shared memory,
-// where the gate of z is applied. 32 channels and 32 tokens a tile: 64-byte rows of bfloat16 in either layout, four warps, which
-// share B and C, and 384 blocks for 8 × 1536 channels. Every sum has a fixed order.
+// is on its way into shared memory meanwhile. The lanes of a channel prepare its tokens (Δ, the input), each a run of them; y is
+// summed over them for 16 tokens at once, and each applies the gate of z to those whose sums it has and stores them. So but for B and
+// C, which a block shares, a warp waits for no other. Lanes n and n ^ 1 have two channels and the same states, n and n ^ 2 the same
+// channel: so both read what they share at twice the rate. 32 channels and 32 tokens a tile: 64-byte rows of bfloat16 in either
+// layout, four warps, and 384 blocks for 8 × 1536 channels. Every sum has a fixed order.
 #pragma once
 #include "selective_scan/selective_scan_tile.cuh"
 
@@ -14,16 +16,18 @@ namespace scan {
 // state before it.
 enum class Purpose { kOutputs, kEnds, kAdjointEnds };
 
-// Shared memory in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles.
+// Shared memory in floats: what the scan reads, tokens in the tensor's order; then two buffers of raw tiles, one of which arrives.
 template <class C, class L, Purpose For>
 struct WalkShared {
   static constexpr bool kOutputs = For == Purpose::kOutputs;
   static constexpr int kPairs = 0, kStatesB = C::kPairTile, kStatesC = kStatesB + C::kStateTile,
-                       kY = kStatesC + (kOutputs ? C::kStateTile : 0), kRaw = kY + (kOutputs ? C::kTile : 0);
+                       kRaw = kStatesC + (kOutputs ? C::kStateTile : 0);
   static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
-  static constexpr int kDelta = kRaw, kInput = kDelta + kRawTile, kZ = kInput + kRawTile;
+  // In a buffer.
+  static constexpr int kDelta = 0, kInput = kDelta + kRawTile, kZ = kInput + kRawTile;
   static constexpr int kB = kZ + (For == Purpose::kEnds ? 0 : kRawTile), kC = kB + kRawStates,
-                       kPlaces = kC + (kOutputs ? kRawStates : 0);
+                       kBuffer = kC + (kOutputs ? kRawStates : 0);
+  static constexpr int kPlaces = kRaw + 2 * kBuffer;
   enum { kOfDelta, kOfInput, kOfB, kOfC, kOfZ, kOfOut, kSequences };
   static constexpr int kFloats = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4;
 };
@@ -39,28 +43,30 @@ template <class C, class L, Purpose For>
 struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
   using M = WalkShared<C, L, For>;
   using Base = Tiles<C, L, M::kPlaces>;
-  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::column, Base::run, Base::kTokens, Base::kRow,
-      Base::kRun, Base::place, Base::raw, Base::pair, Base::helps, Base::row_of, Base::next_row;
+  using Base::s, Base::in, Base::shared, Base::b, Base::dim, Base::dstate, Base::kTokens, Base::place;
   using typename Base::Channels, typename Base::States, typename Base::RankOne;
   static constexpr bool kOutputs = For == Purpose::kOutputs, kAdjoint = For == Purpose::kAdjointEnds;
-  static constexpr bool kNarrow = is_narrow<L>;                              // the last digits of an exponential do not matter
-  static constexpr int kStates = C::kStates, kSub = kOutputs ? C::kSub : 4;  // of ends there are no sums
+  static constexpr bool kNarrow = is_narrow<L>;  // the last digits of an exponential do not matter
+  static constexpr int kStates = C::kStates, kRun = C::kRun, kSub = C::kSub, kStride = C::kStride;
+  static constexpr int kOwned = kLeft<kSub, C::kLanes>;  // of kSub tokens' sums, those that a lane has afterwards
 
-  const int lane, own;                // own: the thread's channel
-  float D = 0, bias = 0, weight = 0;  // of the channel that it prepares
-  bool aligned = true;                // whether every sequence lies at multiples of 16 bytes
+  const int lane, own;  // own: the thread's channel
+  float D = 0, bias = 0, weight = 0;
+  bool aligned = true;  // whether every sequence lies at multiples of 16 bytes
   typename Channels::Cursor of_delta, of_input, of_z;
   typename States::Cursor of_B, of_C;
-  float rates[kStates], h[kStates] = {}, total = 0;
-  float input[kRun], z[kRun];  // of the tile, as the thread prepares them
+  bool wide;                                         // whether the output is float32 where the inputs are not
+  char* output;                                      // of token 0
+  float rates[kStates], h[kStates] = {}, total = 0;  // total: of Δ, of the tokens that this lane prepares
 
   __device__ Walk(const ScanShape& s, const ScanInputs& in, const Split& p, float* shared)
-      : Base(s, in, p, shared, 0), lane(threadIdx.x % C::kLanes), own(threadIdx.x / C::kLanes) {
+      : Base(s, in, p, shared, 0), lane(threadIdx.x / kStride % C::kLanes),
+        own(threadIdx.x / (kStride * C::kLanes) * kStride + threadIdx.x % kStride) {
     each_state([&](int j) { rates[j] = has(j) ? decay_rate(in.A[(b.row0 + own) * s.dstate + state(j)]) : 0.0f; });
-    if (column >= b.channels) return;
-    D = kOutputs && in.D ? in.D[b.row0 + column] : 0.0f;
-    bias = in.delta_bias ? in.delta_bias[b.row0 + column] : 0.0f;
-    weight = in.delta_weight ? in.delta_weight[b.row0 + column] : 0.0f;
+    if (own >= b.channels) return;
+    D = kOutputs && in.D ? in.D[b.row0 + own] : 0.0f;
+    bias = in.delta_bias ? in.delta_bias[b.row0 + own] : 0.0f;
+    weight = in.delta_weight ? in.delta_weight[b.row0 + own] : 0.0f;
   }
 
   template <class F>
@@ -76,38 +82,46 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
   // input: u, or of the adjoint the gradient of the output. before(chunk) is called before each chunk.
   template <class F>
   __device__ void walk(const Sequence& input, const Sequence& out, const F& before) {
+    wide = kNarrow && out.dtype == Dtype::f32;
     place_sequences(input, out);
     __syncthreads();
     for (int i = 0; i < M::kSequences; ++i) aligned &= place(i).piece == 4;
     const int first = b.first_chunk * static_cast<int>(kChunk / kTokens);
     const int tiles = static_cast<int>((min(b.last_chunk * kChunk, s.seqlen) + kTokens - 1) / kTokens) - first;
-    const auto window = [&](int i) { return Window<C>(s, first + (kAdjoint ? tiles - 1 - i : i)); };
+    const int whole = static_cast<int>(s.seqlen / kTokens);
+    const auto window = [&](int i) {
+      const int tile = first + (kAdjoint ? tiles - 1 - i : i);
+      return Window<C>(s, tile, tile < whole);
+    };
     if constexpr (Channels::kKnown) {
       of_input = Channels::cursor(place(M::kOfInput)), of_B = States::cursor(place(M::kOfB));
       if (!in.delta_weight) of_delta = Channels::cursor(place(M::kOfDelta));
       if (gated()) of_z = Channels::cursor(place(M::kOfZ));
       if (kOutputs) of_C = States::cursor(place(M::kOfC));
     }
-    fetch(window(0));
+    if (kOutputs) output = wide ? Wide::start(place(M::kOfOut), own) : Channels::start(place(M::kOfOut), own);
+    fetch(window(0), buffer(0));
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
-      const Window<C> w = window(i);
       wait_for_copies();
       __syncthreads();  // and the tile before is done with
-      prepare(w);
+      if (i + 1 < tiles) fetch(window(i + 1), buffer(i + 1));
+      const Window<C> w = window(i);
+      prepare(w, buffer(i));
       __syncthreads();
-      if (i + 1 < tiles) fetch(window(i + 1));
       if (i % (kChunk / kTokens) == 0) before(b.first_chunk + i / static_cast<int>(kChunk / kTokens));
-#pragma unroll 1
-      for (int sub = 0; sub < kTokens; sub += kSub) scan(sub);
-      if (!kOutputs) continue;
-      __syncthreads();
-      finish(w, place(M::kOfOut));
+      if (s.reverse != kAdjoint)
+        scan<true>(w, buffer(i));
+      else
+        scan<false>(w, buffer(i));
     }
+    sum_over_lanes<1, C::kLanes, kStride>(&total);
   }
 
  private:
   __device__ bool gated() const { return For != Purpose::kEnds && in.z.data; }
+  __device__ float* buffer(int tile) const { return shared + M::kRaw + tile % 2 * M::kBuffer; }
+  __device__ static char* raw(float* buffer, int at) { return reinterpret_cast<char*>(buffer + at); }
 
   // z sigmoid(z).
   __device__ static __forceinline__ float gate(float z) {
@@ -120,7 +134,7 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
     if (gated()) this->put_channels(M::kOfZ, in.z);
     if (kOutputs) {
       this->put_states(M::kOfC, in.C);
-      if (kNarrow && out.dtype == Dtype::f32)
+      if (wide)
         this->template put_channels<Wide>(M::kOfOut, out);
       else
         this->put_channels(M::kOfOut, out);
@@ -137,97 +151,130 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
   };
   using Wide = RawTile<C, typename Float<L>::Layout, C::kChannels>;  // of an output that is float32 where the inputs are not
 
-  __device__ __forceinline__ void fetch(const Window<C>& w) {
-    const bool by_vectors = aligned && w.whole;
-    if constexpr (Channels::kKnown)
-      if (by_vectors && !in.delta_weight) {
-        Channels::fetch(of_delta, raw(M::kDelta), w, b.channels);
-        Channels::fetch(of_input, raw(M::kInput), w, b.channels);
-        if (gated()) Channels::fetch(of_z, raw(M::kZ), w, b.channels);
-        States::fetch(of_B, raw(M::kB), w, dstate);
-        if (kOutputs) States::fetch(of_C, raw(M::kC), w, dstate);
-        return;
-      }
-    this->fetch_delta(M::kOfDelta, M::kDelta, w, by_vectors);
-    this->fetch_channels(M::kOfInput, M::kInput, w, by_vectors);
-    if (gated()) this->fetch_channels(M::kOfZ, M::kZ, w, by_vectors);
-    this->fetch_states(M::kOfB, M::kB, w, by_vectors);
-    if (kOutputs) this->fetch_states(M::kOfC, M::kC, w, by_vectors);
+  __device__ __forceinline__ void fetch(const Window<C>& w, float* to) {
+    const int at = static_cast<int>(to - shared);
+    if (!aligned || !w.whole) return fetch_each<false>(w, at);
+    if constexpr (Channels::kKnown) {
+      if (!in.delta_weight)
+        Channels::fetch(of_delta, raw(to, M::kDelta), w, b.channels);
+      else
+        RankOne::fetch(place(M::kOfDelta), raw(to, M::kDelta), w, 1, true);
+      Channels::fetch(of_input, raw(to, M::kInput), w, b.channels);
+      if (gated()) Channels::fetch(of_z, raw(to, M::kZ), w, b.channels);
+      States::fetch(of_B, raw(to, M::kB), w, dstate);
+      if (kOutputs) States::fetch(of_C, raw(to, M::kC), w, dstate);
+    } else {
+      fetch_each<true>(w, at);
+    }
+  }
+  template <bool ByVectors>
+  __device__ __forceinline__ void fetch_each(const Window<C>& w, int at) {
+    this->fetch_delta(M::kOfDelta, at + M::kDelta, w, ByVectors);
+    this->fetch_channels(M::kOfInput, at + M::kInput, w, ByVectors);
+    if (gated()) this->fetch_channels(M::kOfZ, at + M::kZ, w, ByVectors);
+    this->fetch_states(M::kOfB, at + M::kB, w, ByVectors);
+    if (kOutputs) this->fetch_states(M::kOfC, at + M::kC, w, ByVectors);
   }
 
-  // From raw tiles what the scan needs, as float32 in its order: Δ and the input, and B, C.
-  __device__ __forceinline__ void prepare(const Window<C>& w) {
-    if (helps()) prepare_channel(w);
-    this->prepare_states(M::kOfB, M::kB, M::kStatesB);
-    if (kOutputs) this->prepare_states(M::kOfC, M::kC, M::kStatesC);
+  // From raw tiles what the scan needs, as float32: Δ and the input, and B, C.
+  __device__ __forceinline__ void prepare(const Window<C>& w, float* from) {
+    if (kRun * C::kLanes == kTokens || lane * kRun < kTokens) prepare_channel(w, from);
+    this->template prepare_states<kOutputs>(M::kOfB, raw(from, M::kB), M::kStatesB, false);
   }
-  __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
-    float delta[kRun];
+  __device__ __forceinline__ void prepare_channel(const Window<C>& w, float* from) {
+    const int run = lane * kRun;
+    float delta[kRun], input[kRun];
     if (in.delta_weight) {
-      RankOne::read(place(M::kOfDelta), raw(M::kDelta), 0, run, delta);
+      RankOne::read(place(M::kOfDelta), raw(from, M::kDelta), 0, run, delta);
 #pragma unroll
       for (int k = 0; k < kRun; ++k) delta[k] *= weight;
     } else {
-      Channels::read(place(M::kOfDelta), raw(M::kDelta), column, run, delta);
+      Channels::read(place(M::kOfDelta), raw(from, M::kDelta), own, run, delta);
     }
-    Channels::read(place(M::kOfInput), raw(M::kInput), column, run, input);
+    Channels::read(place(M::kOfInput), raw(from, M::kInput), own, run, input);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) delta[k] += bias;
     if (s.softplus) softplus<false, kNarrow>(delta, nullptr);
-    if (const bool channel = column < b.channels; !channel || !w.whole) {
+    if (const bool channel = own < b.channels; !channel || !w.whole) {
       const Existing exists(w);
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
         if (!channel || !exists(run + k)) delta[k] = 0;
     }
-    if (gated()) Channels::read(place(M::kOfZ), raw(M::kZ), column, run, z);
-    if (kAdjoint && gated())
+    if (kAdjoint && gated()) {
+      float z[kRun];
+      Channels::read(place(M::kOfZ), raw(from, M::kZ), own, run, z);
 #pragma unroll
       for (int k = 0; k < kRun; ++k) input[k] *= gate(z[k]);
-    float2* to = pair(M::kPairs, row_of(run) * kRow + column);
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) to[k * next_row() * kRow] = make_float2(delta[k], kAdjoint ? input[k] : delta[k] * input[k]);
-  }
-  // kSub tokens of a tile, from row `sub` on; of the adjoint, from its end.
-  __device__ __forceinline__ void scan(int sub) {
-    float y[kSub] = {};
-#pragma unroll
-    for (int k = 0; k < kSub; ++k) {
-      const int row = kAdjoint ? kTokens - 1 - sub - k : sub + k;
-      float pair[2], Bs[kStates], Cs[kStates];
-      load_floats<2>(shared + M::kPairs + row * C::kPairRow + 2 * own, pair);
-      load_floats<kStates>(shared + M::kStatesB + row * C::kStateRow + state(0), Bs);
-      if (kOutputs) load_floats<kStates>(shared + M::kStatesC + row * C::kStateRow + state(0), Cs);
-      each_state([&](int j) {
-        const float gate = exp2_approx(pair[0] * rates[j]), added = pair[1] * Bs[j];
-        h[j] = kAdjoint ? gate * (h[j] + added) : gate * h[j] + added;
-        if (kOutputs) y[k] += h[j] * Cs[j];
-      });
-      if (!kOutputs) total += pair[0];
     }
-    if (!kOutputs) return;
-    const int first = sum_over_lanes<kSub, C::kLanes, 1>(y);
-    if (!owns_sum<kSub, C::kLanes, 1>()) return;
 #pragma unroll
-    for (int v = 0; v < kLeft<kSub, C::kLanes>; ++v) shared[M::kY + (sub + first + v) * kRow + own] = y[v];
+    for (int k = 0; k < kRun; ++k) {
+      if (!kAdjoint) input[k] *= delta[k];
+      if (!kOutputs) total += delta[k];
+    }
+    float* to = shared + M::kPairs + own * C::kPairRow + 2 * run;
+    if constexpr (kRun == 1) {
+      *reinterpret_cast<float2*>(to) = make_float2(delta[0], input[0]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRun; k += 2)
+        *reinterpret_cast<float4*>(to + 2 * k) = make_float4(delta[k], input[k], delta[k + 1], input[k + 1]);
+    }
   }
 
-  // The outputs of a window.
-  __device__ __forceinline__ void finish(const Window<C>& w, const Place& to) {
-    if (!helps()) return;
-    float y[kRun];
-    const float* from = shared + M::kY + row_of(run) * kRow + column;
+  // A tile; Back: from its last token to its first.
+  template <bool Back>
+  __device__ __forceinline__ void scan(const Window<C>& w, float* from) {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) y[k] = from[k * next_row() * kRow] + D * input[k];
-    if (gated())
+    for (int sub = 0; sub < kTokens; sub += kSub) {
+      const int first = Back ? kTokens - kSub - sub : sub;
+      const float* pairs = shared + M::kPairs + own * C::kPairRow + 2 * first;
+      const float* states = shared + first * C::kStateRow + state(0);
+      float y[kSub] = {};
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) y[k] *= gate(z[k]);
-    if (column >= b.channels) return;
+      for (int k = 0; k < kSub; k += 2) {
+        const int two = Back ? kSub - 2 - k : k;
+        float pair[4];  // (Δ, input) of two tokens
+        load_floats<4>(pairs + 2 * two, pair);
+#pragma unroll
+        for (int one = 0; one < 2; ++one) {
+          const int at = Back ? 1 - one : one, token = two + at;
+          float Bs[kStates], Cs[kStates];
+          load_floats<kStates>(states + M::kStatesB + token * C::kStateRow, Bs);
+          if (kOutputs) load_floats<kStates>(states + M::kStatesC + token * C::kStateRow, Cs);
+          each_state([&](int j) {
+            const float gate = exp2_approx(pair[2 * at] * rates[j]), added = pair[2 * at + 1] * Bs[j];
+            h[j] = kAdjoint ? gate * (h[j] + added) : gate * h[j] + added;
+            if (kOutputs) y[token] += h[j] * Cs[j];
+          });
+        }
+      }
+      if constexpr (kOutputs) {
+        const int left = sum_over_lanes<kSub, C::kLanes, kStride>(y);
+        if (owns_sum<kSub, C::kLanes, kStride>()) finish(w, from, first + left, y);
+      }
+    }
+  }
+
+  // The outputs of kOwned tokens of the thread's channel, the first of them `first`; y: sums over the states.
+  __device__ __forceinline__ void finish(const Window<C>& w, float* from, int first, const float* y) {
+    float u[kOwned], z[kOwned], out[kOwned];
+    Channels::read(place(M::kOfInput), raw(from, M::kInput), own, first, u);
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) out[k] = y[k] + D * u[k];
+    if (gated()) {
+      Channels::read(place(M::kOfZ), raw(from, M::kZ), own, first, z);
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k) out[k] *= gate(z[k]);
+    }
+    if (own >= b.channels) return;
+    const Place& to = place(M::kOfOut);
     const bool by_vectors = aligned && w.whole;
-    if (kNarrow && to.dtype == Dtype::f32)
-      Wide::store(to, w, column, run, by_vectors, y);
+    const int64_t token = w.first + first;
+    if (wide)
+      Wide::store(to, w, output + Wide::along_tokens(to, token), first, by_vectors, out);
     else
-      Channels::store(to, w, column, run, by_vectors, y);
+      Channels::store(to, w, output + Channels::along_tokens(to, token), first, by_vectors, out);
   }
 };
 

@@ -6,10 +6,10 @@
 // by exchanging halves, where each step halves what is left to add.
 //
 // A tile of kTokens tokens is copied into shared memory as it lies in the tensor (RawTile), while the one before is scanned. From
-// there a thread takes kRun neighbouring tokens of one channel, and leaves what the scan reads as float32 [token in the scan's
-// order][channel]. Where the sequences are of one dtype and in one order, a kernel is compiled for these (Known); else (Mixed) they
-// are told apart when they are read. Tokens and channels beyond the end are zero, Δ included: their gate is 1 and their input 0, so
-// that the scan runs over them without a condition.
+// there a thread takes kRun neighbouring tokens of one channel, and leaves what the scan reads as float32. Where the sequences are
+// of one dtype and in one order, a kernel is compiled for these (Known); else (Mixed) they are told apart when they are read. Tokens
+// and channels beyond the end are zero, Δ included: their gate is 1 and their input 0, so that the scan runs over them without a
+// condition.
 #pragma once
 #include <initializer_list>
 
@@ -29,15 +29,16 @@ template <int States, int Lanes, int Threads, int Tokens>
 struct Config {
   static constexpr int kStates = States, kLanes = Lanes, kThreads = Threads, kTokens = Tokens;
   static constexpr int kChannels = Threads / Lanes, kPadded = States * Lanes;
-  static constexpr int kRun = kChannels * Tokens / kThreads < 4 ? 4 : kChannels * Tokens / kThreads;
-  static constexpr int kHelpers = kChannels * Tokens / kRun;  // threads with tokens of a channel
-  static constexpr int kSub = Tokens < 16 ? 8 : 16;           // tokens whose sums are taken together
-  static constexpr int kRow = kChannels + 4;                  // floats of a row of channels
-  static constexpr int kPairRow = 2 * kRow;                   // of a row of (Δ, input)
-  static constexpr int kOrders = 1;                           // of the states in a thread
-  static constexpr int kStateRow = kPadded + 4;               // of a row of states
-  static constexpr int kTile = kTokens * kRow, kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
-  static constexpr int kBlocks = Lanes <= 4 ? 3 : 2;  // on a multiprocessor, by registers
+  static constexpr int kStride = Lanes < 32 ? 2 : 1;                // between the lanes of a channel; see Walk
+  static constexpr int kRun = Tokens < Lanes ? 1 : Tokens / Lanes;  // neighbouring tokens of its channel that a lane prepares
+  static constexpr int kSub = Tokens < 16 ? 8 : 16;                 // tokens whose sums are taken together
+  static constexpr int kPairRow = 2 * Tokens + 4;                   // of a channel's (Δ, input)
+  static constexpr int kOrders = 1;                                 // of the states in a thread
+  static constexpr int kStateRow = kPadded + 4;                     // floats of a row of states
+  static constexpr int kPairTile = kChannels * kPairRow, kStateTile = Tokens * kStateRow;
+  static constexpr int kBlocks = Lanes <= 4 ? 4 : 2;  // on a multiprocessor, by registers
+  // Bytes behind a row of tokens of the tensor, against bank conflicts.
+  AUTOHDR_ANYWHERE static constexpr int pad(int row) { return row % 128 == 0 ? 16 : 0; }
   static_assert(kThreads % kChannels == 0 && kTokens % kSub == 0 && kStates % 4 == 0);
 };
 
@@ -59,16 +60,14 @@ struct Split {
   int64_t blocks(const ScanShape& s) const { return s.batch * s.groups * tiles * segments; }
 };
 
-constexpr int kBlocksPerMultiprocessor = 3;
-
-// One segment, a serial walk, costs one exponential for a state and token; more of them cost two, but fill the device. A block
-// on every multiprocessor does more than half of what three do, so more segments pay only below that.
+// One segment, a serial walk, costs one exponential for a state and token; more of them cost two, but fill the device with `held`
+// blocks on every multiprocessor. One there does more than half of what all of them do, so more segments pay only below that.
 template <class C>
-Split split_of(const ScanShape& s, int64_t multiprocessors) {
+Split split_of(const ScanShape& s, int64_t multiprocessors, int64_t held) {
   Split p;
   p.tiles = (s.channels + C::kChannels - 1) / C::kChannels;
   const int64_t blocks = s.batch * s.groups * p.tiles, chunks = s.chunks();
-  int64_t segments = blocks >= multiprocessors ? 1 : kBlocksPerMultiprocessor * multiprocessors / (blocks < 1 ? 1 : blocks);
+  const int64_t segments = blocks >= multiprocessors ? 1 : held * multiprocessors / (blocks < 1 ? 1 : blocks);
   p.segment_chunks = (chunks + segments - 1) / segments;
   p.segments = (chunks + p.segment_chunks - 1) / p.segment_chunks;
   return p;
@@ -98,9 +97,9 @@ template <class C>
 struct Window {
   int64_t first, seqlen;
   bool whole;  // all of them exist
-  __device__ Window(const ScanShape& s, int64_t tile)
-      : first(s.reverse ? s.seqlen - (tile + 1) * C::kTokens : tile * C::kTokens), seqlen(s.seqlen),
-        whole(tile < s.seqlen / C::kTokens) {}
+  __device__ Window(const ScanShape& s, int64_t tile) : Window(s, tile, tile < s.seqlen / C::kTokens) {}
+  __device__ Window(const ScanShape& s, int64_t tile, bool whole)
+      : first(s.reverse ? s.seqlen - (tile + 1) * C::kTokens : tile * C::kTokens), seqlen(s.seqlen), whole(whole) {}
   __device__ bool inside(int i) const { return first + i >= 0 && first + i < seqlen; }
 };
 
@@ -173,12 +172,12 @@ __device__ __forceinline__ uint32_t narrow_two(Dtype dtype, float low, float hig
 template <class C, class L, int Columns>
 struct RawTile {
   static constexpr bool kKnown = !std::is_same_v<L, Mixed>;
-  static constexpr int kPad = Columns <= 64 ? 16 : 0;  // bytes behind a row of tokens, against bank conflicts
+  AUTOHDR_ANYWHERE static constexpr int padded(int row) { return row + (Columns <= 64 ? C::pad(row) : 0); }  // bytes
   static constexpr int bytes() {
     if constexpr (kKnown)
-      return Columns * (C::kTokens * static_cast<int>(sizeof(typename L::T)) + kPad);
+      return Columns * padded(C::kTokens * static_cast<int>(sizeof(typename L::T)));
     else
-      return Columns * (C::kTokens * 4 + kPad);
+      return Columns * padded(C::kTokens * 4);
   }
   static constexpr int kFloats = round_up(bytes(), 16) / 4;
 
@@ -196,7 +195,10 @@ struct RawTile {
   }
   __device__ static int log2_size(const Place& p) { return dtype(p) == Dtype::f32 ? 2 : 1; }
   __device__ static int log2_length(const Place& p) { return along(p) ? log2_of(C::kTokens) : log2_of(Columns); }  // of a row
-  __device__ static int pitch(const Place& p) { return (1 << (log2_length(p) + log2_size(p))) + (along(p) ? kPad : 0); }
+  __device__ static int pitch(const Place& p) {
+    const int row = 1 << (log2_length(p) + log2_size(p));
+    return along(p) ? padded(row) : row;
+  }
 
   __device__ static Place place(const ScanShape& s, const Sequence& q, int64_t offset, int columns) {
     Place p;
@@ -226,7 +228,7 @@ struct RawTile {
   // `fetch`, from there.
   __device__ static __forceinline__ void fetch(const Cursor& from, char* raw, const Window<C>& w, int columns) {
     constexpr int kPieces = pieces(), kRows = L::Along ? Columns : C::kTokens, kStep = C::kThreads / kPieces;
-    constexpr int kSize = sizeof(typename L::T), kPitch = kPieces * 16 + (L::Along ? kPad : 0);
+    constexpr int kSize = sizeof(typename L::T), kPitch = L::Along ? padded(kPieces * 16) : kPieces * 16;
     static_assert(C::kThreads % kPieces == 0);
     const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
     const char* at = from.from + (L::Along ? w.first * kSize : w.first * from.row);
@@ -265,40 +267,50 @@ struct RawTile {
     if (along(p)) return read_apart(p, raw + first * pitch(p) + token * size, pitch(p), v);
     read_together(p, raw + token * pitch(p) + first * size, v);
   }
-  // Stores those tokens of a column which exist.
+  // Where a column's token 0 lies in the tensor, and a token `count` further on.
+  __device__ static __forceinline__ char* start(const Place& p, int column) { return element(p, 0, column); }
+  __device__ static __forceinline__ int64_t along_tokens(const Place& p, int64_t count) {
+    return along(p) ? count << log2_size(p) : count * p.row;
+  }
+  // Stores those tokens of a column which exist; to: where the first of them lies, which is `first` in the window.
   template <int Count>
-  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, int column, int first, bool by_vectors,
+  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, char* to, int first, bool by_vectors,
                                                const float (&v)[Count]) {
     const bool wide = dtype(p) == Dtype::f32;
-    char* to = element(p, w.first + first, column);
-    if (along(p) && by_vectors) {
-      if (wide) {
+    if constexpr (Count % 4 == 0)
+      if (along(p) && by_vectors) {
+        if (wide) {
 #pragma unroll
-        for (int j = 0; j < Count; j += 4)
-          store_word(to + 4 * j,
-                     make_uint4(float_to_bits(v[j]), float_to_bits(v[j + 1]), float_to_bits(v[j + 2]), float_to_bits(v[j + 3])));
+          for (int j = 0; j < Count; j += 4)
+            store_word(to + 4 * j, make_uint4(float_to_bits(v[j]), float_to_bits(v[j + 1]), float_to_bits(v[j + 2]),
+                                              float_to_bits(v[j + 3])));
+          return;
+        }
+        const auto two = [&](int j) { return narrow_two(dtype(p), v[j], v[j + 1]); };
+        if constexpr (Count % 8 == 0) {
+#pragma unroll
+          for (int j = 0; j < Count; j += 8) store_word(to + 2 * j, make_uint4(two(j), two(j + 2), two(j + 4), two(j + 6)));
+        } else {
+#pragma unroll
+          for (int j = 0; j < Count; j += 4) store_word(to + 2 * j, make_uint2(two(j), two(j + 2)));
+        }
         return;
       }
-      const auto two = [&](int j) { return narrow_two(dtype(p), v[j], v[j + 1]); };
-      if constexpr (Count % 8 == 0) {
-#pragma unroll
-        for (int j = 0; j < Count; j += 8) store_word(to + 2 * j, make_uint4(two(j), two(j + 2), two(j + 4), two(j + 6)));
-      } else {
-#pragma unroll
-        for (int j = 0; j < Count; j += 4) store_word(to + 2 * j, make_uint2(two(j), two(j + 2)));
-      }
-      return;
-    }
     const Existing exists(w);
 #pragma unroll
     for (int j = 0; j < Count; ++j) {
       if (!exists(first + j)) continue;
-      char* at = to + j * (along(p) ? 1 << log2_size(p) : p.row);
+      char* at = to + along_tokens(p, j);
       if (wide)
         *reinterpret_cast<float*>(at) = v[j];
       else
         *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(narrow(dtype(p), v[j]));
     }
+  }
+  template <int Count>
+  __device__ static __forceinline__ void store(const Place& p, const Window<C>& w, int column, int first, bool by_vectors,
+                                               const float (&v)[Count]) {
+    store(p, w, element(p, w.first + first, column), first, by_vectors, v);
   }
 
  private:
@@ -335,7 +347,8 @@ struct RawTile {
   template <int Count>
   __device__ static __forceinline__ void read_together(const Place& p, const char* from, float (&v)[Count]) {
     if (dtype(p) == Dtype::f32) return load_floats<Count>(reinterpret_cast<const float*>(from), v);
-    float words[Count / 2];
+    if constexpr (Count == 1) return read_apart(p, from, 0, v);
+    float words[Count / 2 + 1];
     load_floats<Count / 2>(reinterpret_cast<const float*>(from), words);
 #pragma unroll
     for (int j = 0; j < Count; j += 2) {
@@ -360,25 +373,20 @@ struct Tiles {
   using Channels = RawTile<C, L, C::kChannels>;
   using States = RawTile<C, L, C::kPadded>;
   using RankOne = RawTile<C, Mixed, 1>;
-  static constexpr int kTokens = C::kTokens, kRow = C::kRow, kRun = C::kRun;
+  static constexpr int kTokens = C::kTokens;
 
   const ScanShape& s;
   const ScanInputs& in;
   float* const shared;
   const Block<C> b;
   const int64_t dim;
-  const int dstate, column, run;  // column, run: the channel and first token that the thread prepares
+  const int dstate;
 
   __device__ Tiles(const ScanShape& s, const ScanInputs& in, const Split& p, float* shared, int64_t first_batch)
-      : s(s), in(in), shared(shared), b(s, p, first_batch), dim(s.dim()), dstate(static_cast<int>(s.dstate)),
-        column(threadIdx.x % C::kChannels), run(threadIdx.x / C::kChannels * kRun) {}
+      : s(s), in(in), shared(shared), b(s, p, first_batch), dim(s.dim()), dstate(static_cast<int>(s.dstate)) {}
 
   __device__ Place& place(int sequence) const { return reinterpret_cast<Place*>(shared + Places)[sequence]; }
   __device__ char* raw(int at) const { return reinterpret_cast<char*>(shared + at); }
-  __device__ float2* pair(int tile, int at) const { return reinterpret_cast<float2*>(shared + tile) + at; }
-  __device__ bool helps() const { return C::kHelpers == C::kThreads || threadIdx.x < C::kHelpers; }
-  __device__ int row_of(int token) const { return s.reverse ? kTokens - 1 - token : token; }
-  __device__ int next_row() const { return s.reverse ? -1 : 1; }  // from a token's to the next one's
 
   // Thread i places sequence i, if there is one.
   template <class Tile>
@@ -410,40 +418,59 @@ struct Tiles {
       fetch_channels(i, to, w, by_vectors);
   }
 
-  // From a raw tile of B or C to rows of float32 states, once in each order that a thread may have.
-  __device__ __forceinline__ void prepare_states(int sequence, int from, int to) const {
-    constexpr int kFours = kTokens * C::kPadded / 4;
+  // From a raw tile of B or C to rows of float32 states, once in each order that a thread may have: four states of two tokens a thread.
+  // kBoth: and from that of the next sequence, so many floats behind it, to rows so many behind these. flip: rows are the tokens from
+  // the last to the first.
+  template <bool kBoth>
+  __device__ __forceinline__ void prepare_states(int sequence, const char* from, int to, bool flip) const {
+    constexpr int kTwos = kTokens / 2, kItems = kTwos * C::kPadded / 4, kAll = kBoth ? 2 * kItems : kItems;
 #pragma unroll 1
-    for (int k = 0; k * C::kThreads < kFours; ++k) {
-      const int i = threadIdx.x + k * C::kThreads;
-      if (kFours % C::kThreads != 0 && i >= kFours) break;
-      const int token = i % kTokens, n = i / kTokens * 4;
-      float v[4];
-      States::read_columns(place(sequence), raw(from), n, token, v);
-      float* row = shared + to + row_of(token) * C::kStateRow + n;
+    for (int k = 0; k * C::kThreads < kAll; ++k) {
+      const int i = threadIdx.x + k * C::kThreads, token = i % kTwos * 2, n = i / kTwos % (C::kPadded / 4) * 4;
+      if (kAll % C::kThreads != 0 && i >= kAll) break;
+      const bool second = kBoth && i >= kItems;
+      const Place& p = place(sequence + second);
+      const char* tile = second ? from + 4 * States::kFloats : from;
+      float v[2][4];
+      if (States::along(p)) {
 #pragma unroll
-      for (int order = 0; order < C::kOrders; ++order)
-        *reinterpret_cast<float4*>(row + order * C::kPadded) = make_float4(v[order], v[1 ^ order], v[2 ^ order], v[3 ^ order]);
+        for (int j = 0; j < 4; ++j) {
+          float two[2];
+          States::read(p, tile, n + j, token, two);
+          v[0][j] = two[0], v[1][j] = two[1];
+        }
+      } else {
+        States::read_columns(p, tile, n, token, v[0]), States::read_columns(p, tile, n, token + 1, v[1]);
+      }
+      float* row = shared + (second ? to + C::kStateTile : to) + (flip ? kTokens - 1 - token : token) * C::kStateRow + n;
+#pragma unroll
+      for (int two = 0; two < 2; ++two, row += flip ? -C::kStateRow : C::kStateRow)
+#pragma unroll
+        for (int order = 0; order < C::kOrders; ++order)
+          *reinterpret_cast<float4*>(row + order * C::kPadded) =
+              make_float4(v[two][order], v[two][1 ^ order], v[two][2 ^ order], v[two][3 ^ order]);
     }
   }
 };
+
+// log(1 + e) / e of e in [0, 1], by least largest relative error (3e-8), exactly 1 at 0.
+__device__ __forceinline__ float log1p_by(float e) {
+  const float p = 0.191536561f + e * (-0.137538031f + e * (0.0792045519f + e * (-0.030065801f + e * 0.00536482641f)));
+  return 1.0f + e * (-0.499996483f + e * (0.33321324f + e * (-0.248571634f + e * p)));
+}
 
 // x becomes softplus(x) within a few units in the last place, slope its derivative where Slope; below -87 they stay what they are
 // there. Narrow, for what becomes half precision: within 2e-6, relatively, down to -20. Above 20, where PyTorch's is the identity, what
 // is added to x rounds off. Step by step for all of them, or the compiler waits for one after the other.
 template <bool Slope, bool Narrow, int Count>
 __device__ __forceinline__ void softplus(float (&x)[Count], float* slope) {
-  float e[Count], r[Count];
+  float e[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k) e[k] = Narrow ? exp2_approx(-fabsf(x[k]) * kLog2e) : exp_in_range(fmaxf(-fabsf(x[k]), -87.0f));
 #pragma unroll
-  for (int k = 0; k < Count; ++k) r[k] = reciprocal_approx(Slope ? (1.0f + e[k]) * (2.0f + e[k]) : 2.0f + e[k]);
+  for (int k = 0; k < (Slope ? Count : 0); ++k) slope[k] = (x[k] > 0.0f ? 1.0f : e[k]) * reciprocal_approx(1.0f + e[k]);
 #pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    const float q = e[k] * (Slope ? r[k] * (1.0f + e[k]) : r[k]), q2 = q * q;
-    if (Slope) slope[k] = (x[k] > 0.0f ? 1.0f : e[k]) * (r[k] * (2.0f + e[k]));
-    x[k] = fmaf(2.0f * q, AUTOHDR_ARTANH_BY_S(q2), x[k] < 0.0f ? 0.0f : x[k]);
-  }
+  for (int k = 0; k < Count; ++k) x[k] = fmaf(e[k], log1p_by(e[k]), fmaxf(x[k], 0.0f));
 }
 
 // A log2(e), kept finite: Δ = 0 beyond the end must leave the state alone even where A is infinite. A NaN stays one.
