@@ -358,19 +358,15 @@ class Work:
 
 
 def touched_by_all(way: Way, neighbours: list[tuple[int, Way]], places, inside: bool) -> float:
-    """Bytes inside of the op's tensors, or outside, that all warps read or write, each once: along an axis of warps, each but the
-    first adds what its neighbour does not touch as well."""
-    total = 0.0
+    """Bytes inside of the op's tensors, or outside, that all warps read or write, each once: where a warp touches a sector, along
+    each axis of warps one where its neighbour touches it too (a parameter), else one for every warp (its own pixels)."""
+    total = 0
     for kind in ("loaded", "stored"):
-        own, *others = (
-            {sector for sector in getattr(w, kind) if inside == any(a <= sector << 5 < a + size for a, size in places)}
-            for w in (way, *(other for _, other in neighbours))
-        )
-        touched = 32.0 * len(own)
-        for (count, _), other in zip(neighbours, others, strict=True):
-            touched *= 1 + (count - 1) * (1 - len(own & other) / max(1, len(own)))
-        total += touched
-    return total
+        others = [(count, getattr(other, kind)) for count, other in neighbours]
+        for sector in getattr(way, kind):
+            if inside == any(a <= sector << 5 < a + size for a, size in places):
+                total += math.prod(count for count, touched in others if sector not in touched)
+    return 32.0 * total
 
 
 def work_of(recorded: Recorded, architecture: str) -> Work:

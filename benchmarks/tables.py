@@ -1,12 +1,14 @@
 """Tables in Markdown from results: ratios for a CPU, times for GPUs, measured or predicted."""
 
 import floors
+from problems import DSTATE
 
 from autohdr.kernels import OPS
 from autohdr.report.tables import LABELS, with_interval
 
 MALLOCS = ("tuned", "default")
 MISSING = "not measured"
+SEQUENCE_OPS = ("selective_scan", "causal_conv1d", "add_norm")  # those without products, whose least work is exact
 MODES = {"forward": "forward", "training": "training step"}
 SCANS = {"reference": "the loop", "parallel": "sweeps", "associative_scan": "associative_scan"}
 
@@ -140,6 +142,14 @@ def subject(row: dict) -> str:
     return f"{row['op']} {row['shape']}, {MODES[row['mode']]}, {row['dtype']}, {row['backend']}"
 
 
+def assumed(gpu: dict) -> floors.Ceilings:
+    """A GPU's ceilings where predictions assume this of it: four schedulers a multiprocessor, each of them busy with a warp's
+    instruction for so many cycles."""
+    clocks, cycles = gpu["multiprocessors"] * gpu["clock"], gpu["pipes"]
+    fma, special = (4 * 32 / cycles[pipe][unit] * clocks for pipe, unit in (("float", "fma"), ("special", "special")))
+    return floors.Ceilings(bytes=gpu["memory"], products={}, fma=fma, special=special)
+
+
 def predictions(results: dict) -> str:
     """What benchmarks/instructions.py wrote: times by GPU, how they came about, and what binds the kernels on the first GPU."""
     rows = results["predictions"]
@@ -150,7 +160,16 @@ def predictions(results: dict) -> str:
     def time(row: dict | None) -> str:
         return f"predicted {row['ms']:.3g} ({row['ms_low']:.3g} to {row['ms_high']:.3g})" if row else "not predicted"
 
+    def over_floor(row: dict | None) -> str:
+        if row is None:
+            return "not predicted"
+        floor = floors.floor_seconds(row | {"dstate": DSTATE}, assumed(results["constants"]["gpus"][row["gpu"]]))
+        return f"predicted {row['ms'] / floor / 1e3:.2f}×"
+
     parts = [table(["ms", *gpus], [[name, *(time(found.get((name, gpu))) for gpu in gpus)] for name in subjects])]
+    sequences = [name for name in subjects if name.startswith(SEQUENCE_OPS)]
+    lines = [[name, *(over_floor(found.get((name, gpu))) for gpu in gpus)] for name in sequences]
+    parts.append(table(["as a multiple of the op's least work at the same rates", *gpus], lines))
     if history := results["history"]:
         lines = []
         for name in subjects:

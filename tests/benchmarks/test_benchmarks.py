@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,8 +141,12 @@ PREDICTED["bound_by"] = {
 def test_tables_of_predictions():
     rows = [PREDICTED, PREDICTED | {"gpu": "A100", "ms": 6.0}, PREDICTED | {"mode": "training"}]
     rows += [PREDICTED | {"dtype": "float32", "ms": 9.0}]
+    rows += [PREDICTED | {"op": "add_norm", "shape": "1000×430", "ms": 0.01, "bound_by": {"norm<float>": [0.01, "memory"]}}]
     before = [{"commit": "1111111", "ms": {"gdfn 48×8×8, forward, bfloat16, cuda": 5.0}}]
-    text = tables.predictions({"predictions": rows, "history": before, "commit": "2222222", "versions": {"nvcc": "13.0"}})
+    facts = {"history": before, "commit": "2222222", "versions": {"nvcc": "13.0"}}
+    constants = {"gpus": {"H200": {**asdict(instructions.GPUS["H200"]), "memory": 1.29e12}}}
+    text = tables.predictions({"predictions": rows, "constants": constants, **facts})
+    assert "| add_norm 1000×430, forward, bfloat16, cuda | predicted 2.50× | not predicted |" in text  # 12 bytes an element
     assert "| gdfn 48×8×8, forward, bfloat16, cuda | predicted 4 (2 to 8) | predicted 6 (2 to 8) |" in text
     assert "| gdfn 48×8×8, training step, bfloat16, cuda | predicted 4 (2 to 8) | not predicted |" in text
     assert "| gdfn 48×8×8, forward, float32, cuda | predicted 9 (2 to 8) | not predicted |" in text
@@ -249,6 +253,9 @@ def test_what_neighbours_touch_as_well():
     assert instructions.touched_by_all(way, [(3, beside)], [(0, 32 * 100)], True) == 32 * (8 + 2 * 4)
     assert instructions.touched_by_all(way, [(3, beside)], [(0, 32 * 100)], False) == 32 * 3
     assert instructions.touched_by_all(way, [(1, below)], [(0, 32 * 200)], True) == 32 * 9
+    parameters, row, second, other_block = {0, 1}, {10}, {11}, {14}  # four warps a block, each a row
+    way, *others = (Way(loaded=parameters | own) for own in (row, second, other_block))
+    assert instructions.touched_by_all(way, list(zip((4, 100), others, strict=True)), [(0, 32 * 900)], True) == 32 * (2 + 400)
 
 
 def test_measured_over_predicted():
