@@ -204,7 +204,7 @@ int64_t queue(const AddNormBackward& a, void* memory, cudaStream_t stream) {
                       {a.x.data, a.branch.data, a.dy.data, a.d_normed.data, a.dx.data, a.d_branch.data, w.scale, w.norm_weight},
                       [&](auto compiled) {
                         using C = decltype(compiled);
-                        const int64_t most = multiprocessors() * resident(add_norm::backward<C>, C::kBlock, 0);
+                        const int64_t most = multiprocessors() * resident(add_norm::backward<C>, C::kBlock, 0, 3);
                         const int64_t blocks = std::min((a.rows + C::kGroups - 1) / C::kGroups, most);
                         count = blocks * C::kGroups;
                         if (memory && count) launch(add_norm::backward<C>, dim3(blocks), dim3(C::kBlock), 0, stream, a, slots);

@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -88,11 +89,11 @@ inline int64_t most_shared() {
 #endif
 }
 
-// Blocks of a kernel that a multiprocessor of the current GPU holds.
+// Blocks of a kernel that a multiprocessor of the current GPU holds; by_registers: so many at most, which the emulation does not know.
 template <class Kernel>
-int64_t resident(Kernel* kernel, int threads, size_t shared_bytes) {
+int64_t resident(Kernel* kernel, int threads, size_t shared_bytes, [[maybe_unused]] int64_t by_registers) {
 #ifdef AUTOHDR_EMULATION
-  return 3;
+  return std::min(by_registers, emulation::resident(shared_bytes));
 #else
   int blocks = 0;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),

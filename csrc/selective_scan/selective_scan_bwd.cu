@@ -52,7 +52,7 @@ int64_t backward(const ScanBackward& a, void* memory, cudaStream_t stream) {
   const ScanShape& s = a.shape;
   const auto kernel = scan_backward<C, L, Gated>;
   constexpr size_t kShared = backward_shared<C, L, Gated>();
-  const BackwardPlan p = plan_of<C>(s, resident(kernel, C::kThreads, kShared) * multiprocessors());
+  const BackwardPlan p = plan_of<C>(s, resident(kernel, C::kThreads, kShared, 3) * multiprocessors());
   const Sizes sizes(a, p, C::kColumns);
   const int64_t bytes = (sizes.carry + sizes.sums + sizes.parts + sizes.weighted) * static_cast<int64_t>(sizeof(float));
   if (!memory) return bytes;

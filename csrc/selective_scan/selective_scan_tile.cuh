@@ -60,14 +60,14 @@ struct Split {
   int64_t blocks(const ScanShape& s) const { return s.batch * s.groups * tiles * segments; }
 };
 
-// One segment, a serial walk, costs one exponential for a state and token; more of them cost two, but fill the device with `held`
+// One segment, a serial walk, costs one exponential for a state and token; more of them cost two, but fill the device with held()
 // blocks on every multiprocessor. One there does more than half of what all of them do, so more segments pay only below that.
-template <class C>
-Split split_of(const ScanShape& s, int64_t multiprocessors, int64_t held) {
+template <class C, class F>
+Split split_of(const ScanShape& s, int64_t multiprocessors, const F& held) {
   Split p;
   p.tiles = (s.channels + C::kChannels - 1) / C::kChannels;
   const int64_t blocks = s.batch * s.groups * p.tiles, chunks = s.chunks();
-  const int64_t segments = blocks >= multiprocessors ? 1 : held * multiprocessors / (blocks < 1 ? 1 : blocks);
+  const int64_t segments = blocks >= multiprocessors ? 1 : held() * multiprocessors / (blocks < 1 ? 1 : blocks);
   p.segment_chunks = (chunks + segments - 1) / segments;
   p.segments = (chunks + p.segment_chunks - 1) / p.segment_chunks;
   return p;

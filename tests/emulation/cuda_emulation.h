@@ -282,6 +282,12 @@ inline int64_t most_shared() {  // bytes of a block
   return bytes ? std::atoll(bytes) : autohdr::kMaxShared;
 }
 
+// Blocks with so many of them that a multiprocessor has room for, if AUTOHDR_SHARED is all of its own but the system's 1024 a block.
+inline int64_t resident(size_t shared_bytes) {
+  if (!std::getenv("AUTOHDR_SHARED")) return INT64_MAX;
+  return std::max<int64_t>(1, (most_shared() + 1024) / (static_cast<int64_t>(shared_bytes) + 1024));
+}
+
 inline void check_limits(dim3 grid, dim3 size, size_t shared_bytes) {
   const auto check = [](bool ok, const char* what) {
     if (!ok) throw std::runtime_error(std::string("emulation: launch with ") + what);
