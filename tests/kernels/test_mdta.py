@@ -62,8 +62,8 @@ SHAPES["gpu"] = SHAPES["slow"] + [
 CASES = cases(SHAPES["slow" if SLOW else "cpu" if BACKEND == "cpu" else "gpu"], ("B", "C", "heads", "H", "W"))
 if BACKEND == "cuda":  # several tiles of the fused kernels, which half precision alone has
     CASES += [pytest.param((2, 80, 2, 9, 18, False), dtype, id=f"B2-C80-{dtype}") for dtype in (torch.bfloat16, torch.float16)]
-# One kernel makes each pass of these in TF32, by tiles of 16 × 12 or 16 × 8 pixels.
-FUSED = [(1, 80, 2, 13, 17, False), (2, 48, 1, 9, 33, True), (1, 20, 1, 17, 16, True)]
+# One kernel makes each pass of these in TF32, by tiles of 16 × 12 or 16 × 8 pixels; of the last, for several images at once.
+FUSED = [(1, 80, 2, 13, 17, False), (2, 48, 1, 9, 33, True), (1, 20, 1, 17, 16, True), (3, 52, 2, 3, 5, True)]
 STRIPS = [(2, 10, 2, 12, 7, True), (1, 48, 1, 9, 11, False) if SLOW else (1, 48, 1, 17, 21, False)]
 
 
@@ -131,6 +131,15 @@ class TestMdta(ImageOpTests):
         tensors, dy, keywords = self.arguments((3, 10, 2, 1, 1, True), dtype)
         d_qkv, d_dwconv = run(mdta, tensors, dy, **keywords, backend=BACKEND)[4:6]
         assert not d_qkv[:20].any() and not d_dwconv[:20].any() and d_qkv[20:].any() and d_dwconv[20:].any()
+
+    @pytest.mark.parametrize("dtype", IMAGE_DTYPES.values(), ids=IMAGE_DTYPES)
+    def test_parallel_q_and_k_are_left_alone(self, dtype, isa):
+        """All cosines are ±1: the two terms of their gradients cancel but for float32's rounding, in any dtype."""
+        tensors, dy, keywords = self.arguments((3, 10, 2, 3, 4, True), dtype)
+        fill(tensors[0], ["flat"] * 3)
+        tensors[4].zero_()[:, :, 1, 1] = 1
+        d_qkv = run(mdta, tensors, dy, **keywords, backend=BACKEND)[4]
+        assert d_qkv[:20].abs().max() < 2e-5 * d_qkv[20:].abs().max()
 
     @pytest.mark.parametrize("contents", CONTENTS, ids="-".join)
     def test_passes_over_few_pixels(self, contents, isa):
@@ -224,6 +233,23 @@ class TestMdta(ImageOpTests):
             torch.testing.assert_close(out, whole[:, :, y:end], atol=1e-5, rtol=1e-5)
 
     test_fused_in_tf32 = fused_in_tf32(FUSED)
+
+    @IN_TF32
+    def test_operands_are_rounded_to_tf32(self, tf32):
+        """One that is cut instead makes sums of positive numbers a third of an eps smaller, or more."""
+        (x, *parameters), _, _ = self.arguments((1, 8, 1, 16, 24, True), torch.float32)
+        _, norm_bias, qkv, dwconv, _, project_out = parameters
+        eps = 2**-10
+        norm_bias += 6
+        dwconv.copy_(torch.linspace(1, 1.9, dwconv.numel()).view_as(dwconv))
+        for weight in qkv, project_out:  # q and k are all parallel: project_out · attention is what project_out is
+            weight.fill_(1 + 0.25 * eps)[::2] = 1 + 0.75 * eps
+        statistics = mdta_statistics(x, parameters, 1, 0, 16, backend=BACKEND)
+        change = mdta_apply(x, parameters, 1, statistics, backend=BACKEND) - x
+        x, parameters = x.double(), double(parameters)
+        gold = mdta_statistics(x, parameters, 1, 0, 16)[0], mdta_apply(x, parameters, 1, statistics) - x
+        for a, g in zip((statistics[0], change), gold, strict=True):
+            assert abs((a / g - 1).mean()) < 0.15 * eps
 
     @IN_TF32
     @pytest.mark.parametrize("shape", [(1, 96, 2, 21, 18, True), (1, 48, 1, 13, 20, False)], ids=str)
