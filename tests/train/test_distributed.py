@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, write_pairs
-from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
+from runs import STATE, TINY, blank_curve, interrupt_at_step, same, write_pairs  # noqa: F401  blank_curve is a fixture
 from test_loop import outcome
 from two_ranks import ADVERSARIAL
 

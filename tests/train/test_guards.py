@@ -4,9 +4,8 @@ import multiprocessing
 import re
 
 import pytest
-from conftest import write_pairs
 from PIL import Image
-from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same  # noqa: F401  blank_curve is a fixture
+from runs import STATE, blank_curve, interrupt_at_step, patch_steps, same, write_pairs  # noqa: F401  blank_curve is a fixture
 
 from autohdr.train.checkpoint import load_state, previous, save_state
 from autohdr.train.guards import Guard, TrainingError

@@ -4,8 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import TINY
-from runs import STATE, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
+from runs import STATE, TINY, blank_curve, interrupt_at_step, same  # noqa: F401  blank_curve is a fixture
 from test_loop import outcome
 
 from autohdr.errors import UserError

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, write_pairs
-from runs import STATE, same
+from runs import STATE, TINY, same, write_pairs
 
 from autohdr.train.checkpoint import load_state
 from autohdr.train.config import TrainConfig, dump_config
