@@ -256,7 +256,7 @@ template <class T>
 int64_t fused_statistics_blocks(const View<const T>& x, const Range& rows) {
   using One = typename Statistics<T, 1>::Tile;
   using Two = typename Statistics<T, 2>::Tile;
-  return std::min<int64_t>(512,
+  return std::min<int64_t>(size_for(512, 2),
                            ceil_div(x.width, One::kColumns) * ceil_div(rows.size(), x.channels <= 48 ? One::kRows : Two::kRows));
 }
 

@@ -235,6 +235,14 @@ class TestMdta(ImageOpTests):
     test_fused_in_tf32 = fused_in_tf32(FUSED)
 
     @IN_TF32
+    def test_many_tiles_in_tf32(self, tf32):
+        """So many that a block of the emulation's two adds to what it has written after its eighth."""
+        (x, *parameters), _, _ = self.arguments((1, 8, 1, 141, 16, True), torch.float32)
+        statistics = mdta_statistics(x, parameters, 1, 0, 141, backend=BACKEND)
+        for a, g in zip(statistics, mdta_statistics(x.double(), double(parameters), 1, 0, 141), strict=True):
+            assert (a - g).norm() < 2**-10 * g.norm()
+
+    @IN_TF32
     def test_operands_are_rounded_to_tf32(self, tf32):
         """One that is cut instead makes sums of positive numbers a third of an eps smaller, or more."""
         (x, *parameters), _, _ = self.arguments((1, 8, 1, 16, 24, True), torch.float32)
