@@ -98,18 +98,18 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[2 * C::kStates]) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // The sequences of a block. The tiles of the first six lie in shared memory as in the tensors; three are enough for the states.
-enum { kDelta, kU, kB, kOut, kC, kZ, kDu, kDDelta, kDz, kSequences };
+enum { kDelta, kU, kB, kC, kOut, kZ, kDu, kDDelta, kDz, kSequences };
 
 // Shared memory of scan_backward, in floats: what the scan reads and leaves, rows being tokens in its order; then raw tiles. kPairs has
 // (Δ, Δ u), and what the gates add to the gradient of Δ in place of Δ u afterwards; kInputs u and the gradient of Δ u; kSlopes the
-// derivatives of Δ by softplus's input and, but for y, of the output by z. As pairs they have rows of one length, and one access takes both.
+// derivatives of Δ by softplus's input and, but for y, of the output by z; kDy the gradient of y, and y. As pairs they have rows of one
+// length, and one access takes both.
 template <class C, class L, bool Gated>
 struct BackwardShared {
-  static constexpr int kTile = round_up(C::kTokens * C::kRow, 4);
   static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kStatesB = kSums + C::kSums,
                        kStatesC = kStatesB + C::kStateTile;
   static constexpr int kInputs = kStatesC + C::kStateTile, kSlopes = kInputs + C::kPairTile, kDy = kSlopes + C::kPairTile;
-  static constexpr int kY = kDy + kTile, kRankOne = kY + (Gated ? kTile : 0);
+  static constexpr int kRankOne = kDy + C::kPairTile;
   static constexpr int kOwn = kRankOne + C::kTokens, kRaw = kOwn + round_up(kOwnValues * C::kHelpers, 4);
   static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
   AUTOHDR_ANYWHERE static constexpr int raw(int sequence) {
@@ -117,7 +117,7 @@ struct BackwardShared {
     for (int i = 0; i < sequence; ++i) at += i == kB || i == kC ? kRawStates : i == kZ && !Gated ? 0 : kRawTile;
     return at;
   }
-  static constexpr int kCursors = raw(kZ + 1), kPlaces = kCursors + (RawTile<C, L, 1>::kKnown ? (kZ + 1) * C::kThreads * 2 : 0),
+  static constexpr int kCursors = raw(kZ + 1), kPlaces = kCursors + (RawTile<C, L, 1>::kKnown ? 3 * C::kThreads * 4 : 0),
                        kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4, kFloats = kBases + 6;
 };
 
@@ -155,9 +155,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     load_parameters();
     aligned = __syncthreads_and(place_sequences());
     if constexpr (Channels::kKnown) {
-      keep_cursor<Channels>(kDelta), keep_cursor<Channels>(kU), keep_cursor<States>(kB), keep_cursor<Channels>(kOut);
-      keep_cursor<States>(kC);
-      if (Gated) keep_cursor<Channels>(kZ);
+      cursors(0) = {Channels::cursor(place(kDelta)).from, Channels::cursor(place(kU)).from};
+      cursors(1) = {States::cursor(place(kB)).from, States::cursor(place(kC)).from};
+      cursors(2) = {Channels::cursor(place(kOut)).from, Gated ? Channels::cursor(place(kZ)).from : nullptr};
     }
     Window<C> next(s, (chunks.last - 1) * kTiles);  // of the step that fetches, the one after
 #pragma unroll 1
@@ -261,13 +261,12 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     return threadIdx.x >= kSequences || place(threadIdx.x).piece == 4;
   }
 
-  // Where a thread begins to copy a sequence's tiles, which registers have no room for.
-  template <class Tile>
-  __device__ __forceinline__ void keep_cursor(int sequence) {
-    cursor(sequence) = Tile::cursor(place(sequence)).from;
-  }
-  __device__ const char*& cursor(int sequence) const {
-    return reinterpret_cast<const char**>(shared + M::kCursors)[sequence * C::kThreads + threadIdx.x];
+  // Where a thread begins to copy two sequences' tiles, which registers have no room for.
+  struct alignas(16) Cursors {
+    const char *first, *second;
+  };
+  __device__ Cursors& cursors(int two) const {
+    return reinterpret_cast<Cursors*>(shared + M::kCursors)[two * C::kThreads + threadIdx.x];
   }
 
   // Sends for the tiles of a window, all of them or those that are enough for the states. Cursors are read before the first is used:
@@ -275,16 +274,20 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ __forceinline__ void fetch(const Window<C>& w, bool all) {
     if constexpr (Channels::kKnown)
       if (aligned && w.whole && !in.delta_weight) {
-        const typename Channels::Cursor of_delta{cursor(kDelta), place(kDelta).row}, of_u{cursor(kU), place(kU).row},
-            of_out{cursor(kOut), place(kOut).row}, of_z{cursor(kZ), place(kZ).row};
-        const typename States::Cursor of_B{cursor(kB), place(kB).row}, of_C{cursor(kC), place(kC).row};
-        Channels::fetch(of_delta, raw(kRawOf<kDelta>), w, b.channels);
-        Channels::fetch(of_u, raw(kRawOf<kU>), w, b.channels);
-        States::fetch(of_B, raw(kRawOf<kB>), w, dstate);
+        const Cursors of_channels = cursors(0), of_states = cursors(1), of_more = cursors(2);
+        const auto fetch_channels = [&](int sequence, const char* from, int to) {
+          Channels::fetch({from, place(sequence).row}, raw(to), w, b.channels);
+        };
+        const auto fetch_states = [&](int sequence, const char* from, int to) {
+          States::fetch({from, place(sequence).row}, raw(to), w, dstate);
+        };
+        fetch_channels(kDelta, of_channels.first, kRawOf<kDelta>);
+        fetch_channels(kU, of_channels.second, kRawOf<kU>);
+        fetch_states(kB, of_states.first, kRawOf<kB>);
         if (!all) return;
-        Channels::fetch(of_out, raw(kRawOf<kOut>), w, b.channels);
-        States::fetch(of_C, raw(kRawOf<kC>), w, dstate);
-        if (Gated) Channels::fetch(of_z, raw(kRawOf<kZ>), w, b.channels);
+        fetch_states(kC, of_states.second, kRawOf<kC>);
+        fetch_channels(kOut, of_more.first, kRawOf<kOut>);
+        if (Gated) fetch_channels(kZ, of_more.second, kRawOf<kZ>);
         return;
       }
     if (aligned && w.whole)
@@ -308,8 +311,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ __forceinline__ void prepare(const Window<C>& w, bool backward) {
     if (helps() && backward) prepare_channel<true>(w);
     if (helps() && !backward) prepare_channel<false>(w);
-    this->template prepare_states<false>(kB, raw(kRawOf<kB>), M::kStatesB, s.reverse);
-    if (backward) this->template prepare_states<false>(kC, raw(kRawOf<kC>), M::kStatesC, s.reverse);
+    if (backward)
+      this->template prepare_states<true>(kB, raw(kRawOf<kB>), M::kStatesB, s.reverse);
+    else
+      this->template prepare_states<false>(kB, raw(kRawOf<kB>), M::kStatesB, s.reverse);
   }
   template <bool Backward>
   __device__ __forceinline__ void prepare_channel(const Window<C>& w) {
@@ -351,7 +356,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       const int at = first + k * step;
       pair(M::kInputs, at)->x = u[k];
       *pair(M::kSlopes, at) = make_float2(slope[k], Gated ? d_out[k] * (gate[k] * (1.0f + z[k] * (1.0f - gate[k]))) : 0.0f);
-      shared[M::kDy + at] = Gated ? d_out[k] * (z[k] * gate[k]) : d_out[k];
+      pair(M::kDy, at)->x = Gated ? d_out[k] * (z[k] * gate[k]) : d_out[k];
     }
   }
   // What the scan reads of a token.
@@ -385,11 +390,11 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
 
   // Keeps the states before every kSub tokens of a tile; those after the chunk's last tile are not needed.
   __device__ __forceinline__ void go_forward(int slot, bool last) {
+    Token tokens[kTokens];  // loaded before states are stored: the compiler would not move them there
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) load_input(k, tokens[k]);
 #pragma unroll
     for (int sub = 0; sub < kSubs; ++sub) {
-      Token tokens[kSub];  // loaded before states are stored: the compiler would not move them there
-#pragma unroll
-      for (int k = 0; k < kSub; ++k) load_input(sub * kSub + k, tokens[k]);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
 #pragma unroll
@@ -397,7 +402,8 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
           *reinterpret_cast<float4*>(saved(slot + sub, i, j)) = make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
       if (last && sub + 1 == kSubs) return;
 #pragma unroll
-      for (int k = 0; k < kSub; ++k) each_state([&](int i, int j) { advance(tokens[k], gate_of(tokens[k], i, j), i, j); });
+      for (int k = sub * kSub; k < (sub + 1) * kSub; ++k)
+        each_state([&](int i, int j) { advance(tokens[k], gate_of(tokens[k], i, j), i, j); });
     }
   }
 
@@ -458,7 +464,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       store_products(dC, row0 + k, C::kPadded);
     }
     if (kRoom) store_inputs();
-    if (Gated) store_across(sums_y, first, [&](int at) { return shared + M::kY + row0 * kRow + own + at; });
+    if (Gated) store_across(sums_y, first, [&](int at) { return &pair(M::kDy, row0 * kRow + own + at)->y; });
     __syncwarp();  // all of it have read Δ u, in whose place this goes
     store_across(sums_decay, first, [&](int at) { return &pair(M::kPairs, row0 * kRow + own + at)->y; });
   }
@@ -495,7 +501,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   }
   __device__ __forceinline__ void load_token(int row, Token& t) const {
     load_input(row, t);
-    load_floats<kOwn>(shared + M::kDy + row * kRow + own, t.d_y);
+    float pairs[2 * kOwn];
+    load_floats<2 * kOwn>(shared + M::kDy + 2 * own + row * C::kPairRow, pairs);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) t.d_y[i] = pairs[2 * i];
     load_floats<kStates>(states_of(M::kStatesC, row), t.Cs);
   }
 
@@ -537,10 +546,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       const auto [delta, decay] = *pair(M::kPairs, at);
       const auto [u, d_input] = *pair(M::kInputs, at);
       const auto [slope, gate] = *pair(M::kSlopes, at);
-      const float dy = shared[M::kDy + at];
+      const auto [dy, y] = *pair(M::kDy, at);
       du[k] = d_input * delta + D * dy;
       d_delta[k] = (d_input * u + decay * kLn2) * slope;
-      if (Gated) dz[k] = gate * (shared[M::kY + at] + D * u);
+      if (Gated) dz[k] = gate * (y + D * u);
       sum_D += dy * u, sum_bias += d_delta[k];
     }
     value(kSumD) += sum_D, value(kSumBias) += sum_bias;
