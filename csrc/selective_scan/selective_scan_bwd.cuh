@@ -159,7 +159,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       cursors(1) = {States::cursor(place(kB)).from, States::cursor(place(kC)).from};
       cursors(2) = {Channels::cursor(place(kOut)).from, Gated ? Channels::cursor(place(kZ)).from : nullptr};
     }
-    Window<C> next(s, (chunks.last - 1) * kTiles);  // of the step that fetches, the one after
+    const int whole = static_cast<int>(s.seqlen / kTokens);
+    const auto window = [&](int tile) { return Window<C>(s, tile, tile < whole); };
+    Window<C> next = window((chunks.last - 1) * kTiles);  // of the step that fetches, the one after
 #pragma unroll 1
     for (int chunk = chunks.last - 1; chunk >= chunks.first; --chunk) {
       // Tiles 0 to tiles - 1 forward, then back; the step before the first one only fetches.
@@ -178,7 +180,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
           __syncthreads();
         }
         if (more || chunk > chunks.first) {
-          next = Window<C>(s, more ? chunk * kTiles + (backward ? at - 1 : at + 1) : (chunk - 1) * kTiles);
+          next = window(more ? chunk * kTiles + (backward ? at - 1 : at + 1) : (chunk - 1) * kTiles);
           fetch(next, more && step + 2 >= tiles);
         }
         if (step < 0) continue;
@@ -639,9 +641,11 @@ static __global__ void __launch_bounds__(256) sum_projections(ScanShape s, Backw
     const int row = by_token ? x : y + 8 * i, column = by_token ? y + 8 * i : x;
     const int kind = (column0 + column) / C::kPadded, n = (column0 + column) % C::kPadded;
     if (begin + row >= end || kind > 1 || n >= s.dstate) continue;
-    const Sequence& q = kind == 0 ? dB : dC;
     const int64_t token = s.reverse ? s.seqlen - 1 - begin - row : begin + row;
-    store_one(q, (first_batch + local) * q.batch + group * q.group + n * q.channel + token * q.token, tile[row][column]);
+    const auto store = [&](const Sequence& q) {
+      store_one(q, (first_batch + local) * q.batch + group * q.group + n * q.channel + token * q.token, tile[row][column]);
+    };
+    kind == 0 ? store(dB) : store(dC);
   }
 }
 

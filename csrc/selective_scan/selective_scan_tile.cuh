@@ -97,7 +97,6 @@ template <class C>
 struct Window {
   int64_t first, seqlen;
   bool whole;  // all of them exist
-  __device__ Window(const ScanShape& s, int64_t tile) : Window(s, tile, (tile + 1) * C::kTokens <= s.seqlen) {}
   __device__ Window(const ScanShape& s, int64_t tile, bool whole)
       : first(s.reverse ? s.seqlen - (tile + 1) * C::kTokens : tile * C::kTokens), seqlen(s.seqlen), whole(whole) {}
   __device__ bool inside(int i) const { return first + i >= 0 && first + i < seqlen; }
