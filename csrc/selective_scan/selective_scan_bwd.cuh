@@ -642,10 +642,10 @@ static __global__ void __launch_bounds__(256) sum_projections(ScanShape s, Backw
     const int kind = (column0 + column) / C::kPadded, n = (column0 + column) % C::kPadded;
     if (begin + row >= end || kind > 1 || n >= s.dstate) continue;
     const int64_t token = s.reverse ? s.seqlen - 1 - begin - row : begin + row;
-    const auto store = [&](const Sequence& q) {
-      store_one(q, (first_batch + local) * q.batch + group * q.group + n * q.channel + token * q.token, tile[row][column]);
-    };
-    kind == 0 ? store(dB) : store(dC);
+    const auto of = [&](auto field) { return kind == 0 ? dB.*field : dC.*field; };  // an index would put both on the stack
+    const Sequence q{of(&Sequence::data),  of(&Sequence::dtype),   of(&Sequence::batch),
+                     of(&Sequence::group), of(&Sequence::channel), of(&Sequence::token)};
+    store_one(q, (first_batch + local) * q.batch + group * q.group + n * q.channel + token * q.token, tile[row][column]);
   }
 }
 

@@ -278,7 +278,8 @@ struct Walk : Tiles<C, L, WalkShared<C, L, For>::kPlaces> {
   }
 };
 
-// Blocks on a multiprocessor. Rows of float32 channels take more registers: with one block less none is spilled.
+// Blocks on a multiprocessor. Rows of float32 channels take more registers, as the adjoint of what is told apart when it is read
+// does (segment_ends): with one block less none is spilled.
 template <class C, class L>
 constexpr int kForwardBlocks = C::kBlocks - std::is_same_v<L, Known<float, false>>;
 
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(C::kThreads, kForwardBlocks<C, L>) scan_forwar
 // then what comes into it; `steps` [batch, segments, dim] its sum of Δ. The product of a segment's gates is exp(A ΣΔ).
 
 template <class C, class L, bool Adjoint>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks - (Adjoint && std::is_same_v<L, Mixed>))
     segment_ends(ScanShape s, ScanInputs in, Sequence d_out, Split p, float* ends, float* steps) {
   AUTOHDR_DYNAMIC_SHARED(float, shared);
   Walk<C, L, Adjoint ? Purpose::kAdjointEnds : Purpose::kEnds> walk(s, in, p, shared);
