@@ -469,7 +469,10 @@ __device__ __forceinline__ void softplus(float (&x)[Count], float* slope) {
 #pragma unroll
   for (int k = 0; k < (Slope ? Count : 0); ++k) slope[k] = (x[k] > 0.0f ? 1.0f : e[k]) * reciprocal_approx(1.0f + e[k]);
 #pragma unroll
-  for (int k = 0; k < Count; ++k) x[k] = fmaf(e[k], log1p_by(e[k]), fmaxf(x[k], 0.0f));
+  for (int k = 0; k < Count; ++k) {
+    const float positive = Narrow ? fmaxf(x[k], 0.0f) : x[k] < 0.0f ? 0.0f : x[k];  // a NaN is in e, or here
+    x[k] = fmaf(e[k], log1p_by(e[k]), positive);
+  }
 }
 
 // A log2(e), kept finite: Δ = 0 beyond the end must leave the state alone even where A is infinite. A NaN stays one.
