@@ -508,10 +508,12 @@ def test_float64():
         assert output.dtype == torch.float64
 
 
-def test_nan_stays_in_its_channel():
-    tensors, keywords, _ = arguments((2, *SMALL[1:]))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["u", "delta"])
+def test_nan_stays_in_its_channel(name, dtype, isa):
+    tensors, keywords, _ = arguments((2, *SMALL[1:]), dtype)
     at = tokens(20)
-    tensors["u"][1, 3, at] = torch.nan
+    tensors[name][1, 3, at] = torch.nan
     out, last_state = selective_scan(**tensors, **keywords, backend=BACKEND)
     assert out[1, 3, at:].isnan().all() and last_state[1, 3].isnan().all()
     assert out[1, 3, :at].isfinite().all() and out[0].isfinite().all() and out[1, :3].isfinite().all()
