@@ -7,7 +7,7 @@ from autohdr.kernels import OPS
 from autohdr.report.tables import LABELS, with_interval
 
 MALLOCS = ("tuned", "default")
-MISSING = "not measured"
+MISSING, UNPREDICTED = "not measured", "not predicted"
 SEQUENCE_OPS = ("selective_scan", "causal_conv1d", "add_norm")  # those without products, whose least work is exact
 MODES = {"forward": "forward", "training": "training step"}
 SCANS = {"reference": "the loop", "parallel": "sweeps", "associative_scan": "associative_scan"}
@@ -158,11 +158,11 @@ def predictions(results: dict) -> str:
     found = {(subject(row), row["gpu"]): row for row in rows}
 
     def time(row: dict | None) -> str:
-        return f"predicted {row['ms']:.3g} ({row['ms_low']:.3g} to {row['ms_high']:.3g})" if row else "not predicted"
+        return f"predicted {row['ms']:.3g} ({row['ms_low']:.3g} to {row['ms_high']:.3g})" if row else UNPREDICTED
 
     def over_floor(row: dict | None) -> str:
         if row is None:
-            return "not predicted"
+            return UNPREDICTED
         floor = floors.floor_seconds(row | {"dstate": DSTATE}, assumed(results["constants"]["gpus"][row["gpu"]]))
         return f"predicted {row['ms'] / floor / 1e3:.2f}×"
 
@@ -176,7 +176,7 @@ def predictions(results: dict) -> str:
             times = [entry["ms"].get(name) for entry in history]
             if any(times):
                 times.append(found[name, gpus[0]]["ms"] if (name, gpus[0]) in found else None)
-                lines.append([name, *(f"predicted {ms:.3g}" if ms else "not predicted" for ms in times)])
+                lines.append([name, *(f"predicted {ms:.3g}" if ms else UNPREDICTED for ms in times)])
         commits = [entry["commit"] for entry in history] + [results["commit"]]
         parts.append(table([f"{gpus[0]}, ms, by commit", *commits], lines))
     for row in (found[name, gpus[0]] for name in subjects if (name, gpus[0]) in found):
