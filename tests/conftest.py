@@ -1,11 +1,14 @@
 """For every test: uninitialised tensors and scratch memory hold NaN, so that an element nobody wrote cannot look right.
 
 The environment may ask for what another processor would do: ATEN_CPU_CAPABILITY limits our kernels too, and AUTOHDR_TEST_ONEDNN=0
-leaves oneDNN out, as PyTorch does in bfloat16 where the processor has no instructions for it.
+leaves oneDNN out, as PyTorch does in bfloat16 where the processor has no instructions for it. AUTOHDR_TEST_LONG_UNTIL is a time
+(seconds since 1970): long tests come last, those that guard most before the others, and none begins later.
 """
 
+import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -18,21 +21,44 @@ if os.environ.get("AUTOHDR_TEST_ONEDNN") == "0":
 ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
 if ISA in _C.build_info()["cpu_isas_here"]:
     _C.use_cpu_isa(ISA), _C_arrays.use_cpu_isa(ISA)
+LONG_UNTIL = float(os.environ.get("AUTOHDR_TEST_LONG_UNTIL", "inf"))
+GUARDS = ["test_emulated_cuda", "test_instructions", "test_interpreted_triton", "test_processors"]  # of the long tests
+LATE = "its turn came after AUTOHDR_TEST_LONG_UNTIL"
+
+
+def is_long(item):
+    return item.get_closest_marker("long") is not None
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items):
     """Long tests come first and one by one, all others file by file: a fixture may serve a whole file. Of a test with several
     parameters coverage traces the first, and of long ones none, since tracing slows all Python down."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    if math.isinf(LONG_UNTIL):
+        items.sort(key=lambda item: not is_long(item))
+    else:
+        rank = {name: i - len(GUARDS) for i, name in enumerate(GUARDS)}
+        items.sort(key=lambda item: (is_long(item), is_long(item) and rank.get(item.path.stem, 0)))
     traced = set()
     for item in items:
-        if not item.get_closest_marker("long"):
+        if not is_long(item):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
         name = item.nodeid.partition("[")[0]
-        if name in traced or item.get_closest_marker("long"):
+        if name in traced or is_long(item):
             item.add_marker(pytest.mark.no_cover)
         traced.add(name)
+
+
+def pytest_runtest_setup(item):
+    if is_long(item) and time.time() > LONG_UNTIL:
+        pytest.skip(LATE)
+
+
+def pytest_terminal_summary(terminalreporter):
+    late = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if LATE in str(report.longrepr)]
+    if late:
+        terminalreporter.section(f"{len(late)} long tests left out: {LATE}")
+        terminalreporter.write_line("\n".join(late))
 
 
 @pytest.fixture(autouse=True)
