@@ -418,7 +418,7 @@ def seconds(launch: Launch, work: Work, gpu: GPU, scenario: Scenario) -> tuple[f
 
     def wave(blocks: int) -> dict[str, float]:
         """Cycles of so many blocks on one multiprocessor."""
-        each = blocks * warps / 4  # on a scheduler
+        each = math.ceil(blocks * warps / 4)  # on the scheduler that has most of them
         found = {"issue": each * work.issued / scenario.efficiency, "latency": work.cycles * scenario.latency}
         for pipe, units in gpu.pipes.items():
             found[pipe] = each * sum(cost * work.units.get(unit, 0) for unit, cost in units.items())

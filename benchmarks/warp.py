@@ -235,6 +235,13 @@ def compare(kinds, n, p):
     return [v | p[0] if "OR" in kinds else v & p[0] for v in (outcome, opposite)]
 
 
+def decided(kinds, flag: Value):
+    """Of unknown numbers, where the flag that the outcome is combined with says enough."""
+    if flag is not None and numpy.all(flag == ("OR" in kinds)):
+        return ["OR" in kinds] * 2
+    return None
+
+
 def look_up(table: int, a, b, c):
     """A function of three bits, for every bit."""
     found = 0
@@ -420,6 +427,8 @@ def decode(i: Instruction) -> Callable[[Lanes, Value], None] | None:
             numbers, flags = [get(w) for get in n], [get(w) for get in p]
             if not any(v is None for v in numbers) and not any(v is None for v in flags):
                 found = meaning(kinds, numbers, flags)
+            elif base == "ISETP":
+                found = decided(kinds, flags[0])
         if found is None:
             found = nothing
         elif with_test:

@@ -212,6 +212,8 @@ def test_what_binds_a_kernel(kernel):
 
     assert predicted() == (pytest.approx(8 * 500 / 0.95), "issue")
     assert predicted(replace(launch, grid=(132 * 8, 1, 1))) == (pytest.approx(2 * 8 * 500 / 0.95), "issue")
+    # Three blocks of two warps: one of the four schedulers has two of the six at least, and the others wait for it.
+    assert predicted(replace(launch, grid=(132 * 3, 1, 1), block=(64, 1, 1))) == (pytest.approx(2 * 500 / 0.95), "issue")
     assert predicted(cycles=1e5) == (pytest.approx(0.85e5), "latency")
     assert predicted(units={"special": 100}) == (pytest.approx(8 * 100 * 8), "special")
     assert predicted(shared=200) == (pytest.approx(4 * 8 * 200), "shared memory")

@@ -108,3 +108,12 @@ def test_a_call_under_a_guard_is_a_branch():
         code.instructions.append(machine_code.Instruction(guard, opcode, tuple(operands), 0))
     timing, launch = warp.Timing({"operands": 10}, {}), warp.Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b"")
     assert warp.Program(code, "sm_80").walk(launch, ((0, 0, 0), 0), timing, {}).issued == 4 * 5  # no BRA at last, but EXIT
+
+
+@pytest.mark.parametrize(("opcode", "flag", "expected"), [("OR", "PT", True), ("AND", "!PT", False), ("OR", "!PT", None)])
+def test_a_flag_may_decide_what_is_unknown(opcode, flag, expected):
+    step = machine_code.Instruction("", f"ISETP.NE.{opcode}", ("P0", "PT", "R3", "0x4", flag), 0)
+    lanes = warp.Lanes(warp.Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b""), "sm_80", (0, 0, 0), 0)
+    lanes.banks["R"][3] = None
+    warp.decode(step)(lanes, None)
+    assert lanes.banks["P"][0] is expected
