@@ -5,7 +5,7 @@
 
 namespace autohdr {
 
-constexpr int64_t kChunk = 128;  // tokens between two saved states; CHUNK in declaration.py
+constexpr int64_t kChunk = 64;  // tokens between two saved states; CHUNK in declaration.py
 
 struct ScanShape {
   int64_t batch, seqlen, groups, channels, dstate;  // channels: of one group

@@ -8,7 +8,7 @@ namespace scan {
 namespace {
 
 // At most so many floats of parts, if one chunk of one entry of the batch does not take more.
-const int64_t kPartFloats = size_for(12 << 20, 1 << 14);
+const int64_t kPartFloats = size_for(12 << 20, 1 << 13);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t v, int64_t least, int64_t most) { return v < least ? least : v > most ? most : v; }
@@ -52,7 +52,7 @@ int64_t backward(const ScanBackward& a, void* memory, cudaStream_t stream) {
   const ScanShape& s = a.shape;
   const auto kernel = scan_backward<C, L, Gated>;
   constexpr size_t kShared = backward_shared<C, L, Gated>();
-  const BackwardPlan p = plan_of<C>(s, resident(kernel, C::kThreads, kShared, 3) * multiprocessors());
+  const BackwardPlan p = plan_of<C>(s, resident(kernel, C::kThreads, kShared, 4) * multiprocessors());
   const Sizes sizes(a, p, C::kColumns);
   const int64_t bytes = (sizes.carry + sizes.sums + sizes.parts + sizes.weighted) * static_cast<int64_t>(sizeof(float));
   if (!memory) return bytes;

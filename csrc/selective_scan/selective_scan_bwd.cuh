@@ -25,14 +25,19 @@ struct BackwardConfig {
   static constexpr int kHelpers = kChannels * Tokens / kRun;             // threads with tokens of a channel
   static constexpr int kSub = 8;                                         // tokens whose gates and gradients are in registers
   static constexpr int kOrders = kChannelLanes < 4 ? kChannelLanes : 4;  // of the states in a thread; see sum_over_channels
-  static constexpr int kRow = kChannels + 2;                             // floats of a row of channels
+  static constexpr int kRow = kChannels + (kChannels < 32 ? 2 : 0);      // of a row of channels, against bank conflicts
   static constexpr int kPairRow = 2 * kRow;                              // of a row of (Δ, Δ u)
   static constexpr int kStateRow = kOrders * kPadded + 4;
   static constexpr int kColumns = 2 * kPadded;  // of a row of dB and dC
   static constexpr int kPairTile = kTokens * kPairRow, kStateTile = kTokens * kStateRow;
-  AUTOHDR_ANYWHERE static constexpr int pad(int row) { return 16; }  // bytes behind a row of tokens, against bank conflicts
-  static constexpr int kSaved = static_cast<int>(kChunk) / kSub * kOwn * kStates * kThreads;  // floats of states
+  AUTOHDR_ANYWHERE static constexpr int pad(int row) { return 0; }  // bank conflicts are few, shared memory is scarce
+  static constexpr int kSlot = kOwn * kStates * kThreads;           // floats of states
   static constexpr int kSums = kWarps * kTokens * kColumns;
+  // The states before a chunk's last kSub tokens lie where the sums of a tile's first ones go afterwards, each warp's in its own place:
+  // so sums lie as [kTokens / kSumRows][kWarps][kSumRows][kColumns].
+  static constexpr bool kLastInSums = kSub < kTokens && kColumns == 32 && kSlot == kWarps * kSub * kColumns;
+  static constexpr int kSumRows = kLastInSums ? 4 : kTokens, kSumPart = kSumRows * kColumns;
+  static constexpr int kSaved = (static_cast<int>(kChunk) / kSub - kLastInSums) * kSlot;
   static_assert(kThreads % kChannels == 0 && kTokens % kSub == 0 && kStates % 4 == 0);
 };
 
@@ -46,8 +51,9 @@ void with_backward_config(int64_t dstate, const F& f) {
   return f(BackwardConfig<1, 8, 32, 8>{});
 }
 
-// Columns of `sums` beside dA's; and what else a thread keeps of its channel in shared memory.
-enum { kSumD, kSumBias, kSumWeight, kMoreSums, kD = kMoreSums, kBias, kWeight, kOwnValues };
+// Columns of `sums` beside dA's, of which a thread that prepares tokens has its own; and a channel's parameters.
+enum { kSumD, kSumBias, kSumWeight, kMoreSums };
+enum { kD, kBias, kWeight, kParameters };
 
 // How the work is split: over blocks as Split says, one tile of channels a block, and over launches, so that what blocks leave for
 // others to add stays small: `batches` entries of the batch at a time, `round_chunks` chunks of every segment, the last ones first.
@@ -106,19 +112,20 @@ enum { kDelta, kU, kB, kC, kOut, kZ, kDu, kDDelta, kDz, kSequences };
 // length, and one access takes both.
 template <class C, class L, bool Gated>
 struct BackwardShared {
-  static constexpr int kSaved = 0, kPairs = kSaved + C::kSaved, kSums = kPairs + C::kPairTile, kStatesB = kSums + C::kSums,
+  static constexpr int kSaved = 0, kSums = kSaved + C::kSaved, kPairs = kSums + C::kSums, kStatesB = kPairs + C::kPairTile,
                        kStatesC = kStatesB + C::kStateTile;
   static constexpr int kInputs = kStatesC + C::kStateTile, kSlopes = kInputs + C::kPairTile, kDy = kSlopes + C::kPairTile;
   static constexpr int kRankOne = kDy + C::kPairTile;
-  static constexpr int kOwn = kRankOne + C::kTokens, kRaw = kOwn + round_up(kOwnValues * C::kHelpers, 4);
+  static constexpr int kMore = kRankOne + C::kTokens, kOfChannels = kMore + kMoreSums * C::kHelpers,
+                       kRaw = round_up(kOfChannels + kParameters * C::kChannels, 4);
   static constexpr int kRawTile = RawTile<C, L, C::kChannels>::kFloats, kRawStates = RawTile<C, L, C::kPadded>::kFloats;
   AUTOHDR_ANYWHERE static constexpr int raw(int sequence) {
     int at = kRaw;
     for (int i = 0; i < sequence; ++i) at += i == kB || i == kC ? kRawStates : i == kZ && !Gated ? 0 : kRawTile;
     return at;
   }
-  static constexpr int kCursors = raw(kZ + 1), kPlaces = kCursors + (RawTile<C, L, 1>::kKnown ? 3 * C::kThreads * 4 : 0),
-                       kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4, kFloats = kBases + 6;
+  static constexpr int kPlaces = raw(kZ + 1), kBases = kPlaces + kSequences * static_cast<int>(sizeof(Place)) / 4,
+                       kFloats = kBases + 6;
 };
 
 template <class C, class L, bool Gated>
@@ -154,11 +161,6 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     if (chunks.last <= chunks.first) return;
     load_parameters();
     aligned = __syncthreads_and(place_sequences());
-    if constexpr (Channels::kKnown) {
-      cursors(0) = {Channels::cursor(place(kDelta)).from, Channels::cursor(place(kU)).from};
-      cursors(1) = {States::cursor(place(kB)).from, States::cursor(place(kC)).from};
-      cursors(2) = {Channels::cursor(place(kOut)).from, Gated ? Channels::cursor(place(kZ)).from : nullptr};
-    }
     const int whole = static_cast<int>(s.seqlen / kTokens);
     const auto window = [&](int tile) { return Window<C>(s, tile, tile < whole); };
     Window<C> next = window((chunks.last - 1) * kTiles);  // of the step that fetches, the one after
@@ -166,8 +168,8 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     for (int chunk = chunks.last - 1; chunk >= chunks.first; --chunk) {
       // Tiles 0 to tiles - 1 forward, then back; the step before the first one only fetches.
       const int tiles = static_cast<int>((min(kChunk, s.seqlen - chunk * kChunk) + kTokens - 1) / kTokens), steps = 2 * tiles - 1;
-      each_state(
-          [&](int i, int j) { h[i][j] = has(i, j) ? bases().states[(chunk * s.dstate + state(j)) * dim + own + i] : 0.0f; });
+      const float* const states = bases().states + chunk * (dstate * dim);
+      each_state([&](int i, int j) { h[i][j] = has(i, j) ? states[state(j) * dim + own + i] : 0.0f; });
 #pragma unroll 1
       for (int step = chunk + 1 == chunks.last ? -1 : 0; step < steps; ++step) {
         const bool backward = step + 1 >= tiles, more = step + 1 < steps;
@@ -209,8 +211,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   __device__ Bases& bases() const { return *reinterpret_cast<Bases*>(shared + M::kBases); }
   template <int Sequence>
   static constexpr int kRawOf = M::raw(Sequence);
-  // What a helper keeps of its channel, which registers have no room for either.
-  __device__ float& value(int i) const { return shared[M::kOwn + i * C::kHelpers + threadIdx.x]; }
+  // A helper's own sum, and a parameter of its channel, which registers have no room for either.
+  __device__ float& more(int sum) const { return shared[M::kMore + sum * C::kHelpers + threadIdx.x]; }
+  __device__ float& of_channel(int parameter) const { return shared[M::kOfChannels + parameter * C::kChannels + column]; }
 
   __device__ int state(int j) const { return lane * kStates + (j ^ order); }
   __device__ bool has(int i, int j) const { return own + i < b.channels && state(j) < dstate; }
@@ -239,11 +242,12 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
         carry[i][j] = a.d_last_state[b.batch * dim * s.dstate + parameter];
     });
     if (!helps()) return;
-    const auto of_channel = [&](const float* parameter) {
+    more(kSumD) = more(kSumBias) = more(kSumWeight) = 0;
+    if (run > 0) return;
+    const auto loaded = [&](const float* parameter) {
       return parameter && column < b.channels ? parameter[b.row0 + column] : 0.0f;
     };
-    value(kD) = of_channel(in.D), value(kBias) = of_channel(in.delta_bias), value(kWeight) = of_channel(in.delta_weight);
-    value(kSumD) = value(kSumBias) = value(kSumWeight) = 0;
+    of_channel(kD) = loaded(in.D), of_channel(kBias) = loaded(in.delta_bias), of_channel(kWeight) = loaded(in.delta_weight);
   }
 
   // Whether the sequence that this thread has placed lies at multiples of 16 bytes.
@@ -252,7 +256,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     this->put_delta(kDelta), this->put_channels(kU, in.u), this->put_channels(kOut, a.d_out), this->put_channels(kZ, in.z);
     this->put_channels(kDu, a.du), this->put_channels(kDz, a.dz), this->put_states(kB, in.B), this->put_states(kC, in.C);
     if (!in.delta_weight) this->put_channels(kDDelta, a.d_delta);
-    for (int i = M::kRaw + threadIdx.x; i < M::kCursors; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
+    for (int i = M::kRaw + threadIdx.x; i < M::kPlaces; i += C::kThreads) shared[i] = 0;  // for columns that do not exist
     if (threadIdx.x == 0) {
       const int64_t tokens = plan.round_chunks * kChunk, before = chunks.first * kChunk;
       const int64_t part = ((local * s.groups + b.group) * plan.split.segments + b.segment) * plan.split.tiles + b.tile;
@@ -263,33 +267,21 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     return threadIdx.x >= kSequences || place(threadIdx.x).piece == 4;
   }
 
-  // Where a thread begins to copy two sequences' tiles, which registers have no room for.
-  struct alignas(16) Cursors {
-    const char *first, *second;
-  };
-  __device__ Cursors& cursors(int two) const {
-    return reinterpret_cast<Cursors*>(shared + M::kCursors)[two * C::kThreads + threadIdx.x];
-  }
-
-  // Sends for the tiles of a window, all of them or those that are enough for the states. Cursors are read before the first is used:
-  // the compiler moves no access to shared memory over a copy.
+  // Sends for the tiles of a window, all of them or those that are enough for the states. Places are read before the first copy: the
+  // compiler moves no access to shared memory over one.
   __device__ __forceinline__ void fetch(const Window<C>& w, bool all) {
     if constexpr (Channels::kKnown)
       if (aligned && w.whole && !in.delta_weight) {
-        const Cursors of_channels = cursors(0), of_states = cursors(1), of_more = cursors(2);
-        const auto fetch_channels = [&](int sequence, const char* from, int to) {
-          Channels::fetch({from, place(sequence).row}, raw(to), w, b.channels);
-        };
-        const auto fetch_states = [&](int sequence, const char* from, int to) {
-          States::fetch({from, place(sequence).row}, raw(to), w, dstate);
-        };
-        fetch_channels(kDelta, of_channels.first, kRawOf<kDelta>);
-        fetch_channels(kU, of_channels.second, kRawOf<kU>);
-        fetch_states(kB, of_states.first, kRawOf<kB>);
+        const auto delta = Channels::cursor(place(kDelta)), u = Channels::cursor(place(kU)),
+                   d_out = Channels::cursor(place(kOut)), z = Channels::cursor(place(kZ));
+        const auto B = States::cursor(place(kB)), C_ = States::cursor(place(kC));
+        Channels::fetch(delta, raw(kRawOf<kDelta>), w, b.channels);
+        Channels::fetch(u, raw(kRawOf<kU>), w, b.channels);
+        States::fetch(B, raw(kRawOf<kB>), w, dstate);
         if (!all) return;
-        fetch_states(kC, of_states.second, kRawOf<kC>);
-        fetch_channels(kOut, of_more.first, kRawOf<kOut>);
-        if (Gated) fetch_channels(kZ, of_more.second, kRawOf<kZ>);
+        States::fetch(C_, raw(kRawOf<kC>), w, dstate);
+        Channels::fetch(d_out, raw(kRawOf<kOut>), w, b.channels);
+        if (Gated) Channels::fetch(z, raw(kRawOf<kZ>), w, b.channels);
         return;
       }
     if (aligned && w.whole)
@@ -325,9 +317,9 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
     Channels::read(place(kU), raw(kRawOf<kU>), column, run, u);
     if constexpr (Backward) Channels::read(place(kOut), raw(kRawOf<kOut>), column, run, d_out);
     if constexpr (Backward && Gated) Channels::read(place(kZ), raw(kRawOf<kZ>), column, run, z);
-    const float bias = value(kBias);
+    const float bias = of_channel(kBias);
     if (in.delta_weight) {
-      const float weight = value(kWeight);
+      const float weight = of_channel(kWeight);
       RankOne::read(place(kDelta), raw(kRawOf<kDelta>), 0, run, delta);
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
@@ -441,7 +433,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
         });
       }
       first = sum_across(d_input, sums_input[k / 2]);
-      store_products(dB, row0 + k, 0);
+      store_products(dB, row0, k, 0);
     }
     if (!kRoom) store_inputs(), turn();
 #pragma unroll
@@ -463,7 +455,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       }
       if (Gated) sum_across(y, sums_y[k / 2]);
       sum_across(decays, sums_decay[k / 2]);
-      store_products(dC, row0 + k, C::kPadded);
+      store_products(dC, row0, k, C::kPadded);
     }
     if (kRoom) store_inputs();
     if (Gated) store_across(sums_y, first, [&](int at) { return &pair(M::kDy, row0 * kRow + own + at)->y; });
@@ -489,10 +481,11 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
 #pragma unroll
       for (int v = 0; v < kAcross; ++v) *place((2 * k + (first + v) / kOwn) * kRow + (first + v) % kOwn) = sums[k][v];
   }
-  // Of two tokens, [2][kStates], the sums over a warp's channels, to columns first_column and on.
-  __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row, int first_column) {
+  // Of two tokens, [2][kStates], the sums over a warp's channels, to columns first_column and on; the first is the k-th of kSub.
+  __device__ __forceinline__ void store_products(float (&products)[2 * kStates], int row0, int k, int first_column) {
     sum_over_channels<C>(products);
-    float* to = shared + M::kSums + (threadIdx.x / 32 * kTokens + row) * C::kColumns + first_column + lane * kStates;
+    const int row = C::kLastInSums ? row0 * C::kWarps + k / C::kSumRows * (C::kWarps * C::kSumRows) + k % C::kSumRows : row0 + k;
+    float* to = shared + M::kSums + threadIdx.x / 32 * C::kSumPart + row * C::kColumns + first_column + lane * kStates;
     const int channel_lane = threadIdx.x % 32 / C::kLanes;
     if (C::kChannelLanes > C::kOrders) {
       if (channel_lane < 2 * C::kOrders) to[(channel_lane >= C::kOrders ? C::kColumns : 0) + order] = products[0];
@@ -519,10 +512,12 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       const int e = 4 * (threadIdx.x + i * C::kThreads);
       if (e >= kTokens * C::kColumns) break;
       float sum[4], more[4];
-      load_floats<4>(shared + M::kSums + e, sum);
+      const float* from =
+          shared + M::kSums + (C::kLastInSums ? e / C::kSumPart * (C::kWarps * C::kSumPart) + e % C::kSumPart : e);
+      load_floats<4>(from, sum);
 #pragma unroll
       for (int warp = 1; warp < C::kWarps; ++warp) {
-        load_floats<4>(shared + M::kSums + warp * kTokens * C::kColumns + e, more);
+        load_floats<4>(from + warp * C::kSumPart, more);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += more[k];
       }
@@ -539,7 +534,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
   }
   __device__ __forceinline__ void finish_channel(const Window<C>& w) {
     const int first = row_of(run) * kRow + column, step = next_row() * kRow;
-    const float D = value(kD);
+    const float D = of_channel(kD);
     const Place of_du = place(kDu), of_dz = place(kDz), of_d_delta = place(kDDelta);  // before anything is stored through them
     float du[kRun], d_delta[kRun], dz[kRun], sum_D = 0, sum_bias = 0;
 #pragma unroll
@@ -554,7 +549,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       if (Gated) dz[k] = gate * (y + D * u);
       sum_D += dy * u, sum_bias += d_delta[k];
     }
-    value(kSumD) += sum_D, value(kSumBias) += sum_bias;
+    more(kSumD) += sum_D, more(kSumBias) += sum_bias;
     const bool by_vectors = aligned && w.whole;
     if (column < b.channels) {
       Channels::store(of_du, w, column, run, by_vectors, du);
@@ -562,10 +557,10 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       if (!in.delta_weight) Channels::store(of_d_delta, w, column, run, by_vectors, d_delta);
     }
     if (!in.delta_weight) return;
-    const float weight = value(kWeight);
+    const float weight = of_channel(kWeight);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
-      value(kSumWeight) += d_delta[k] * shared[M::kRankOne + row_of(run) + k * next_row()];
+      more(kSumWeight) += d_delta[k] * shared[M::kRankOne + row_of(run) + k * next_row()];
       pair(M::kInputs, first + k * step)->y = d_delta[k] * weight;
     }
   }
@@ -586,7 +581,7 @@ struct BackwardBlock : Tiles<C, L, BackwardShared<C, L, Gated>::kPlaces> {
       float* to = workspace.sums + ((b.batch * plan.split.segments + b.segment) * (dstate + kMoreSums) + dstate + v) * dim +
                   b.row0 + column;
       float sum = later ? *to : 0.0f;
-      for (int k = column; k < C::kHelpers; k += C::kChannels) sum += shared[M::kOwn + v * C::kHelpers + k];
+      for (int k = column; k < C::kHelpers; k += C::kChannels) sum += shared[M::kMore + v * C::kHelpers + k];
       *to = sum;
     }
   }
@@ -603,6 +598,8 @@ template <class C, class L, bool Gated>
 constexpr size_t backward_shared() {
   constexpr size_t bytes = BackwardShared<C, L, Gated>::kFloats * sizeof(float);
   static_assert(bytes <= kMaxShared);
+  // Of what most models have, a multiprocessor with 100 KB holds two blocks, one with 164 three, one with 228 four; each takes 1 more.
+  static_assert(!(C::kPadded == 16 && is_narrow<L>) || bytes <= (100 << 10) / 2 - (1 << 10));
   return bytes;
 }
 

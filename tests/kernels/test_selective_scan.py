@@ -17,7 +17,7 @@ SEQUENCES = ("u", "delta", "B", "C", "z")
 
 
 def tokens(n):
-    """As many chunks as n tokens have: n, but where Triton's interpreter makes chunks short."""
+    """As many chunks of CHUNK tokens as n have of 128; Triton's interpreter makes chunks shorter."""
     return math.ceil(n * CHUNK / 128)
 
 

@@ -36,7 +36,7 @@ def selective_scan(
     ``Δ = delta + delta_bias``, or ``Δ = delta_weight · delta + delta_bias`` for a rank-one delta; with ``delta_softplus`` its
     softplus (``log(1 + exp(Δ))``, above 20 the identity).
 
-    Saved where a backward pass follows: the inputs and one state in 128 tokens; all else is computed again. A backend takes a
+    Saved where a backward pass follows: the inputs and one state in 64 tokens; all else is computed again. A backend takes a
     sequence without a copy where its channels (states for B and C) or its tokens are one element apart, whatever the other
     strides; any other is copied once to a contiguous one.
 

@@ -7,7 +7,7 @@ from autohdr.kernels.common import HALVES, contiguous_like, parameter
 from autohdr.kernels.declare import declare
 from autohdr.kernels.selective_scan import reference
 
-CHUNK = 128
+CHUNK = 64
 """Tokens between two saved states on every backend; kChunk in selective_scan.h."""
 
 
