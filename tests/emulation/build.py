@@ -42,11 +42,21 @@ def why_not() -> str:
     return "" if toolkit() else "there is no CUDA toolkit, whose headers the emulation of CUDA needs"
 
 
+def with_headers(sources: list[Path]) -> list[Path]:
+    """The sources, and all headers of this project that they include, one through another."""
+    found = list(sources)
+    for file in found:
+        for name in re.findall(r'^\s*#\s*include\s+["<](.+)[">]', file.read_text(), re.MULTILINE):
+            for header in (folder / name for folder in (file.parent, ROOT / "csrc", HERE)):
+                if header not in found and header.is_file():
+                    found.append(header)
+    return found
+
+
 def hash_of(command: list[str], sources: list[Path]) -> str:
-    """Of a command, its sources, and all headers they may include."""
+    """Of a command, its sources, and all headers that they include."""
     digest = hashlib.sha256(" ".join(map(str, command)).encode())
-    headers = sorted(p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh"))
-    for file in (*sources, *headers):
+    for file in with_headers(sources):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
