@@ -73,3 +73,18 @@ def test_the_emulation_differs_where_it_must():
     found = subprocess.run(["grep", "-rl", "AUTOHDR_EMULATION", build.ROOT / "csrc"], capture_output=True, text=True).stdout
     common = {"cuda_async.cuh", "cuda_host.h", "cuda_launch.cuh", "cuda_math.cuh", "cuda_mma.cuh", "registration.h"}
     assert {Path(file).name for file in found.split()} == common | {"cuda_sequence.cuh"}
+
+
+def test_a_source_is_compiled_anew_where_a_header_of_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    files = {"op/op.cu": '#include "op/op.cuh"\n', "op/op.cuh": '#pragma once\n#include "common/math.h"\n#include <vector>\n'}
+    files |= {"common/math.h": "int one;\n", "common/other.h": "int two;\n"}
+    for name, text in files.items():
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(text)
+    before = build.hash_of(["g++"], [tmp_path / "csrc/op/op.cu"])
+    for name, concerns in (("common/other.h", False), ("common/math.h", True), ("op/op.cuh", True)):
+        (tmp_path / "csrc" / name).write_text(files[name] + "int more;\n")
+        assert (build.hash_of(["g++"], [tmp_path / "csrc/op/op.cu"]) != before) == concerns
+        (tmp_path / "csrc" / name).write_text(files[name])
+    assert build.hash_of(["g++"], [tmp_path / "csrc/op/op.cu"]) == before
