@@ -2,7 +2,7 @@
 
 The environment may ask for what another processor would do: ATEN_CPU_CAPABILITY limits our kernels too, and AUTOHDR_TEST_ONEDNN=0
 leaves oneDNN out, as PyTorch does in bfloat16 where the processor has no instructions for it. AUTOHDR_TEST_LONG_UNTIL is a time
-(seconds since 1970): long tests come last, those that guard most before the others, and none begins later.
+(seconds since 1970): long tests come last but for the emulation of CUDA, those that guard most first, and none begins later.
 """
 
 import math
@@ -22,12 +22,17 @@ ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPAB
 if ISA in _C.build_info()["cpu_isas_here"]:
     _C.use_cpu_isa(ISA), _C_arrays.use_cpu_isa(ISA)
 LONG_UNTIL = float(os.environ.get("AUTOHDR_TEST_LONG_UNTIL", "inf"))
-GUARDS = ["test_emulated_cuda", "test_instructions", "test_interpreted_triton", "test_processors"]  # of the long tests
+ORDER = ["test_emulated_cuda", "", "test_instructions", "test_interpreted_triton", "test_processors"]  # "": what is not long
 LATE = "its turn came after AUTOHDR_TEST_LONG_UNTIL"
 
 
 def is_long(item):
     return item.get_closest_marker("long") is not None
+
+
+def place(item):
+    file = item.path.stem if is_long(item) else ""
+    return ORDER.index(file) if file in ORDER else len(ORDER)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
@@ -37,8 +42,7 @@ def pytest_collection_modifyitems(items):
     if math.isinf(LONG_UNTIL):
         items.sort(key=lambda item: not is_long(item))
     else:
-        rank = {name: i - len(GUARDS) for i, name in enumerate(GUARDS)}
-        items.sort(key=lambda item: (is_long(item), is_long(item) and rank.get(item.path.stem, 0)))
+        items.sort(key=place)
     traced = set()
     for item in items:
         if not is_long(item):
