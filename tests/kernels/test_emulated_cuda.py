@@ -17,3 +17,10 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(build.why_not()), reason
 def test_ops(ops):
     with unless_passed(KERNELS, "emulated", ops):
         run_tests(*(HERE / f"test_{op}.py" for op in ops), "-s", env=build.environment())
+
+
+def test_a_warp_may_run_ahead():
+    """Under seed 0 a warp goes on until it waits for another: what it writes must not lie where that one has still to read."""
+    with unless_passed(KERNELS, "emulated, a warp ahead"):
+        tests = [HERE / "test_selective_scan.py", "-k", "test_forward_and_backward", "-s"]
+        run_tests(*tests, env=build.environment() | {"AUTOHDR_EMULATION_SEED": "0"})
