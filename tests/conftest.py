@@ -22,7 +22,8 @@ ISA = {"avx2": "avx2", "default": "baseline"}.get(os.environ.get("ATEN_CPU_CAPAB
 if ISA in _C.build_info()["cpu_isas_here"]:
     _C.use_cpu_isa(ISA), _C_arrays.use_cpu_isa(ISA)
 LONG_UNTIL = float(os.environ.get("AUTOHDR_TEST_LONG_UNTIL", "inf"))
-ORDER = ["test_emulated_cuda", "", "test_instructions", "test_interpreted_triton", "test_processors"]  # "": what is not long
+# Of files with long tests, before the others; "": what is not long.
+ORDER = ["test_emulated_cuda", "", "test_emulation", "test_warp", "test_instructions", "test_interpreted_triton"]
 LATE = "its turn came after AUTOHDR_TEST_LONG_UNTIL"
 
 

@@ -31,14 +31,14 @@ def test_a_file_stays_in_one_worker(request):
 @pytest.mark.parametrize(
     ("until", "order", "outcome"),
     [
-        ("inf", "any_size long, emulated_cuda long, processors long, any_size short, emulated_cuda short", "PASSED"),
-        ("1e12", "emulated_cuda long, any_size short, emulated_cuda short, processors long, any_size long", "PASSED"),
-        ("1", "emulated_cuda long, any_size short, emulated_cuda short, processors long, any_size long", "SKIPPED"),
+        ("inf", "any_size long, emulated_cuda long, instructions long, any_size short, emulated_cuda short", "PASSED"),
+        ("1e12", "emulated_cuda long, any_size short, emulated_cuda short, instructions long, any_size long", "PASSED"),
+        ("1", "emulated_cuda long, any_size short, emulated_cuda short, instructions long, any_size long", "SKIPPED"),
     ],
     ids=["unlimited", "in time", "too late"],
 )
 def test_long_tests_have_until_then(tmp_path, until, order, outcome):
-    files = ["test_any_size.py", "test_emulated_cuda.py", "test_processors.py"]
+    files = ["test_any_size.py", "test_emulated_cuda.py", "test_instructions.py"]
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
     for name in files:
         (tmp_path / name).write_text(TESTS if name != files[-1] else TESTS.replace("def test_short", "def no_test"))
