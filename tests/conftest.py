@@ -32,18 +32,18 @@ def is_long(item):
 
 
 def place(item):
+    if math.isinf(LONG_UNTIL):
+        return not is_long(item)
     file = item.path.stem if is_long(item) else ""
     return ORDER.index(file) if file in ORDER else len(ORDER)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's, which reads the groups
 def pytest_collection_modifyitems(items):
-    """Long tests come first and one by one, all others file by file: a fixture may serve a whole file. Of a test with several
-    parameters coverage traces the first, and of long ones none, since tracing slows all Python down."""
-    if math.isinf(LONG_UNTIL):
-        items.sort(key=lambda item: not is_long(item))
-    else:
-        items.sort(key=place)
+    """Long tests are spread one by one, and come first where nothing limits them; all others file by file: a fixture may serve a
+    whole file. Of a test with several parameters coverage traces the first, and of long ones none, since tracing slows all Python
+    down."""
+    items.sort(key=place)
     traced = set()
     for item in items:
         if not is_long(item):
